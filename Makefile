@@ -1,0 +1,47 @@
+# Everything runs in .venv, which `make setup` builds and every other target brings up to date.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.paceline-installed
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make the virtual environment and install everything into it
+
+# The stamp is touched last, so an interrupted install is done again and a finished one never is.
+$(STAMP): pyproject.toml
+	@echo "setting up $(VENV) (once, about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama,dev]'
+	@touch $(STAMP)
+
+serve: $(STAMP) ## serve Gemma 3 270M over two ranks; flags by ARGS="--port 8001 -dp 4"
+	@exec $(BIN)/paceline serve $(ARGS)
+
+test: $(STAMP) ## lint, types, and all tests, the slow ones included
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP) ## the tests that start no process and load no model
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+format: $(STAMP) ## format and fix what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: $(STAMP) ## write the generated tables of docs/PROTOCOL.md anew
+	@$(BIN)/python -m paceline.protocol.reference docs/PROTOCOL.md
+
+bench-serve: $(STAMP) ## what the front-end costs per request and per streamed token
+	@$(BIN)/python bench/serve.py $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help setup serve test test-fast format docs bench-serve clean

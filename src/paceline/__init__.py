@@ -1,0 +1,3 @@
+"""Paceline: the control plane of data-parallel LLM serving."""
+
+__version__ = "0.1.0"

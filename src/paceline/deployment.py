@@ -1,0 +1,179 @@
+"""One node of a deployment: which processes it has, and what each is started with."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+from paceline.config import DeploymentConfig, threads_per_rank
+from paceline.engines.base import EngineError, EngineSettings
+from paceline.engines.registry import find_engine
+from paceline.errors import StartupError
+from paceline.runtime.coordinator_process import DPCoordinator
+from paceline.runtime.rank_main import RankSettings, run_rank
+from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
+from paceline.runtime.sockets import SocketFolder, tcp_address
+from paceline.runtime.supervisor import Reporter, Supervisor
+from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
+
+
+def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan], None]) -> int:
+    """Run this node until a signal; returns the exit status. Raises StartupError where it does not come up."""
+    server = config.server
+    supervisor = Supervisor(
+        reporter,
+        startup_timeout_s=server.startup_timeout_s,
+        drain_timeout_s=server.drain_timeout_s,
+        log_level=server.log_level,
+    )
+    plans: list[Plan] = []
+
+    def start(supervisor: Supervisor) -> None:
+        plan = Plan(config, reporter.progress)
+        plans.append(plan)
+        supervisor.at_end(plan.close)
+        _start_coordinator(plan, supervisor)
+        for rank in config.parallel.local_ranks:
+            supervisor.add(f"rank {rank}", run_rank, rank_settings(plan, rank))
+        if not config.parallel.headless:
+            for index in range(config.parallel.api_server_count):
+                settings = front_end_settings(plan, index)
+                supervisor.add(f"front-end {index}", run_front_end, settings, drains=True)
+
+    return supervisor.run(start, lambda: on_ready(plans[0]))
+
+
+def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
+    """Start the coordinator where this node leads; ask the node that does for its addresses otherwise."""
+    if not plan.leads:
+        plan.join()
+        return
+    config = plan.config
+    coordinator = DPCoordinator(config.parallel, plan.lockstep, {"level": config.server.log_level})
+    supervisor.at_end(coordinator.shutdown)
+    supervisor.watch(coordinator.proc)
+    rendezvous = plan.lead(coordinator)
+    if rendezvous is not None:
+        supervisor.at_end(rendezvous.close)
+
+
+class Plan:
+    """A node's addresses and settings. Raises StartupError where something is wrong from the start."""
+
+    def __init__(self, config: DeploymentConfig, progress: Callable[[str, str, float], None]) -> None:
+        self.config = config
+        self.folder = SocketFolder()
+        self._reserved: socket.socket | None = None
+        self.port = config.server.port
+        try:
+            self.engine_class = find_engine(config.engine.engine)
+            self.settings = _engine_settings(config, 0)
+            if not config.parallel.headless:
+                self._reserved = reserve_port(config.server.host, config.server.port)
+                self.port = self._reserved.getsockname()[1]
+            self.engine_class.check(self.settings, lambda what, share: progress("model", what, share))
+        except EngineError as error:
+            self.close()
+            raise StartupError(str(error)) from None
+        except StartupError:
+            self.close()
+            raise
+        self.addresses = Here()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this node runs the coordinator."""
+        return self.config.parallel.leads
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether the ranks run in waves."""
+        return self.engine_class.lockstep
+
+    def lead(self, coordinator: DPCoordinator) -> Rendezvous | None:
+        """Take the addresses of the coordinator started here; answer for them where other nodes will ask."""
+        back_publish, back_output = coordinator.get_engine_socket_addresses()
+        self.addresses = Here(coordinator.get_stats_publish_address(), back_output, back_publish)
+        parallel = self.config.parallel
+        if parallel.one_node:
+            return None
+        return Rendezvous(
+            parallel.data_parallel_master_ip,
+            parallel.data_parallel_rpc_port,
+            parallel.data_parallel_size,
+            self.config.engine.engine,
+            self.addresses,
+        )
+
+    def join(self) -> None:
+        """Ask the leading node for the coordinator's addresses. Raises StartupError."""
+        parallel = self.config.parallel
+        self.addresses = find_coordinator(
+            parallel.data_parallel_master_ip,
+            parallel.data_parallel_rpc_port,
+            parallel.data_parallel_size,
+            self.config.engine.engine,
+            self.config.server.startup_timeout_s,
+        )
+
+    def rank_address(self, rank: int) -> str:
+        """Where a rank's front-ends reach it: on this node alone, or from others too."""
+        parallel = self.config.parallel
+        if parallel.one_node or parallel.balanced_ranks is not None:
+            return self.folder.address(f"rank-{rank}")
+        return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
+
+    def close(self) -> None:
+        """Give back the port and the sockets' folder."""
+        if self._reserved is not None:
+            self._reserved.close()
+        self.folder.close()
+
+
+def rank_settings(plan: Plan, rank: int) -> RankSettings:
+    """What rank `rank` is started with."""
+    return RankSettings(
+        engine=plan.config.engine.engine,
+        settings=_engine_settings(plan.config, rank),
+        bind=plan.rank_address(rank),
+        coordinator_input=plan.addresses.back_publish,
+        coordinator_output=plan.addresses.back_output,
+        report_loads=not plan.config.parallel.data_parallel_external_lb,
+    )
+
+
+def front_end_settings(plan: Plan, index: int) -> FrontEndSettings:
+    """What front-end `index` of this node is started with."""
+    config = plan.config
+    parallel, server = config.parallel, config.server
+    return FrontEndSettings(
+        index=index,
+        count=parallel.api_server_count,
+        host=server.host,
+        port=plan.port,
+        coordinator=plan.addresses.front_publish,
+        engine=config.engine.engine,
+        settings=plan.settings,
+        ranks=frozenset(parallel.balanced_ranks or range(parallel.data_parallel_size)),
+        routing=server.routing,
+        served_model_name=config.engine.served_model_name,
+        max_waiting=server.max_waiting,
+        max_body_bytes=server.max_body_bytes,
+        drain_timeout_s=server.drain_timeout_s,
+    )
+
+
+def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:
+    engine = config.engine
+    return EngineSettings(
+        model=engine.model,
+        rank=rank,
+        dp_size=config.parallel.data_parallel_size,
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        kv_cache_tokens=engine.kv_cache_tokens,
+        threads=threads_per_rank(config),
+        seed=engine.seed,
+        options=dict(engine.options),
+    )

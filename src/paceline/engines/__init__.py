@@ -1,0 +1,1 @@
+"""Engines, and the interface that they meet (`base.py`)."""

@@ -1,0 +1,163 @@
+"""The interface between a rank and an engine: add, abort, step, dummy step, load.
+
+An engine is driven by one thread and knows nothing of sockets, front-ends or waves. The rank process
+calls `add` and `abort` between steps and `step` while there is work. Everything an engine needs for
+itself (KV memory, batching, sampling, turning tokens into text) is inside it.
+
+`create` is called in the rank process and may take minutes; `tokenizer` is called in every front-end
+process and must be light.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Protocol
+
+from msgspec import Struct
+
+from paceline.protocol.messages import Load
+from paceline.protocol.rank_events import StepOutput
+from paceline.protocol.sampling import SamplingParams
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done ("loading model") and the share done, 0.0 to 1.0."""
+
+
+__all__ = [
+    "Engine",
+    "EngineError",
+    "EngineRequest",
+    "EngineSettings",
+    "Progress",
+    "StepOutput",
+    "StepResult",
+    "Tokenizer",
+]
+
+
+class EngineSettings(Struct, frozen=True):
+    """What an engine is made from.
+
+    `model`: a path or a name, None for the engine's default. `max_model_len`: tokens of prompt and
+    answer together, None for the model's own. `max_num_seqs`: requests that run at once.
+    `max_num_batched_tokens`: tokens computed in a step. `kv_cache_tokens`: tokens of KV memory, None
+    for `max_num_seqs` requests of moderate length. `threads`: compute threads, None for this
+    rank's share of the cores. `options`: `--engine-option KEY=VALUE`, for the engine to parse.
+    """
+
+    model: str | None = None
+    rank: int = 0
+    dp_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    kv_cache_tokens: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    options: Mapping[str, str] = {}
+
+
+class EngineError(Exception):
+    """The engine cannot be made or go on. Its text is one line for the user, naming what is wrong."""
+
+
+class EngineRequest(Struct, frozen=True, gc=False):
+    """One request as an engine sees it. `key`: the rank's own id for it, unique in its life."""
+
+    key: int
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+
+
+class StepResult(Struct, frozen=True, gc=False):
+    """One step's outputs, and what it computed: prompt tokens and answer tokens."""
+
+    outputs: list[StepOutput]
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+
+
+class Tokenizer(Protocol):
+    """Text to tokens, in a front-end."""
+
+    max_model_len: int
+    """Tokens of prompt and answer together that one request may have."""
+    vocabulary_size: int
+    model_name: str
+    """What `/v1/models` shows where `--served-model-name` is not set."""
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """The tokens of `text`; with `add_special`, those the model wants around it (BOS)."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of `token_ids`, special tokens left out."""
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """One prompt from a conversation; raises ValueError where the template refuses it.
+
+        The result already holds the model's special tokens as text: encode it with
+        `add_special=False, parse_special=True`.
+        """
+
+
+class Engine(ABC):
+    """One rank's engine. Not thread-safe: one thread makes it and drives it.
+
+    `lockstep`: whether its steps contain collectives, so that all ranks must step together, in waves.
+    """
+
+    lockstep: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> Engine:
+        """Load the model and make the engine. Raises EngineError with one line for the user."""
+
+    @classmethod
+    @abstractmethod
+    def tokenizer(cls, settings: EngineSettings) -> Tokenizer:
+        """The tokenizer for the same settings. Raises EngineError."""
+
+    @classmethod
+    def check(cls, settings: EngineSettings, progress: Progress) -> None:
+        """Called once before any process starts: fail early, put the model file together.
+
+        Raises EngineError where the settings cannot work (a missing package or file).
+        """
+        return
+
+    @abstractmethod
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. It waits until it fits and is never dropped.
+
+        A request that can never fit ends with a StepOutput whose finish_reason is "error" in the next
+        step.
+        """
+
+    @abstractmethod
+    def abort(self, key: int) -> None:
+        """Forget a request and free its memory at once. Gives no output; unknown keys are ignored."""
+
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+
+    @abstractmethod
+    def step(self) -> StepResult:
+        """Compute one batch. Only called while `has_work`."""
+
+    def dummy_step(self) -> None:
+        """Take part in the others' collectives with nothing of one's own. Lockstep engines only."""
+        return
+
+    @abstractmethod
+    def load(self) -> Load:
+        """What is queued now. The rates and `finished` may be left 0: the rank fills them in."""
+
+    def close(self) -> None:
+        """Free what the engine holds. Called once, last."""
+        return

@@ -1,0 +1,201 @@
+"""The `timed` engine: no model; it takes the time that a cost model says.
+
+For load tests, for benchmarks of everything around an engine, and to hold the simulator against. A step
+computes as an engine with chunked prefill and continuous batching does (decoding requests first, then
+prompt chunks up to the token budget, KV for a request reserved when it starts), and lasts
+
+    step_ms + prefill_ms x prompt tokens + decode_ms x decoding requests
+
+by default 6 ms, 0.09 ms and 0.02 ms: an 8B-class model. Options: `--engine-option step_ms=0` and so on.
+The text is a fixed sequence of words, so that a client can tell whether it got all of it, in order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
+from paceline.protocol.messages import Load
+
+DEFAULT_MAX_MODEL_LEN = 32768
+VOCABULARY = 256
+
+
+class CostModel(Struct, frozen=True):
+    """What a step costs, in milliseconds."""
+
+    step_ms: float = 6.0
+    prefill_ms: float = 0.09
+    decode_ms: float = 0.02
+    load_ms: float = 0.0
+
+    def seconds(self, prefill_tokens: int, decoding: int) -> float:
+        """How long a step lasts."""
+        return (self.step_ms + self.prefill_ms * prefill_tokens + self.decode_ms * decoding) / 1000
+
+
+class _Sequence:
+    __slots__ = ("made", "request", "to_prefill")
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.to_prefill = len(request.prompt_token_ids)
+        self.made = 0
+
+    @property
+    def kv(self) -> int:
+        """Tokens in KV now."""
+        return len(self.request.prompt_token_ids) - self.to_prefill + self.made
+
+    @property
+    def kv_reserved(self) -> int:
+        """Tokens of KV that it may come to need."""
+        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
+
+
+class TimedEngine(Engine):
+    """An engine that only takes time."""
+
+    def __init__(self, settings: EngineSettings, costs: CostModel) -> None:
+        self._costs = costs
+        self._slots = settings.max_num_seqs
+        self._budget = settings.max_num_batched_tokens
+        self._kv_total = settings.kv_cache_tokens or DEFAULT_MAX_MODEL_LEN * 8
+        self._kv_reserved = 0
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[int, _Sequence] = {}
+        self._refused: list[StepOutput] = []
+
+    @classmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> TimedEngine:
+        costs = read_costs(settings.options)
+        progress("starting", 0.0)
+        time.sleep(costs.load_ms / 1000)
+        progress("starting", 1.0)
+        return cls(settings, costs)
+
+    @classmethod
+    def tokenizer(cls, settings: EngineSettings) -> ByteTokenizer:
+        return ByteTokenizer(settings)
+
+    @classmethod
+    def check(cls, settings: EngineSettings, progress: Progress) -> None:
+        read_costs(settings.options)
+
+    def add(self, request: EngineRequest) -> None:
+        sequence = _Sequence(request)
+        if sequence.kv_reserved > self._kv_total:
+            error = f"needs {sequence.kv_reserved} tokens of KV memory, there are {self._kv_total}"
+            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
+        else:
+            self._waiting.append(sequence)
+
+    def abort(self, key: int) -> None:
+        sequence = self._running.pop(key, None)
+        if sequence is not None:
+            self._kv_reserved -= sequence.kv_reserved
+        else:
+            self._waiting = deque(waiting for waiting in self._waiting if waiting.request.key != key)
+
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting or self._refused)
+
+    def step(self) -> StepResult:
+        begin = time.monotonic()
+        outputs, self._refused = self._refused, []
+        self._admit()
+        decoding = [sequence for sequence in self._running.values() if not sequence.to_prefill]
+        prefilled, finished_prefill = self._prefill(max(0, self._budget - len(decoding)))
+        decoding += finished_prefill
+        for sequence in decoding:
+            outputs.append(self._emit(sequence))
+        if prefilled or decoding:
+            left_s = self._costs.seconds(prefilled, len(decoding)) - (time.monotonic() - begin)
+            if left_s > 0:
+                time.sleep(left_s)
+        return StepResult(outputs, prefilled, len(decoding))
+
+    def load(self) -> Load:
+        prefill = sum(sequence.to_prefill for sequence in self._running.values())
+        prefill += sum(sequence.to_prefill for sequence in self._waiting)
+        kv_used = sum(sequence.kv for sequence in self._running.values())
+        return Load(len(self._waiting), len(self._running), self._slots, prefill, kv_used, self._kv_total)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < self._slots:
+            first = self._waiting[0]
+            if self._kv_reserved + first.kv_reserved > self._kv_total:
+                return
+            self._kv_reserved += first.kv_reserved
+            self._running[first.request.key] = self._waiting.popleft()
+
+    def _prefill(self, budget: int) -> tuple[int, list[_Sequence]]:
+        """Compute prompt tokens up to `budget`; returns how many, and which prompts are now whole."""
+        done = 0
+        whole: list[_Sequence] = []
+        for sequence in self._running.values():
+            if done >= budget:
+                break
+            if sequence.to_prefill:
+                chunk = min(sequence.to_prefill, budget - done)
+                sequence.to_prefill -= chunk
+                done += chunk
+                if not sequence.to_prefill:
+                    whole.append(sequence)
+        return done, whole
+
+    def _emit(self, sequence: _Sequence) -> StepOutput:
+        request = sequence.request
+        text = word(sequence.made)
+        sequence.made += 1
+        finished = sequence.made >= request.params.max_tokens
+        if finished:
+            self._kv_reserved -= sequence.kv_reserved
+            del self._running[request.key]
+        return StepOutput(request.key, [sequence.made % VOCABULARY], text, "length" if finished else None)
+
+
+class ByteTokenizer:
+    """One token a byte: no vocabulary, and a prompt's length in tokens is its length in bytes."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.max_model_len = settings.max_model_len or DEFAULT_MAX_MODEL_LEN
+        self.vocabulary_size = VOCABULARY
+        self.model_name = "timed"
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+    ) -> str:
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return "".join(lines) + ("assistant:" if add_generation_prompt else "")
+
+
+def word(index: int) -> str:
+    """The text of the token at `index` of every answer."""
+    return f" {index}"
+
+
+def read_costs(options: Mapping[str, str]) -> CostModel:
+    """The cost model that the options ask for. Raises EngineError naming the option."""
+    values: dict[str, float] = {}
+    for name, text in options.items():
+        if name not in CostModel.__struct_fields__:
+            known = ", ".join(CostModel.__struct_fields__)
+            raise EngineError(f"--engine-option {name}: unknown; the timed engine has {known}")
+        try:
+            values[name] = float(text)
+        except ValueError:
+            raise EngineError(f"--engine-option {name}: {text!r} is no number") from None
+        if not 0 <= values[name] < 1e9:
+            raise EngineError(f"--engine-option {name}: must be 0 or more")
+    return CostModel(**values)

@@ -1,0 +1,1 @@
+"""Pure machines: no sockets, no clock, no asyncio, no randomness of their own."""

@@ -1,0 +1,123 @@
+"""The coordinator's board of loads, and when to publish it.
+
+Publishing has a deadline that no input delays: the first change after a quiet time goes out at once,
+later ones one interval after the last view, and without any change a view goes out every few seconds.
+In lockstep a view waits a few milliseconds at most for the ranks that have not reported the same step
+yet, so that it holds one step's loads: the ranks report within microseconds of one another, and a view
+of half a step shows differences between ranks that are not there.
+"""
+
+from __future__ import annotations
+
+from paceline.protocol.load import Ledger
+from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
+
+HEARTBEAT_S = 4.0
+STEP_WAIT_S = 0.003
+
+
+class Board:
+    """The latest report of every rank, and the sends that no report holds yet."""
+
+    def __init__(self) -> None:
+        self._reports: dict[int, RankReport] = {}
+        self._ledgers: dict[tuple[int, int, int], Ledger] = {}
+
+    def report(self, report: RankReport) -> bool:
+        """Take in a report. Returns whether it counts: a rank's step never goes back."""
+        before = self._reports.get(report.rank)
+        if before is not None and before.incarnation == report.incarnation and report.step < before.step:
+            return False
+        self._reports[report.rank] = report
+        for front_end, taken in report.taken.items():
+            ledger = self._ledgers.get((front_end, report.rank, report.incarnation))
+            if ledger is not None:
+                ledger.reported(taken)
+        return True
+
+    def sent(self, front_end: int, send: Send) -> None:
+        """A front-end said that it sent a request to a rank."""
+        key = (front_end, send.rank, send.incarnation)
+        ledger = self._ledgers.get(key)
+        if ledger is None:
+            ledger = self._ledgers[key] = Ledger()
+            report = self._reports.get(send.rank)
+            if report is not None and report.incarnation == send.incarnation:
+                ledger.reported(report.taken.get(front_end, 0))
+        ledger.sent(send.number, send.tokens)
+
+    def forget_rank(self, rank: int) -> None:
+        """The rank is gone or has begun a new life."""
+        self._reports.pop(rank, None)
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[1] != rank}
+
+    def forget_front_end(self, front_end: int) -> None:
+        """The front-end is gone; what it had on the wire is no longer known."""
+        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0] != front_end}
+
+    def views(self, members: list[Member]) -> list[RankView]:
+        """The published view of the ready ranks, in order of their numbers."""
+        on_the_wire: dict[int, list[OnTheWire]] = {}
+        for (front_end, rank, _), ledger in self._ledgers.items():
+            if ledger.requests:
+                entry = OnTheWire(front_end, ledger.last, ledger.requests, ledger.tokens)
+                on_the_wire.setdefault(rank, []).append(entry)
+        return [self._view(member, on_the_wire.get(member.rank, [])) for member in members]
+
+    def one_step(self, members: list[Member]) -> bool:
+        """Whether all ready ranks have reported the same step."""
+        steps = {self._reports[member.rank].step for member in members if member.rank in self._reports}
+        return len(steps) <= 1
+
+    def _view(self, member: Member, on_the_wire: list[OnTheWire]) -> RankView:
+        report = self._reports.get(member.rank)
+        if report is None or report.incarnation != member.incarnation:
+            return RankView(member.rank, member.incarnation, 0, Load(), {}, on_the_wire)
+        return RankView(member.rank, member.incarnation, report.step, report.load, report.taken, on_the_wire)
+
+
+class PublishClock:
+    """When the next view is due."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._last = float("-inf")
+        self._changed_at: float | None = None
+        self._hold_until: float | None = None
+
+    def changed(self, now: float) -> None:
+        """Something that a view shows has changed."""
+        if self._changed_at is None:
+            self._changed_at = now
+
+    def published(self, now: float) -> None:
+        """A view went out."""
+        self._last = now
+        self._changed_at = None
+        self._hold_until = None
+
+    @property
+    def has_change(self) -> bool:
+        """Whether anything changed since the last view; if not, what is due is the heartbeat."""
+        return self._changed_at is not None
+
+    def due(self, now: float) -> bool:
+        """Whether a view may go out now."""
+        return now >= self._plain_due()
+
+    def hold(self, now: float) -> bool:
+        """Whether a view that is due but holds half a step waits for the other half."""
+        if self._changed_at is None:
+            return False
+        if self._hold_until is None:
+            self._hold_until = now + STEP_WAIT_S
+        return now < self._hold_until
+
+    def deadline(self) -> float:
+        """When to ask again."""
+        return self._hold_until if self._hold_until is not None else self._plain_due()
+
+    def _plain_due(self) -> float:
+        if self._changed_at is None:
+            return self._last + HEARTBEAT_S
+        return max(self._changed_at, self._last + self._interval_s)

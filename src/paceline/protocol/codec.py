@@ -1,0 +1,155 @@
+"""Bytes to messages and back. Sizes, shapes and versions are checked here and nowhere else.
+
+Decoding is typed by direction: what is not a message of that direction is a `BadMessage` with a short,
+countable kind, never another exception. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Generic, TypeVar
+
+import msgspec
+
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    AddRequest,
+    FromFrontEnd,
+    FromFrontEndToRank,
+    FromRank,
+    RankReport,
+    ToFrontEnd,
+    ToFrontEndFromRank,
+    ToRank,
+)
+from paceline.protocol.sampling import Message
+
+MAX_CONTROL_BYTES = 4 * 1024 * 1024
+"""Largest message to or from the coordinator: a view of 1,024 ranks and 64 front-ends fits twice."""
+
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+"""Largest message between a front-end and a rank: a prompt of ten million tokens fits."""
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class BadMessage(Exception):
+    """A frame that is not a message of its direction. `kind` is one of a few words, to count by."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+
+
+def encode(message: Message) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+class Decoder(Generic[T]):
+    """Frames of one direction to messages.
+
+    `decode` raises BadMessage of kind `too-large`, `malformed`, `version` or `value`.
+    """
+
+    def __init__(self, union: object, max_bytes: int) -> None:
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+        self._max_bytes = max_bytes
+
+    def decode(self, frame: bytes | memoryview) -> T:
+        if len(frame) > self._max_bytes:
+            raise BadMessage("too-large", f"{len(frame)} bytes, the limit is {self._max_bytes}")
+        try:
+            message = self._decoder.decode(frame)
+        # A hostile frame can nest deeper than the decoder will follow, and text may be no UTF-8.
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise BadMessage("malformed", str(error)) from None
+        version = getattr(message, "version", PROTOCOL_VERSION)
+        if version != PROTOCOL_VERSION:
+            raise BadMessage("version", f"protocol version {version}, this side speaks {PROTOCOL_VERSION}")
+        _check_values(message)
+        return message
+
+
+def _check_values(message: object) -> None:
+    """Refuse the numbers that a range in a type lets through: not-a-number and the infinities."""
+    floats: tuple[float, ...]
+    if isinstance(message, RankReport):
+        floats = (message.load.prefill_rate, message.load.decode_rate)
+    elif isinstance(message, AddRequest):
+        params = message.params
+        floats = (
+            params.temperature, params.top_p, params.min_p, params.frequency_penalty, params.presence_penalty,
+            params.repetition_penalty, *params.logit_bias.values(),
+        )  # fmt: skip
+    else:
+        return
+    if not all(map(math.isfinite, floats)):
+        raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
+
+
+def from_rank() -> Decoder[FromRank]:
+    """What the coordinator reads from ranks."""
+    return Decoder(FromRank, MAX_CONTROL_BYTES)
+
+
+def to_rank() -> Decoder[ToRank]:
+    """What a rank reads from the coordinator."""
+    return Decoder(ToRank, MAX_CONTROL_BYTES)
+
+
+def from_front_end() -> Decoder[FromFrontEnd]:
+    """What the coordinator reads from front-ends."""
+    return Decoder(FromFrontEnd, MAX_CONTROL_BYTES)
+
+
+def to_front_end() -> Decoder[ToFrontEnd]:
+    """What a front-end reads from the coordinator."""
+    return Decoder(ToFrontEnd, MAX_CONTROL_BYTES)
+
+
+def request() -> Decoder[FromFrontEndToRank]:
+    """What a rank reads from front-ends."""
+    return Decoder(FromFrontEndToRank, MAX_REQUEST_BYTES)
+
+
+def outputs() -> Decoder[ToFrontEndFromRank]:
+    """What a front-end reads from ranks."""
+    return Decoder(ToFrontEndFromRank, MAX_REQUEST_BYTES)
+
+
+# Presence: a subscriber also subscribes to a topic that names it. No message starts with these bytes
+# (a message is a msgpack array), so nothing is ever delivered on it; but the publisher is told when it
+# appears and, by the connection's end, when it goes. That costs no heartbeat and no message.
+
+FRONT_END_TOPIC = b"\xff"
+RANK_TOPIC = b"\xfe"
+
+
+def front_end_topic(front_end: int) -> bytes:
+    """The presence topic of a front-end."""
+    return FRONT_END_TOPIC + front_end.to_bytes(8, "little")
+
+
+def rank_topic(rank: int, incarnation: int) -> bytes:
+    """The presence topic of one life of a rank."""
+    return RANK_TOPIC + rank.to_bytes(2, "little") + incarnation.to_bytes(8, "little")
+
+
+def read_front_end_topic(topic: bytes) -> int | None:
+    """The front-end that a topic names, or None where it names none."""
+    if len(topic) != 9 or topic[:1] != FRONT_END_TOPIC:
+        return None
+    front_end = int.from_bytes(topic[1:], "little")
+    return front_end if front_end < 2**63 else None
+
+
+def read_rank_topic(topic: bytes) -> tuple[int, int] | None:
+    """The rank and incarnation that a topic names, or None."""
+    if len(topic) != 11 or topic[:1] != RANK_TOPIC:
+        return None
+    incarnation = int.from_bytes(topic[3:], "little")
+    return (int.from_bytes(topic[1:3], "little"), incarnation) if incarnation < 2**63 else None

@@ -1,0 +1,272 @@
+"""The coordinator's machine: who is there, who is loaded, and whether the ranks run.
+
+    effects = coordinator.handle(event, now)
+
+Events are what sockets brought (already decoded) and the passing of time. After every call, arrange for
+a `Tick` at `coordinator.deadline` at the latest. All state is soft: what is lost with the process comes
+back from what ranks and front-ends say when they are asked, so there is nothing to save or restore.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from paceline.protocol.board import Board, PublishClock
+from paceline.protocol.membership import Membership
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Admit,
+    FromFrontEnd,
+    FromRank,
+    FrontEndHello,
+    FrontEndLeaving,
+    Identify,
+    LoadView,
+    Members,
+    RankHello,
+    RankLeaving,
+    RankReport,
+    SendNotice,
+    StartDPWave,
+    StartWave,
+    ToFrontEnd,
+    ToRank,
+    WakeNotice,
+    WaveComplete,
+)
+from paceline.protocol.wave import GroupWave
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class Tick(Struct, frozen=True):
+    """Time has passed."""
+
+
+class RankSaid(Struct, frozen=True):
+    """A message from a rank."""
+
+    message: FromRank
+
+
+class FrontEndSaid(Struct, frozen=True):
+    """A message from a front-end."""
+
+    message: FromFrontEnd
+
+
+class RankSubscribed(Struct, frozen=True):
+    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
+
+
+class FrontEndSubscribed(Struct, frozen=True):
+    """Likewise a front-end's."""
+
+
+class FrontEndGone(Struct, frozen=True):
+    """A front-end's connection has ended."""
+
+    front_end: int
+
+
+Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
+
+# Effects --------------------------------------------------------------------------------------
+
+
+class ToRanks(Struct, frozen=True):
+    """Broadcast to all ranks."""
+
+    message: ToRank
+
+
+class ToFrontEnds(Struct, frozen=True):
+    """Broadcast to all front-ends."""
+
+    message: ToFrontEnd
+
+
+class Note(Struct, frozen=True):
+    """Something for the log that an operator wants to read."""
+
+    text: str
+
+
+Effect = ToRanks | ToFrontEnds | Note
+
+
+class Coordinator:
+    """One life of the coordinator.
+
+    `engine_count`: ranks in the deployment. `identity`: this life's own number.
+    `interval_s`: least time between two load views; 0 publishes every change.
+    `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
+    carry the wave and no loads.
+    """
+
+    def __init__(
+        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True
+    ) -> None:
+        self.identity = identity
+        self.lockstep = lockstep
+        self._publish_loads = publish_loads
+        self._membership = Membership(engine_count)
+        self._group = GroupWave()
+        self._board = Board()
+        self._clock = PublishClock(interval_s)
+        self._view_number = 0
+        self._dropped = 0
+        self._members_due = True
+        self._front_ends: set[int] = set()
+        self._published_state: tuple[int, bool] = (0, False)
+
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, at the latest."""
+        wake = self._group.wake_due
+        deadline = self._clock.deadline()
+        return deadline if wake is None else min(wake, deadline)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to send, in order."""
+        effects: list[Effect] = []
+        match event:
+            case RankSaid(message):
+                self._on_rank(message, now, effects)
+            case FrontEndSaid(message):
+                self._on_front_end(message, now)
+            case RankSubscribed():
+                effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+            case FrontEndSubscribed():
+                self._members_changed(now)
+            case FrontEndGone(front_end):
+                self._forget_front_end(front_end, now)
+            case Tick():
+                pass
+        self._wake(now, effects)
+        self._publish(now, effects)
+        return effects
+
+    def statistics(self) -> dict[str, object]:
+        """What this machine knows, for `/health`, metrics and tests."""
+        return {
+            "wave": self._group.wave,
+            "running": self._group.running,
+            "ready": [member.rank for member in self._membership.members()],
+            "missing": self._membership.missing(),
+            "lagging": self._group.lagging(),
+            "front_ends": len(self._front_ends),
+            "views_published": self._view_number,
+            "void_messages": self._dropped,
+        }
+
+    # Ranks ------------------------------------------------------------------------------------
+
+    def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:
+        if isinstance(message, RankHello):
+            self._on_hello(message, now, effects)
+            return
+        if not self._membership.is_current(message.rank, message.incarnation):
+            self._dropped += 1
+            return
+        match message:
+            case RankReport():
+                self._on_report(message, now)
+            case StartWave(rank, _, wave) if self.lockstep:
+                self._group.started(rank, wave, now)
+            case WaveComplete(rank, _, wave) if self.lockstep:
+                self._group.observe(rank, wave + 1, False, now)
+            case RankLeaving(rank, incarnation):
+                self._membership.leave(rank, incarnation)
+                self._forget_rank(rank, now)
+                effects.append(Note(f"rank {rank} has left"))
+            case _:
+                self._dropped += 1
+
+    def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
+        if hello.rank >= self._membership.size:
+            self._dropped += 1
+            effects.append(Note(f"rank {hello.rank} is not of this deployment of {self._membership.size}"))
+            return
+        if not self._membership.is_current(hello.rank, hello.incarnation):
+            self._forget_rank(hello.rank, now)
+        was_ready = self._membership.is_ready(hello.rank)
+        if not self._membership.hello(hello.rank, hello.incarnation, hello.address, hello.ready):
+            self._dropped += 1
+            return
+        if self._membership.is_ready(hello.rank):
+            if self.lockstep:
+                self._group.joined(hello.rank, now)
+                self._group.observe(hello.rank, hello.wave, hello.running, now)
+            if not was_ready:
+                effects.append(Note(f"rank {hello.rank} is ready"))
+                self._members_changed(now)
+        else:
+            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._group.wave)))
+
+    def _on_report(self, report: RankReport, now: float) -> None:
+        if not self._board.report(report):
+            self._dropped += 1
+            return
+        if self.lockstep:
+            self._group.observe(report.rank, report.wave, report.running, now)
+        if self._publish_loads:
+            self._clock.changed(now)
+
+    def _forget_rank(self, rank: int, now: float) -> None:
+        self._board.forget_rank(rank)
+        self._group.forget(rank, now)
+        self._members_changed(now)
+
+    def _members_changed(self, now: float) -> None:
+        self._members_due = True
+        self._clock.changed(now)
+
+    # Front-ends -------------------------------------------------------------------------------
+
+    def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
+        match message:
+            case FrontEndHello(_, front_end):
+                self._front_ends.add(front_end)
+                self._members_changed(now)
+            case WakeNotice(_, rank, wave):
+                if self.lockstep:
+                    self._group.noticed(rank, wave, now)
+            case SendNotice(front_end, sends):
+                for send in sends:
+                    if self._membership.is_current(send.rank, send.incarnation):
+                        self._board.sent(front_end, send)
+                        self._clock.changed(now)
+            case FrontEndLeaving(front_end):
+                self._forget_front_end(front_end, now)
+
+    def _forget_front_end(self, front_end: int, now: float) -> None:
+        self._front_ends.discard(front_end)
+        self._board.forget_front_end(front_end)
+        self._clock.changed(now)
+
+    # What is due ------------------------------------------------------------------------------
+
+    def _wake(self, now: float, effects: list[Effect]) -> None:
+        wake: StartDPWave | None = self._group.wake(now)
+        if wake is not None:
+            effects.append(ToRanks(wake))
+
+    def _publish(self, now: float, effects: list[Effect]) -> None:
+        state = (self._group.wave, self._group.running)
+        # A change of the wave or of running is what front-ends act on: it does not wait.
+        if not self._members_due and state == self._published_state:
+            if not self._clock.due(now):
+                return
+            if self.lockstep and not self._board.one_step(self._membership.members()) and self._clock.hold(now):
+                return
+        members = self._membership.members()
+        if self._members_due or not self._clock.has_change:
+            missing, ended = self._membership.missing(), self._membership.ended()
+            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state, members, missing, ended)))
+        self._members_due = False
+        self._published_state = state
+        self._view_number += 1
+        ranks = self._board.views(members) if self._publish_loads else None
+        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state, ranks)))
+        self._clock.published(now)

@@ -1,0 +1,300 @@
+"""A front-end's machine: what it has sent, what is in flight, and whom to wake.
+
+    effects = front_end.handle(event, now)
+
+The shell owns sockets and HTTP; this machine decides to whom a request goes, numbers it, tells the
+coordinator where the ranks are paused, and drops what comes from a life of a rank that is over. Tokens
+of a whole step pass through in one event; only endings change state here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from paceline.protocol.frontend_events import (
+    Abandon,
+    Connect,
+    Connected,
+    CoordinatorSaid,
+    Deliver,
+    Disconnect,
+    Effect,
+    Event,
+    Placed,
+    RankSaid,
+    Refuse,
+    Submit,
+    ToCoordinator,
+    ToRank,
+)
+from paceline.protocol.load import Ledger, believed, waiting_for_a_slot
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    AddRequest,
+    FrontEndHello,
+    Load,
+    LoadView,
+    Members,
+    Outputs,
+    RankView,
+    Send,
+    SendNotice,
+    WakeNotice,
+)
+from paceline.protocol.routing import Candidate, Policy
+
+
+class _Link:
+    """One life of one rank, as this front-end knows it."""
+
+    __slots__ = (
+        "in_flight",
+        "incarnation",
+        "ledger",
+        "load",
+        "rank",
+        "sent_tokens",
+        "step",
+        "view_last",
+        "view_tokens",
+        "wire_requests",
+        "wire_tokens",
+    )  # fmt: skip
+
+    def __init__(self, rank: int, incarnation: int) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.load = Load()
+        self.step = -1
+        self.ledger = Ledger()
+        self.in_flight: set[int] = set()
+        # What the other front-ends have on the wire, by the latest view.
+        self.wire_requests = 0
+        self.wire_tokens = 0
+        # This front-end's sends, all and as of the latest view: the difference is since the view.
+        self.sent_tokens = 0
+        self.view_last = 0
+        self.view_tokens = 0
+
+    def believed(self) -> Load:
+        """What the rank has, plus what is on the wire from this front-end."""
+        return believed(self.load, self.ledger.requests, self.ledger.tokens)
+
+    def candidate(self) -> Candidate:
+        load, ledger = self.load, self.ledger
+        return Candidate(
+            self.rank,
+            load.waiting + load.running + ledger.requests + self.wire_requests,
+            load.prefill_tokens + ledger.tokens + self.wire_tokens,
+            len(self.in_flight),
+            ledger.last - self.view_last,
+            self.sent_tokens - self.view_tokens,
+            load.finished,
+        )
+
+
+class FrontEnd:
+    """One life of one front-end.
+
+    `identity`: this life's number. `policy`: routing. `ranks`: the ranks it balances over, None for all
+    (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
+    all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
+    and are told of this one's sends.
+    """
+
+    def __init__(
+        self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
+        share_sends: bool = False, lockstep: bool = False,
+    ) -> None:  # fmt: skip
+        self.identity = identity
+        self.wave = 0
+        self.running = False
+        self.missing: list[int] = []
+        self._policy = policy
+        self._ranks = ranks
+        self._max_waiting = max_waiting
+        self._share_sends = share_sends
+        self._lockstep = lockstep
+        self._links: dict[int, _Link] = {}
+        self._placed: dict[int, _Link] = {}
+        self._coordinator = -1
+        self._view_number = 0
+        self._void = 0
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to do, in order."""
+        match event:
+            case RankSaid(message):
+                return self._on_outputs(message)
+            case Submit():
+                return self._on_submit(event)
+            case Abandon(requests):
+                return self._on_abandon(requests)
+            case CoordinatorSaid(LoadView() as view):
+                self._on_view(view)
+                return []
+            case CoordinatorSaid(Members() as members):
+                return self._on_members(members)
+            case Connected():
+                return [ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity))]
+        raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
+
+    # What the machine knows ---------------------------------------------------------------------
+
+    def ready_ranks(self) -> list[int]:
+        """The ranks that requests can go to."""
+        return sorted(self._links)
+
+    def in_flight(self) -> int:
+        """Requests sent and not finished."""
+        return len(self._placed)
+
+    def believed(self, rank: int) -> Load:
+        """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
+        return self._links[rank].believed()
+
+    def waiting(self) -> int:
+        """Requests believed to wait for a slot, over this front-end's ranks."""
+        return sum(waiting_for_a_slot(link.believed()) for link in self._links.values())
+
+    def statistics(self) -> dict[str, object]:
+        """For `/health`, metrics and tests."""
+        return {
+            "wave": self.wave,
+            "running": self.running,
+            "ready": self.ready_ranks(),
+            "missing": self.missing,
+            "in_flight": self.in_flight(),
+            "waiting": self.waiting(),
+            "void_messages": self._void,
+        }
+
+    # Requests -----------------------------------------------------------------------------------
+
+    def _on_submit(self, submit: Submit) -> list[Effect]:
+        refusal = self._refusal(submit)
+        if refusal is not None:
+            return [refusal]
+        tokens = len(submit.prompt_token_ids)
+        rank = submit.rank if submit.rank is not None else self._choose(tokens)
+        link = self._links[rank]
+        number = link.ledger.last + 1
+        link.ledger.sent(number, tokens)
+        link.sent_tokens += tokens
+        link.in_flight.add(submit.request)
+        self._placed[submit.request] = link
+        add = AddRequest(
+            submit.request, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority
+        )
+        effects: list[Effect] = [ToRank(rank, add), Placed(submit.request, rank)]
+        if self._lockstep and not self.running:
+            effects.append(ToCoordinator(WakeNotice(self.identity, rank, self.wave)))
+        if self._share_sends:
+            effects.append(ToCoordinator(SendNotice(self.identity, [Send(rank, link.incarnation, number, tokens)])))
+        return effects
+
+    def _refusal(self, submit: Submit) -> Refuse | None:
+        if submit.rank is not None and submit.rank not in self._links:
+            known = ", ".join(map(str, self.ready_ranks())) or "none"
+            text = f"rank {submit.rank} is not served here; ready ranks: {known}"
+            return Refuse(submit.request, "unknown-rank", text)
+        if not self._links:
+            return Refuse(submit.request, "no-rank", "no rank is ready")
+        if self._max_waiting is not None and self.waiting() >= self._max_waiting:
+            return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already")
+        return None
+
+    def _choose(self, tokens: int) -> int:
+        candidates = [link.candidate() for _, link in sorted(self._links.items())]
+        return self._policy.choose(candidates, tokens)
+
+    def _on_abandon(self, requests: Sequence[int]) -> list[Effect]:
+        by_rank: dict[int, list[int]] = {}
+        for request in requests:
+            link = self._placed.pop(request, None)
+            if link is not None:
+                link.in_flight.discard(request)
+                by_rank.setdefault(link.rank, []).append(request)
+        return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
+
+    def _on_outputs(self, message: Outputs) -> list[Effect]:
+        link = self._links.get(message.rank)
+        if link is None or link.incarnation != message.incarnation:
+            self._void += 1
+            return []
+        placed = self._placed
+        outputs = message.outputs
+        # Outputs of an abandoned request may still be on their way; nobody waits for them.
+        if not all(output.request in placed for output in outputs):
+            outputs = [output for output in outputs if output.request in placed]
+        for output in outputs:
+            if output.finish_reason is not None:
+                placed.pop(output.request, None)
+                link.in_flight.discard(output.request)
+        return [Deliver(outputs)] if outputs else []
+
+    # The coordinator ----------------------------------------------------------------------------
+
+    def _on_members(self, message: Members) -> list[Effect]:
+        self._coordinator_is(message.coordinator)
+        self._wave_is(message.wave, message.running)
+        self.missing = [rank for rank in message.missing if self._serves(rank)]
+        effects: list[Effect] = []
+        members = {member.rank: member for member in message.members if self._serves(member.rank)}
+        for rank, link in list(self._links.items()):
+            member = members.get(rank)
+            # A coordinator that has just come back does not know all ranks yet, so a rank that it does
+            # not name is not lost: only a new life, or its word that this one has ended, ends a link.
+            ended = (rank, link.incarnation) in message.ended
+            if ended or (member is not None and member.incarnation != link.incarnation):
+                effects += self._lose(link)
+        for rank, member in members.items():
+            if rank not in self._links:
+                self._links[rank] = _Link(rank, member.incarnation)
+                effects.append(Connect(member))
+        return effects
+
+    def _lose(self, link: _Link) -> list[Effect]:
+        del self._links[link.rank]
+        effects: list[Effect] = [Disconnect(link.rank)]
+        for request in sorted(link.in_flight):
+            del self._placed[request]
+            effects.append(Refuse(request, "rank-lost", f"rank {link.rank} ended while it served this request"))
+        return effects
+
+    def _on_view(self, view: LoadView) -> None:
+        self._coordinator_is(view.coordinator)
+        if view.number <= self._view_number:
+            self._void += 1
+            return
+        self._view_number = view.number
+        self._wave_is(view.wave, view.running)
+        for entry in view.ranks or ():
+            link = self._links.get(entry.rank)
+            if link is not None and link.incarnation == entry.incarnation:
+                self._take_view(link, entry)
+
+    def _take_view(self, link: _Link, entry: RankView) -> None:
+        if entry.step < link.step:
+            return
+        link.step = entry.step
+        link.load = entry.load
+        link.ledger.reported(entry.taken.get(self.identity, 0))
+        link.wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
+        link.wire_tokens = sum(wire.tokens for wire in entry.on_the_wire if wire.front_end != self.identity)
+        link.view_last = link.ledger.last
+        link.view_tokens = link.sent_tokens
+
+    def _coordinator_is(self, coordinator: int) -> None:
+        if coordinator != self._coordinator:
+            self._coordinator = coordinator
+            self._view_number = 0
+
+    def _wave_is(self, wave: int, running: bool) -> None:
+        if wave >= self.wave:
+            self.wave = wave
+            self.running = running
+
+    def _serves(self, rank: int) -> bool:
+        return self._ranks is None or rank in self._ranks

@@ -1,0 +1,108 @@
+"""What happens to a front-end's machine, and what it asks its shell to do (`frontend.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from paceline.protocol.messages import (
+    FromFrontEnd,
+    FromFrontEndToRank,
+    Member,
+    Output,
+    Outputs,
+    ToFrontEnd,
+)
+from paceline.protocol.sampling import SamplingParams
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class Submit(Struct, frozen=True, gc=False):
+    """A client's request. `request`: a number not used before. `rank`: the rank it names, if any."""
+
+    request: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    rank: int | None = None
+    priority: int = 0
+
+
+class Abandon(Struct, frozen=True):
+    """The clients of these requests have gone."""
+
+    requests: Sequence[int]
+
+
+class CoordinatorSaid(Struct, frozen=True):
+    """A message from the coordinator."""
+
+    message: ToFrontEnd
+
+
+class RankSaid(Struct, frozen=True, gc=False):
+    """All that one step of a rank made for this front-end."""
+
+    message: Outputs
+
+
+class Connected(Struct, frozen=True):
+    """The connection to the coordinator has come up."""
+
+
+Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected
+
+# Effects --------------------------------------------------------------------------------------
+
+RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "rank-lost"]
+
+
+class Connect(Struct, frozen=True):
+    """Open a connection to this life of a rank."""
+
+    member: Member
+
+
+class Disconnect(Struct, frozen=True):
+    """Close the connection to a rank."""
+
+    rank: int
+
+
+class ToRank(Struct, frozen=True, gc=False):
+    """Send to a connected rank."""
+
+    rank: int
+    message: FromFrontEndToRank
+
+
+class ToCoordinator(Struct, frozen=True):
+    """Send to the coordinator."""
+
+    message: FromFrontEnd
+
+
+class Placed(Struct, frozen=True):
+    """The request went to this rank."""
+
+    request: int
+    rank: int
+
+
+class Deliver(Struct, frozen=True, gc=False):
+    """Hand these outputs to their clients."""
+
+    outputs: list[Output]
+
+
+class Refuse(Struct, frozen=True):
+    """The request cannot be served; the client is told why."""
+
+    request: int
+    reason: RefusalReason
+    text: str
+
+
+Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse

@@ -1,0 +1,131 @@
+"""Which ranks there are, in the coordinator's eyes: joining, ready, gone.
+
+The coordinator starts none of them and may itself have just come back empty, so all it knows is what
+ranks say. Three things make that safe:
+
+- Only a RankHello introduces a new life of a rank; any other message from a life that is not the
+  current one is void.
+- A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
+  compared for equality only: clocks jump, so a larger one need not be the newer one.
+- A rank becomes ready by saying so, after it was told the wave.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+from msgspec import Struct
+
+from paceline.protocol.messages import Member
+
+RETIRED_KEPT = 16
+
+
+class RankState(Enum):
+    """A rank's place in the deployment."""
+
+    ABSENT = "absent"
+    JOINING = "joining"
+    READY = "ready"
+    GONE = "gone"
+
+
+class Said(Enum):
+    """What a rank, or the end of its connection, says about its place."""
+
+    HELLO = "hello"
+    HELLO_READY = "hello, ready"
+    LEAVING = "leaving"
+
+
+TRANSITIONS: dict[tuple[RankState, Said], RankState] = {
+    (RankState.ABSENT, Said.HELLO): RankState.JOINING,
+    (RankState.ABSENT, Said.HELLO_READY): RankState.READY,
+    (RankState.JOINING, Said.HELLO): RankState.JOINING,
+    (RankState.JOINING, Said.HELLO_READY): RankState.READY,
+    (RankState.JOINING, Said.LEAVING): RankState.GONE,
+    # A hello from before the rank was ready, that was overtaken by nothing but arrives after a
+    # coordinator asked twice: the rank stays what it has become.
+    (RankState.READY, Said.HELLO): RankState.READY,
+    (RankState.READY, Said.HELLO_READY): RankState.READY,
+    (RankState.READY, Said.LEAVING): RankState.GONE,
+    (RankState.GONE, Said.HELLO): RankState.JOINING,
+    (RankState.GONE, Said.HELLO_READY): RankState.READY,
+}
+"""(state, what is said) to state, for the current life; a new life starts from ABSENT."""
+
+
+class RankEntry(Struct):
+    """One rank: the life that is current, where it is reached, and its place."""
+
+    rank: int
+    incarnation: int
+    address: str
+    state: RankState
+
+
+class Membership:
+    """The register of ranks, part of the coordinator's machine."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._entries: dict[int, RankEntry] = {}
+        self._retired: dict[int, deque[int]] = {}
+        self._members: list[Member] | None = None
+
+    def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
+        """A rank said hello. Returns whether it counts; a retired life's does not."""
+        if incarnation in self._retired.get(rank, ()):
+            return False
+        entry = self._entries.get(rank)
+        if entry is not None and entry.incarnation != incarnation:
+            self._retire(entry)
+            entry = None
+        state = entry.state if entry else RankState.ABSENT
+        said = Said.HELLO_READY if ready else Said.HELLO
+        self._entries[rank] = RankEntry(rank, incarnation, address, TRANSITIONS[state, said])
+        self._members = None
+        return True
+
+    def leave(self, rank: int, incarnation: int) -> bool:
+        """A life of a rank has ended. Returns whether it was the current one."""
+        entry = self._entries.get(rank)
+        if entry is None or entry.incarnation != incarnation or entry.state is RankState.GONE:
+            return False
+        entry.state = TRANSITIONS[entry.state, Said.LEAVING]
+        self._retire(entry)
+        self._members = None
+        return True
+
+    def is_current(self, rank: int, incarnation: int) -> bool:
+        """Whether a message from this life of the rank counts."""
+        entry = self._entries.get(rank)
+        return entry is not None and entry.incarnation == incarnation and entry.state is not RankState.GONE
+
+    def is_ready(self, rank: int) -> bool:
+        """Whether the rank takes requests."""
+        entry = self._entries.get(rank)
+        return entry is not None and entry.state is RankState.READY
+
+    def members(self) -> list[Member]:
+        """The ready ranks in order of their numbers."""
+        if self._members is None:
+            self._members = [
+                Member(entry.rank, entry.incarnation, entry.address)
+                for _, entry in sorted(self._entries.items())
+                if entry.state is RankState.READY
+            ]
+        return self._members
+
+    def missing(self) -> list[int]:
+        """Ranks of the deployment that are not ready."""
+        return [rank for rank in range(self.size) if not self.is_ready(rank)]
+
+    def ended(self) -> list[tuple[int, int]]:
+        """Ranks that have left and not come back, with the life that ended."""
+        gone = (entry for entry in self._entries.values() if entry.state is RankState.GONE)
+        return [(entry.rank, entry.incarnation) for entry in gone]
+
+    def _retire(self, entry: RankEntry) -> None:
+        self._retired.setdefault(entry.rank, deque(maxlen=RETIRED_KEPT)).append(entry.incarnation)

@@ -1,0 +1,334 @@
+"""Every message that crosses a socket, one tagged union per direction.
+
+There are four directions, and each has its own union, so a decoder for one link cannot be talked
+into accepting a message of another. On the wire a message is one frame: a msgpack array whose first
+element is the tag (`codec.py`; `docs/PROTOCOL.md` is generated from this file).
+
+A field may be appended to a message, with a default: old readers ignore it, new readers fill it in.
+Nothing else about a message may change without a new `PROTOCOL_VERSION`.
+
+Three identities appear throughout:
+
+- `rank`: the rank's number in the whole deployment.
+- `incarnation`: one life of one process, a number that its predecessor did not have.
+- `front_end`: one life of one front-end. It is also, as 8 little-endian bytes, the front-end's
+  ZeroMQ routing id towards the ranks, so a rank never has to be told who sent something.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from paceline.protocol.sampling import (
+    Address,
+    Count,
+    FinishReason,
+    Identity,
+    Message,
+    PositionLogprobs,
+    RankNumber,
+    SamplingParams,
+    TokenId,
+    Wave,
+)
+
+PROTOCOL_VERSION = 1
+
+# What a rank has queued ---------------------------------------------------------------------
+
+
+class Load(Message, frozen=True):
+    """What a rank has queued, and how fast it works it off.
+
+    `waiting`, `running`: requests. `slots`: how many can run at once. `prefill_tokens`: prompt
+    tokens not yet computed, of waiting and running requests. `kv_used`, `kv_total`: tokens.
+    `prefill_rate`, `decode_rate`: tokens a second, the rank's own moving averages, 0 until known.
+    `finished`: requests this incarnation has ended, however they ended.
+    """
+
+    waiting: Count = 0
+    running: Count = 0
+    slots: Count = 1
+    prefill_tokens: Count = 0
+    kv_used: Count = 0
+    kv_total: Count = 0
+    prefill_rate: Annotated[float, Meta(ge=0)] = 0.0
+    decode_rate: Annotated[float, Meta(ge=0)] = 0.0
+    finished: Count = 0
+
+
+# Rank -> coordinator (PUSH -> PULL) -----------------------------------------------------------
+
+
+class RankHello(Message, frozen=True, tag="rank-hello"):
+    """A rank says that it is there, until it is admitted, and again when it is asked.
+
+    `address`: where front-ends reach it. `ready`: it has been told the wave and takes requests.
+    """
+
+    version: Count
+    rank: RankNumber
+    incarnation: Identity
+    address: Address
+    ready: bool
+    wave: Wave = 0
+    running: bool = False
+
+
+class RankReport(Message, frozen=True, tag="rank-report"):
+    """A rank's load and state, before and after a step when they changed. The latest one wins.
+
+    `step`: the rank's own step counter. `taken`: per front-end, how many of its sends this rank has
+    taken in; the load counts exactly those. `wave`, `running`: the wave it is in, or will run next.
+    """
+
+    rank: RankNumber
+    incarnation: Identity
+    step: Count
+    wave: Wave
+    running: bool
+    load: Load
+    taken: dict[Identity, Count] = {}
+
+
+class StartWave(Message, frozen=True, tag="start-wave"):
+    """A paused rank took a request and now runs in `wave`: the others must be woken."""
+
+    rank: RankNumber
+    incarnation: Identity
+    wave: Wave
+
+
+class WaveComplete(Message, frozen=True, tag="wave-complete"):
+    """This rank has paused: `wave` is finished and `wave + 1` comes next."""
+
+    rank: RankNumber
+    incarnation: Identity
+    wave: Wave
+
+
+class RankLeaving(Message, frozen=True, tag="rank-leaving"):
+    """This rank ends in good order. Nothing more comes from this incarnation."""
+
+    rank: RankNumber
+    incarnation: Identity
+
+
+FromRank = RankHello | RankReport | StartWave | WaveComplete | RankLeaving
+
+
+# Coordinator -> ranks (XPUB -> SUB) -----------------------------------------------------------
+
+
+class Identify(Message, frozen=True, tag="identify"):
+    """The coordinator asks every rank to say who it is; each answers with a RankHello."""
+
+    version: Count
+    coordinator: Identity
+
+
+class Admit(Message, frozen=True, tag="admit"):
+    """Tells one rank the wave. From here on it may call itself ready."""
+
+    rank: RankNumber
+    incarnation: Identity
+    wave: Wave
+
+
+class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
+    """Every paused rank starts running in `wave`, but for `exclude`, which runs already."""
+
+    wave: Wave
+    exclude: RankNumber | None = None
+
+
+ToRank = Identify | Admit | StartDPWave
+
+
+# Front-end -> coordinator (SUB -> XPUB) -------------------------------------------------------
+
+
+class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
+    """A front-end says that it is there. The coordinator answers all with Members and LoadView."""
+
+    version: Count
+    front_end: Identity
+
+
+class WakeNotice(Message, frozen=True, tag="wake-notice"):
+    """The front-end sent a request, stamped `wave`, to `rank` while it believed the ranks paused."""
+
+    front_end: Identity
+    rank: RankNumber
+    wave: Wave
+
+
+class Send(Message, frozen=True):
+    """One request sent: to which rank and life of it, its number there, its prompt tokens."""
+
+    rank: RankNumber
+    incarnation: Identity
+    number: Count
+    tokens: Count
+
+
+class SendNotice(Message, frozen=True, tag="send-notice"):
+    """What this front-end has just sent, so that the others see it before the rank reports it."""
+
+    front_end: Identity
+    sends: list[Send]
+
+
+class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
+    """This front-end ends in good order."""
+
+    front_end: Identity
+
+
+FromFrontEnd = FrontEndHello | WakeNotice | SendNotice | FrontEndLeaving
+
+
+# Coordinator -> front-ends (XPUB -> SUB) ------------------------------------------------------
+
+
+class Member(Message, frozen=True):
+    """One ready rank and where to reach it."""
+
+    rank: RankNumber
+    incarnation: Identity
+    address: Address
+
+
+class Members(Message, frozen=True, tag="members"):
+    """All ready ranks, sent when one comes or goes, on a front-end's hello, and with the heartbeat.
+
+    `missing`: ranks of the deployment that are not ready, so that a wait can name them.
+    `ended`: (rank, incarnation) of lives known to be over. A rank that is neither a member nor ended is one
+    that this coordinator has not heard yet.
+    """
+
+    version: Count
+    coordinator: Identity
+    wave: Wave
+    running: bool
+    members: list[Member]
+    missing: list[RankNumber] = []
+    ended: list[tuple[RankNumber, Identity]] = []
+
+
+class OnTheWire(Message, frozen=True):
+    """Sends of one front-end to one rank that the rank's own counts do not hold yet.
+
+    `last`: the number of the newest of them.
+    """
+
+    front_end: Identity
+    last: Count
+    requests: Count
+    tokens: Count
+
+
+class RankView(Message, frozen=True):
+    """One rank in the load view: its latest report, and what is known to be on its way."""
+
+    rank: RankNumber
+    incarnation: Identity
+    step: Count
+    load: Load
+    taken: dict[Identity, Count] = {}
+    on_the_wire: list[OnTheWire] = []
+
+
+class LoadView(Message, frozen=True, tag="load-view"):
+    """All ranks' loads, the wave, and whether the ranks run. `ranks` is null where none are published.
+
+    `number` grows by one with each view of one coordinator.
+    """
+
+    coordinator: Identity
+    number: Count
+    wave: Wave
+    running: bool
+    ranks: list[RankView] | None = None
+
+
+ToFrontEnd = Members | LoadView
+
+
+# Front-end -> rank (DEALER -> ROUTER) ---------------------------------------------------------
+
+
+class AddRequest(Message, frozen=True, tag="add"):
+    """One request. `request`: the front-end's own id for it, unique in the front-end's life.
+
+    `number`: 1 for the first send to this life of the rank, then one more each: the numbering on
+    which the exact accounting rests. `incarnation`: the life meant; another one refuses the request.
+    `wave`: the wave the front-end believes current. `priority`: lower goes first, as in vLLM.
+    """
+
+    request: Identity
+    number: Count
+    incarnation: Identity
+    wave: Wave
+    prompt_token_ids: list[TokenId]
+    params: SamplingParams
+    priority: int = 0
+
+
+class AbortRequests(Message, frozen=True, tag="abort"):
+    """These requests are not wanted any more. Unknown ones are ignored."""
+
+    requests: list[Identity]
+
+
+FromFrontEndToRank = AddRequest | AbortRequests
+
+
+# Rank -> front-end (ROUTER -> DEALER) ---------------------------------------------------------
+
+
+class Output(Message, frozen=True):
+    """What one step made for one request.
+
+    `text` is what may be shown now: it never ends inside a character nor inside what may become a stop
+    string, so it can be empty while `token_ids` is not. `finish_reason` is null until the last output.
+    `stop_reason`: the stop string or token id that ended it, where one did. `error`: why, with "error".
+    """
+
+    request: Identity
+    token_ids: list[TokenId]
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    error: str | None = None
+
+
+class Outputs(Message, frozen=True, tag="outputs"):
+    """All that one step made for one front-end: one message a step, however many requests."""
+
+    rank: RankNumber
+    incarnation: Identity
+    outputs: list[Output]
+
+
+ToFrontEndFromRank = Outputs
+
+UNIONS: dict[str, object] = {
+    "rank → coordinator": FromRank,
+    "coordinator → ranks": ToRank,
+    "front-end → coordinator": FromFrontEnd,
+    "coordinator → front-ends": ToFrontEnd,
+    "front-end → rank": FromFrontEndToRank,
+    "rank → front-end": ToFrontEndFromRank,
+}
+"""Direction to its union; the table in `docs/PROTOCOL.md` follows this order."""
+
+
+def tag_of(message: type[Message]) -> str | None:
+    """The tag of a message class, or None for a part of one (Load, Member, …)."""
+    tag = msgspec.inspect.type_info(message).tag  # type: ignore[attr-defined]
+    return tag if isinstance(tag, str) else None

@@ -1,0 +1,139 @@
+"""What happens to a rank's machine, and what it asks its shell to do (`rank.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from paceline.protocol.messages import (
+    AddRequest,
+    FromFrontEndToRank,
+    FromRank,
+    Load,
+    Outputs,
+    ToRank,
+)
+from paceline.protocol.sampling import FinishReason, PositionLogprobs
+
+
+class StepOutput(Struct, frozen=True, gc=False):
+    """What one step made for one request, by the rank's own `key`; else the fields of `messages.Output`."""
+
+    key: int
+    token_ids: list[int]
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    error: str | None = None
+
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class Loaded(Struct, frozen=True):
+    """The engine is there; the rank wants to join."""
+
+
+class CoordinatorSaid(Struct, frozen=True):
+    """A message from the coordinator."""
+
+    message: ToRank
+
+
+class FrontEndSaid(Struct, frozen=True, gc=False):
+    """A message from a front-end."""
+
+    front_end: int
+    message: FromFrontEndToRank
+
+
+class FrontEndGone(Struct, frozen=True):
+    """A front-end cannot be reached any more: nobody waits for its requests."""
+
+    front_end: int
+
+
+class Turn(Struct, frozen=True):
+    """All that has arrived is handled; what now? `load`, `has_work`: the engine's, at this moment."""
+
+    load: Load
+    has_work: bool
+
+
+class Stepped(Struct, frozen=True, gc=False):
+    """A step, or dummy step, is done. `seconds`: the time it took."""
+
+    outputs: Sequence[StepOutput]
+    load: Load
+    has_work: bool
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Agreed(Struct, frozen=True):
+    """The ranks' agreement: whether any has work, and the highest of their wave numbers."""
+
+    any_work: bool
+    wave: int
+
+
+class Leave(Struct, frozen=True):
+    """The rank ends in good order."""
+
+
+Event = Loaded | CoordinatorSaid | FrontEndSaid | FrontEndGone | Turn | Stepped | Agreed | Leave
+
+# Effects --------------------------------------------------------------------------------------
+
+
+class Take(Struct, frozen=True, gc=False):
+    """Give the request to the engine."""
+
+    key: int
+    request: AddRequest
+
+
+class Drop(Struct, frozen=True):
+    """Abort the request in the engine."""
+
+    key: int
+
+
+class ToCoordinator(Struct, frozen=True):
+    """Send to the coordinator."""
+
+    message: FromRank
+
+
+class ToFrontEnd(Struct, frozen=True, gc=False):
+    """Send to one front-end."""
+
+    front_end: int
+    message: Outputs
+
+
+class Step(Struct, frozen=True):
+    """Run one engine step."""
+
+
+class DummyStep(Struct, frozen=True):
+    """Take part in the others' step with nothing of one's own."""
+
+
+class Agree(Struct, frozen=True):
+    """All-reduce: whether this rank has work, and its wave."""
+
+    has_work: bool
+    wave: int
+
+
+class Wait(Struct, frozen=True):
+    """Nothing to do until something arrives, or until `until` (None: for ever)."""
+
+    until: float | None
+
+
+Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Wait

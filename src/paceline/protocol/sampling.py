@@ -1,0 +1,60 @@
+"""What is common to all messages, and how tokens are to be chosen: the parts that engines see too."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+RankNumber = Annotated[int, Meta(ge=0, lt=65536)]
+Identity = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Wave = Annotated[int, Meta(ge=0, lt=2**53)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Address = Annotated[str, Meta(max_length=512)]
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Message(Struct, frozen=True, array_like=True, gc=False):
+    """Base of all that is on the wire: immutable, an array, never in a reference cycle."""
+
+
+class SamplingParams(Message, frozen=True):
+    """How to choose tokens, and when to stop.
+
+    `top_k` 0 is off, as are `top_p` 1, `min_p` 0 and the penalties at 0 (`repetition_penalty` at 1).
+    `seed` null means a seed of the rank's choosing. `logprobs` null is none; k is the chosen token's
+    and the k best. `temperature` 0 is greedy.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Meta(ge=0, lt=2**32)] | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    logit_bias: dict[TokenId, float] = {}
+    stop: list[Annotated[str, Meta(min_length=1, max_length=4096)]] = []
+    stop_token_ids: list[TokenId] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=64)] | None = None
+    skip_special_tokens: bool = True
+
+
+class TokenLogprob(Message, frozen=True):
+    """One token, its text as raw bytes, and its natural-log probability."""
+
+    token_id: TokenId
+    piece: bytes
+    logprob: float
+
+
+class PositionLogprobs(Message, frozen=True):
+    """The chosen token of one position, and the most likely ones there, best first."""
+
+    chosen: TokenLogprob
+    top: list[TokenLogprob] = []

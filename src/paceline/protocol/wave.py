@@ -1,0 +1,145 @@
+"""The coordinator's part in waves: what ranks said of themselves, and the wake that is not answered yet.
+
+Lockstep ranks run and pause together. A rank that takes a request while paused starts to run, and
+blocks in its first collective until all the others run too; so somebody must wake them, and a wake
+that is lost stops the deployment. The reference sends the wake once and then calls the ranks running.
+Here two rules stand instead:
+
+- What is believed of a rank is what that rank said last, never what was sent to it.
+- A wake is owed as long as some rank runs in the current wave (or a front-end says that it has sent a
+  request) and another ready rank has not said that it runs in that wave or has finished it. It is
+  repeated until no rank owes an answer. A rank that gets it twice changes nothing.
+
+From these it follows that any sign of work wakes the others: a StartWave, but also the plain report of
+a rank that runs, and that a new coordinator that knows nothing picks up a half-started wave by hearing
+the ranks once.
+
+`wave` is the wave that runs or, when all are paused, the next one. It never goes down.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from paceline.protocol.messages import StartDPWave
+
+FIRST_REPEAT_S = 0.05
+LONGEST_REPEAT_S = 1.0
+
+
+class Observed(Struct, frozen=True):
+    """What a rank last said: the wave it runs in, or would run next."""
+
+    wave: int
+    running: bool
+
+
+class GroupWave:
+    """The wave of all ranks, and the wake in progress."""
+
+    def __init__(self) -> None:
+        self.wave = 0
+        self._observed: dict[int, Observed] = {}
+        # Both are derived from `_observed` and kept beside it: reports come by the hundred thousand.
+        self._running: set[int] = set()
+        self._behind: set[int] = set()
+        self._noticed_wave = -1
+        self._exclude: int | None = None
+        self._wake_due: float | None = None
+        self._repeat_s = FIRST_REPEAT_S
+
+    @property
+    def running(self) -> bool:
+        """Whether some rank has said that it runs in the current wave."""
+        return bool(self._running)
+
+    @property
+    def wake_due(self) -> float | None:
+        """When the wake must be sent (again), or None while no rank owes an answer."""
+        return self._wake_due
+
+    def observe(self, rank: int, wave: int, running: bool, now: float) -> None:
+        """A rank said that it runs in `wave`, or that it is paused and `wave` comes next."""
+        before = self._observed.get(rank)
+        if before is not None and wave < before.wave:
+            return
+        state = Observed(wave, running)
+        if state == before:
+            return
+        self._observed[rank] = state
+        self._advance(wave)
+        self._place(rank, state)
+        self._settle(now)
+
+    def started(self, rank: int, wave: int, now: float) -> None:
+        """A paused rank took a request and runs: the others owe an answer, it does not."""
+        current = wave >= self.wave
+        self.observe(rank, wave, True, now)
+        if current and self._wake_due == now:
+            self._exclude = rank
+
+    def noticed(self, rank: int, wave: int, now: float) -> None:
+        """A front-end sent a request stamped `wave` to `rank` while it believed the ranks paused."""
+        fresh = wave >= self.wave
+        self._advance(wave)
+        if not self.running:
+            self._noticed_wave = self.wave
+        self._settle(now)
+        if fresh and self._wake_due == now:
+            self._exclude = rank
+
+    def forget(self, rank: int, now: float) -> None:
+        """The rank is gone: nothing is owed to it or by it."""
+        self._observed.pop(rank, None)
+        self._running.discard(rank)
+        self._behind.discard(rank)
+        self._settle(now)
+
+    def joined(self, rank: int, now: float) -> None:
+        """A rank is ready. It has said nothing of waves yet but what its hello said."""
+        if rank not in self._observed:
+            self._observed[rank] = Observed(0, False)
+            self._place(rank, self._observed[rank])
+            self._settle(now)
+
+    def lagging(self) -> list[int]:
+        """Ranks that have been or will be woken and have not answered."""
+        return sorted(self._behind) if self._owed() else []
+
+    def wake(self, now: float) -> StartDPWave | None:
+        """The wake to broadcast now, if one is due; the next repeat is set."""
+        if self._wake_due is None or now < self._wake_due:
+            return None
+        message = StartDPWave(self.wave, self._exclude)
+        # A repeat leaves nobody out: that the excluded rank has its request was somebody's belief.
+        self._exclude = None
+        self._wake_due = now + self._repeat_s
+        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        return message
+
+    def _owed(self) -> bool:
+        return bool(self._running) or self._noticed_wave == self.wave
+
+    def _advance(self, wave: int) -> None:
+        if wave > self.wave:
+            self.wave = wave
+            for rank, state in self._observed.items():
+                self._place(rank, state)
+
+    def _place(self, rank: int, state: Observed) -> None:
+        current = state.running and state.wave == self.wave
+        (self._running.add if current else self._running.discard)(rank)
+        (self._behind.discard if current else self._behind.add)(rank)
+
+    def _settle(self, now: float) -> None:
+        """Set or clear the wake after anything was learned."""
+        if self._behind and self._owed():
+            if self._wake_due is None:
+                self._wake_due = now
+                self._repeat_s = FIRST_REPEAT_S
+            return
+        self._wake_due = None
+        self._exclude = None
+        # Where everyone runs, the notice is served: the wave's end must not bring it back.
+        if not self._behind or self._noticed_wave < self.wave:
+            self._noticed_wave = -1

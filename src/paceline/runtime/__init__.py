@@ -1,0 +1,1 @@
+"""The shells: sockets, processes, signals. No decision is made here that a machine could make."""

@@ -1,0 +1,152 @@
+"""Carries a rank's bytes: a thread that owns the rank's sockets.
+
+Everything that arrives becomes an event in `inbox`; everything to be sent comes through `_outbox` with a
+wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (reports are dropped, and
+asked for again when it is back), a front-end may not read (its queue is bounded; when it is full, the
+front-end is given up and its requests are dropped, so that it costs a set amount of memory).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+
+import zmq
+
+from paceline.protocol import codec
+from paceline.protocol.messages import FromRank, Outputs
+from paceline.protocol.rank_events import CoordinatorSaid, Event, FrontEndGone, FrontEndSaid
+from paceline.runtime.sockets import Garbage, bound_address, open_socket
+from paceline.runtime.wakeup import Wakeup
+
+logger = logging.getLogger("paceline.rank")
+
+MESSAGES_A_TURN = 256
+
+
+class Carrier:
+    """The sockets of one rank.
+
+    `bind`: where front-ends reach the rank. `coordinator_input`, `coordinator_output`: the coordinator's
+    addresses as `DPCoordinator.get_engine_socket_addresses()` returns them. Raises StartupError where an
+    address cannot be bound or connected.
+    """
+
+    def __init__(self, rank: int, incarnation: int, bind: str, coordinator_input: str, coordinator_output: str) -> None:
+        self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._outbox: deque[tuple[int | None, FromRank | Outputs]] = deque()
+        self._wakeup = Wakeup()
+        self._closing = False
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
+        self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests)
+        self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
+        self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
+        self._broadcasts.send(b"\x01")
+        self._broadcasts.send(b"\x01" + codec.rank_topic(rank, incarnation))
+        self.address = bound_address(self._router)
+        self.garbage_requests = Garbage(logger, "the rank's request socket")
+        self.garbage_broadcasts = Garbage(logger, "the coordinator's broadcasts")
+        self._decode_request = codec.request().decode
+        self._decode_broadcast = codec.to_rank().decode
+        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+
+    def start(self) -> None:
+        """Begin to carry."""
+        self._thread.start()
+
+    def send_coordinator(self, message: FromRank) -> None:
+        """Send when the carrier comes to it. Called by the engine's thread; never blocks."""
+        self._outbox.append((None, message))
+        self._wakeup.set()
+
+    def send_front_end(self, front_end: int, message: Outputs) -> None:
+        """Likewise, to one front-end."""
+        self._outbox.append((front_end, message))
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """Send what is left and end."""
+        self._closing = True
+        self._wakeup.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._broadcasts, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+            closing = self._closing
+            self._send_all()
+            if closing:
+                break
+            if self._broadcasts in ready:
+                self._read_broadcasts()
+            if self._router in ready:
+                self._read_requests()
+        # What was sent last (that the rank leaves) gets a moment to go out.
+        self._context.destroy(linger=200)
+        self._wakeup.close()
+
+    # Out ----------------------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        outbox = self._outbox
+        while outbox:
+            front_end, message = outbox.popleft()
+            frame = codec.encode(message)
+            try:
+                if front_end is None:
+                    self._reports.send(frame, zmq.NOBLOCK)
+                else:
+                    self._router.send_multipart([front_end.to_bytes(8, "little"), frame], zmq.NOBLOCK)
+            except zmq.Again:
+                if front_end is not None:
+                    logger.warning("front-end %d does not read: its requests are dropped", front_end)
+                    self.inbox.put(FrontEndGone(front_end))
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                if front_end is not None:
+                    self.inbox.put(FrontEndGone(front_end))
+
+    # In -----------------------------------------------------------------------------------------
+
+    def _read_broadcasts(self) -> None:
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                frames = self._broadcasts.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 1:
+                self.garbage_broadcasts.add("frames", f"{len(frames)} frames in place of one")
+                continue
+            try:
+                self.inbox.put(CoordinatorSaid(self._decode_broadcast(frames[0])))
+            except codec.BadMessage as error:
+                self.garbage_broadcasts.add(error.kind, error.detail)
+
+    def _read_requests(self) -> None:
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            # A peer that set no routing id of ours is given one of five bytes that begins with zero.
+            if len(frames) != 2 or len(frames[0]) != 8:
+                kind = "frames" if len(frames) != 2 else "identity"
+                self.garbage_requests.add(kind, f"{len(frames)} frames, identity of {len(frames[0])} bytes")
+                continue
+            try:
+                message = self._decode_request(frames[1])
+            except codec.BadMessage as error:
+                self.garbage_requests.add(error.kind, error.detail)
+                continue
+            self.inbox.put(FrontEndSaid(int.from_bytes(frames[0], "little"), message))

@@ -1,0 +1,129 @@
+"""A rank as a process: one thread turns the engine, another carries bytes.
+
+The engine's thread runs the machine and the steps and never touches a socket; the carrier's thread owns all
+sockets and never touches the engine. Between them are two queues. A step therefore never waits for the
+network, and what a step made is encoded and sent while the next one computes.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+
+from paceline.engines.base import Engine, EngineError, EngineRequest
+from paceline.protocol.rank import Phase, Rank
+from paceline.protocol.rank_events import (
+    Agree,
+    Agreed,
+    Drop,
+    DummyStep,
+    Effect,
+    Event,
+    Leave,
+    Loaded,
+    Step,
+    Stepped,
+    Take,
+    ToCoordinator,
+    ToFrontEnd,
+    Turn,
+    Wait,
+)
+from paceline.runtime.carrier import Carrier
+
+SWITCH_INTERVAL_S = 0.0005
+"""How long the engine's thread may keep the interpreter while the carrier has something to send."""
+
+Agreement = Callable[[bool, int], tuple[bool, int]]
+"""All-reduce among the ranks: (has work, wave) -> (any has work, highest wave)."""
+
+
+class EngineRank:
+    """Drives one engine as one rank, until stopped.
+
+    `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`.
+    `carrier`: the sockets. `agreement`: for lockstep engines, the all-reduce that ends waves.
+    `on_ready`: called once, when the rank takes requests.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        machine: Rank,
+        carrier: Carrier,
+        agreement: Agreement | None = None,
+        on_ready: Callable[[], None] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._machine = machine
+        self._carrier = carrier
+        self._agreement = agreement
+        self._on_ready = on_ready
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Make `run` return after the step it is in. Safe in a signal handler."""
+        self._stopping = True
+        self._carrier.inbox.put(None)
+
+    def run(self) -> None:
+        """Join the deployment and serve until `stop`. Raises EngineError where the engine fails."""
+        self._carrier.start()
+        self._feed(Loaded())
+        while not self._stopping:
+            while self._take_in(block_s=0.0):
+                pass
+            self._feed(Turn(self._engine.load(), self._engine.has_work()))
+        self._feed(Leave())
+        self._carrier.close()
+        self._engine.close()
+
+    def _take_in(self, block_s: float | None) -> bool:
+        """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever)."""
+        try:
+            event = self._carrier.inbox.get(block_s != 0.0, block_s)
+        except queue.Empty:
+            return False
+        if event is not None:
+            self._feed(event)
+        return event is not None
+
+    def _feed(self, event: Event) -> None:
+        for effect in self._machine.handle(event, time.monotonic()):
+            self._perform(effect)
+        if self._on_ready is not None and self._machine.phase is Phase.READY:
+            self._on_ready()
+            self._on_ready = None
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case ToFrontEnd(front_end, outputs):
+                self._carrier.send_front_end(front_end, outputs)
+            case ToCoordinator(message):
+                self._carrier.send_coordinator(message)
+            case Step():
+                self._step()
+            case Take(key, request):
+                self._engine.add(EngineRequest(key, request.prompt_token_ids, request.params, request.priority))
+            case Drop(key):
+                self._engine.abort(key)
+            case Wait(until):
+                self._take_in(None if until is None else max(0.001, until - time.monotonic()))
+            case DummyStep():
+                self._dummy_step()
+            case Agree(has_work, wave):
+                if self._agreement is None:
+                    raise EngineError(f"rank {self._machine.rank}: a lockstep engine without a group")
+                self._feed(Agreed(*self._agreement(has_work, wave)))
+
+    def _step(self) -> None:
+        begin = time.monotonic()
+        result = self._engine.step()
+        seconds = time.monotonic() - begin
+        load, has_work = self._engine.load(), self._engine.has_work()
+        self._feed(Stepped(result.outputs, load, has_work, result.prefilled_tokens, result.decoded_tokens, seconds))
+
+    def _dummy_step(self) -> None:
+        self._engine.dummy_step()
+        self._feed(Stepped((), self._engine.load(), self._engine.has_work()))

@@ -1,0 +1,126 @@
+"""How a node that joins finds the coordinator: it asks at the one address that everybody was given.
+
+The node with rank 0 answers at `--data-parallel-address`:`--data-parallel-rpc-port` with the coordinator's
+addresses, for as long as it serves. The joining node repeats its question until it is answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+
+import msgspec
+import zmq
+from msgspec import Struct
+
+from paceline.errors import StartupError
+from paceline.protocol.messages import PROTOCOL_VERSION
+from paceline.runtime.sockets import Garbage, open_socket, tcp_address
+from paceline.runtime.wakeup import Wakeup
+
+logger = logging.getLogger("paceline.rendezvous")
+
+MAX_BYTES = 4096
+ASK_AGAIN_MS = 500
+
+
+class WhereIs(Struct, frozen=True, array_like=True, tag="where-is"):
+    """A node asks for the coordinator of a deployment of `dp_size` ranks with this engine."""
+
+    version: int
+    dp_size: int
+    engine: str
+
+
+class Here(Struct, frozen=True, array_like=True, tag="here"):
+    """The answer: the coordinator's addresses, or why this node does not fit in."""
+
+    front_publish: str = ""
+    back_output: str = ""
+    back_publish: str = ""
+    refusal: str = ""
+
+
+class Rendezvous:
+    """Answers joining nodes, in a thread, until `close`. Raises StartupError where it cannot be bound."""
+
+    def __init__(self, host: str, port: int, dp_size: int, engine: str, here: Here) -> None:
+        self._dp_size = dp_size
+        self._engine = engine
+        self._here = here
+        self._closing = False
+        self._wakeup = Wakeup()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = open_socket(self._context, zmq.ROUTER, bind=tcp_address(host, port), max_bytes=MAX_BYTES)
+        # A node that gave up waiting for the answer is no reason to raise.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        self._garbage = Garbage(logger, "the rendezvous socket")
+        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._closing = True
+        self._wakeup.set()
+        self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        while not self._closing:
+            if self._socket in dict(poller.poll()):
+                frames = self._socket.recv_multipart()
+                try:
+                    question = msgspec.msgpack.decode(frames[-1], type=WhereIs)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    self._garbage.add("malformed", str(error))
+                    continue
+                self._socket.send_multipart([frames[0], msgspec.msgpack.encode(self._answer(question))], zmq.NOBLOCK)
+        self._context.destroy(linger=0)
+
+    def _answer(self, question: WhereIs) -> Here:
+        if question.version != PROTOCOL_VERSION:
+            return Here(refusal=f"it speaks protocol version {PROTOCOL_VERSION}, this node {question.version}")
+        if question.dp_size != self._dp_size:
+            return Here(refusal=f"--data-parallel-size is {self._dp_size} there and {question.dp_size} here")
+        if question.engine != self._engine:
+            return Here(refusal=f"--engine is {self._engine} there and {question.engine} here")
+        return self._here
+
+
+def find_coordinator(host: str, port: int, dp_size: int, engine: str, timeout_s: float) -> Here:
+    """Ask until answered. Raises StartupError after `timeout_s`, or at once where this node does not fit in."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    address = tcp_address(host, port)
+    question = msgspec.msgpack.encode(WhereIs(PROTOCOL_VERSION, dp_size, engine))
+    deadline = time.monotonic() + timeout_s
+    try:
+        asking = open_socket(context, zmq.DEALER, connect=address, max_bytes=MAX_BYTES)
+        while time.monotonic() < deadline:
+            asking.send(question, zmq.NOBLOCK)
+            if not asking.poll(ASK_AGAIN_MS):
+                continue
+            try:
+                answer = msgspec.msgpack.decode(asking.recv(), type=Here)
+            except msgspec.DecodeError:
+                continue
+            if answer.refusal:
+                raise StartupError(f"the node at {host}:{port} does not take this one: {answer.refusal}")
+            return answer
+        raise StartupError(f"no answer from the node with rank 0 at {host}:{port} within {timeout_s:g} s")
+    finally:
+        context.destroy(linger=0)
+
+
+def own_host(towards: str, port: int) -> str:
+    """This node's address as `towards` sees it."""
+    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, port))
+        except OSError as error:
+            raise StartupError(f"--data-parallel-address: cannot reach {towards}: {error.strerror or error}") from None
+        return str(probe.getsockname()[0])

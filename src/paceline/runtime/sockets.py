@@ -1,0 +1,107 @@
+"""ZeroMQ sockets as all shells use them: addresses, limits, and what happens to garbage.
+
+Every socket drops its queue when it is closed, bounds what it keeps for a peer that does not read, and
+refuses frames that are too large before they are in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import zmq
+
+from paceline.errors import StartupError
+
+SEND_QUEUE_MESSAGES = 10_000
+RECEIVE_QUEUE_MESSAGES = 100_000
+IPC_PATH_BYTES = 107
+"""Longest path a Unix socket can have on Linux."""
+
+
+class SocketFolder:
+    """A private folder for the ipc sockets of one deployment, removed with it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="paceline-"))
+
+    def address(self, name: str) -> str:
+        """The ipc address of socket `name`."""
+        path = str(self.path / name)
+        if len(os.fsencode(path)) > IPC_PATH_BYTES:
+            raise StartupError(f"socket path too long for this system ({len(path)} > {IPC_PATH_BYTES}): set TMPDIR")
+        return f"ipc://{path}"
+
+    def close(self) -> None:
+        """Remove the folder and what is in it. May be called twice."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def tcp_address(host: str, port: int = 0) -> str:
+    """A tcp address to bind; port 0 takes a free one."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def open_socket(
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    *,
+    max_bytes: int,
+    bind: str | None = None,
+    connect: str | None = None,
+    routing_id: bytes | None = None,
+) -> zmq.Socket[bytes]:
+    """A socket of `kind`, bound or connected. Frames over `max_bytes` end the sender's connection.
+
+    Raises StartupError, naming the address, where it cannot be bound or is no address.
+    """
+    socket = context.socket(kind)
+    socket.linger = 0
+    socket.sndhwm = SEND_QUEUE_MESSAGES
+    socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    if routing_id is not None:
+        socket.setsockopt(zmq.ROUTING_ID, routing_id)
+    if kind == zmq.ROUTER:
+        # Without it, what is sent to a peer that is gone vanishes without a word.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    address = bind or connect or ""
+    if "[" in address:
+        socket.ipv6 = True
+    try:
+        if bind is not None:
+            socket.bind(bind)
+        elif connect is not None:
+            socket.connect(connect)
+    except zmq.ZMQError as error:
+        socket.close()
+        verb = "bind" if bind is not None else "connect to"
+        raise StartupError(f"cannot {verb} {address}: {error.strerror}") from None
+    return socket
+
+
+def bound_address(socket: zmq.Socket[bytes]) -> str:
+    """Where a bound socket can be reached, with the port that was found for port 0."""
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+class Garbage:
+    """What arrived and was no message: counted by kind, the first of each kind logged."""
+
+    def __init__(self, logger: logging.Logger, socket_name: str) -> None:
+        self._logger = logger
+        self._socket_name = socket_name
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, detail: str) -> None:
+        """One more of `kind`."""
+        self.counts[kind] += 1
+        if self.counts[kind] == 1:
+            # What a stranger sent does not belong in a log unescaped, or whole.
+            shown = detail[:200].encode("unicode_escape").decode()
+            self._logger.warning("dropped a message on %s, %s: %s (further ones are only counted)",
+                                 self._socket_name, kind, shown)  # fmt: skip

@@ -1,0 +1,236 @@
+"""The parent of all of a node's processes: starts them, watches them, ends them.
+
+    starting --all ready--> serving --SIGTERM--> draining --done--> ended
+
+At any time a child that ends, or a second signal, leads to the end of all of them. Nothing is left behind:
+children end with this process even when it is killed, because each watches for that itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+from msgspec import Struct
+
+from paceline.errors import StartupError
+from paceline.runtime.processes import spawn, stop
+from paceline.runtime.status import Failed, Progressed, Ready, Status, Waiting
+from paceline.runtime.wakeup import Wakeup
+
+logger = logging.getLogger("paceline.supervisor")
+
+STOP_TIMEOUT_S = 5.0
+DRAIN_GRACE_S = 2.0
+
+
+class Reporter(Protocol):
+    """Shows a person how the start goes."""
+
+    def progress(self, name: str, what: str, share: float) -> None:
+        """`name` is doing `what`, `share` of it done."""
+
+    def ready(self, name: str) -> None:
+        """`name` is ready."""
+
+
+class Child(Struct):
+    """One process and what it last said."""
+
+    name: str
+    process: SpawnProcess
+    status: Connection
+    drains: bool
+    state: Status = Progressed("starting", 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does its work."""
+        return isinstance(self.state, Ready)
+
+
+class Supervisor:
+    """Runs one node's processes.
+
+    `startup_timeout_s`: how long all may take to be ready. `drain_timeout_s`: how long those that drain may
+    take after the first signal. `log_level`: of the children.
+    """
+
+    def __init__(
+        self, reporter: Reporter, *, startup_timeout_s: float, drain_timeout_s: float, log_level: str = "info"
+    ) -> None:
+        self._reporter = reporter
+        self._startup_timeout_s = startup_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._log_level = log_level
+        self._children: dict[str, Child] = {}
+        self._watched: list[SpawnProcess] = []
+        self._closers: list[Callable[[], None]] = []
+        self._starting = True
+        self._signals = 0
+        self._wakeup = Wakeup()
+
+    def run(self, start: Callable[[Supervisor], None], on_ready: Callable[[], None]) -> int:
+        """Serve until a signal; returns the exit status.
+
+        `start` adds what is to run; `on_ready` is called when all of it is ready. Raises StartupError where it
+        does not come up.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            start(self)
+            self._starting = False
+            if not self._wait_ready():
+                return 1
+            on_ready()
+            return self._serve()
+        except KeyboardInterrupt:
+            return 1
+        finally:
+            self._starting = False
+            self._end()
+
+    def add(self, name: str, target: Callable[..., None], settings: object, *, drains: bool = False) -> None:
+        """Start a child that runs `target(settings=…, status=pipe)` and says on the pipe when it is ready.
+
+        `drains`: it finishes its work on SIGTERM, and is told first.
+        """
+        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        process = spawn(name, target, {"settings": settings, "status": writer}, self._log_level)
+        writer.close()
+        self._children[name] = Child(name, process, reader, drains)
+
+    def watch(self, process: SpawnProcess) -> None:
+        """End everything where this process ends; who started it also stops it."""
+        self._watched.append(process)
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Call when the children have ended; the last one given is called first."""
+        self._closers.append(close)
+
+    # Start --------------------------------------------------------------------------------------
+
+    def _wait_ready(self) -> bool:
+        """Until all children are ready; False where a signal came first."""
+        deadline = time.monotonic() + self._startup_timeout_s
+        while not all(child.ready for child in self._children.values()):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise StartupError(self._missing_text())
+            self._wait(left_s)
+            if self._signals:
+                return False
+            self._check_alive("before it was ready")
+        return True
+
+    def _missing_text(self) -> str:
+        parts: list[str] = []
+        for child in self._children.values():
+            match child.state:
+                case Progressed(what, share):
+                    parts.append(f"{child.name} ({what}, {share:.0%})")
+                case Waiting(ranks) if ranks:
+                    text = f"{child.name} (waits for rank {', '.join(map(str, ranks))})"
+                    parts.append(text)
+                case Waiting():
+                    parts.append(f"{child.name} (waits for the coordinator)")
+        return f"not ready within --startup-timeout of {self._startup_timeout_s:g} s: {'; '.join(parts)}"
+
+    # Serve and end ------------------------------------------------------------------------------
+
+    def _serve(self) -> int:
+        while not self._signals:
+            self._wait(None)
+            try:
+                self._check_alive("while serving")
+            except StartupError as error:
+                logger.error("%s; ending the deployment", error)
+                return 1
+        return self._drain()
+
+    def _drain(self) -> int:
+        """Let those finish that drain. Returns the exit status."""
+        draining = [child.process for child in self._children.values() if child.drains]
+        if draining:
+            logger.info("draining for up to %g s; a second signal ends at once", self._drain_timeout_s)
+        for process in draining:
+            process.terminate()
+        deadline = time.monotonic() + self._drain_timeout_s + DRAIN_GRACE_S
+        while any(process.is_alive() for process in draining):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or self._signals > 1:
+                return 1
+            self._wait(left_s)
+        return 0
+
+    def _end(self) -> None:
+        children = list(self._children.values())
+        for child in children:
+            # What drains has done so, or has nothing to drain for: asked now, it would begin.
+            if child.drains or self._signals > 1:
+                child.process.kill()
+        stop([child.process for child in children], STOP_TIMEOUT_S)
+        for close in reversed(self._closers):
+            close()
+
+    # Waiting ------------------------------------------------------------------------------------
+
+    def _on_signal(self, *_: object) -> None:
+        self._signals += 1
+        self._wakeup.set()
+        if self._starting:
+            raise KeyboardInterrupt
+
+    def _wait(self, timeout_s: float | None) -> None:
+        """Until a child says something or ends, a signal comes, or the time passes."""
+        pipes = {child.status: child for child in self._children.values() if not child.status.closed}
+        sentinels = [child.process.sentinel for child in self._children.values() if child.process.is_alive()]
+        sentinels += [process.sentinel for process in self._watched if process.is_alive()]
+        ready = multiprocessing.connection.wait([*pipes, *sentinels, self._wakeup.fileno()], timeout_s)
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        for pipe, child in pipes.items():
+            if pipe in ready:
+                self._read(child)
+
+    def _read(self, child: Child) -> None:
+        try:
+            child.state = child.status.recv()
+        except (EOFError, OSError):
+            child.status.close()
+            return
+        match child.state:
+            case Progressed(what, share):
+                self._reporter.progress(child.name, what, share)
+            case Waiting(ranks) if ranks:
+                self._reporter.progress(child.name, f"waiting for rank {', '.join(map(str, ranks))}", 0.0)
+            case Ready():
+                self._reporter.ready(child.name)
+
+    def _check_alive(self, when: str) -> None:
+        """Raise StartupError for a process that has ended, with the reason it gave."""
+        for child in self._children.values():
+            if child.process.is_alive():
+                continue
+            while not child.status.closed and child.status.poll():
+                self._read(child)
+            if isinstance(child.state, Failed):
+                raise StartupError(f"{child.name}: {child.state.why}")
+            raise StartupError(f"{child.name} ended {when} ({_how(child.process.exitcode)})")
+        for process in self._watched:
+            if not process.is_alive():
+                raise StartupError(f"{process.name} ended {when} ({_how(process.exitcode)})")
+
+
+def _how(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    return f"exit status {exit_code}"

@@ -1,0 +1,247 @@
+"""The HTTP application: routes, the way of a request from its body to its answer, and errors.
+
+The two endpoints that make text are plain ASGI, so that a streamed token passes through nothing but the
+server; all else is Starlette's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from paceline import __version__
+from paceline.server.client import Client
+from paceline.server.generation import Generation, Models
+from paceline.server.openai import (
+    ApiError,
+    BodyDecoder,
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from paceline.server.openapi import openapi_document
+
+logger = logging.getLogger("paceline.front-end")
+
+RANK_HEADER = "x-data-parallel-rank"
+T = TypeVar("T", bound=GenerationRequest)
+
+
+class Api:
+    """What the routes share. `draining` refuses new work while what runs finishes."""
+
+    def __init__(self, client: Client, models: Models, started: int, max_body_bytes: int) -> None:
+        self.client = client
+        self.models = models
+        self.started = started
+        self.max_body_bytes = max_body_bytes
+        self.draining = False
+        self.active = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def enter(self) -> None:
+        """A request for text has begun."""
+        self.active += 1
+        self.idle.clear()
+
+    def leave(self) -> None:
+        """It has ended."""
+        self.active -= 1
+        if not self.active:
+            self.idle.set()
+
+    def check_open(self) -> None:
+        """Raise ApiError while draining."""
+        if self.draining:
+            raise ApiError(
+                503, "the server is shutting down", kind="server_error", code="shutting_down", retry_after_s=5
+            )
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError where a request names a model that is not served."""
+        if name is not None and name != self.models.name:
+            text = f"model: {name!r} is not served here, only {self.models.name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+
+
+class GenerationEndpoint(Generic[T]):
+    """`/v1/completions` or `/v1/chat/completions`, as an ASGI application."""
+
+    def __init__(self, api: Api, kind: type[T]) -> None:
+        self._api = api
+        self._decode = BodyDecoder(kind).decode
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        request_id = headers.get("x-request-id") or uuid.uuid4().hex
+        api = self._api
+        api.enter()
+        try:
+            api.check_open()
+            body = await read_body(receive, headers, api.max_body_bytes)
+            request = self._decode(body)
+            api.check_model(request.model)
+            generation = Generation(api.client, api.models, uuid.uuid4().hex, request, _rank_of(headers))
+            ranks = generation.start()
+            shown = ",".join(map(str, ranks)).encode()
+            answer_headers = [(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER.encode(), shown)]
+            watch = asyncio.create_task(_watch_disconnect(receive, generation))
+            try:
+                if request.stream:
+                    await _send_stream(send, generation, answer_headers)
+                else:
+                    await _send_whole(send, generation, answer_headers)
+            finally:
+                watch.cancel()
+                generation.abandon()
+        except ApiError as error:
+            await error_response(error, request_id)(scope, receive, send)
+        finally:
+            api.leave()
+
+
+async def _watch_disconnect(receive: Receive, generation: Generation) -> None:
+    """Abort at the ranks as soon as the client goes, whatever the answer is doing."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.stream.close()
+    generation.abandon()
+
+
+async def _send_whole(send: Send, generation: Generation, headers: list[tuple[bytes, bytes]]) -> None:
+    body = await generation.whole()
+    if body is None:
+        return
+    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _send_stream(send: Send, generation: Generation, headers: list[tuple[bytes, bytes]]) -> None:
+    headers += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async for data in generation.events():
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+    length = headers.get("content-length")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client went away before its body was read")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _rank_of(headers: Headers) -> int | None:
+    text = headers.get(RANK_HEADER)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or len(text) > 5:
+        raise ApiError(
+            400, f"X-data-parallel-rank: {text[:40]!r} is no rank number", param="X-data-parallel-rank",
+            code="unknown_rank",
+        )  # fmt: skip
+    return int(text)
+
+
+def error_response(error: ApiError, request_id: str | None = None) -> Response:
+    """An error in the OpenAI shape."""
+    headers: dict[str, str] = {}
+    if request_id is not None:
+        headers["x-request-id"] = request_id
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
+    if error.status == 413:
+        # The rest of the body is still coming and nobody will read it.
+        headers["connection"] = "close"
+    return JSONResponse(error.body, error.status, headers)
+
+
+def _plain_routes(api: Api) -> list[Route]:
+    document = json.dumps(openapi_document()).encode()
+    endpoints: dict[str, Callable[[], Response]] = {
+        "/health": lambda: _health(api),
+        "/version": lambda: JSONResponse({"version": __version__}),
+        "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
+        "/openapi.json": lambda: Response(document, media_type="application/json"),
+    }
+
+    def route(path: str, answer: Callable[[], Response]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            response = answer()
+            request_id = request.headers.get("x-request-id")
+            if request_id is not None:
+                response.headers["x-request-id"] = request_id
+            return response
+
+        return Route(path, endpoint, methods=["GET"])
+
+    return [route(path, answer) for path, answer in endpoints.items()]
+
+
+def _health(api: Api) -> Response:
+    statistics = api.client.machine.statistics()
+    healthy = bool(statistics["ready"]) and not api.draining
+    status = "draining" if api.draining else ("ok" if healthy else "no rank is ready")
+    return JSONResponse({"status": status} | statistics, 200 if healthy else 503)
+
+
+def _model(api: Api) -> dict[str, Any]:
+    return {
+        "id": api.models.name,
+        "object": "model",
+        "created": api.started,
+        "owned_by": "paceline",
+        "max_model_len": api.models.limit,
+    }
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    texts = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
+    api_error = ApiError(error.status_code, texts.get(error.status_code, error.detail), code="not_found")
+    response = error_response(api_error, request.headers.get("x-request-id"))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    logger.error("internal error: %s: %s", type(error).__name__, error)
+    return error_response(ApiError(500, "internal error", kind="server_error", code="internal_error"))
+
+
+def build_app(api: Api) -> Starlette:
+    """The application of one front-end."""
+    routes = [
+        Route("/v1/completions", GenerationEndpoint(api, CompletionRequest), methods=["POST"]),
+        Route("/v1/chat/completions", GenerationEndpoint(api, ChatCompletionRequest), methods=["POST"]),
+        *_plain_routes(api),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception, 500: _on_defect})

@@ -1,0 +1,267 @@
+"""A front-end's shell: ZeroMQ sockets in the event loop, around the front-end's machine.
+
+The sockets' file descriptors are watched by the loop itself. Such a descriptor tells of a change, not of a
+state: after a wake, and after each send, a socket is read until nothing is left, or the loop would not be
+told again.
+
+A step's tokens arrive as one message and are handed to their streams in one go; a stream wakes its reader
+once, however much has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import zmq
+
+from paceline.errors import PacelineError
+from paceline.protocol import codec
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontend_events import (
+    Abandon,
+    Connect,
+    Connected,
+    CoordinatorSaid,
+    Deliver,
+    Disconnect,
+    Event,
+    Placed,
+    RankSaid,
+    Refuse,
+    Submit,
+    ToCoordinator,
+    ToRank,
+)
+from paceline.protocol.messages import FrontEndLeaving, Output
+from paceline.protocol.sampling import SamplingParams
+from paceline.runtime.sockets import Garbage, open_socket
+
+logger = logging.getLogger("paceline.front-end")
+
+MESSAGES_A_TURN = 512
+
+
+class Refused(PacelineError):
+    """The request cannot be served now. `reason` is one of `frontend_events.RefusalReason`."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
+class Stream:
+    """What has come for one HTTP request and is not yet read; it may span several requests to ranks."""
+
+    __slots__ = ("_outputs", "_waiter", "closed")
+
+    def __init__(self) -> None:
+        self._outputs: list[Output] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self.closed = False
+
+    def put(self, output: Output) -> None:
+        """One more output; wakes the reader."""
+        self._outputs.append(output)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the reader with what there is."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def close(self) -> None:
+        """The client has gone: the reader gets nothing more."""
+        self.closed = True
+        self.wake()
+
+    async def get(self) -> list[Output]:
+        """All that has come since the last call, waiting for something; empty once closed."""
+        if not self._outputs and not self.closed:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            self._waiter = None
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+
+class Client:
+    """One front-end's connections to the coordinator and the ranks, in the running event loop.
+
+    `machine` decides; `coordinator` is where the coordinator publishes to front-ends.
+    """
+
+    def __init__(self, machine: FrontEnd, coordinator: str) -> None:
+        self.machine = machine
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._streams: dict[int, Stream] = {}
+        self._next_request = 1
+        self._decode_outputs = codec.outputs().decode
+        self._decode_coordinator = codec.to_front_end().decode
+        self.garbage_ranks = Garbage(logger, "a rank's outputs")
+        self.garbage_coordinator = Garbage(logger, "the coordinator's broadcasts")
+        self._ranks: dict[int, zmq.Socket[bytes]] = {}
+        self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
+        self._changed: list[asyncio.Future[None]] = []
+        self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
+        self._watch(self._coordinator, self._on_coordinator_frames)
+        self._coordinator.send(b"\x01")
+        self._coordinator.send(b"\x01" + codec.front_end_topic(machine.identity))
+        self._feed(Connected())
+
+    # Requests -----------------------------------------------------------------------------------
+
+    def submit(
+        self, stream: Stream, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
+        priority: int = 0,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Send a request; its outputs come through `stream`. Returns its number and the rank that has it.
+
+        Raises Refused where no rank takes it.
+        """
+        request = self._next_request
+        self._next_request += 1
+        self._streams[request] = stream
+        placed = -1
+        for effect in self.machine.handle(Submit(request, prompt_token_ids, params, rank, priority), time.monotonic()):
+            match effect:
+                case Placed(_, placed_rank):
+                    placed = placed_rank
+                case Refuse(_, reason, text):
+                    del self._streams[request]
+                    raise Refused(reason, text)
+                case _:
+                    self._perform(effect)
+        return request, placed
+
+    def abandon(self, requests: list[int]) -> None:
+        """Nobody waits for these any more: abort those that still run."""
+        for request in requests:
+            self._streams.pop(request, None)
+        self._feed(Abandon(requests))
+
+    # The deployment -----------------------------------------------------------------------------
+
+    async def wait_changed(self) -> None:
+        """Until ranks have come or gone."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._changed.append(waiter)
+        await waiter
+
+    def close(self) -> None:
+        """Say good-bye and close all sockets."""
+        self._perform(ToCoordinator(FrontEndLeaving(self.machine.identity)))
+        for rank in list(self._ranks):
+            self._disconnect(rank)
+        self._loop.remove_reader(self._coordinator.fileno())
+        # The good-bye gets a moment to go out.
+        self._context.destroy(linger=200)
+
+    # Effects ------------------------------------------------------------------------------------
+
+    def _feed(self, event: Event) -> None:
+        for effect in self.machine.handle(event, time.monotonic()):
+            self._perform(effect)
+
+    def _perform(self, effect: object) -> None:
+        match effect:
+            case Deliver(outputs):
+                self._deliver(outputs)
+            case ToRank(rank, message):
+                self._send(self._ranks[rank], codec.encode(message), f"rank {rank}")
+            case ToCoordinator(message):
+                self._send(self._coordinator, codec.encode(message), "the coordinator")
+            case Connect(member):
+                self._connect(member.rank, member.address)
+            case Disconnect(rank):
+                self._disconnect(rank)
+            case Refuse(request, reason, text):
+                error = Output(request, [], finish_reason="error", error=f"{reason}: {text}")
+                self._deliver([error])
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        streams = self._streams
+        for output in outputs:
+            stream = streams.get(output.request)
+            if stream is None:
+                continue
+            if output.finish_reason is not None:
+                del streams[output.request]
+            stream.put(output)
+
+    def _send(self, socket: zmq.Socket[bytes], frame: bytes, to: str) -> None:
+        try:
+            socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("%s does not read: a message to it was dropped", to)
+        # A send can swallow the descriptor's sign that something has come in.
+        if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
+            self._loop.call_soon(self._drain, socket)
+
+    # Sockets ------------------------------------------------------------------------------------
+
+    def _connect(self, rank: int, address: str) -> None:
+        self._ranks[rank] = socket = open_socket(
+            self._context,
+            zmq.DEALER,
+            connect=address,
+            max_bytes=codec.MAX_REQUEST_BYTES,
+            routing_id=self.machine.identity.to_bytes(8, "little"),
+        )
+        self._watch(socket, self._on_rank_frames)
+        self._ranks_changed()
+
+    def _disconnect(self, rank: int) -> None:
+        socket = self._ranks.pop(rank)
+        self._loop.remove_reader(socket.fileno())
+        del self._handlers[socket]
+        socket.close()
+        self._ranks_changed()
+
+    def _ranks_changed(self) -> None:
+        waiters, self._changed = self._changed, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _watch(self, socket: zmq.Socket[bytes], handler: Callable[[list[bytes]], None]) -> None:
+        self._handlers[socket] = handler
+        self._loop.add_reader(socket.fileno(), self._drain, socket)
+
+    def _drain(self, socket: zmq.Socket[bytes]) -> None:
+        handler = self._handlers.get(socket)
+        for _ in range(MESSAGES_A_TURN):
+            if handler is None or socket.closed:
+                return
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            handler(frames)
+        self._loop.call_soon(self._drain, socket)
+
+    def _on_rank_frames(self, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            self.garbage_ranks.add("frames", f"{len(frames)} frames in place of one")
+            return
+        try:
+            message = self._decode_outputs(frames[0])
+        except codec.BadMessage as error:
+            self.garbage_ranks.add(error.kind, error.detail)
+            return
+        self._feed(RankSaid(message))
+
+    def _on_coordinator_frames(self, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            self.garbage_coordinator.add("frames", f"{len(frames)} frames in place of one")
+            return
+        try:
+            message = self._decode_coordinator(frames[0])
+        except codec.BadMessage as error:
+            self.garbage_coordinator.add(error.kind, error.detail)
+            return
+        self._feed(CoordinatorSaid(message))

@@ -1,0 +1,96 @@
+"""The document at `/openapi.json`, made from the request types themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from paceline import __version__
+from paceline.server.openai import ChatCompletionRequest, CompletionRequest
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+_RANK_HEADER = {
+    "name": "X-data-parallel-rank",
+    "in": "header",
+    "required": False,
+    "description": "the rank that shall serve the request",
+    "schema": {"type": "integer", "minimum": 0},
+}
+
+_FAILURES = {
+    "400": "a field is wrong; `param` names it",
+    "404": "no such model",
+    "413": "the body is larger than --max-body-bytes",
+    "429": "too many requests wait; see Retry-After",
+    "500": "the rank failed",
+    "503": "draining, or no rank is ready; see Retry-After",
+}
+
+
+def _failure(text: str) -> dict[str, Any]:
+    return {
+        "description": text,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+
+
+def _generation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    answer = {
+        "description": "the answer; with `stream`, server-sent events that end with `[DONE]`",
+        "headers": {"X-data-parallel-rank": {"schema": {"type": "string"}, "description": "the rank that served it"}},
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    }
+    return {
+        "post": {
+            "summary": summary,
+            "parameters": [_RANK_HEADER],
+            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
+            "responses": {"200": answer} | {status: _failure(text) for status, text in _FAILURES.items()},
+        }
+    }
+
+
+def _plain(summary: str, *failures: str) -> dict[str, Any]:
+    ok = {"description": "OK", "content": {"application/json": {"schema": {"type": "object"}}}}
+    return {
+        "get": {
+            "summary": summary,
+            "responses": {"200": ok} | {status: _failure(_FAILURES[status]) for status in failures},
+        }
+    }
+
+
+def openapi_document() -> dict[str, Any]:
+    """The OpenAPI 3.1 document of this server."""
+    schemas, components = msgspec.json.schema_components(
+        [CompletionRequest, ChatCompletionRequest], ref_template="#/components/schemas/{name}"
+    )
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Paceline", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "paths": {
+            "/v1/completions": _generation("Complete one or more prompts", schemas[0]),
+            "/v1/chat/completions": _generation("Answer a conversation", schemas[1]),
+            "/v1/models": _plain("The model that is served"),
+            "/health": _plain("Whether requests are served", "503"),
+            "/version": _plain("The version of this server"),
+        },
+        "components": {"schemas": dict(components) | {"Error": _ERROR}},
+    }
