@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from paceline.protocol.frontend_events import (
     Abandon,
     Connect,
@@ -157,6 +159,13 @@ class FrontEnd:
     def waiting(self) -> int:
         """Requests believed to wait for a slot, over this front-end's ranks."""
         return sum(waiting_for_a_slot(link.believed()) for link in self._links.values())
+
+    def loads(self) -> list[dict[str, object]]:
+        """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
+        return [
+            {"rank": rank, **msgspec.structs.asdict(link.believed()), "in_flight": len(link.in_flight)}
+            for rank, link in sorted(self._links.items())
+        ]
 
     def statistics(self) -> dict[str, object]:
         """For `/health`, metrics and tests."""

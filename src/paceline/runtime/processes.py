@@ -7,6 +7,7 @@ of a second cannot afford that, and no child of ours needs it, so the main modul
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -50,6 +51,7 @@ def spawn(name: str, target: Callable[..., None], kwargs: Mapping[str, Any], log
 def _child_main(name: str, log_level: str, target: Callable[..., None], kwargs: dict[str, Any]) -> None:
     """What every child does first: a log of its own, no Ctrl-C (the parent ends it), no orphan."""
     multiprocessing.current_process().name = name
+    _show_name(f"pl:{name}")
     set_up_log(log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -63,6 +65,12 @@ def _child_main(name: str, log_level: str, target: Callable[..., None], kwargs: 
         logging.getLogger("paceline").error("internal error: %s: %s", type(error).__name__, error)
         logging.getLogger("paceline").debug("traceback", exc_info=True)
         sys.exit(70)
+
+
+def _show_name(name: str) -> None:
+    """Let `ps` and `top` show who is who, where the system can: 15 characters are kept."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write(name[:15])
 
 
 def set_up_log(level: str) -> None:

@@ -188,6 +188,7 @@ def _plain_routes(api: Api) -> list[Route]:
     document = json.dumps(openapi_document()).encode()
     endpoints: dict[str, Callable[[], Response]] = {
         "/health": lambda: _health(api),
+        "/loads": lambda: JSONResponse({"ranks": api.client.machine.loads()}),
         "/version": lambda: JSONResponse({"version": __version__}),
         "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
         "/openapi.json": lambda: Response(document, media_type="application/json"),

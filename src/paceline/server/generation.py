@@ -57,7 +57,7 @@ def completion_prompts(request: CompletionRequest, models: Models) -> list[Promp
     prompts: list[Prompt] = []
     for part in parts:
         ids = tokenizer.encode(part) if isinstance(part, str) else part
-        tokens = openai.max_tokens_of("max_tokens", request.max_tokens, default, len(ids), models.limit)
+        tokens = openai.max_tokens_of("max_tokens", request.max_tokens, default, len(ids), models.limit, "prompt")
         echo = (part if isinstance(part, str) else tokenizer.decode(part)) if request.echo else ""
         prompts.append(Prompt(ids, tokens, echo))
     return prompts
@@ -76,7 +76,7 @@ def chat_prompt(request: ChatCompletionRequest, models: Models) -> Prompt:
     asked, param = request.max_tokens, "max_tokens"
     if request.max_completion_tokens is not None:
         asked, param = request.max_completion_tokens, "max_completion_tokens"
-    tokens = openai.max_tokens_of(param, asked, None, len(ids), models.limit)
+    tokens = openai.max_tokens_of(param, asked, None, len(ids), models.limit, "messages")
     return Prompt(ids, tokens)
 
 

@@ -120,7 +120,8 @@ class BodyDecoder(Generic[T]):
             text = str(error)
             found = re.search(r" - at `(key in )?\$\.?(.*?)`", text)
             missing = re.search(r"missing required field `(\w+)`", text)
-            param = missing.group(1) if missing else (found.group(2) if found else "")
+            names = [found.group(2) if found else "", missing.group(1) if missing else ""]
+            param = ".".join(name for name in names if name)
             reason = re.sub(r" - at `.*`$", "", text)
             raise ApiError(400, f"{param or 'body'}: {reason}", param=param or None, code="invalid_type") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -199,14 +200,16 @@ def chat_logprobs(request: ChatCompletionRequest) -> int | None:
     return (top or 0) if request.logprobs else None
 
 
-def max_tokens_of(param: str, asked: int | None, default: int | None, prompt_tokens: int, limit: int) -> int:
+def max_tokens_of(
+    param: str, asked: int | None, default: int | None, prompt_tokens: int, limit: int, prompt_param: str
+) -> int:
     """The checked number of tokens to make. `limit`: tokens of prompt and answer together."""
     left = limit - prompt_tokens
     if left < 1:
         raise ApiError(
             400,
             f"the prompt is {prompt_tokens} tokens long; prompt and answer together may have {limit}",
-            param="prompt" if param == "max_tokens" else "messages",
+            param=prompt_param,
             code="context_length_exceeded",
         )
     if asked is None:

@@ -90,6 +90,7 @@ def openapi_document() -> dict[str, Any]:
             "/v1/chat/completions": _generation("Answer a conversation", schemas[1]),
             "/v1/models": _plain("The model that is served"),
             "/health": _plain("Whether requests are served", "503"),
+            "/loads": _plain("What every rank has queued, as this front-end believes it"),
             "/version": _plain("The version of this server"),
         },
         "components": {"schemas": dict(components) | {"Error": _ERROR}},

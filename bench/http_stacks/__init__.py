@@ -1,0 +1,1 @@
+"""Parts of the HTTP stack measurement; the command is bench/http_stacks.py."""

@@ -1,0 +1,24 @@
+"""Fixtures that several test files share: one deployment serves many tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serving import Deployment, deployment
+
+
+@pytest.fixture(scope="session")
+def timed_server() -> Iterator[Deployment]:
+    """Two front-ends over four `timed` ranks with quick steps."""
+    with deployment("--engine", "timed", "-dp", "4", "--api-server-count", "2", "--max-model-len", "4096",
+                    "--engine-option", "step_ms=2", "--max-body-bytes", "200000") as running:  # fmt: skip
+        yield running
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> Iterator[Deployment]:
+    """The default: Gemma 3 270M over two ranks."""
+    with deployment("--max-model-len", "2048") as running:
+        yield running

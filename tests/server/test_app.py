@@ -1,0 +1,260 @@
+"""The HTTP side against a running deployment: every answer and every refusal, as a client sees it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from paceline import __version__
+from tests.serving import Deployment
+
+pytestmark = pytest.mark.slow
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def error_of(response: Any, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return dict(error)
+
+
+def events_of(response: Any) -> list[Any]:
+    blocks = [block for block in response.text.split("\n\n") if block]
+    assert all(block.startswith("data: ") for block in blocks)
+    assert blocks[-1] == "data: [DONE]"
+    return [json.loads(block[6:]) for block in blocks[:-1]]
+
+
+def test_completion(timed_server: Deployment) -> None:
+    response = timed_server.http.post(COMPLETIONS, json={"prompt": "hello", "max_tokens": 3})
+    body = response.json()
+    assert body["object"] == "text_completion"
+    assert body["model"] == "timed"
+    assert body["choices"] == [{"index": 0, "text": " 0 1 2", "logprobs": None, "finish_reason": "length"}]
+    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert response.headers["x-data-parallel-rank"] in {"0", "1", "2", "3"}
+
+
+def test_completion_stream_with_usage(timed_server: Deployment) -> None:
+    request = {"prompt": "hello", "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}
+    response = timed_server.http.post(COMPLETIONS, json=request)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-data-parallel-rank"] in {"0", "1", "2", "3"}
+    *chunks, last = events_of(response)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " 0 1 2"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == 8
+
+
+def test_stream_without_usage_says_none(timed_server: Deployment) -> None:
+    response = timed_server.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2, "stream": True})
+    assert all("usage" not in chunk for chunk in events_of(response))
+
+
+def test_chat_and_its_stream_agree(timed_server: Deployment) -> None:
+    whole = timed_server.http.post(CHAT, json={"messages": HELLO, "max_tokens": 4}).json()
+    stream = timed_server.http.post(CHAT, json={"messages": HELLO, "max_tokens": 4, "stream": True})
+    chunks = events_of(stream)
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == whole["choices"][0]["message"]["content"] == " 0 1 2 3"
+    assert whole["choices"][0]["message"]["role"] == "assistant"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_chat_defaults_to_all_that_is_left(timed_server: Deployment) -> None:
+    messages = [{"role": "user", "content": "x" * 4050}]
+    body = timed_server.http.post(CHAT, json={"messages": messages}).json()
+    assert body["usage"]["total_tokens"] == 4096
+
+
+def test_n_and_list_prompts(timed_server: Deployment) -> None:
+    body = timed_server.http.post(COMPLETIONS, json={"prompt": ["a", "bc"], "n": 2, "max_tokens": 2}).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in body["choices"]} == {" 0 1"}
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    stream = timed_server.http.post(COMPLETIONS, json={"prompt": "a", "n": 3, "max_tokens": 2, "stream": True})
+    texts: dict[int, str] = {}
+    for chunk in events_of(stream):
+        choice = chunk["choices"][0]
+        texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    assert texts == {0: " 0 1", 1: " 0 1", 2: " 0 1"}
+
+
+def test_token_prompts_and_echo(timed_server: Deployment) -> None:
+    body = timed_server.http.post(COMPLETIONS, json={"prompt": [104, 105], "max_tokens": 1, "echo": True}).json()
+    assert body["choices"][0]["text"] == "hi 0"
+    body = timed_server.http.post(COMPLETIONS, json={"prompt": [[104], [105, 105]], "max_tokens": 1}).json()
+    assert body["usage"]["prompt_tokens"] == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_header_chooses_the_rank(timed_server: Deployment, rank: int) -> None:
+    headers = {"X-data-parallel-rank": str(rank)}
+    for stream in (False, True):
+        request = {"prompt": "a", "max_tokens": 1, "stream": stream}
+        response = timed_server.http.post(COMPLETIONS, json=request, headers=headers)
+        assert response.headers["x-data-parallel-rank"] == str(rank)
+
+
+@pytest.mark.parametrize("rank", ["4", "-1", "one", "", "99999999999999999999"])
+def test_unknown_rank(timed_server: Deployment, rank: str) -> None:
+    response = timed_server.http.post(
+        COMPLETIONS, json={"prompt": "a", "max_tokens": 1}, headers={"X-data-parallel-rank": rank}
+    )
+    assert error_of(response, 400)["param"] == "X-data-parallel-rank"
+
+
+BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt[1]"),
+    ({"prompt": ["a", 1]}, "prompt[1]"),
+    ({"prompt": [1, 256]}, "prompt"),
+    ({"prompt": None}, "prompt"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": "x" * 5000}, "prompt"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": "many"}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": 4096}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 1000}, "n"),
+    ({"seed": "x"}, "seed"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"presence_penalty": -3}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"logit_bias": {"256": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stop": 1}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": [""]}, "stop"),
+    ({"stop": [1]}, "stop[0]"),
+    ({"stop_token_ids": [999]}, "stop_token_ids"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"best_of": 3}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"priority": 2**40}, "priority"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda value: str(value)[:40])
+def test_bad_field_is_named(timed_server: Deployment, fields: dict[str, Any], param: str) -> None:
+    response = timed_server.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1} | fields)
+    error = error_of(response, 400)
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param.split("[")[0] in error["message"]
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hello"}, "messages"),
+    ({"messages": [{"content": "a"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_completion_tokens": 2, "max_tokens": 3}, "max_tokens"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"tools": [{}]}, "tools"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_CHATS, ids=lambda value: str(value)[:40])
+def test_bad_chat_field_is_named(timed_server: Deployment, fields: dict[str, Any], param: str) -> None:
+    response = timed_server.http.post(CHAT, json={"messages": HELLO} | fields)
+    assert error_of(response, 400)["param"] == param
+
+
+def test_context_length_has_the_code_that_clients_look_for(timed_server: Deployment) -> None:
+    response = timed_server.http.post(COMPLETIONS, json={"prompt": "x" * 5000})
+    assert error_of(response, 400)["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"nope", b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 5000, b'{"prompt": "\xff"}']
+)
+def test_body_that_is_no_request(timed_server: Deployment, body: bytes) -> None:
+    for path in (COMPLETIONS, CHAT):
+        error_of(timed_server.http.post(path, content=body), 400)
+
+
+def test_unknown_model(timed_server: Deployment) -> None:
+    response = timed_server.http.post(COMPLETIONS, json={"prompt": "a", "model": "gpt-9"})
+    error = error_of(response, 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_unknown_path_and_method(timed_server: Deployment) -> None:
+    error_of(timed_server.http.get("/v1/nothing"), 404)
+    error_of(timed_server.http.get(COMPLETIONS), 405)
+
+
+def test_large_body_is_413_with_and_without_its_length(timed_server: Deployment) -> None:
+    body = b'{"prompt": "' + b"x" * 300_000 + b'"}'
+    assert error_of(timed_server.http.post(COMPLETIONS, content=body), 413)["code"] == "body_too_large"
+
+    def chunks() -> Any:
+        for start in range(0, len(body), 10_000):
+            yield body[start : start + 10_000]
+
+    assert error_of(timed_server.http.post(COMPLETIONS, content=chunks()), 413)["code"] == "body_too_large"
+    assert timed_server.http.get("/health").status_code == 200
+
+
+def test_request_id_is_echoed(timed_server: Deployment) -> None:
+    headers = {"X-Request-Id": "my-id-1"}
+    for stream in (False, True):
+        request = {"prompt": "a", "max_tokens": 1, "stream": stream}
+        response = timed_server.http.post(COMPLETIONS, json=request, headers=headers)
+        assert response.headers["x-request-id"] == "my-id-1"
+    assert timed_server.http.post(COMPLETIONS, json={}, headers=headers).headers["x-request-id"] == "my-id-1"
+    assert timed_server.http.get("/health", headers=headers).headers["x-request-id"] == "my-id-1"
+    assert timed_server.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).headers["x-request-id"]
+
+
+def test_models_version_health(timed_server: Deployment) -> None:
+    (model,) = timed_server.http.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("timed", 4096)
+    assert timed_server.http.get("/version").json() == {"version": __version__}
+    health = timed_server.health()
+    assert health["status"] == "ok"
+    assert health["ready"] == [0, 1, 2, 3]
+
+
+def test_openapi_names_every_field(timed_server: Deployment) -> None:
+    document = timed_server.http.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    schemas = document["components"]["schemas"]
+    assert {"prompt", "temperature", "logit_bias", "stop", "seed"} <= set(schemas["CompletionRequest"]["properties"])
+    assert "messages" in schemas["ChatCompletionRequest"]["required"]
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert timed_server.http.request(method, path).status_code != 404
