@@ -36,6 +36,8 @@ class Command:
 
     def __init__(self, *arguments: str) -> None:
         self.lines: list[str] = []
+        self.url = ""
+        self.http: Any = None
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *arguments],
             stderr=subprocess.STDOUT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
@@ -79,33 +81,9 @@ class Command:
         """Process ids of all descendants."""
         return descendants(self.process.pid)
 
-    def close(self) -> None:
-        """End it, and its descendants, at once."""
-        left = self.children()
-        for pid in [self.process.pid, *left]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait(10)
-        self._reader.join(10)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-
-
-class Deployment(Command):
-    """`paceline serve` on a free port, ready."""
-
-    def __init__(self, *arguments: str) -> None:
-        super().__init__("serve", "--port", "0", *arguments)
-        try:
-            line = self.wait_line("serves on http://")
-        except BaseException:
-            self.close()
-            raise
+    def connect(self) -> None:
+        """Wait for the line that says where it serves, and open a client."""
+        line = self.wait_line("serves on http://")
         self.url = line.split("serves on ")[1].split("/v1")[0]
         self.http = httpx2.Client(base_url=self.url, timeout=60.0)
 
@@ -127,9 +105,34 @@ class Deployment(Command):
         return next(pid for pid in self.children() if process_name(pid) == f"pl:{name}")
 
     def close(self) -> None:
-        if hasattr(self, "http"):
+        """End it, and its descendants, at once."""
+        if self.http is not None:
             self.http.close()
-        super().close()
+        left = self.children()
+        for pid in [self.process.pid, *left]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait(10)
+        self._reader.join(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+
+
+class Deployment(Command):
+    """`paceline serve` on a free port, ready."""
+
+    def __init__(self, *arguments: str) -> None:
+        super().__init__("serve", "--port", "0", *arguments)
+        try:
+            self.connect()
+        except BaseException:
+            self.close()
+            raise
 
 
 @contextlib.contextmanager

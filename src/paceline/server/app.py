@@ -7,6 +7,7 @@ server; all else is Starlette's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import uuid
@@ -22,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from paceline import __version__
-from paceline.server.client import Client
+from paceline.server.client import Client, Refused
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import (
     ApiError,
@@ -49,6 +50,7 @@ class Api:
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self.active = 0
+        self.generations: set[Generation] = set()
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -62,6 +64,11 @@ class Api:
         self.active -= 1
         if not self.active:
             self.idle.set()
+
+    def cut_off(self) -> None:
+        """End what still runs, with an error to its clients."""
+        for generation in list(self.generations):
+            generation.stream.fail(Refused("shutting-down", "the server has shut down"))
 
     def check_open(self) -> None:
         """Raise ApiError while draining."""
@@ -99,6 +106,7 @@ class GenerationEndpoint(Generic[T]):
             shown = ",".join(map(str, ranks)).encode()
             answer_headers = [(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER.encode(), shown)]
             watch = asyncio.create_task(_watch_disconnect(receive, generation))
+            api.generations.add(generation)
             try:
                 if request.stream:
                     await _send_stream(send, generation, answer_headers)
@@ -106,9 +114,17 @@ class GenerationEndpoint(Generic[T]):
                     await _send_whole(send, generation, answer_headers)
             finally:
                 watch.cancel()
+                api.generations.discard(generation)
                 generation.abandon()
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
+        except Exception as error:
+            logger.error("internal error: %s: %s", type(error).__name__, error)
+            logger.debug("traceback", exc_info=True)
+            # An answer that has begun cannot become another one: uvicorn closes its connection.
+            with contextlib.suppress(RuntimeError):
+                defect = ApiError(500, "internal error", kind="server_error", code="internal_error")
+                await error_response(defect, request_id)(scope, receive, send)
         finally:
             api.leave()
 

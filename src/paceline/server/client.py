@@ -55,11 +55,12 @@ class Refused(PacelineError):
 class Stream:
     """What has come for one HTTP request and is not yet read; it may span several requests to ranks."""
 
-    __slots__ = ("_outputs", "_waiter", "closed")
+    __slots__ = ("_failure", "_outputs", "_waiter", "closed")
 
     def __init__(self) -> None:
         self._outputs: list[Output] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._failure: Refused | None = None
         self.closed = False
 
     def put(self, output: Output) -> None:
@@ -73,17 +74,29 @@ class Stream:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
+    def fail(self, failure: Refused) -> None:
+        """No more will come: the reader gets what there is, then `failure`."""
+        self._failure = failure
+        self.wake()
+
     def close(self) -> None:
         """The client has gone: the reader gets nothing more."""
         self.closed = True
         self.wake()
 
     async def get(self) -> list[Output]:
-        """All that has come since the last call, waiting for something; empty once closed."""
+        """All that has come since the last call, waiting for something; empty once closed.
+
+        Raises Refused once nothing more will come.
+        """
+        if not self._outputs and self._failure is not None:
+            raise self._failure
         if not self._outputs and not self.closed:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
             self._waiter = None
+            if not self._outputs and self._failure is not None:
+                raise self._failure
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -134,6 +147,10 @@ class Client:
                 case Refuse(_, reason, text):
                     del self._streams[request]
                     raise Refused(reason, text)
+                case ToRank(to, message):
+                    if not self._send(self._ranks[to], codec.encode(message), f"rank {to}"):
+                        self.abandon([request])
+                        raise Refused("overloaded", f"rank {to} takes no more requests now")
                 case _:
                     self._perform(effect)
         return request, placed
@@ -180,8 +197,9 @@ class Client:
             case Disconnect(rank):
                 self._disconnect(rank)
             case Refuse(request, reason, text):
-                error = Output(request, [], finish_reason="error", error=f"{reason}: {text}")
-                self._deliver([error])
+                stream = self._streams.pop(request, None)
+                if stream is not None:
+                    stream.fail(Refused(reason, text))
 
     def _deliver(self, outputs: list[Output]) -> None:
         streams = self._streams
@@ -193,14 +211,17 @@ class Client:
                 del streams[output.request]
             stream.put(output)
 
-    def _send(self, socket: zmq.Socket[bytes], frame: bytes, to: str) -> None:
+    def _send(self, socket: zmq.Socket[bytes], frame: bytes, to: str) -> bool:
+        """Send, or drop where the peer's queue is full. Returns whether it was sent."""
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("%s does not read: a message to it was dropped", to)
+            return False
         # A send can swallow the descriptor's sign that something has come in.
         if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
             self._loop.call_soon(self._drain, socket)
+        return True
 
     # Sockets ------------------------------------------------------------------------------------
 

@@ -165,7 +165,10 @@ class Generation:
         ]
         left = len(choices)
         while left:
-            outputs = await self._stream.get()
+            try:
+                outputs = await self._stream.get()
+            except Refused as refusal:
+                raise _refusal(refusal) from None
             if self._stream.closed:
                 return None
             for output in outputs:
@@ -186,7 +189,11 @@ class Generation:
             yield opening
         left = count
         while left:
-            outputs = await self._stream.get()
+            try:
+                outputs = await self._stream.get()
+            except Refused as refusal:
+                yield event(_refusal(refusal).body)
+                return
             if self._stream.closed:
                 return
             parts: list[bytes] = []

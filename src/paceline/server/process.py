@@ -34,6 +34,8 @@ from paceline.server.generation import Models
 logger = logging.getLogger("paceline.front-end")
 
 LISTEN_BACKLOG = 2048
+CUT_OFF_S = 1.0
+"""What answers that were cut off get to tell their clients."""
 
 
 class FrontEndSettings(Struct, frozen=True):
@@ -129,6 +131,9 @@ class Drain:
             await asyncio.wait_for(self._api.idle.wait(), self._timeout_s)
         if self._api.active:
             logger.warning("%d requests had not finished after %g s", self._api.active, self._timeout_s)
+            self._api.cut_off()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._api.idle.wait(), CUT_OFF_S)
         self._server.should_exit = True
         self._server.force_exit = self._api.active > 0
 
@@ -183,5 +188,6 @@ def _uvicorn_config(api: Api, settings: FrontEndSettings) -> uvicorn.Config:
         log_level="warning",
         server_header=False,
         ws="none",
+        proxy_headers=False,
         timeout_keep_alive=75,
     )

@@ -1,0 +1,210 @@
+"""Start, failure to start, and end: what a user sees, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serving import Command, Deployment, command, deployment, is_alive, process_name, wait_until
+
+pytestmark = pytest.mark.slow
+
+TIMED = ("--engine", "timed", "--engine-option", "step_ms=10")
+
+
+def fails(running: Command, text: str, status: int = 1) -> None:
+    """The command ends with one clear line, a non-zero status, no traceback and no orphan."""
+    children = running.children()
+    assert running.wait_end() == status, running.output
+    assert "Traceback" not in running.output
+    errors = [line for line in running.lines if line.startswith("paceline: error: ")]
+    assert len(errors) == 1, running.output
+    assert text in errors[0]
+    wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+
+
+def test_startup_shows_who_is_ready() -> None:
+    with deployment(*TIMED, "-dp", "3") as running:
+        for name in ("rank 0", "rank 1", "rank 2", "front-end 0"):
+            assert f"{name}: ready\n" in running.output
+        assert "Traceback" not in running.output
+
+
+def test_rank_that_takes_too_long_is_named() -> None:
+    with command("serve", *TIMED, "--port", "0", "-dp", "2", "--engine-option", "load_ms=60000",
+                 "--startup-timeout", "2") as running:  # fmt: skip
+        fails(running, "not ready within --startup-timeout of 2 s: rank 0 (starting")
+        assert "rank 1 (starting" in running.output
+
+
+def test_missing_remote_rank_is_named() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with command("serve", *TIMED, "--port", "0", "-dp", "3", "-dpl", "2", "-dpp", port,
+                 "--startup-timeout", "3") as running:  # fmt: skip
+        fails(running, "waits for rank 2)")
+
+
+def test_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with command("serve", *TIMED, "--port", str(port)) as running:
+            fails(running, f"cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+def test_port_of_another_paceline_is_in_use() -> None:
+    with deployment(*TIMED) as first:
+        port = first.url.rsplit(":", 1)[1]
+        with command("serve", *TIMED, "--port", port) as second:
+            fails(second, "Address already in use")
+        assert first.health()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(None, "no such file"), (b"not a model at all", "not a GGUF"), (b"GGUF\x03\0\0\0" + b"\0" * 8, "")],
+)
+def test_model_that_is_none(tmp_path: Path, content: bytes | None, text: str) -> None:
+    model = tmp_path / "model.gguf"
+    if content is not None:
+        model.write_bytes(content)
+    with command("serve", "--model", str(model), "--port", "0") as running:
+        fails(running, "model.gguf")
+        assert text.lower() in running.output.lower()
+
+
+def test_rank_killed_while_loading() -> None:
+    with command("serve", *TIMED, "--port", "0", "--engine-option", "load_ms=60000") as running:
+        running.wait_line("rank 1: starting")
+        (victim, *_) = [pid for pid in running.children() if process_name(pid) == "pl:rank 1"]
+        os.kill(victim, signal.SIGKILL)
+        fails(running, "rank 1 ended before it was ready (killed by SIGKILL)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--engine", "nonsense"], "--engine nonsense: unknown"),
+        (["--engine", "os:path"], "is not a subclass"),
+        (["--engine", "timed", "--engine-option", "speed=1"], "--engine-option speed: unknown"),
+        (["--engine", "timed", "--engine-option", "step_ms=fast"], "is no number"),
+    ],
+)
+def test_engine_that_cannot_be(arguments: list[str], text: str) -> None:
+    with command("serve", "--port", "0", *arguments) as running:
+        fails(running, text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-dp", "0"], "--data-parallel-size"),
+        (["-dp", "2", "-dpl", "3"], "--data-parallel-size-local"),
+        (["-dp", "2", "--data-parallel-rank", "2"], "--data-parallel-rank"),
+        (["--data-parallel-external-lb"], "--data-parallel-external-lb"),
+        (["--routing", "magic"], "--routing"),
+        (["--port", "70000"], "--port"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--engine-option", "x"], "--engine-option"),
+        (["--drain-timeout", "-1"], "--drain-timeout"),
+    ],
+)
+def test_flag_out_of_range(arguments: list[str], text: str) -> None:
+    with command("serve", *arguments) as running:
+        fails(running, text, status=2)
+
+
+def test_sigterm_drains() -> None:
+    with deployment(*TIMED, "-asc", "2") as running, ThreadPoolExecutor() as pool:
+        client = running.openai
+        streams = [client.completions.create(model="timed", prompt="a", max_tokens=200, stream=True) for _ in range(8)]
+        for stream in streams:
+            next(iter(stream))
+        children = running.children()
+        texts = [pool.submit(lambda stream: "".join(c.choices[0].text for c in stream), stream) for stream in streams]
+        running.signal(signal.SIGTERM)
+
+        def refused() -> Any:
+            response = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+            return response if response.status_code == 503 else None
+
+        response = wait_until(refused, "new requests are refused")
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "shutting_down"
+        assert running.http.get("/health").status_code == 503
+        expected = "".join(f" {index}" for index in range(1, 200))
+        assert [text.result(60) for text in texts] == [expected] * 8
+        assert running.wait_end() == 0
+        assert "Traceback" not in running.output
+        wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+
+
+def test_drain_timeout_ends_what_still_runs() -> None:
+    with deployment(*TIMED, "--drain-timeout", "0.5") as running:
+        stream = running.openai.completions.create(model="timed", prompt="a", max_tokens=30000, stream=True)
+        next(iter(stream))
+        children = running.children()
+        running.signal(signal.SIGTERM)
+        running.wait_end(20)
+        assert "had not finished after 0.5 s" in running.output
+        assert "Traceback" not in running.output
+        wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+        stream.close()
+
+
+def test_second_signal_ends_at_once() -> None:
+    with deployment(*TIMED, "--drain-timeout", "600") as running:
+        stream = running.openai.completions.create(model="timed", prompt="a", max_tokens=30000, stream=True)
+        next(iter(stream))
+        children = running.children()
+        running.signal(signal.SIGINT)
+        running.wait_line("draining")
+        running.signal(signal.SIGINT)
+        assert running.wait_end(10) != 0
+        assert "Traceback" not in running.output
+        wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+        stream.close()
+
+
+def test_signal_during_start_ends_cleanly() -> None:
+    with command("serve", *TIMED, "--port", "0", "--engine-option", "load_ms=60000") as running:
+        running.wait_line("rank 1: starting")
+        children = running.children()
+        running.signal(signal.SIGTERM)
+        assert running.wait_end(20) != 0
+        assert "Traceback" not in running.output
+        wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+
+
+@pytest.fixture
+def running() -> Iterator[Deployment]:
+    with deployment(*TIMED, "-asc", "2") as started:
+        yield started
+
+
+def test_children_end_with_their_killed_parent(running: Deployment) -> None:
+    children = running.children()
+    assert len(children) >= 5
+    running.signal(signal.SIGKILL)
+    wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended", 2.0)
+
+
+@pytest.mark.parametrize("name", ["rank 1", "front-end 0", "coordinator"])
+def test_child_that_dies_ends_the_deployment(running: Deployment, name: str) -> None:
+    children = running.children()
+    os.kill(running.pid_of(name), signal.SIGKILL)
+    assert running.wait_end(20) == 1
+    assert re.search(rf"{name} ended while serving \(killed by SIGKILL\)", running.output)
+    assert "Traceback" not in running.output
+    wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")

@@ -1,0 +1,143 @@
+"""Internal over two nodes, hybrid and external mode, each with real processes and sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections import Counter
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from paceline.config import ParallelConfig
+from paceline.protocol import codec
+from paceline.protocol.messages import PROTOCOL_VERSION, Load, LoadView, Members, RankHello, RankReport
+from paceline.runtime.coordinator_process import DPCoordinator
+from tests.serving import Command, command, wait_until
+
+pytestmark = pytest.mark.slow
+
+TIMED = ("--engine", "timed", "--engine-option", "step_ms=2")
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def nodes(first: list[str], second: list[str]) -> Iterator[tuple[Command, Command]]:
+    """Two nodes of one deployment: the first leads, the second joins it."""
+    common = ("serve", "--port", "0", *TIMED, "-dpp", free_port())
+    with command(*common, *first) as leading, command(*common, *second) as joining:
+        leading.connect()
+        if "--headless" not in second:
+            joining.connect()
+        yield leading, joining
+
+
+def ranks_used(running: Command, count: int = 24) -> Counter[str]:
+    used: Counter[str] = Counter()
+    for _ in range(count):
+        answer = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert answer.status_code == 200
+        used[answer.headers["x-data-parallel-rank"]] += 1
+    return used
+
+
+def test_internal_mode_over_two_nodes() -> None:
+    common = ["-dp", "4", "-dpl", "2"]
+    with nodes(common, [*common, "--data-parallel-start-rank", "2", "--headless"]) as (leading, headless):
+        headless.wait_line("ranks 2, 3 of 4 are ready")
+        assert set(ranks_used(leading)) == {"0", "1", "2", "3"}
+
+
+def test_hybrid_mode_balances_over_its_own_ranks() -> None:
+    common = ["-dp", "4", "-dpl", "2", "--data-parallel-hybrid-lb"]
+    with nodes(common, [*common, "--data-parallel-start-rank", "2"]) as (first, second):
+        assert set(ranks_used(first)) == {"0", "1"}
+        assert set(ranks_used(second)) == {"2", "3"}
+        answer = first.http.post("/v1/completions", json={"prompt": "a"}, headers={"X-data-parallel-rank": "2"})
+        assert answer.status_code == 400
+        assert first.health()["missing"] == []
+
+
+def test_external_mode_has_one_rank_each() -> None:
+    external = ["-dp", "2", "--data-parallel-rank"]
+    with nodes([*external, "0"], [*external, "1"]) as (first, second):
+        assert set(ranks_used(first, 5)) == {"0"}
+        assert set(ranks_used(second, 5)) == {"1"}
+
+
+def test_node_that_does_not_fit_is_told_why() -> None:
+    port = free_port()
+    with command("serve", "--port", "0", *TIMED, "-dpp", port, "-dp", "2", "-dpl", "1"):
+        with command("serve", "--port", "0", *TIMED, "-dpp", port, "-dp", "3", "-dpl", "1",
+                     "--data-parallel-start-rank", "1", "--headless") as second:  # fmt: skip
+            assert second.wait_end() == 1
+            assert "--data-parallel-size is 2 there and 3 here" in second.output
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_no_loads_go_out_in_external_mode(external: bool) -> None:
+    """A rank reports load at the coordinator's socket; what comes out at the front-ends' is all that counts."""
+    parallel = ParallelConfig(data_parallel_size=2, data_parallel_size_local=1 if external else 2,
+                              data_parallel_external_lb=external)  # fmt: skip
+    coordinator = DPCoordinator(parallel)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        _, inbox = coordinator.get_engine_socket_addresses()
+        front_end, rank = context.socket(zmq.XSUB), context.socket(zmq.PUSH)
+        front_end.connect(coordinator.get_stats_publish_address())
+        front_end.send(b"\x01")
+        rank.connect(inbox)
+        assert isinstance(read(front_end), Members)
+        assert isinstance(read(front_end), LoadView)
+        for frame in rank_frames():
+            rank.send(frame)
+        views = [message for message in read_until_running(front_end) if isinstance(message, LoadView)]
+        reported = [view for view in views if view.ranks and any(entry.load.waiting == 7 for entry in view.ranks)]
+        if external:
+            assert all(view.ranks is None for view in views)
+            assert len(views) <= 3
+        else:
+            assert reported or read_reported(front_end)
+    finally:
+        context.destroy(linger=0)
+        coordinator.shutdown()
+
+
+def rank_frames() -> list[bytes]:
+    """A rank that is ready, reports loads, and at last that it runs: the change that goes out in every mode."""
+    hello = RankHello(PROTOCOL_VERSION, 0, 5, "ipc:///nowhere", True)
+    reports = [RankReport(0, 5, step, 0, False, Load(waiting=7, running=step)) for step in range(20)]
+    running = RankReport(0, 5, 20, 0, True, Load(waiting=7))
+    return [codec.encode(message) for message in (hello, *reports, running)]
+
+
+def read(socket_: zmq.Socket[bytes]) -> object:
+    assert socket_.poll(10_000), "nothing came from the coordinator"
+    return codec.to_front_end().decode(socket_.recv())
+
+
+def read_until_running(socket_: zmq.Socket[bytes]) -> list[object]:
+    messages = [read(socket_)]
+    while not (isinstance(messages[-1], LoadView) and messages[-1].running):
+        messages.append(read(socket_))
+    return messages
+
+
+def read_reported(socket_: zmq.Socket[bytes]) -> bool:
+    def reported() -> bool:
+        view = read(socket_)
+        return isinstance(view, LoadView) and bool(view.ranks) and view.ranks[0].load.waiting == 7
+
+    return bool(wait_until(reported, "a view with the load"))
+
+
+def test_wire_is_msgpack_arrays() -> None:
+    """What the external test decodes with our codec is what any msgpack reader sees."""
+    assert msgspec.msgpack.decode(rank_frames()[0])[0] == "rank-hello"
