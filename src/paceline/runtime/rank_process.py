@@ -108,7 +108,8 @@ class EngineRank:
                 self._engine.add(EngineRequest(key, request.prompt_token_ids, request.params, request.priority))
             case Drop(key):
                 self._engine.abort(key)
-            case Wait(until):
+            # A stop that was asked for before this has been taken out of the inbox already.
+            case Wait(until) if not self._stopping:
                 self._take_in(None if until is None else max(0.001, until - time.monotonic()))
             case DummyStep():
                 self._dummy_step()

@@ -69,6 +69,8 @@ def open_socket(
     if kind == zmq.ROUTER:
         # Without it, what is sent to a peer that is gone vanishes without a word.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        # A front-end that connects anew is the same front-end: its old connection is given up.
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     address = bind or connect or ""
     if "[" in address:
         socket.ipv6 = True

@@ -1,0 +1,186 @@
+"""A front-end's process between a coordinator and a rank that the test plays: garbage, and what is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from paceline.engines.base import EngineSettings
+from paceline.protocol import codec
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    AddRequest,
+    FrontEndHello,
+    Load,
+    LoadView,
+    Member,
+    Members,
+    Output,
+    Outputs,
+    RankView,
+)
+from paceline.runtime.processes import spawn
+from paceline.runtime.status import Ready
+from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
+from tests.runtime.peers import Context, context, receive, send_garbage, shout_at
+from tests.serving import wait_until
+
+pytestmark = pytest.mark.slow
+
+LIFE = 5
+
+
+class World:
+    """The coordinator's and rank 0's sockets, and a front-end's process between them."""
+
+    def __init__(self, zmq_context: Context, folder: Path) -> None:
+        self.publish = zmq_context.socket(zmq.XPUB)
+        self.rank = zmq_context.socket(zmq.ROUTER)
+        self.rank.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self.coordinator = f"ipc://{folder}/front-publish"
+        self.rank_address = f"ipc://{folder}/rank"
+        self.publish.bind(self.coordinator)
+        self.rank.bind(self.rank_address)
+        reserved = reserve_port("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        reserved.close()
+
+    def start(self) -> Any:
+        """Start the process and announce rank 0 until it serves."""
+        reader, writer = get_context("spawn").Pipe(duplex=False)
+        settings = FrontEndSettings(
+            0, 1, "127.0.0.1", int(self.url.rsplit(":", 1)[1]), self.coordinator, "timed", EngineSettings(),
+            frozenset({0}), "least-load", None, None, 100_000, 5.0,
+        )  # fmt: skip
+        process = spawn("front-end 0", run_front_end, {"settings": settings, "status": writer})
+        writer.close()
+        decode = codec.from_front_end().decode
+        while (frame := receive(self.publish)[0])[:1] in (b"\x00", b"\x01"):
+            pass
+        assert isinstance(decode(frame), FrontEndHello)
+        self.announce(LIFE)
+        while not isinstance(reader.recv(), Ready):
+            pass
+        reader.close()
+        return process
+
+    def announce(self, life: int) -> None:
+        """Say that rank 0 is ready, in this life of it."""
+        members = [Member(0, life, self.rank_address)]
+        self.publish.send(codec.encode(Members(PROTOCOL_VERSION, 1, 0, False, members)))
+
+    def take(self) -> tuple[bytes, AddRequest]:
+        """The next request that reaches the rank."""
+        identity, frame = receive(self.rank)
+        message = codec.request().decode(frame)
+        assert isinstance(message, AddRequest)
+        return identity, message
+
+    def answer(self, identity: bytes, add: AddRequest, text: str, life: int = LIFE) -> None:
+        """Finish a request."""
+        output = Output(add.request, [1], text, "stop")
+        self.rank.send_multipart([identity, codec.encode(Outputs(0, life, [output]))])
+
+    def post(self, **fields: Any) -> tuple[int, Any]:
+        """POST a completion; status and body."""
+        body = json.dumps({"prompt": "a", "max_tokens": 4} | fields).encode()
+        try:
+            with urllib.request.urlopen(f"{self.url}/v1/completions", body, timeout=30) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def statistics(self) -> Any:
+        """What `/health` says."""
+        with urllib.request.urlopen(f"{self.url}/health", timeout=30) as response:
+            return json.load(response)
+
+
+@contextlib.contextmanager
+def front_end(folder: Path) -> Iterator[tuple[World, Any]]:
+    with context() as zmq_context:
+        world = World(zmq_context, folder)
+        process = world.start()
+        try:
+            yield world, process
+        finally:
+            process.kill()
+            process.join(10)
+
+
+def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with front_end(tmp_path) as (world, process), ThreadPoolExecutor() as pool:
+        answer = pool.submit(world.post)
+        identity, add = world.take()
+        send_garbage(world.publish)
+        send_garbage(world.rank, (identity,))
+        shout_at(world.url.replace("http", "tcp"))
+        world.answer(identity, add, "fine")
+        status, body = answer.result(30)
+        assert (status, json.loads(body)["choices"][0]["text"]) == (200, "fine")
+        assert process.is_alive()
+    error = capfd.readouterr().err
+    logged = [line for line in error.splitlines() if "dropped a message" in line]
+    assert logged
+    assert len(logged) == len({line.split("dropped", 1)[1].split(":")[0] for line in logged}), "one line a kind"
+    assert "Traceback" not in error
+
+
+def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
+    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+        answer = pool.submit(world.post)
+        identity, add = world.take()
+        world.answer(identity, add, "from the grave", life=LIFE - 1)
+        world.answer(identity, add, "alive")
+        assert json.loads(answer.result(30)[1])["choices"][0]["text"] == "alive"
+
+
+def test_rank_that_ends_is_told_to_its_clients(tmp_path: Path) -> None:
+    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+        whole, stream = pool.submit(world.post), pool.submit(world.post, stream=True)
+        world.take()
+        world.take()
+        world.announce(LIFE + 1)
+        status, body = whole.result(30)
+        assert (status, json.loads(body)["error"]["code"]) == (503, "rank_lost")
+        status, body = stream.result(30)
+        assert status == 200
+        assert json.loads(body.removeprefix("data: "))["error"]["code"] == "rank_lost"
+        again = pool.submit(world.post)
+        identity, add = world.take()
+        assert (add.incarnation, add.number) == (LIFE + 1, 1)
+        world.answer(identity, add, "again", life=LIFE + 1)
+        assert again.result(30)[0] == 200
+
+
+def test_engine_error_reaches_the_client(tmp_path: Path) -> None:
+    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+        answer = pool.submit(world.post)
+        identity, add = world.take()
+        failed = Output(add.request, [], finish_reason="error", error="does not fit")
+        world.rank.send_multipart([identity, codec.encode(Outputs(0, LIFE, [failed]))])
+        status, body = answer.result(30)
+        assert status == 500
+        assert "does not fit" in json.loads(body)["error"]["message"]
+
+
+def test_coordinator_that_comes_back_empty_loses_nothing(tmp_path: Path) -> None:
+    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+        answer = pool.submit(world.post)
+        identity, add = world.take()
+        world.publish.send(codec.encode(Members(PROTOCOL_VERSION, 2, 0, False, [], missing=[0])))
+        world.publish.send(codec.encode(LoadView(2, 1, 0, False, [RankView(0, LIFE, 9, Load(waiting=3), {})])))
+        wait_until(lambda: world.statistics()["waiting"] >= 2, "the new coordinator's view is taken")
+        world.answer(identity, add, "still here")
+        assert answer.result(30)[0] == 200
+        assert world.statistics()["ready"] == [0]
