@@ -73,7 +73,7 @@ def test_port_of_another_paceline_is_in_use() -> None:
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(None, "no such file"), (b"not a model at all", "not a GGUF"), (b"GGUF\x03\0\0\0" + b"\0" * 8, "")],
+    [(None, "no such model file"), (b"not a model at all", "is no GGUF"), (b"GGUF\x03\0\0\0" + b"\0" * 8, "")],
 )
 def test_model_that_is_none(tmp_path: Path, content: bytes | None, text: str) -> None:
     model = tmp_path / "model.gguf"

@@ -49,7 +49,9 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
         plan.join()
         return
     config = plan.config
-    coordinator = DPCoordinator(config.parallel, plan.lockstep, {"level": config.server.log_level})
+    # Its notes of who is ready would run into the start-up display, which says the same.
+    level = "warning" if config.server.log_level == "info" else config.server.log_level
+    coordinator = DPCoordinator(config.parallel, plan.lockstep, {"level": level})
     supervisor.at_end(coordinator.shutdown)
     supervisor.watch(coordinator.proc)
     rendezvous = plan.lead(coordinator)

@@ -1,0 +1,58 @@
+"""The command line: help, versions, and errors that are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from paceline import __version__
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "paceline", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == f"paceline {__version__}"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--data-parallel-size", "--data-parallel-size-local", "--data-parallel-address", "--data-parallel-rpc-port",
+     "--data-parallel-start-rank", "--data-parallel-hybrid-lb", "--data-parallel-external-lb", "--data-parallel-rank",
+     "--api-server-count", "--headless", "--startup-timeout", "--drain-timeout", "--max-waiting"],
+)  # fmt: skip
+def test_serve_has_the_flag(flag: str) -> None:
+    from typer.testing import CliRunner
+
+    from paceline.cli import app
+
+    help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    assert f"{flag} " in help_text
+
+
+@pytest.mark.parametrize("arguments", [["serve", "--nonsense"], ["nonsense"], ["serve", "--port", "x"]])
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-dp", "0"], "--data-parallel-size"),
+        (["--min-stats-update-interval-ms", "-1"], "--min-stats-update-interval-ms"),
+        (["--back-output-address", "nowhere"], "cannot bind nowhere"),
+    ],
+)
+def test_coordinator_that_cannot_be(arguments: list[str], text: str) -> None:
+    done = run("coordinator", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("paceline: error: ")
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1

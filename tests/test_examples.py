@@ -1,0 +1,27 @@
+"""The examples run as they stand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.serving import deployment
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_echo_engine() -> None:
+    with deployment("--engine", "examples.echo_engine:EchoEngine", "-dp", "2") as running:
+        answer = running.openai.completions.create(model="echo", prompt="hello", max_tokens=7)
+        assert answer.choices[0].text == "hellohe"
+        stream = running.openai.chat.completions.create(
+            model="echo", messages=[{"role": "user", "content": "abc"}], max_tokens=3, stream=True
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "abc"
+
+
+def test_echo_engine_is_short() -> None:
+    lines = (ROOT / "examples" / "echo_engine.py").read_text().splitlines()
+    assert len(lines) <= 60
