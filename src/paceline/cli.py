@@ -37,73 +37,86 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
+ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
+EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, or module:Class.", "--engine")]
+EngineOptionFlag = Annotated[
+    list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
+]
+ServedModelNameFlag = Annotated[str | None, _option(_ENGINE, "The model's name in the API.", "--served-model-name")]
+MaxModelLenFlag = Annotated[int | None, _option(_ENGINE, "Tokens of prompt and answer together.", "--max-model-len")]
+MaxNumSeqsFlag = Annotated[int, _option(_ENGINE, "Requests that run at once on a rank.", "--max-num-seqs")]
+MaxNumBatchedTokensFlag = Annotated[int, _option(_ENGINE, "Tokens computed in one step.", "--max-num-batched-tokens")]
+KvCacheTokensFlag = Annotated[int | None, _option(_ENGINE, "Tokens of KV memory of a rank.", "--kv-cache-tokens")]
+ThreadsFlag = Annotated[int | None, _option(_ENGINE, "Compute threads of a rank.", "--threads")]
+SeedFlag = Annotated[int, _option(_ENGINE, "Seed of the engine.", "--seed")]
+DataParallelSizeFlag = Annotated[int, _option(_PARALLEL, "Ranks in the deployment.", "--data-parallel-size", "-dp")]
+DataParallelSizeLocalFlag = Annotated[
+    int | None, _option(_PARALLEL, "Ranks on this node.", "--data-parallel-size-local", "-dpl")
+]
+DataParallelStartRankFlag = Annotated[
+    int | None, _option(_PARALLEL, "This node's first rank.", "--data-parallel-start-rank", "-dpr")
+]
+DataParallelRankFlag = Annotated[
+    int | None, _option(_PARALLEL, "This node's one rank; external mode.", "--data-parallel-rank", "-dpn")
+]
+DataParallelAddressFlag = Annotated[
+    str, _option(_PARALLEL, "Address of the node with rank 0.", "--data-parallel-address", "-dpa")
+]
+DataParallelRpcPortFlag = Annotated[
+    int, _option(_PARALLEL, "Port there that joining nodes ask.", "--data-parallel-rpc-port", "-dpp")
+]
+DataParallelExternalLbFlag = Annotated[
+    bool, _option(_PARALLEL, "Something outside balances.", "--data-parallel-external-lb", "-dpe")
+]
+DataParallelHybridLbFlag = Annotated[
+    bool, _option(_PARALLEL, "Each node balances over its own ranks.", "--data-parallel-hybrid-lb", "-dph")
+]
+HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
+ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
+HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
+PortFlag = Annotated[int, _option(_SERVER, "Port to listen on; 0 finds one.", "--port")]
+RoutingFlag = Annotated[str, _option(_SERVER, "least-load, least-requests or round-robin.", "--routing")]
+MaxWaitingFlag = Annotated[int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")]
+MaxBodyBytesFlag = Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")]
+StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")]
+DrainTimeoutFlag = Annotated[
+    float, _option(_SERVER, "Seconds that requests get to finish on SIGTERM.", "--drain-timeout")
+]
+LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
+
+
 @app.command()
 def serve(
-    model_tag: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")
-    ] = None,
-    model: Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")] = None,
-    engine: Annotated[str, _option(_ENGINE, "llama, timed, or module:Class.", "--engine")] = "llama",
-    engine_option: Annotated[
-        list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
-    ] = None,
-    served_model_name: Annotated[
-        str | None, _option(_ENGINE, "The model's name in the API.", "--served-model-name")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, _option(_ENGINE, "Tokens of prompt and answer together.", "--max-model-len")
-    ] = None,
-    max_num_seqs: Annotated[int, _option(_ENGINE, "Requests that run at once on a rank.", "--max-num-seqs")] = 16,
-    max_num_batched_tokens: Annotated[
-        int, _option(_ENGINE, "Tokens computed in one step.", "--max-num-batched-tokens")
-    ] = 512,
-    kv_cache_tokens: Annotated[
-        int | None, _option(_ENGINE, "Tokens of KV memory of a rank.", "--kv-cache-tokens")
-    ] = None,
-    threads: Annotated[int | None, _option(_ENGINE, "Compute threads of a rank.", "--threads")] = None,
-    seed: Annotated[int, _option(_ENGINE, "Seed of the engine.", "--seed")] = 0,
-    data_parallel_size: Annotated[
-        int, _option(_PARALLEL, "Ranks in the deployment.", "--data-parallel-size", "-dp")
-    ] = 2,
-    data_parallel_size_local: Annotated[
-        int | None, _option(_PARALLEL, "Ranks on this node.", "--data-parallel-size-local", "-dpl")
-    ] = None,
-    data_parallel_start_rank: Annotated[
-        int | None, _option(_PARALLEL, "This node's first rank.", "--data-parallel-start-rank", "-dpr")
-    ] = None,
-    data_parallel_rank: Annotated[
-        int | None, _option(_PARALLEL, "This node's one rank; external mode.", "--data-parallel-rank", "-dpn")
-    ] = None,
-    data_parallel_address: Annotated[
-        str, _option(_PARALLEL, "Address of the node with rank 0.", "--data-parallel-address", "-dpa")
-    ] = "127.0.0.1",
-    data_parallel_rpc_port: Annotated[
-        int, _option(_PARALLEL, "Port there that joining nodes ask.", "--data-parallel-rpc-port", "-dpp")
-    ] = 29550,
-    data_parallel_external_lb: Annotated[
-        bool, _option(_PARALLEL, "Something outside balances.", "--data-parallel-external-lb", "-dpe")
-    ] = False,
-    data_parallel_hybrid_lb: Annotated[
-        bool, _option(_PARALLEL, "Each node balances over its own ranks.", "--data-parallel-hybrid-lb", "-dph")
-    ] = False,
-    headless: Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")] = False,
-    api_server_count: Annotated[
-        int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")
-    ] = 1,
-    host: Annotated[str, _option(_SERVER, "Address to listen on.", "--host")] = "127.0.0.1",
-    port: Annotated[int, _option(_SERVER, "Port to listen on; 0 finds one.", "--port")] = 8000,
-    routing: Annotated[str, _option(_SERVER, "least-load, least-requests or round-robin.", "--routing")] = "least-load",
-    max_waiting: Annotated[
-        int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")
-    ] = 1024,
-    max_body_bytes: Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")] = 16 * 1024 * 1024,
-    startup_timeout: Annotated[
-        float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")
-    ] = 300.0,
-    drain_timeout: Annotated[
-        float, _option(_SERVER, "Seconds that requests get to finish on SIGTERM.", "--drain-timeout")
-    ] = 30.0,
-    log_level: Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")] = "info",
+    model_tag: ModelTagFlag = None,
+    model: ModelFlag = None,
+    engine: EngineFlag = "llama",
+    engine_option: EngineOptionFlag = None,
+    served_model_name: ServedModelNameFlag = None,
+    max_model_len: MaxModelLenFlag = None,
+    max_num_seqs: MaxNumSeqsFlag = 16,
+    max_num_batched_tokens: MaxNumBatchedTokensFlag = 512,
+    kv_cache_tokens: KvCacheTokensFlag = None,
+    threads: ThreadsFlag = None,
+    seed: SeedFlag = 0,
+    data_parallel_size: DataParallelSizeFlag = 2,
+    data_parallel_size_local: DataParallelSizeLocalFlag = None,
+    data_parallel_start_rank: DataParallelStartRankFlag = None,
+    data_parallel_rank: DataParallelRankFlag = None,
+    data_parallel_address: DataParallelAddressFlag = "127.0.0.1",
+    data_parallel_rpc_port: DataParallelRpcPortFlag = 29550,
+    data_parallel_external_lb: DataParallelExternalLbFlag = False,
+    data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
+    headless: HeadlessFlag = False,
+    api_server_count: ApiServerCountFlag = 1,
+    host: HostFlag = "127.0.0.1",
+    port: PortFlag = 8000,
+    routing: RoutingFlag = "least-load",
+    max_waiting: MaxWaitingFlag = 1024,
+    max_body_bytes: MaxBodyBytesFlag = 16 * 1024 * 1024,
+    startup_timeout: StartupTimeoutFlag = 300.0,
+    drain_timeout: DrainTimeoutFlag = 30.0,
+    log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
     given = locals()

@@ -13,7 +13,7 @@ The text is a fixed sequence of words, so that a client can tell whether it got 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
@@ -66,7 +66,7 @@ class TimedEngine(Engine):
         self._budget = settings.max_num_batched_tokens
         self._kv_total = settings.kv_cache_tokens or DEFAULT_MAX_MODEL_LEN * 8
         self._kv_reserved = 0
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: list[_Sequence] = []
         self._running: dict[int, _Sequence] = {}
         self._refused: list[StepOutput] = []
 
@@ -92,14 +92,14 @@ class TimedEngine(Engine):
             error = f"needs {sequence.kv_reserved} tokens of KV memory, there are {self._kv_total}"
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
         else:
-            self._waiting.append(sequence)
+            insort(self._waiting, sequence, key=lambda waiting: waiting.request.priority)
 
     def abort(self, key: int) -> None:
         sequence = self._running.pop(key, None)
         if sequence is not None:
             self._kv_reserved -= sequence.kv_reserved
         else:
-            self._waiting = deque(waiting for waiting in self._waiting if waiting.request.key != key)
+            self._waiting = [waiting for waiting in self._waiting if waiting.request.key != key]
 
     def has_work(self) -> bool:
         return bool(self._running or self._waiting or self._refused)
@@ -131,7 +131,7 @@ class TimedEngine(Engine):
             if self._kv_reserved + first.kv_reserved > self._kv_total:
                 return
             self._kv_reserved += first.kv_reserved
-            self._running[first.request.key] = self._waiting.popleft()
+            self._running[first.request.key] = self._waiting.pop(0)
 
     def _prefill(self, budget: int) -> tuple[int, list[_Sequence]]:
         """Compute prompt tokens up to `budget`; returns how many, and which prompts are now whole."""

@@ -96,11 +96,6 @@ class PublishClock:
         self._changed_at = None
         self._hold_until = None
 
-    @property
-    def has_change(self) -> bool:
-        """Whether anything changed since the last view; if not, what is due is the heartbeat."""
-        return self._changed_at is not None
-
     def due(self, now: float) -> bool:
         """Whether a view may go out now."""
         return now >= self._plain_due()

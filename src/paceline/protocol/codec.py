@@ -17,6 +17,7 @@ from paceline.protocol.messages import (
     FromFrontEnd,
     FromFrontEndToRank,
     FromRank,
+    RankHello,
     RankReport,
     ToFrontEnd,
     ToFrontEndFromRank,
@@ -77,6 +78,10 @@ class Decoder(Generic[T]):
 def _check_values(message: object) -> None:
     """Refuse the numbers that a range in a type lets through: not-a-number and the infinities."""
     floats: tuple[float, ...]
+    if isinstance(message, RankHello):
+        if not message.address.startswith(("tcp://", "ipc://")):
+            raise BadMessage("value", f"rank {message.rank}: {message.address!r} is no address")
+        return
     if isinstance(message, RankReport):
         floats = (message.load.prefill_rate, message.load.decode_rate)
     elif isinstance(message, AddRequest):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from paceline.protocol.board import Board, PublishClock
+from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -117,6 +117,7 @@ class Coordinator:
         self._view_number = 0
         self._dropped = 0
         self._members_due = True
+        self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
         self._published_state: tuple[int, bool] = (0, False)
 
@@ -261,7 +262,8 @@ class Coordinator:
             if self.lockstep and not self._board.one_step(self._membership.members()) and self._clock.hold(now):
                 return
         members = self._membership.members()
-        if self._members_due or not self._clock.has_change:
+        if self._members_due or now >= self._members_sent + HEARTBEAT_S:
+            self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
             effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state, members, missing, ended)))
         self._members_due = False

@@ -22,6 +22,7 @@ from paceline.protocol.frontend_events import (
     Disconnect,
     Effect,
     Event,
+    LinkFailed,
     Placed,
     RankSaid,
     Refuse,
@@ -45,6 +46,9 @@ from paceline.protocol.messages import (
     WakeNotice,
 )
 from paceline.protocol.routing import Candidate, Policy
+
+NOBODY = -1
+"""No coordinator has been heard yet."""
 
 
 class _Link:
@@ -120,7 +124,9 @@ class FrontEnd:
         self._lockstep = lockstep
         self._links: dict[int, _Link] = {}
         self._placed: dict[int, _Link] = {}
-        self._coordinator = -1
+        # Lives whose address was none: they are not tried again with every Members.
+        self._unreachable: set[tuple[int, int]] = set()
+        self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
 
@@ -138,6 +144,10 @@ class FrontEnd:
                 return []
             case CoordinatorSaid(Members() as members):
                 return self._on_members(members)
+            case LinkFailed(rank):
+                link = self._links[rank]
+                self._unreachable.add((rank, link.incarnation))
+                return [effect for effect in self._lose(link) if not isinstance(effect, Disconnect)]
             case Connected():
                 return [ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity))]
         raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
@@ -246,10 +256,13 @@ class FrontEnd:
     # The coordinator ----------------------------------------------------------------------------
 
     def _on_members(self, message: Members) -> list[Effect]:
+        effects: list[Effect] = []
+        if message.coordinator != self._coordinator and self._coordinator != NOBODY:
+            # A new coordinator does not know yet which front-ends there are.
+            effects.append(ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity)))
         self._coordinator_is(message.coordinator)
         self._wave_is(message.wave, message.running)
         self.missing = [rank for rank in message.missing if self._serves(rank)]
-        effects: list[Effect] = []
         members = {member.rank: member for member in message.members if self._serves(member.rank)}
         for rank, link in list(self._links.items()):
             member = members.get(rank)
@@ -259,7 +272,7 @@ class FrontEnd:
             if ended or (member is not None and member.incarnation != link.incarnation):
                 effects += self._lose(link)
         for rank, member in members.items():
-            if rank not in self._links:
+            if rank not in self._links and (rank, member.incarnation) not in self._unreachable:
                 self._links[rank] = _Link(rank, member.incarnation)
                 effects.append(Connect(member))
         return effects

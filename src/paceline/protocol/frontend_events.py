@@ -52,7 +52,13 @@ class Connected(Struct, frozen=True):
     """The connection to the coordinator has come up."""
 
 
-Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected
+class LinkFailed(Struct, frozen=True):
+    """The rank's address cannot be connected to: what `Connect` asked for is not there."""
+
+    rank: int
+
+
+Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | LinkFailed
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -123,9 +123,8 @@ class Membership:
         return [rank for rank in range(self.size) if not self.is_ready(rank)]
 
     def ended(self) -> list[tuple[int, int]]:
-        """Ranks that have left and not come back, with the life that ended."""
-        gone = (entry for entry in self._entries.values() if entry.state is RankState.GONE)
-        return [(entry.rank, entry.incarnation) for entry in gone]
+        """Of each rank that is not ready, the life that ended last, if any did."""
+        return [(rank, lives[-1]) for rank, lives in sorted(self._retired.items()) if not self.is_ready(rank)]
 
     def _retire(self, entry: RankEntry) -> None:
         self._retired.setdefault(entry.rank, deque(maxlen=RETIRED_KEPT)).append(entry.incarnation)

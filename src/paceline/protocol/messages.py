@@ -31,6 +31,7 @@ from paceline.protocol.sampling import (
     PositionLogprobs,
     RankNumber,
     SamplingParams,
+    StampedWave,
     TokenId,
     Wave,
 )
@@ -120,7 +121,7 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
 FromRank = RankHello | RankReport | StartWave | WaveComplete | RankLeaving
 
 
-# Coordinator -> ranks (XPUB -> SUB) -----------------------------------------------------------
+# Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
 
 
 class Identify(Message, frozen=True, tag="identify"):
@@ -148,7 +149,7 @@ class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
 ToRank = Identify | Admit | StartDPWave
 
 
-# Front-end -> coordinator (SUB -> XPUB) -------------------------------------------------------
+# Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
 
 
 class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
@@ -163,7 +164,7 @@ class WakeNotice(Message, frozen=True, tag="wake-notice"):
 
     front_end: Identity
     rank: RankNumber
-    wave: Wave
+    wave: StampedWave
 
 
 class Send(Message, frozen=True):
@@ -191,7 +192,7 @@ class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
 FromFrontEnd = FrontEndHello | WakeNotice | SendNotice | FrontEndLeaving
 
 
-# Coordinator -> front-ends (XPUB -> SUB) ------------------------------------------------------
+# Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
 
 
 class Member(Message, frozen=True):
@@ -272,7 +273,7 @@ class AddRequest(Message, frozen=True, tag="add"):
     request: Identity
     number: Count
     incarnation: Identity
-    wave: Wave
+    wave: StampedWave
     prompt_token_ids: list[TokenId]
     params: SamplingParams
     priority: int = 0

@@ -148,6 +148,8 @@ class Rank:
 
     def _on_add(self, front_end: int, request: AddRequest) -> list[Effect]:
         pair = (front_end, request.request)
+        if request.incarnation == self.incarnation:
+            self._taken[front_end] = max(request.number, self._taken.get(front_end, 0))
         if request.incarnation != self.incarnation or pair in self._keys:
             self._void += 1
             why = "meant for another life of this rank" if pair not in self._keys else "sent twice"
@@ -157,7 +159,6 @@ class Rank:
         self._next_key += 1
         self._keys[pair] = key
         self._owners[key] = pair
-        self._taken[front_end] = max(request.number, self._taken.get(front_end, 0))
         effects: list[Effect] = [Take(key, request)]
         if self._lockstep and not self.running:
             self._run(max(self.wave, request.wave))
@@ -250,7 +251,11 @@ class Rank:
     def _on_coordinator(self, message: ToRank) -> list[Effect]:
         match message:
             case Identify():
-                return [] if self.phase is Phase.LOADING else [self._hello()]
+                if self.phase is Phase.LOADING:
+                    return []
+                # Whoever asks may know nothing of this rank: the next turn reports its load too.
+                self._reported = None
+                return [self._hello()]
             case Admit(rank, incarnation, wave):
                 if (rank, incarnation) != (self.rank, self.incarnation) or self.phase is not Phase.JOINING:
                     return []

@@ -80,8 +80,8 @@ class GroupWave:
 
     def noticed(self, rank: int, wave: int, now: float) -> None:
         """A front-end sent a request stamped `wave` to `rank` while it believed the ranks paused."""
+        # Only what ranks say moves the wave: a front-end repeats what it heard, or makes it up.
         fresh = wave >= self.wave
-        self._advance(wave)
         if not self.running:
             self._noticed_wave = self.wave
         self._settle(now)

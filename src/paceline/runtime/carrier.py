@@ -140,13 +140,14 @@ class Carrier:
             except zmq.Again:
                 return
             # A peer that set no routing id of ours is given one of five bytes that begins with zero.
-            if len(frames) != 2 or len(frames[0]) != 8:
+            front_end = int.from_bytes(frames[0], "little")
+            if len(frames) != 2 or len(frames[0]) != 8 or front_end >= 2**63:
                 kind = "frames" if len(frames) != 2 else "identity"
-                self.garbage_requests.add(kind, f"{len(frames)} frames, identity of {len(frames[0])} bytes")
+                self.garbage_requests.add(kind, f"{len(frames)} frames from {frames[0]!r}")
                 continue
             try:
                 message = self._decode_request(frames[1])
             except codec.BadMessage as error:
                 self.garbage_requests.add(error.kind, error.detail)
                 continue
-            self.inbox.put(FrontEndSaid(int.from_bytes(frames[0], "little"), message))
+            self.inbox.put(FrontEndSaid(front_end, message))

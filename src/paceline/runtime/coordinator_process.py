@@ -32,7 +32,7 @@ from paceline.protocol.coordinator import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.runtime.processes import spawn, stop
+from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
@@ -103,7 +103,7 @@ class DPCoordinatorProc:
     ) -> None:
         self._machine = Coordinator(
             engine_count,
-            identity=time.time_ns(),
+            identity=new_identity(),
             interval_s=min_stats_update_interval_ms / 1000,
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,

@@ -73,6 +73,14 @@ def _show_name(name: str) -> None:
         comm.write(name[:15])
 
 
+def new_identity(index: int = 0) -> int:
+    """A number that no process of this deployment has had: the time, and `index` among those started together.
+
+    It is odd: as a ZeroMQ routing id its first byte must not be zero.
+    """
+    return time.time_ns() // 1024 * 1024 + index % 512 * 2 + 1
+
+
 def set_up_log(level: str) -> None:
     """Log lines of this process to stderr, `level` and above."""
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr, force=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from multiprocessing.connection import Connection
 
 from msgspec import Struct
@@ -14,6 +13,7 @@ from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.protocol.rank import Rank
 from paceline.runtime.carrier import Carrier
+from paceline.runtime.processes import new_identity
 from paceline.runtime.rank_process import SWITCH_INTERVAL_S, EngineRank
 from paceline.runtime.status import Failed, Progressed, Ready
 
@@ -59,7 +59,7 @@ def _make(settings: RankSettings, status: Connection) -> EngineRank:
     engine_class = find_engine(settings.engine)
     number = settings.settings.rank
     engine = engine_class.create(settings.settings, lambda what, share: status.send(Progressed(what, share)))
-    incarnation = time.time_ns()
+    incarnation = new_identity()
     carrier = Carrier(number, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output)
     machine = Rank(
         number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads

@@ -105,7 +105,7 @@ def find_coordinator(host: str, port: int, dp_size: int, engine: str, timeout_s:
                 continue
             try:
                 answer = msgspec.msgpack.decode(asking.recv(), type=Here)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeDecodeError):
                 continue
             if answer.refusal:
                 raise StartupError(f"the node at {host}:{port} does not take this one: {answer.refusal}")

@@ -16,6 +16,7 @@ from paceline.protocol.sampling import PositionLogprobs, TokenLogprob
 
 _encode = msgspec.json.encode
 
+LOWEST_LOGPROB = -9999.0
 DONE_EVENT = b"data: [DONE]\n\n"
 OutputLogprobs = list[PositionLogprobs] | None
 
@@ -107,7 +108,7 @@ class CompletionDialect(Dialect):
             offset += len(tokens[-1])
         return {
             "tokens": tokens,
-            "token_logprobs": [position.chosen.logprob for position in positions],
+            "token_logprobs": [_logprob(position.chosen) for position in positions],
             "top_logprobs": [_top(position) for position in positions],
             "text_offset": offsets,
         }
@@ -204,13 +205,18 @@ def _text(token: TokenLogprob) -> str:
     return token.piece.decode(errors="replace")
 
 
+def _logprob(token: TokenLogprob) -> float:
+    # JSON has no infinity; clients know this floor from OpenAI and vLLM.
+    return max(token.logprob, LOWEST_LOGPROB)
+
+
 def _top(position: PositionLogprobs) -> dict[str, float]:
     # Two tokens can have the same text (a byte of a character has none of its own): the likelier stays.
     top: dict[str, float] = {}
     for token in [*position.top, position.chosen]:
-        top.setdefault(_text(token), token.logprob)
+        top.setdefault(_text(token), _logprob(token))
     return top
 
 
 def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": token.logprob, "bytes": list(token.piece)}
+    return {"token": _text(token), "logprob": _logprob(token), "bytes": list(token.piece)}

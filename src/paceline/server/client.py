@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import zmq
 
-from paceline.errors import PacelineError
+from paceline.errors import PacelineError, StartupError
 from paceline.protocol import codec
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import (
@@ -28,6 +28,7 @@ from paceline.protocol.frontend_events import (
     Deliver,
     Disconnect,
     Event,
+    LinkFailed,
     Placed,
     RankSaid,
     Refuse,
@@ -226,13 +227,19 @@ class Client:
     # Sockets ------------------------------------------------------------------------------------
 
     def _connect(self, rank: int, address: str) -> None:
-        self._ranks[rank] = socket = open_socket(
-            self._context,
-            zmq.DEALER,
-            connect=address,
-            max_bytes=codec.MAX_REQUEST_BYTES,
-            routing_id=self.machine.identity.to_bytes(8, "little"),
-        )
+        try:
+            socket = open_socket(
+                self._context,
+                zmq.DEALER,
+                connect=address,
+                max_bytes=codec.MAX_REQUEST_BYTES,
+                routing_id=self.machine.identity.to_bytes(8, "little"),
+            )
+        except StartupError as error:
+            logger.warning("rank %d cannot be used: %s", rank, error)
+            self._feed(LinkFailed(rank))
+            return
+        self._ranks[rank] = socket
         self._watch(socket, self._on_rank_frames)
         self._ranks_changed()
 

@@ -26,6 +26,7 @@ from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.routing import POLICIES
+from paceline.runtime.processes import new_identity
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client
@@ -75,7 +76,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     limit = min(tokenizer.max_model_len, settings.settings.kv_cache_tokens or tokenizer.max_model_len)
     models = Models(settings.served_model_name or tokenizer.model_name, tokenizer, limit)
     machine = FrontEnd(
-        time.time_ns() + settings.index,
+        new_identity(settings.index),
         POLICIES[settings.routing](settings.index, settings.count),
         ranks=settings.ranks,
         max_waiting=settings.max_waiting,
