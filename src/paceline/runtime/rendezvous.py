@@ -65,6 +65,7 @@ class Rendezvous:
         self._closing = True
         self._wakeup.set()
         self._thread.join(timeout=2.0)
+        self._wakeup.close()
 
     def _run(self) -> None:
         poller = zmq.Poller()
