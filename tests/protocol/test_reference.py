@@ -190,7 +190,7 @@ def test_times(document: str) -> None:
     assert f"after {wave.FIRST_REPEAT_S * 1000:.0f} ms, and then at intervals that double" in document
     assert f"double up to {wave.LONGEST_REPEAT_S:g} s" in document
     assert f"waits up to {board.STEP_WAIT_S * 1000:g} ms" in document
-    assert f"nothing has changed for {board.HEARTBEAT_S:g} s" in document
+    assert f"Without any change a LoadView is sent every {board.HEARTBEAT_S:g} s" in document
 
 
 def test_addresses(document: str) -> None:
