@@ -10,7 +10,7 @@ of half a step shows differences between ranks that are not there.
 from __future__ import annotations
 
 from paceline.protocol.load import Ledger
-from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
+from paceline.protocol.messages import Member, OnTheWire, RankReport, RankView, Send
 
 HEARTBEAT_S = 4.0
 STEP_WAIT_S = 0.003
@@ -56,24 +56,28 @@ class Board:
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0] != front_end}
 
     def views(self, members: list[Member]) -> list[RankView]:
-        """The published view of the ready ranks, in order of their numbers."""
+        """The published view of the ready ranks that have reported, in order of their numbers.
+
+        A rank that has not, to this coordinator, is left out: an empty load in its place would make front-ends
+        forget what the coordinator before had told them.
+        """
         on_the_wire: dict[int, list[OnTheWire]] = {}
         for (front_end, rank, _), ledger in self._ledgers.items():
             if ledger.requests:
                 entry = OnTheWire(front_end, ledger.last, ledger.requests, ledger.tokens)
                 on_the_wire.setdefault(rank, []).append(entry)
-        return [self._view(member, on_the_wire.get(member.rank, [])) for member in members]
+        views: list[RankView] = []
+        for member in members:
+            report = self._reports.get(member.rank)
+            if report is not None and report.incarnation == member.incarnation:
+                wire = on_the_wire.get(member.rank, [])
+                views.append(RankView(member.rank, member.incarnation, report.step, report.load, report.taken, wire))
+        return views
 
     def one_step(self, members: list[Member]) -> bool:
         """Whether all ready ranks have reported the same step."""
         steps = {self._reports[member.rank].step for member in members if member.rank in self._reports}
         return len(steps) <= 1
-
-    def _view(self, member: Member, on_the_wire: list[OnTheWire]) -> RankView:
-        report = self._reports.get(member.rank)
-        if report is None or report.incarnation != member.incarnation:
-            return RankView(member.rank, member.incarnation, 0, Load(), {}, on_the_wire)
-        return RankView(member.rank, member.incarnation, report.step, report.load, report.taken, on_the_wire)
 
 
 class PublishClock:

@@ -17,6 +17,7 @@ from paceline.protocol.messages import (
     FromFrontEnd,
     FromFrontEndToRank,
     FromRank,
+    LoadView,
     RankHello,
     RankReport,
     ToFrontEnd,
@@ -84,6 +85,9 @@ def _check_values(message: object) -> None:
         return
     if isinstance(message, RankReport):
         floats = (message.load.prefill_rate, message.load.decode_rate)
+    elif isinstance(message, LoadView):
+        loads = [entry.load for entry in message.ranks or ()]
+        floats = tuple(rate for load in loads for rate in (load.prefill_rate, load.decode_rate))
     elif isinstance(message, AddRequest):
         params = message.params
         floats = (

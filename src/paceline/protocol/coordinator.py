@@ -189,12 +189,13 @@ class Coordinator:
             self._dropped += 1
             effects.append(Note(f"rank {hello.rank} is not of this deployment of {self._membership.size}"))
             return
-        if not self._membership.is_current(hello.rank, hello.incarnation):
-            self._forget_rank(hello.rank, now)
-        was_ready = self._membership.is_ready(hello.rank)
+        was_current = self._membership.is_current(hello.rank, hello.incarnation)
+        was_ready = was_current and self._membership.is_ready(hello.rank)
         if not self._membership.hello(hello.rank, hello.incarnation, hello.address, hello.ready):
             self._dropped += 1
             return
+        if not was_current:
+            self._forget_rank(hello.rank, now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.joined(hello.rank, now)
@@ -211,6 +212,9 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
+        self._loads_changed(now)
+
+    def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
             self._clock.changed(now)
 
@@ -237,14 +241,14 @@ class Coordinator:
                 for send in sends:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
-                        self._clock.changed(now)
+                        self._loads_changed(now)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._clock.changed(now)
+        self._loads_changed(now)
 
     # What is due ------------------------------------------------------------------------------
 

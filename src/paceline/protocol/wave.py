@@ -75,7 +75,12 @@ class GroupWave:
         """A paused rank took a request and runs: the others owe an answer, it does not."""
         current = wave >= self.wave
         self.observe(rank, wave, True, now)
-        if current and self._wake_due == now:
+        if not current and not self.running:
+            # It started in a wave that the others have finished (it joined by an old number) and waits for
+            # them in its first collective. Its wave catches up with theirs when they come.
+            self._noticed_wave = self.wave
+            self._settle(now)
+        elif current and self._wake_due == now:
             self._exclude = rank
 
     def noticed(self, rank: int, wave: int, now: float) -> None:
