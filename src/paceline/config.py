@@ -88,7 +88,11 @@ class EngineConfig(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         _require(self.max_num_seqs >= 1, "--max-num-seqs", "must be at least 1")
-        _require(self.max_num_batched_tokens >= 1, "--max-num-batched-tokens", "must be at least 1")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "--max-num-batched-tokens",
+            f"must be at least --max-num-seqs, {self.max_num_seqs}: each running request takes one of a step",
+        )
         _require((self.max_model_len or 1) >= 1, "--max-model-len", "must be at least 1")
         _require((self.kv_cache_tokens or 1) >= 1, "--kv-cache-tokens", "must be at least 1")
         _require((self.threads or 1) >= 1, "--threads", "must be at least 1")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.server.errors import ApiError
 from paceline.server.openai import (
-    ApiError,
     BodyDecoder,
     ChatCompletionRequest,
     CompletionRequest,

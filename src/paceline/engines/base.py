@@ -40,8 +40,9 @@ class EngineSettings(Struct, frozen=True):
     """What an engine is made from.
 
     `model`: a path or a name, None for the engine's default. `max_model_len`: tokens of prompt and
-    answer together, None for the model's own. `max_num_seqs`: requests that run at once.
-    `max_num_batched_tokens`: tokens computed in a step. `kv_cache_tokens`: tokens of KV memory, None
+    answer together, None for the engine's choice (the model's own, or less where memory for it is large).
+    `max_num_seqs`: requests that run at once. `max_num_batched_tokens`: tokens computed in a step, at least
+    `max_num_seqs`. `kv_cache_tokens`: tokens of KV memory, None
     for `max_num_seqs` requests of moderate length. `threads`: compute threads, None for this
     rank's share of the cores. `options`: `--engine-option KEY=VALUE`, for the engine to parse.
     """

@@ -20,23 +20,25 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
-from paceline.server.client import Client, Refused
+from paceline.server.client import Client
+from paceline.server.delivery import EventStream, WholeAnswer
+from paceline.server.errors import ApiError, Refused, error_response
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import (
-    ApiError,
     BodyDecoder,
     ChatCompletionRequest,
     CompletionRequest,
     GenerationRequest,
 )
 from paceline.server.openapi import openapi_document
+from paceline.server.outlet import Outlet
 
 logger = logging.getLogger("paceline.front-end")
 
-RANK_HEADER = "x-data-parallel-rank"
+RANK_HEADER = b"x-data-parallel-rank"
 T = TypeVar("T", bound=GenerationRequest)
 
 
@@ -50,9 +52,16 @@ class Api:
         self.max_body_bytes = max_body_bytes
         self.draining = False
         self.active = 0
-        self.generations: set[Generation] = set()
+        self.answers: set[WholeAnswer | EventStream] = set()
+        self._id_prefix = uuid.uuid4().hex[:20]
+        self._ids = 0
         self.idle = asyncio.Event()
         self.idle.set()
+
+    def new_id(self) -> str:
+        """An id that no other request has: random for this front-end's life, then counted."""
+        self._ids += 1
+        return f"{self._id_prefix}{self._ids:012x}"
 
     def enter(self) -> None:
         """A request for text has begun."""
@@ -67,8 +76,8 @@ class Api:
 
     def cut_off(self) -> None:
         """End what still runs, with an error to its clients."""
-        for generation in list(self.generations):
-            generation.stream.fail(Refused("shutting-down", "the server has shut down"))
+        for answer in list(self.answers):
+            answer.fail(Refused("shutting-down", "the server has shut down"))
 
     def check_open(self) -> None:
         """Raise ApiError while draining."""
@@ -93,29 +102,16 @@ class GenerationEndpoint(Generic[T]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id") or uuid.uuid4().hex
         api = self._api
+        request_id = headers.get("x-request-id") or api.new_id()
         api.enter()
         try:
             api.check_open()
             body = await read_body(receive, headers, api.max_body_bytes)
             request = self._decode(body)
             api.check_model(request.model)
-            generation = Generation(api.client, api.models, uuid.uuid4().hex, request, _rank_of(headers))
-            ranks = generation.start()
-            shown = ",".join(map(str, ranks)).encode()
-            answer_headers = [(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER.encode(), shown)]
-            watch = asyncio.create_task(_watch_disconnect(receive, generation))
-            api.generations.add(generation)
-            try:
-                if request.stream:
-                    await _send_stream(send, generation, answer_headers)
-                else:
-                    await _send_whole(send, generation, answer_headers)
-            finally:
-                watch.cancel()
-                api.generations.discard(generation)
-                generation.abandon()
+            generation = Generation(api.client, api.models, api.new_id(), request, _rank_of(headers))
+            await self._answer(generation, request_id, receive, send)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -128,30 +124,27 @@ class GenerationEndpoint(Generic[T]):
         finally:
             api.leave()
 
-
-async def _watch_disconnect(receive: Receive, generation: Generation) -> None:
-    """Abort at the ranks as soon as the client goes, whatever the answer is doing."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    generation.stream.close()
-    generation.abandon()
-
-
-async def _send_whole(send: Send, generation: Generation, headers: list[tuple[bytes, bytes]]) -> None:
-    body = await generation.whole()
-    if body is None:
-        return
-    headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _send_stream(send: Send, generation: Generation, headers: list[tuple[bytes, bytes]]) -> None:
-    headers += [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    async for data in generation.events():
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+    async def _answer(self, generation: Generation, request_id: str, receive: Receive, send: Send) -> None:
+        """Let the answer be sent; until it has been, wait for the client to go away. Raises ApiError."""
+        task = asyncio.current_task()
+        assert task is not None
+        outlet = Outlet(send, task.cancel)
+        answer = generation.answer(outlet, request_id)
+        ranks = ",".join(map(str, generation.start(answer)))
+        self._api.answers.add(answer)
+        try:
+            answer.open([(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER, ranks.encode())])
+            # The end of the answer is a disconnect too: this task has nothing else to do.
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        except asyncio.CancelledError:
+            if not outlet.full:
+                raise
+            logger.warning("a client does not read its answer: given up")
+        finally:
+            self._api.answers.discard(answer)
+            outlet.close()
+            generation.abandon()
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
@@ -176,7 +169,7 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
 
 
 def _rank_of(headers: Headers) -> int | None:
-    text = headers.get(RANK_HEADER)
+    text = headers.get(RANK_HEADER.decode())
     if text is None:
         return None
     if not text.isascii() or not text.isdigit() or len(text) > 5:
@@ -185,19 +178,6 @@ def _rank_of(headers: Headers) -> int | None:
             code="unknown_rank",
         )  # fmt: skip
     return int(text)
-
-
-def error_response(error: ApiError, request_id: str | None = None) -> Response:
-    """An error in the OpenAI shape."""
-    headers: dict[str, str] = {}
-    if request_id is not None:
-        headers["x-request-id"] = request_id
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(error.retry_after_s)
-    if error.status == 413:
-        # The rest of the body is still coming and nobody will read it.
-        headers["connection"] = "close"
-    return JSONResponse(error.body, error.status, headers)
 
 
 def _plain_routes(api: Api) -> list[Route]:
@@ -254,11 +234,20 @@ async def _on_defect(request: Request, error: Exception) -> Response:
     return error_response(ApiError(500, "internal error", kind="server_error", code="internal_error"))
 
 
-def build_app(api: Api) -> Starlette:
+def build_app(api: Api) -> ASGIApp:
     """The application of one front-end."""
-    routes = [
-        Route("/v1/completions", GenerationEndpoint(api, CompletionRequest), methods=["POST"]),
-        Route("/v1/chat/completions", GenerationEndpoint(api, ChatCompletionRequest), methods=["POST"]),
-        *_plain_routes(api),
-    ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _on_http_exception, 500: _on_defect})
+    endpoints: dict[str, ASGIApp] = {
+        "/v1/completions": GenerationEndpoint(api, CompletionRequest),
+        "/v1/chat/completions": GenerationEndpoint(api, ChatCompletionRequest),
+    }
+    # Starlette wraps `send` three times for its errors, and each token would pay for it.
+    rest = Starlette(
+        routes=[*(Route(path, app, methods=["POST"]) for path, app in endpoints.items()), *_plain_routes(api)],
+        exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
+    )
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = endpoints.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (endpoint or rest)(scope, receive, send)
+
+    return application

@@ -4,8 +4,7 @@ The sockets' file descriptors are watched by the loop itself. Such a descriptor 
 state: after a wake, and after each send, a socket is read until nothing is left, or the loop would not be
 told again.
 
-A step's tokens arrive as one message and are handed to their streams in one go; a stream wakes its reader
-once, however much has come.
+A step's tokens arrive as one message, and each goes straight to its answer: no task is woken for a token.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable
 
 import zmq
 
-from paceline.errors import PacelineError, StartupError
+from paceline.errors import StartupError
 from paceline.protocol import codec
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import (
@@ -39,67 +38,12 @@ from paceline.protocol.frontend_events import (
 from paceline.protocol.messages import FrontEndLeaving, Output
 from paceline.protocol.sampling import SamplingParams
 from paceline.runtime.sockets import Garbage, open_socket
+from paceline.server.delivery import Sink
+from paceline.server.errors import Refused
 
 logger = logging.getLogger("paceline.front-end")
 
 MESSAGES_A_TURN = 512
-
-
-class Refused(PacelineError):
-    """The request cannot be served now. `reason` is one of `frontend_events.RefusalReason`."""
-
-    def __init__(self, reason: str, text: str) -> None:
-        super().__init__(text)
-        self.reason = reason
-
-
-class Stream:
-    """What has come for one HTTP request and is not yet read; it may span several requests to ranks."""
-
-    __slots__ = ("_failure", "_outputs", "_waiter", "closed")
-
-    def __init__(self) -> None:
-        self._outputs: list[Output] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._failure: Refused | None = None
-        self.closed = False
-
-    def put(self, output: Output) -> None:
-        """One more output; wakes the reader."""
-        self._outputs.append(output)
-        self.wake()
-
-    def wake(self) -> None:
-        """Wake the reader with what there is."""
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    def fail(self, failure: Refused) -> None:
-        """No more will come: the reader gets what there is, then `failure`."""
-        self._failure = failure
-        self.wake()
-
-    def close(self) -> None:
-        """The client has gone: the reader gets nothing more."""
-        self.closed = True
-        self.wake()
-
-    async def get(self) -> list[Output]:
-        """All that has come since the last call, waiting for something; empty once closed.
-
-        Raises Refused once nothing more will come.
-        """
-        if not self._outputs and self._failure is not None:
-            raise self._failure
-        if not self._outputs and not self.closed:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-            self._waiter = None
-            if not self._outputs and self._failure is not None:
-                raise self._failure
-        outputs, self._outputs = self._outputs, []
-        return outputs
 
 
 class Client:
@@ -112,7 +56,7 @@ class Client:
         self.machine = machine
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._streams: dict[int, Stream] = {}
+        self._sinks: dict[int, Sink] = {}
         self._next_request = 1
         self._decode_outputs = codec.outputs().decode
         self._decode_coordinator = codec.to_front_end().decode
@@ -130,23 +74,23 @@ class Client:
     # Requests -----------------------------------------------------------------------------------
 
     def submit(
-        self, stream: Stream, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
+        self, sink: Sink, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
         priority: int = 0,
     ) -> tuple[int, int]:  # fmt: skip
-        """Send a request; its outputs come through `stream`. Returns its number and the rank that has it.
+        """Send a request; its outputs go to `sink`. Returns its number and the rank that has it.
 
         Raises Refused where no rank takes it.
         """
         request = self._next_request
         self._next_request += 1
-        self._streams[request] = stream
+        self._sinks[request] = sink
         placed = -1
         for effect in self.machine.handle(Submit(request, prompt_token_ids, params, rank, priority), time.monotonic()):
             match effect:
                 case Placed(_, placed_rank):
                     placed = placed_rank
                 case Refuse(_, reason, text):
-                    del self._streams[request]
+                    del self._sinks[request]
                     raise Refused(reason, text)
                 case ToRank(to, message):
                     if not self._send(self._ranks[to], codec.encode(message), f"rank {to}"):
@@ -159,7 +103,7 @@ class Client:
     def abandon(self, requests: list[int]) -> None:
         """Nobody waits for these any more: abort those that still run."""
         for request in requests:
-            self._streams.pop(request, None)
+            self._sinks.pop(request, None)
         self._feed(Abandon(requests))
 
     # The deployment -----------------------------------------------------------------------------
@@ -198,19 +142,25 @@ class Client:
             case Disconnect(rank):
                 self._disconnect(rank)
             case Refuse(request, reason, text):
-                stream = self._streams.pop(request, None)
-                if stream is not None:
-                    stream.fail(Refused(reason, text))
+                sink = self._sinks.pop(request, None)
+                if sink is not None:
+                    sink.fail(Refused(reason, text))
 
     def _deliver(self, outputs: list[Output]) -> None:
-        streams = self._streams
+        sinks = self._sinks
         for output in outputs:
-            stream = streams.get(output.request)
-            if stream is None:
+            sink = sinks.get(output.request)
+            if sink is None:
                 continue
             if output.finish_reason is not None:
-                del streams[output.request]
-            stream.put(output)
+                del sinks[output.request]
+            try:
+                sink.put(output)
+            except Exception as error:
+                # A defect of ours in one answer must not take the others' tokens of this step with it.
+                logger.error("internal error in an answer: %s: %s", type(error).__name__, error)
+                logger.debug("traceback", exc_info=True)
+                self.abandon([output.request])
 
     def _send(self, socket: zmq.Socket[bytes], frame: bytes, to: str) -> bool:
         """Send, or drop where the peer's queue is full. Returns whether it was sent."""

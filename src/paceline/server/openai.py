@@ -16,6 +16,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from paceline.protocol.sampling import SamplingParams
+from paceline.server.errors import ApiError, bad
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
@@ -23,25 +24,6 @@ MAX_STOPS = 16
 DEFAULT_COMPLETION_TOKENS = 16
 
 T = TypeVar("T")
-
-
-class ApiError(Exception):
-    """An error as the client sees it: the OpenAI error shape, with a status and perhaps Retry-After."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-        kind: str = "invalid_request_error", retry_after_s: int | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.retry_after_s = retry_after_s
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def bad(param: str, text: str, code: str = "invalid_value") -> ApiError:
-    """A 400 that names the field."""
-    return ApiError(400, f"{param}: {text}", param=param, code=code)
 
 
 class StreamOptions(Struct):

@@ -1,0 +1,140 @@
+"""The deployment that `serve.py` loads: started as a user would start it, ended whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+START_S = 60.0
+END_S = 10.0
+KV_CACHE_TOKENS = 1 << 24
+"""Room for 512 long streams: memory is not what is measured."""
+
+
+class CannotRun(Exception):
+    """The deployment did not come up."""
+
+
+class Deployment:
+    """`paceline serve --engine timed` over two ranks, ready. `step_ms` is all that its steps cost."""
+
+    def __init__(self, front_ends: int, step_ms: float, ranks: int = 2) -> None:
+        self.arguments = serve_arguments(front_ends, step_ms, ranks)
+        self._front_ends, self._ranks = front_ends, ranks
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "paceline", *self.arguments],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.output = b""
+        try:
+            self.port = self._wait_ready()
+            self.processes = self._find_processes()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_ready(self) -> int:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        ends = time.monotonic() + START_S
+        while not (found := re.search(rb"serves on http://[^ ]*:(\d+)/v1", self.output)):
+            readable, _, _ = select.select([descriptor], [], [], max(0.0, ends - time.monotonic()))
+            data = os.read(descriptor, 65536) if readable else b""
+            self.output += data
+            if not data:
+                said = " | ".join(self.output.decode(errors="replace").splitlines()[-3:])
+                reason = "ended" if readable else f"was not ready after {START_S:g} s"
+                raise CannotRun(f"the deployment {reason}: {said}")
+        os.set_blocking(descriptor, False)
+        return int(found[1])
+
+    def _find_processes(self) -> dict[str, list[int]]:
+        names = {pid: _name(pid) for pid in _descendants(self._process.pid)}
+
+        def called(name: str) -> list[int]:
+            return [pid for pid, found in names.items() if found.startswith(f"pl:{name}")]
+
+        found = {"front-ends": called("front-end"), "ranks": called("rank"), "coordinator": called("coordinator")}
+        if [len(found["front-ends"]), len(found["ranks"])] != [self._front_ends, self._ranks]:
+            raise CannotRun(f"not all processes of the deployment were found: {sorted(names.values())}")
+        return found
+
+    def pin(self, cores: dict[str, set[int]]) -> None:
+        """Bind all threads of the named groups of processes to cores."""
+        for name, group in self.processes.items():
+            for pid in group if name in cores else ():
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    os.sched_setaffinity(int(thread), cores[name])
+
+    def complaints(self) -> list[str]:
+        """Warnings and errors that it has printed."""
+        assert self._process.stdout is not None
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._process.stdout.fileno(), 65536):
+                self.output += data
+        lines = self.output.decode(errors="replace").splitlines()
+        return [line for line in lines if " WARNING " in line or " ERROR " in line]
+
+    def close(self) -> None:
+        """End all of it: asked first, then killed."""
+        below = _descendants(self._process.pid)
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        for pid in [self._process.pid, *below]:
+            # A number that has been given to somebody else meanwhile is not ours to kill.
+            if self._process.returncode is None or _name(pid).startswith("pl:"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+def serve_arguments(front_ends: int, step_ms: float, ranks: int) -> list[str]:
+    """What is typed after `paceline`."""
+    options = {"step_ms": f"{step_ms:g}", "prefill_ms": "0", "decode_ms": "0"}
+    return [
+        "serve", "--engine", "timed", "--port", "0", "-dp", str(ranks), "--api-server-count", str(front_ends),
+        "--max-num-seqs", "1024", "--max-num-batched-tokens", "65536", "--kv-cache-tokens", str(KV_CACHE_TOKENS),
+        "--log-level", "warning",
+        *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value}")),
+    ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Let a signal that would end this process run its clean-up first."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
+    yield
+
+
+def _descendants(process: int) -> list[int]:
+    found: list[int] = []
+    queue = [process]
+    while queue:
+        with contextlib.suppress(OSError):
+            for children in Path(f"/proc/{queue.pop()}/task").glob("*/children"):
+                below = [int(child) for child in children.read_text().split()]
+                found += below
+                queue += below
+    return found
+
+
+def _name(process: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    return ""

@@ -1,0 +1,236 @@
+"""The `llama` engine: real models by llama.cpp, with continuous batching and chunked prefill.
+
+One step is one `llama_decode` of one batch: a token of every request that is writing, and pieces of
+prompts (`llama_schedule.py` says which). Logits are asked for where a token is to be chosen and nowhere
+else. `decode` and the samplers release the GIL, so the rank's other threads go on.
+
+A batch is filled in the order of slots. With one KV stream a slot, llama.cpp computes together what has
+neighbouring sequence numbers in growing order, and in any other order one after the other, which costs
+twice the time. A gap in the numbers costs a pass over the weights, a third more than the row that would
+fill it, so gaps are left, and new requests take the lowest free slot.
+
+No request is lost or gets wrong text: memory for the whole answer is reserved at the start, so that
+`decode` finds room. Should it ever not, the request that came last is computed anew later, from its
+prompt and the tokens it has already; its sampler is kept, so its text goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
+from paceline.engines.gguf import read_header
+from paceline.engines.llama_context import make_context
+from paceline.engines.llama_library import library, load_model
+from paceline.engines.llama_memory import MemoryPlan, plan_memory
+from paceline.engines.llama_sampling import Sampler, read_logprobs
+from paceline.engines.llama_schedule import Schedule, Sequence
+from paceline.engines.llama_tokenizer import LlamaTokenizer
+from paceline.engines.llama_vocabulary import Vocabulary
+from paceline.engines.models import model_path
+from paceline.protocol.messages import Load
+from paceline.protocol.rank_events import StepOutput
+from paceline.protocol.sampling import FinishReason, PositionLogprobs, TokenLogprob
+
+Chunks = list[tuple[Sequence, int]]
+OPTIONS = ("repack",)
+
+
+class LlamaEngine(Engine):
+    """llama.cpp behind the engine interface. `create` makes one."""
+
+    def __init__(self, model: Any, context: Any, settings: EngineSettings, plan: MemoryPlan) -> None:
+        self._model = model
+        self._context = context
+        self._plan = plan
+        self._vocabulary = Vocabulary(model)
+        # llama.cpp lowers its limit to the KV memory's size, and ends the process for a larger batch.
+        budget = min(settings.max_num_batched_tokens, context.n_batch)
+        self._batch = library().LlamaBatch(n_tokens=budget, embd=0, n_seq_max=1)
+        self._schedule = Schedule(plan.slots, plan.kv_tokens, budget)
+        self._refused: list[StepOutput] = []
+        # Seed 0 is the default and means none: answers without a seed then differ from run to run.
+        self._random = random.Random(f"{settings.seed}.{settings.rank}") if settings.seed else random.Random()
+
+    @classmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> LlamaEngine:
+        repack = read_options(settings)
+        path = model_path(settings.model, progress)
+        plan = plan_memory(settings, read_header(path))
+        model = load_model(path, progress, repack=repack)
+        return cls(model, make_context(model, settings, plan), settings, plan)
+
+    @classmethod
+    def tokenizer(cls, settings: EngineSettings) -> LlamaTokenizer:
+        return LlamaTokenizer.load(settings)
+
+    @classmethod
+    def check(cls, settings: EngineSettings, progress: Progress) -> None:
+        library()
+        read_options(settings)
+        plan_memory(settings, read_header(model_path(settings.model, progress)))
+
+    def add(self, request: EngineRequest) -> None:
+        error = self._why_never(request)
+        if error is not None:
+            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
+            return
+        room = min(request.params.max_tokens, self._plan.max_model_len - len(request.prompt_token_ids))
+        self._schedule.add(Sequence(request, room))
+
+    def abort(self, key: int) -> None:
+        self._refused = [output for output in self._refused if output.key != key]
+        self._end(key)
+
+    def has_work(self) -> bool:
+        return bool(self._schedule.running or self._schedule.waiting or self._refused)
+
+    def step(self) -> StepResult:
+        outputs, self._refused = self._refused, []
+        self._schedule.admit()
+        chunks, rows = self._compute()
+        prefilled = 0
+        for sequence, count in chunks:
+            prefilled += count if sequence.to_prefill else 0
+            sequence.computed += count
+        decoded = 0
+        for sequence, _ in chunks:
+            if sequence.computed == len(sequence.tokens):
+                outputs.append(self._choose(sequence, rows[sequence.slot]))
+                decoded += 1
+        # What could not be computed at all.
+        outputs += self._refused
+        self._refused = []
+        return StepResult(outputs, prefilled, decoded)
+
+    def load(self) -> Load:
+        schedule = self._schedule
+        return Load(
+            schedule.waiting,
+            schedule.running,
+            self._plan.slots,
+            schedule.to_prefill,
+            schedule.kv_used,
+            self._plan.kv_tokens,
+        )
+
+    def close(self) -> None:
+        self._batch.close()
+        self._context.close()
+        self._model.close()
+
+    def _why_never(self, request: EngineRequest) -> str | None:
+        """Why the request can never be served, or None."""
+        prompt, length, size = request.prompt_token_ids, self._plan.max_model_len, self._vocabulary.size
+        if not prompt:
+            return "the prompt is empty"
+        if len(prompt) >= length:
+            return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
+        # One bad token makes llama.cpp refuse the whole batch, everybody's.
+        for token in (*prompt, *request.params.logit_bias):
+            if not 0 <= token < size:
+                return f"token {token} is not in the vocabulary of {size} tokens"
+        return None
+
+    def _compute(self) -> tuple[Chunks, dict[int, int]]:
+        """Compute the next batch; returns what was computed, and by slot the row that has its logits."""
+        while True:
+            chunks = self._schedule.chunks()
+            if not chunks:
+                return [], {}
+            rows = self._fill(chunks)
+            try:
+                self._context.decode(self._batch)
+                return chunks, rows
+            except ValueError as error:
+                if "KV slot" not in str(error):
+                    raise EngineError(f"llama.cpp refused a batch: {error}") from None
+                self._make_room(chunks)
+            except RuntimeError as error:
+                raise EngineError(f"llama.cpp failed to compute a batch: {error}") from None
+
+    def _fill(self, chunks: Chunks) -> dict[int, int]:
+        batch, rows = self._batch, {}
+        batch.clear()
+        for sequence, count in sorted(chunks, key=lambda chunk: chunk[0].slot):
+            slots, begin = [sequence.slot], sequence.computed
+            last = len(sequence.tokens) - 1
+            for position in range(begin, begin + count):
+                batch.add(sequence.tokens[position], position, slots, position == last)
+            rows[sequence.slot] = batch.n_tokens - 1
+        return rows
+
+    def _make_room(self, chunks: Chunks) -> None:
+        """llama.cpp found no room for a batch, against all reckoning: let one wait, or end the only one."""
+        last = max((sequence for sequence, _ in chunks), key=lambda sequence: sequence.order)
+        if len(chunks) == 1:
+            error = f"llama.cpp has no KV memory for this request's {len(last.tokens)} tokens"
+            self._end(last.request.key)
+            self._refused.append(StepOutput(last.request.key, [], finish_reason="error", error=error))
+            return
+        # Parts of the batch may have been computed. Whose memory is not as we know it starts anew as well.
+        for sequence, _ in chunks:
+            known = self._context.memory_seq_pos_max(sequence.slot) == sequence.computed - 1
+            if sequence is last or not known:
+                self._free(self._schedule.preempt(sequence))
+
+    def _choose(self, sequence: Sequence, row: int) -> StepOutput:
+        params = sequence.request.params
+        if sequence.sampler is None:
+            seed = self._random.getrandbits(32) if params.seed is None else params.seed
+            prompt = sequence.request.prompt_token_ids
+            sequence.sampler = Sampler(params, prompt, self._vocabulary.size, self._plan.max_model_len, seed)
+        token = sequence.sampler.sample(self._context, row)
+        logprobs = None if params.logprobs is None else [self._logprobs(token, row, params.logprobs)]
+        sequence.tokens.append(token)
+        text, reason, stop = self._read(sequence, token)
+        if reason is not None:
+            self._end(sequence.request.key)
+        return StepOutput(sequence.request.key, [token], text, reason, stop, logprobs)
+
+    def _read(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """What may be shown after this token; why it is the last, and which stop it was, if so."""
+        params, text = sequence.request.params, sequence.text
+        stop: str | int | None = token if token in params.stop_token_ids else None
+        ended = stop is not None or (not params.ignore_eos and self._vocabulary.is_end(token))
+        shown = ""
+        if not ended or (stop is not None and params.include_stop_str_in_output):
+            shown = text.push(self._vocabulary.piece(token, special=not params.skip_special_tokens))
+        if text.stopped_by is not None:
+            return shown, "stop", text.stopped_by
+        if not ended and sequence.made < sequence.room:
+            return shown, None, None
+        shown += text.finish()
+        if text.stopped_by is not None:
+            return shown, "stop", text.stopped_by
+        return shown, "stop" if ended else "length", stop
+
+    def _logprobs(self, token: int, row: int, best: int) -> PositionLogprobs:
+        chosen, top = read_logprobs(self._context.get_logits_ith(row), token, best)
+        return PositionLogprobs(self._logprob(token, chosen), [self._logprob(other, value) for other, value in top])
+
+    def _logprob(self, token: int, value: float) -> TokenLogprob:
+        return TokenLogprob(token, self._vocabulary.piece(token, special=True), value)
+
+    def _end(self, key: int) -> None:
+        sequence = self._schedule.remove(key)
+        if sequence is None:
+            return
+        if sequence.slot >= 0:
+            self._free(sequence.slot)
+        if sequence.sampler is not None:
+            sequence.sampler.close()
+
+    def _free(self, slot: int) -> None:
+        self._context.memory_seq_rm(slot, -1, -1)
+
+
+def read_options(settings: EngineSettings) -> bool:
+    """Whether to repack weights. Raises EngineError naming an option that there is not."""
+    for name, value in settings.options.items():
+        if name not in OPTIONS:
+            raise EngineError(f"--engine-option {name}: unknown; the llama engine has {', '.join(OPTIONS)}")
+        if value not in ("0", "1"):
+            raise EngineError(f"--engine-option {name}: {value!r} is neither 0 nor 1")
+    return settings.options.get("repack") == "1"

@@ -1,0 +1,42 @@
+"""The real model, loaded once for all tests of the llama engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from paceline.engines.base import EngineSettings
+from paceline.engines.gguf import read_header
+from paceline.engines.llama import LlamaEngine
+from paceline.engines.llama_library import load_model
+from paceline.engines.llama_tokenizer import LlamaTokenizer
+from paceline.engines.models import default_model
+from tests.engines.llama_runs import Makes
+
+
+@pytest.fixture(scope="session")
+def model_file() -> Path:
+    """The default model's file."""
+    return default_model(lambda what, share: None)
+
+
+@pytest.fixture(scope="session")
+def makes(model_file: Path) -> Iterator[Makes]:
+    """Makes engines over the one loaded model."""
+    model = load_model(model_file, lambda what, share: None, repack=False)
+    yield Makes(model, read_header(model_file))
+    model.close()
+
+
+@pytest.fixture(scope="session")
+def engine(makes: Makes) -> LlamaEngine:
+    """An engine of 16 slots. Every test leaves it empty."""
+    return makes.engine()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> LlamaTokenizer:
+    """The default model's tokenizer."""
+    return LlamaEngine.tokenizer(EngineSettings())

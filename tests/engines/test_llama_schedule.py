@@ -1,0 +1,121 @@
+"""The schedule alone, without a model: any requests, any aborts, nobody lost, nothing leaked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.engines.base import EngineRequest
+from paceline.engines.llama_schedule import Schedule, Sequence
+from paceline.protocol.sampling import SamplingParams
+
+SLOTS, KV_TOKENS, BUDGET = 3, 40, 5
+
+
+@dataclass
+class Arrival:
+    """One request: when it comes, how large it is, and when its client leaves."""
+
+    step: int
+    prompt: int
+    room: int
+    priority: int
+    leaves: int
+
+
+arrivals = st.lists(
+    st.builds(
+        Arrival, st.integers(0, 20), st.integers(1, 20), st.integers(1, 20), st.integers(-1, 1), st.integers(0, 60)
+    ),
+    max_size=12,
+)
+
+
+def sequence(key: int, arrival: Arrival) -> Sequence:
+    """A request as the schedule sees it."""
+    params = SamplingParams(max_tokens=arrival.room)
+    return Sequence(EngineRequest(key, [7] * arrival.prompt, params, arrival.priority), arrival.room)
+
+
+def check_memory(schedule: Schedule) -> None:
+    """Slots are held once, and the KV room promised is there."""
+    running = schedule._running
+    slots = [one.slot for one in running]
+    assert sorted([*slots, *schedule._free_slots]) == list(range(SLOTS))
+    assert sum(one.reserved for one in running) == schedule._kv_reserved <= KV_TOKENS
+
+
+@given(arrivals=arrivals, preempt_at=st.integers(0, 60))
+def test_everybody_finishes_or_leaves_within_the_memory_and_the_budget(
+    arrivals: list[Arrival], preempt_at: int
+) -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    finished: set[int] = set()
+    for step in range(20 + 3 * sum(one.prompt + one.room for one in arrivals)):
+        for key, arrival in enumerate(arrivals):
+            if arrival.step == step:
+                schedule.add(sequence(key, arrival))
+            if arrival.leaves == step and key not in finished and schedule.remove(key) is not None:
+                finished.add(key)
+        schedule.admit()
+        check_memory(schedule)
+        chunks = schedule.chunks()
+        assert sum(count for _, count in chunks) <= BUDGET
+        assert bool(chunks) == bool(schedule.running)
+        if step == preempt_at and len(chunks) > 1:
+            schedule.preempt(chunks[-1][0])
+            continue
+        for one, count in chunks:
+            one.computed += count
+            if one.computed == len(one.tokens):
+                one.tokens.append(8)
+                if one.made == one.room:
+                    assert schedule.remove(one.request.key) is one
+                    finished.add(one.request.key)
+    assert finished == set(range(len(arrivals)))
+    assert (schedule.waiting, schedule.running, schedule.kv_used, schedule.to_prefill) == (0, 0, 0, 0)
+    check_memory(schedule)
+
+
+def test_decoding_goes_before_prefill_and_prefill_by_arrival() -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    first, second, third = (sequence(key, Arrival(0, 4, 2, 0, 99)) for key in range(3))
+    for one in (first, second, third):
+        schedule.add(one)
+    schedule.admit()
+    assert schedule.chunks() == [(first, 4), (second, 1)]
+    first.computed, second.computed = 4, 1
+    first.tokens.append(8)
+    assert schedule.chunks() == [(first, 1), (second, 3), (third, 1)]
+    assert schedule.to_prefill == 7
+
+
+def test_a_large_one_at_the_head_lets_nobody_pass() -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    small = [sequence(key, Arrival(0, 5, 5, 0, 99)) for key in range(3)]
+    large = sequence(9, Arrival(0, 20, 15, 0, 99))
+    for one in (small[0], large, small[1], small[2]):
+        schedule.add(one)
+    schedule.admit()
+    assert (schedule.running, schedule.waiting) == (1, 3)
+    schedule.remove(0)
+    schedule.admit()
+    assert [one.request.key for one in schedule._running] == [9]
+
+
+def test_what_was_preempted_waits_until_somebody_leaves() -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    first, second = (sequence(key, Arrival(0, 4, 2, 0, 99)) for key in range(2))
+    schedule.add(first)
+    schedule.add(second)
+    schedule.admit()
+    second.computed = 4
+    assert schedule.preempt(second) == 1
+    assert second.to_prefill == 4
+    schedule.admit()
+    assert (schedule.running, schedule.waiting) == (1, 1)
+    schedule.remove(0)
+    schedule.admit()
+    assert (schedule.running, schedule.waiting, second.slot) == (1, 0, 0)

