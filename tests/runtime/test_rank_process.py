@@ -58,10 +58,9 @@ class World:
 
     def admit(self) -> RankHello:
         """Play the coordinator until the rank is ready; returns its last hello."""
-        hello = self.until(RankHello)
-        self.broadcasts.send(codec.encode(Admit(hello.rank, hello.incarnation, 0)))
-        while not hello.ready:
-            hello = self.until(RankHello)
+        # As the coordinator does, at every hello: what is sent before the rank has subscribed is lost.
+        while not (hello := self.until(RankHello)).ready:
+            self.broadcasts.send(codec.encode(Admit(hello.rank, hello.incarnation, 0)))
         self.front_end.connect(hello.address)
         return hello
 
@@ -99,10 +98,10 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def rank_process(world: World) -> Iterator[Any]:
+def rank_process(world: World, step_ms: str = "5") -> Iterator[Any]:
     """A rank's process with the `timed` engine."""
     reader, writer = get_context("spawn").Pipe(duplex=False)
-    settings = RankSettings("timed", EngineSettings(options={"step_ms": "5"}, max_num_seqs=4), world.bind,
+    settings = RankSettings("timed", EngineSettings(options={"step_ms": step_ms}, max_num_seqs=4), world.bind,
                             world.coordinator_input, world.coordinator_output)  # fmt: skip
     process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
     writer.close()
@@ -166,6 +165,19 @@ def test_answers_a_new_coordinator(world: World, rank: Any) -> None:
     world.broadcasts.send(codec.encode(Identify(PROTOCOL_VERSION, 2)))
     again = world.until(RankHello)
     assert (again.ready, again.incarnation, again.address) == (True, hello.incarnation, hello.address)
+
+
+def test_answers_a_new_coordinator_in_the_midst_of_a_step(world: World) -> None:
+    """In lockstep a step can wait for ranks that only the new coordinator can wake."""
+    with rank_process(world, step_ms="60000") as process:
+        hello = world.admit()
+        world.add(hello, 1, 1, 5)
+        while not world.until(RankReport).load.waiting:
+            pass
+        for _ in range(3):
+            world.broadcasts.send(codec.encode(Identify(PROTOCOL_VERSION, 2)))
+            assert world.until(RankHello).ready
+        process.kill()
 
 
 def test_garbage_on_every_socket(world: World, capfd: pytest.CaptureFixture[str]) -> None:

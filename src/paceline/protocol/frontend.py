@@ -300,13 +300,17 @@ class FrontEnd:
     def _take_view(self, link: _Link, entry: RankView) -> None:
         if entry.step < link.step:
             return
+        wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
+        # A view that says nothing new of a rank shows nothing of what the others have sent it meanwhile.
+        news = entry.step > link.step or entry.load != link.load or wire_requests != link.wire_requests
         link.step = entry.step
         link.load = entry.load
         link.ledger.reported(entry.taken.get(self.identity, 0))
-        link.wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
+        link.wire_requests = wire_requests
         link.wire_tokens = sum(wire.tokens for wire in entry.on_the_wire if wire.front_end != self.identity)
-        link.view_last = link.ledger.last
-        link.view_tokens = link.sent_tokens
+        if news:
+            link.view_last = link.ledger.last
+            link.view_tokens = link.sent_tokens
 
     def _coordinator_is(self, coordinator: int) -> None:
         if coordinator != self._coordinator:

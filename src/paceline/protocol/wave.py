@@ -43,6 +43,9 @@ class GroupWave:
         # Both are derived from `_observed` and kept beside it: reports come by the hundred thousand.
         self._running: set[int] = set()
         self._behind: set[int] = set()
+        # Those that run in a wave that the others have finished, and have not said that they have.
+        self._stranded: set[int] = set()
+        self._prompt_wake = False
         self._noticed_wave = -1
         self._exclude: int | None = None
         self._wake_due: float | None = None
@@ -98,6 +101,7 @@ class GroupWave:
         self._observed.pop(rank, None)
         self._running.discard(rank)
         self._behind.discard(rank)
+        self._stranded.discard(rank)
         self._settle(now)
 
     def joined(self, rank: int, now: float) -> None:
@@ -123,6 +127,9 @@ class GroupWave:
         return message
 
     def _owed(self) -> bool:
+        return self._prompt() or bool(self._stranded)
+
+    def _prompt(self) -> bool:
         return bool(self._running) or self._noticed_wave == self.wave
 
     def _advance(self, wave: int) -> None:
@@ -135,13 +142,18 @@ class GroupWave:
         current = state.running and state.wave == self.wave
         (self._running.add if current else self._running.discard)(rank)
         (self._behind.discard if current else self._behind.add)(rank)
+        stranded = state.running and state.wave < self.wave
+        (self._stranded.add if stranded else self._stranded.discard)(rank)
 
     def _settle(self, now: float) -> None:
         """Set or clear the wake after anything was learned."""
         if self._behind and self._owed():
-            if self._wake_due is None:
-                self._wake_due = now
+            # A stranded rank is about to say that it has paused, or waits alone: it is given a moment.
+            prompt = self._prompt()
+            if self._wake_due is None or (prompt and not self._prompt_wake):
+                self._wake_due = now if prompt else now + FIRST_REPEAT_S
                 self._repeat_s = FIRST_REPEAT_S
+                self._prompt_wake = prompt
             return
         self._wake_due = None
         self._exclude = None

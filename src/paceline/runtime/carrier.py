@@ -12,11 +12,12 @@ import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Callable
 
 import zmq
 
 from paceline.protocol import codec
-from paceline.protocol.messages import FromRank, Outputs
+from paceline.protocol.messages import FromRank, Outputs, ToRank
 from paceline.protocol.rank_events import CoordinatorSaid, Event, FrontEndGone, FrontEndSaid
 from paceline.runtime.sockets import Garbage, bound_address, open_socket
 from paceline.runtime.wakeup import Wakeup
@@ -39,6 +40,8 @@ class Carrier:
         self._outbox: deque[tuple[int | None, FromRank | Outputs]] = deque()
         self._wakeup = Wakeup()
         self._closing = False
+        self.on_broadcast: Callable[[ToRank], None] = lambda message: self.inbox.put(CoordinatorSaid(message))
+        """What is done, in the carrier's thread, with each message from the coordinator."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
         self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests)
@@ -129,7 +132,7 @@ class Carrier:
                 self.garbage_broadcasts.add("frames", f"{len(frames)} frames in place of one")
                 continue
             try:
-                self.inbox.put(CoordinatorSaid(self._decode_broadcast(frames[0])))
+                self.on_broadcast(self._decode_broadcast(frames[0]))
             except codec.BadMessage as error:
                 self.garbage_broadcasts.add(error.kind, error.detail)
 

@@ -8,14 +8,17 @@ network, and what a step made is encoded and sent while the next one computes.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 
 from paceline.engines.base import Engine, EngineError, EngineRequest
+from paceline.protocol.messages import Identify, ToRank
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
     Agree,
     Agreed,
+    CoordinatorSaid,
     Drop,
     DummyStep,
     Effect,
@@ -61,6 +64,9 @@ class EngineRank:
         self._agreement = agreement
         self._on_ready = on_ready
         self._stopping = False
+        # The machine is called by both threads: for the blink of a decision, never while a step computes.
+        self._deciding = threading.Lock()
+        carrier.on_broadcast = self._on_broadcast
 
     def stop(self) -> None:
         """Make `run` return after the step it is in. Safe in a signal handler."""
@@ -90,11 +96,25 @@ class EngineRank:
         return event is not None
 
     def _feed(self, event: Event) -> None:
-        for effect in self._machine.handle(event, time.monotonic()):
+        for effect in self._decide(event):
             self._perform(effect)
         if self._on_ready is not None and self._machine.phase is Phase.READY:
             self._on_ready()
             self._on_ready = None
+
+    def _decide(self, event: Event) -> list[Effect]:
+        with self._deciding:
+            return self._machine.handle(event, time.monotonic())
+
+    def _on_broadcast(self, message: ToRank) -> None:
+        """In the carrier's thread. A question is answered at once: a rank that waits for the others in a
+        collective must be heard by a new coordinator, or nobody wakes them. All else waits for its turn.
+        """
+        if not isinstance(message, Identify):
+            self._carrier.inbox.put(CoordinatorSaid(message))
+            return
+        for effect in self._decide(CoordinatorSaid(message)):
+            self._perform(effect)
 
     def _perform(self, effect: Effect) -> None:
         match effect:

@@ -1,0 +1,265 @@
+"""A random walk over real front-ends, a coordinator and ranks, beside a model of what each front-end must believe.
+
+The walk goes through every order of events that links which are first in first out allow: reports and views that
+come late, views that come twice, aborts, ranks that start again. The model remembers of every report what the rank
+had really taken in when it was made; it never looks into a ledger.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from typing import Any
+
+from msgspec.structs import replace
+
+from paceline.protocol import coordinator, frontend_events, rank_events
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.messages import Load, Members, RankHello, RankReport
+from paceline.protocol.rank import Rank
+from paceline.protocol.routing import LeastLoad
+from paceline.protocol.sampling import SamplingParams
+from tests.protocol.deployment import TinyEngine
+
+
+class Report:
+    """The truth about one report: its load, and of each front-end, how many requests the rank had then taken."""
+
+    def __init__(self, load: Load, taken: dict[int, int]) -> None:
+        self.load, self.taken = load, taken
+
+
+NOTHING = Report(Load(), {})
+
+
+class Life:
+    """One life of a rank, and what it has said that the coordinator has not heard."""
+
+    def __init__(self, number: int, incarnation: int) -> None:
+        self.machine = Rank(number, incarnation, f"tcp://rank-{number}")
+        self.engine = TinyEngine(slots=4)
+        self.taken: dict[int, int] = {}
+        self.heard: deque[Any] = deque()
+        self.said: deque[tuple[Any, Report | None]] = deque()
+
+
+class Known:
+    """What the model knows of one front-end's view of one life of a rank: its sends (summed up), and the report."""
+
+    def __init__(self, incarnation: int) -> None:
+        self.incarnation = incarnation
+        self.tokens_after = [0]
+        self.report = NOTHING
+
+    def expected(self, front_end: int) -> Load:
+        load, taken = self.report.load, self.report.taken.get(front_end, 0)
+        if len(self.tokens_after) - 1 == taken:
+            return load
+        requests, tokens = len(self.tokens_after) - 1 - taken, self.tokens_after[-1] - self.tokens_after[taken]
+        return replace(load, waiting=load.waiting + requests, prefill_tokens=load.prefill_tokens + tokens)
+
+
+class Walk:
+    """Ranks, front-ends and a coordinator. `act` lets one thing happen; what may change a belief is checked."""
+
+    def __init__(self, ranks: int = 3, front_ends: int = 3) -> None:
+        self.now = 0.0
+        self.lives_begun = 0
+        self.requests = 0
+        self.front_ends = [FrontEnd(100 + i, LeastLoad(i, front_ends), share_sends=True) for i in range(front_ends)]
+        self.to_coordinator: list[deque[Any]] = [deque() for _ in self.front_ends]
+        self.to_front_end: list[deque[tuple[Any, dict[int, tuple[int, Report]]]]] = [deque() for _ in self.front_ends]
+        self.requests_sent: dict[tuple[int, int], deque[Any]] = {}
+        self.outputs: list[deque[Any]] = [deque() for _ in self.front_ends]
+        self.seen: list[tuple[Any, dict[int, tuple[int, Report]]] | None] = [None for _ in self.front_ends]
+        self.known: list[dict[int, Known]] = [{} for _ in self.front_ends]
+        self.lives: list[Life] = []
+        self.size = ranks
+        self.restart_coordinator()
+        for number in range(ranks):
+            self.lives.append(self._new_life(number))
+        self.drain()
+
+    # The model ----------------------------------------------------------------------------------
+
+    def check(self, index: int) -> None:
+        front_end = self.front_ends[index]
+        for number, link in self.known[index].items():
+            assert front_end.believed(number) == link.expected(front_end.identity)
+
+    def _coordinator(self, event: coordinator.Event, truth: Report | None = None) -> None:
+        message = getattr(event, "message", None)
+        if isinstance(message, RankHello):
+            # A later life has the larger number here, and a hello of an earlier one is void.
+            if self.current.get(message.rank, 0) < message.incarnation:
+                self.reports.pop(message.rank, None)
+                self.current[message.rank] = message.incarnation
+        elif truth is not None and self.current.get(message.rank) == message.incarnation:
+            self.reports[message.rank] = (message.incarnation, truth)
+        for effect in self.machine.handle(event, self.now):
+            match effect:
+                case coordinator.ToFrontEnds(message):
+                    for queue in self.to_front_end:
+                        queue.append((message, dict(self.reports)))
+                case coordinator.ToRanks(message):
+                    for life in self.lives:
+                        life.heard.append(message)
+
+    def _take_view(self, index: int, message: Any, reports: dict[int, tuple[int, Report]]) -> None:
+        known = self.known[index]
+        if isinstance(message, Members):
+            for number, incarnation in message.ended:
+                if number in known and known[number].incarnation == incarnation:
+                    del known[number]
+            for member in message.members:
+                if member.rank not in known or known[member.rank].incarnation != member.incarnation:
+                    known[member.rank] = Known(member.incarnation)
+        elif self.seen[index] is None or (message.coordinator, message.number) > self._last_view(index):
+            self.seen[index] = (message, reports)
+            for number, (incarnation, report) in reports.items():
+                if number in known and known[number].incarnation == incarnation:
+                    known[number].report = report
+        self._front_end(index, frontend_events.CoordinatorSaid(message))
+
+    def _last_view(self, index: int) -> tuple[int, int]:
+        view = self.seen[index]
+        assert view is not None
+        return view[0].coordinator, view[0].number
+
+    # What machines do ---------------------------------------------------------------------------
+
+    def _new_life(self, number: int) -> Life:
+        self.lives_begun += 1
+        life = Life(number, self.lives_begun)
+        self._rank(life, rank_events.Loaded())
+        return life
+
+    def _rank(self, life: Life, event: rank_events.Event) -> None:
+        for effect in life.machine.handle(event, self.now):
+            match effect:
+                case rank_events.Take(key, request):
+                    life.engine.add(key, request)
+                    life.taken[event.front_end] = life.taken.get(event.front_end, 0) + 1  # type: ignore[union-attr]
+                case rank_events.Drop(key):
+                    life.engine.abort(key)
+                case rank_events.ToCoordinator(RankReport() as report):
+                    life.said.append((report, Report(report.load, dict(life.taken))))
+                case rank_events.ToCoordinator(message):
+                    life.said.append((message, None))
+                case rank_events.ToFrontEnd(front_end, outputs):
+                    self.outputs[front_end - 100].append(outputs)
+                case rank_events.Step():
+                    self._rank(life, life.engine.step())
+
+    def _front_end(self, index: int, event: frontend_events.Event) -> None:
+        for effect in self.front_ends[index].handle(event, self.now):
+            match effect:
+                case frontend_events.ToRank(number, message):
+                    self.requests_sent.setdefault((index, number), deque()).append(message)
+                    if isinstance(event, frontend_events.Submit):
+                        sums = self.known[index][number].tokens_after
+                        sums.append(sums[-1] + len(event.prompt_token_ids))
+                case frontend_events.ToCoordinator(message):
+                    self.to_coordinator[index].append(message)
+        self.check(index)
+
+    # What may happen ----------------------------------------------------------------------------
+
+    def act(self, what: str, a: int, b: int) -> None:
+        self.now += 0.002
+        salt = a * 31 + b
+        for _ in range(1 + salt % 6 if what.startswith("deliver") else 1):
+            getattr(self, what)(a % len(self.front_ends), b % self.size, salt)
+
+    def submit(self, index: int, number: int, salt: int) -> None:
+        self.requests += 1
+        named = number if salt % 3 == 0 and number in self.front_ends[index].ready_ranks() else None
+        params = SamplingParams(1 + salt % 4)
+        self._front_end(index, frontend_events.Submit(self.requests, [0] * (1 + salt % 40), params, named))
+
+    def abandon(self, index: int, number: int, salt: int) -> None:
+        requests = list(range(max(1, self.requests - salt % 20), self.requests + 1))
+        self._front_end(index, frontend_events.Abandon(requests[: 1 + salt % 3]))
+
+    def deliver_request(self, index: int, number: int, salt: int) -> None:
+        queue = self.requests_sent.get((index, number))
+        if queue:
+            self._rank(self.lives[number], rank_events.FrontEndSaid(100 + index, queue.popleft()))
+
+    def turn(self, index: int, number: int, salt: int) -> None:
+        life = self.lives[number]
+        self._rank(life, rank_events.Turn(life.engine.load(), life.engine.has_work()))
+
+    def deliver_report(self, index: int, number: int, salt: int) -> None:
+        late = [life for life in self.dead if life.said and life.machine.rank == number]
+        life = late[0] if late and salt % 2 else self.lives[number]
+        if life.said:
+            message, truth = life.said.popleft()
+            self._coordinator(coordinator.RankSaid(message), truth)
+
+    def deliver_notice(self, index: int, number: int, salt: int) -> None:
+        if self.to_coordinator[index]:
+            self._coordinator(coordinator.FrontEndSaid(self.to_coordinator[index].popleft()))
+
+    def deliver_broadcast(self, index: int, number: int, salt: int) -> None:
+        if self.lives[number].heard:
+            self._rank(self.lives[number], rank_events.CoordinatorSaid(self.lives[number].heard.popleft()))
+
+    def deliver_view(self, index: int, number: int, salt: int) -> None:
+        if self.to_front_end[index]:
+            self._take_view(index, *self.to_front_end[index].popleft())
+
+    def repeat_view(self, index: int, number: int, salt: int) -> None:
+        last = self.seen[index]
+        if last is not None:
+            old = replace(last[0], number=max(1, last[0].number - salt % 3), ranks=None if salt % 2 else last[0].ranks)
+            self._take_view(index, old, {})
+
+    def deliver_outputs(self, index: int, number: int, salt: int) -> None:
+        if self.outputs[index]:
+            self._front_end(index, frontend_events.RankSaid(self.outputs[index].popleft()))
+
+    def tick(self, index: int, number: int, salt: int) -> None:
+        self._coordinator(coordinator.Tick())
+
+    def restart_rank(self, index: int, number: int, salt: int) -> None:
+        old = self.lives[number]
+        if self.current.get(number) != old.machine.incarnation:
+            # Lives are told apart by equality only, so a first hello must not be overtaken by the next life's.
+            old.said.clear()
+        self.dead = [*self.dead[-3:], old]
+        self.lives[number] = self._new_life(number)
+        self._coordinator(coordinator.RankSubscribed())
+
+    def restart_coordinator(self, *_: int) -> None:
+        self.lives_begun += 1
+        self.machine = Coordinator(self.size, self.lives_begun, 0.05, lockstep=False)
+        self.current: dict[int, int] = {}
+        self.reports: dict[int, tuple[int, Report]] = {}
+        self.dead: list[Life] = []
+        self._coordinator(coordinator.RankSubscribed())
+        self._coordinator(coordinator.FrontEndSubscribed())
+
+    def drain(self) -> None:
+        """Let everything arrive and every rank finish; then every belief is the plain truth."""
+        for _ in range(500):
+            for index, number in itertools.product(range(len(self.front_ends)), range(self.size)):
+                for what in DELIVERIES:
+                    self.act(what, index, number)
+            queues = [*self.requests_sent.values(), *self.to_coordinator, *self.outputs, *self.to_front_end]
+            queues += [queue for life in self.lives for queue in (life.heard, life.said)]
+            if not any(queues) and not any(life.engine.has_work() for life in self.lives):
+                break
+        for front_end in self.front_ends:
+            assert front_end.ready_ranks() == list(range(self.size))
+            for number, life in enumerate(self.lives):
+                known = front_end.believed(number)
+                assert replace(known, finished=0, prefill_rate=0.0, decode_rate=0.0) == life.engine.load()
+
+
+DELIVERIES = [
+    "deliver_request", "turn", "deliver_report", "deliver_notice", "deliver_broadcast", "deliver_view",
+    "deliver_outputs", "tick",
+]  # fmt: skip
+ORDINARY = [*DELIVERIES, "submit", "submit", "turn", "deliver_request", "repeat_view", "abandon"]

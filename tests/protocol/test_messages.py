@@ -1,0 +1,110 @@
+"""The messages themselves: what may be appended and what must stay, tag by tag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from paceline.protocol import codec
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    UNIONS,
+    Load,
+    Member,
+    OnTheWire,
+    Output,
+    RankView,
+    Send,
+    StartDPWave,
+    StartWave,
+    tag_of,
+)
+from paceline.protocol.sampling import Message, PositionLogprobs, SamplingParams, TokenLogprob
+
+PARTS = [Load, Member, OnTheWire, Output, RankView, Send, SamplingParams, TokenLogprob, PositionLogprobs]
+WHOLE = [kind for union in UNIONS.values() for kind in (getattr(union, "__args__", ()) or (union,))]
+
+# Version 1 of the protocol. A line here may only grow at its end, by fields with defaults; for anything else
+# there is a new PROTOCOL_VERSION.
+VERSION_1 = {
+    "rank-hello": "version rank incarnation address ready wave running",
+    "rank-report": "rank incarnation step wave running load taken",
+    "start-wave": "rank incarnation wave",
+    "wave-complete": "rank incarnation wave",
+    "rank-leaving": "rank incarnation",
+    "identify": "version coordinator",
+    "admit": "rank incarnation wave",
+    "start-dp-wave": "wave exclude",
+    "front-end-hello": "version front_end",
+    "wake-notice": "front_end rank wave",
+    "send-notice": "front_end sends",
+    "front-end-leaving": "front_end",
+    "members": "version coordinator wave running members missing ended",
+    "load-view": "coordinator number wave running ranks",
+    "add": "request number incarnation wave prompt_token_ids params priority",
+    "abort": "requests",
+    "outputs": "rank incarnation outputs",
+    "Load": "waiting running slots prefill_tokens kv_used kv_total prefill_rate decode_rate finished",
+    "Member": "rank incarnation address",
+    "OnTheWire": "front_end last requests tokens",
+    "Output": "request token_ids text finish_reason stop_reason logprobs error",
+    "RankView": "rank incarnation step load taken on_the_wire",
+    "Send": "rank incarnation number tokens",
+    "SamplingParams": (
+        "max_tokens temperature top_p top_k min_p seed frequency_penalty presence_penalty repetition_penalty "
+        "logit_bias stop stop_token_ids include_stop_str_in_output ignore_eos logprobs skip_special_tokens"
+    ),
+    "TokenLogprob": "token_id piece logprob",
+    "PositionLogprobs": "chosen top",
+}
+
+
+def name_of(kind: Any) -> str:
+    return tag_of(kind) or kind.__name__
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, *PARTS], ids=name_of)
+def test_fields_are_only_ever_appended_and_have_defaults(kind: Any) -> None:
+    assert PROTOCOL_VERSION == 1
+    expected = VERSION_1[name_of(kind)].split()
+    fields = msgspec.structs.fields(kind)
+    assert [field.name for field in fields[: len(expected)]] == expected
+    assert not any(field.required for field in fields[len(expected) :])
+
+
+def test_all_messages_of_version_1_are_there() -> None:
+    assert {name_of(kind) for kind in [*WHOLE, *PARTS]} >= set(VERSION_1)
+
+
+def test_a_tag_is_one_message_in_one_direction() -> None:
+    tags = [tag_of(kind) for kind in WHOLE]
+    assert None not in tags
+    assert len(set(tags)) == len(tags)
+
+
+@pytest.mark.parametrize("kind", PARTS, ids=name_of)
+def test_a_part_of_a_message_has_no_tag(kind: Any) -> None:
+    assert tag_of(kind) is None
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, *PARTS], ids=name_of)
+def test_a_message_is_an_immutable_array_with_a_docstring(kind: Any) -> None:
+    assert issubclass(kind, Message)
+    assert kind.__struct_config__.frozen
+    assert kind.__struct_config__.array_like
+    assert kind.__doc__
+    assert not kind.__doc__.startswith(f"{kind.__name__}(")
+
+
+def test_what_is_on_the_wire_is_an_array_that_begins_with_the_tag() -> None:
+    assert codec.encode(StartWave(3, 5, 7)) == b"\x94\xaastart-wave\x03\x05\x07"
+    assert codec.encode(StartDPWave(2)) == b"\x93\xadstart-dp-wave\x02\xc0"
+
+
+def test_messages_that_say_the_same_are_equal_and_a_default_is_shared_by_none() -> None:
+    first, second = RankView(0, 1, 2, Load()), RankView(0, 1, 2, Load())
+    assert first == second
+    assert first.taken is not second.taken
+    assert first.on_the_wire is not second.on_the_wire
