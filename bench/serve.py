@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from serve_cold import cold_and_hot_us
 from serve_deployment import CannotRun, Deployment, ending_on_signals
 from serve_report import Report, machine, to_console, to_markdown
 
@@ -119,7 +120,8 @@ def measure(args: argparse.Namespace) -> Report:
                 cells.append(cell | {"connections": connections} | figures)
     show("")
     options = f"--seconds {args.seconds:g} --streams {_joined(args.streams)} --front-ends {_joined(args.front_ends)}"
-    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells)
+    cold_us, hot_us = cold_and_hot_us()
+    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells, cold_us, hot_us)
 
 
 def show(text: str) -> None:
