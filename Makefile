@@ -41,7 +41,12 @@ docs: $(STAMP) ## write the generated tables of docs/PROTOCOL.md anew
 bench-serve: $(STAMP) ## what the front-end costs per request and per streamed token
 	@$(BIN)/python bench/serve.py $(ARGS)
 
+# torch is large and only the peer here; its CPU build is enough.
+bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo's (installs torch)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/python bench/collective.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast format docs bench-serve clean
+.PHONY: help setup serve test test-fast format docs bench-serve bench-collective clean

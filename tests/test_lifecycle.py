@@ -200,7 +200,7 @@ def test_children_end_with_their_killed_parent(running: Deployment) -> None:
     wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended", 2.0)
 
 
-@pytest.mark.parametrize("name", ["rank 1", "front-end 0", "coordinator"])
+@pytest.mark.parametrize("name", ["rank 1", "front-end 0"])
 def test_child_that_dies_ends_the_deployment(running: Deployment, name: str) -> None:
     children = running.children()
     os.kill(running.pid_of(name), signal.SIGKILL)
@@ -208,3 +208,35 @@ def test_child_that_dies_ends_the_deployment(running: Deployment, name: str) -> 
     assert re.search(rf"{name} ended while serving \(killed by SIGKILL\)", running.output)
     assert "Traceback" not in running.output
     wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
+
+
+def test_killed_coordinator_is_not_noticed() -> None:
+    """Killed with -9 five times under streams: every stream is whole, requests are spread, another one is up."""
+    with deployment(*TIMED, "-dp", "4", "-asc", "2") as running, ThreadPoolExecutor() as pool:
+        client = running.openai
+        streams = [client.completions.create(model="timed", prompt="a", max_tokens=400, stream=True) for _ in range(8)]
+        texts = [pool.submit(lambda stream: "".join(c.choices[0].text for c in stream), stream) for stream in streams]
+        for _ in range(5):
+            victim = running.pid_of("coordinator")
+            os.kill(victim, signal.SIGKILL)
+            # While there is none, requests are served all the same.
+            answer = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.status_code == 200
+
+            def another_one(before: int = victim) -> bool:
+                names = {pid: process_name(pid) for pid in running.children()}
+                return any(name == "pl:coordinator" and pid != before for pid, name in names.items())
+
+            wait_until(another_one, "another coordinator")
+        expected = "".join(f" {index}" for index in range(400))
+        assert [text.result(60) for text in texts] == [expected] * 8
+        finished = sum(load["finished"] for load in running.http.get("/loads").json()["ranks"])
+
+        def view_is_fresh() -> bool:
+            running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            loads = running.http.get("/loads").json()["ranks"]
+            return sum(load["finished"] for load in loads) > finished + 1
+
+        wait_until(view_is_fresh, "the new coordinator publishes loads")
+        assert running.health()["missing"] == []
+        assert "Traceback" not in running.output

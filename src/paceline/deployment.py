@@ -53,7 +53,7 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
     level = "warning" if config.server.log_level == "info" else config.server.log_level
     coordinator = DPCoordinator(config.parallel, plan.lockstep, {"level": level})
     supervisor.at_end(coordinator.shutdown)
-    supervisor.watch(coordinator.proc)
+    supervisor.watch(coordinator.proc, coordinator.restart)
     rendezvous = plan.lead(coordinator)
     if rendezvous is not None:
         supervisor.at_end(rendezvous.close)

@@ -13,6 +13,7 @@ import signal
 import time
 import weakref
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -61,21 +62,43 @@ class DPCoordinator:
         startup_timeout_s: float = 30.0,
     ) -> None:
         self._folder = SocketFolder()
+        self._arguments = _process_arguments(parallel_config, self._folder)
+        self._arguments["enable_wave_coordination"] = enable_wave_coordination
+        self._log_level = (logging_config or {}).get("level", "info")
+        self._startup_timeout_s = startup_timeout_s
+        self._processes: list[SpawnProcess] = []
+        self._finalizer = weakref.finalize(self, _end, self._processes, self._folder)
+        self._start()
+
+    @property
+    def proc(self) -> SpawnProcess:
+        """The process that runs now."""
+        return self._processes[-1]
+
+    def restart(self) -> SpawnProcess:
+        """Start another in place of one that has ended, at the same addresses. Raises StartupError.
+
+        Nothing has to be handed over: it asks the ranks, and front-ends keep what it does not know yet.
+        """
+        stop([self._processes.pop()], 0.0)
+        self._start()
+        return self.proc
+
+    def _start(self) -> None:
         reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        kwargs = _process_arguments(parallel_config, self._folder)
-        kwargs |= {"zmq_addr_pipe": writer, "enable_wave_coordination": enable_wave_coordination}
-        level = (logging_config or {}).get("level", "info")
-        self.proc = spawn(PROCESS_NAME, DPCoordinatorProc.run_coordinator, kwargs, level)
-        self._finalizer = weakref.finalize(self, _end, self.proc, self._folder)
+        kwargs = self._arguments | {"zmq_addr_pipe": writer}
+        self._processes.append(spawn(PROCESS_NAME, DPCoordinatorProc.run_coordinator, kwargs, self._log_level))
         writer.close()
         try:
-            addresses = _read_addresses(reader, startup_timeout_s)
+            addresses = _read_addresses(reader, self._startup_timeout_s)
         except StartupError:
             self.shutdown()
             raise
         finally:
             reader.close()
         self._front_publish, self._back_output, self._back_publish = addresses
+        names = ("front_publish_address", "back_output_address", "back_publish_address")
+        self._arguments |= dict(zip(names, addresses, strict=True))
 
     def get_stats_publish_address(self) -> str:
         """Where front-ends connect."""
@@ -88,7 +111,7 @@ class DPCoordinator:
     def shutdown(self, timeout: float | None = None) -> None:
         """End the process, waiting up to `timeout` seconds before it is killed. May be called twice."""
         if self._finalizer.detach():
-            _end(self.proc, self._folder, timeout)
+            _end(self._processes, self._folder, timeout)
 
 
 class DPCoordinatorProc:
@@ -279,6 +302,6 @@ def _read_addresses(reader: Connection, timeout_s: float) -> tuple[str, str, str
     return front_publish, back_output, back_publish
 
 
-def _end(process: Any, folder: SocketFolder, timeout_s: float | None = None) -> None:
-    stop([process], 2.0 if timeout_s is None else timeout_s)
+def _end(processes: list[SpawnProcess], folder: SocketFolder, timeout_s: float | None = None) -> None:
+    stop(processes, 2.0 if timeout_s is None else timeout_s)
     folder.close()

@@ -2,7 +2,8 @@
 
     starting --all ready--> serving --SIGTERM--> draining --done--> ended
 
-At any time a child that ends, or a second signal, leads to the end of all of them. Nothing is left behind:
+At any time a child that ends, or a second signal, leads to the end of all of them; but while serving, a process
+whose state is soft (the coordinator) is started again instead. Nothing is left behind:
 children end with this process even when it is killed, because each watches for that itself.
 """
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("paceline.supervisor")
 
 STOP_TIMEOUT_S = 5.0
 DRAIN_GRACE_S = 2.0
+RESTART_INTERVAL_S = 0.5
 
 
 class Reporter(Protocol):
@@ -56,6 +58,14 @@ class Child(Struct):
         return isinstance(self.state, Ready)
 
 
+class Watched(Struct):
+    """A process that somebody else starts and stops, and how it is started again."""
+
+    process: SpawnProcess
+    restart: Callable[[], SpawnProcess]
+    started: float
+
+
 class Supervisor:
     """Runs one node's processes.
 
@@ -71,9 +81,10 @@ class Supervisor:
         self._drain_timeout_s = drain_timeout_s
         self._log_level = log_level
         self._children: dict[str, Child] = {}
-        self._watched: list[SpawnProcess] = []
+        self._watched: list[Watched] = []
         self._closers: list[Callable[[], None]] = []
         self._starting = True
+        self._restarts = False
         self._signals = 0
         self._wakeup = Wakeup()
 
@@ -108,9 +119,9 @@ class Supervisor:
         writer.close()
         self._children[name] = Child(name, process, reader, drains)
 
-    def watch(self, process: SpawnProcess) -> None:
-        """End everything where this process ends; who started it also stops it."""
-        self._watched.append(process)
+    def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
+        """Have `restart` called when this process ends while all is serving; who started it also stops it."""
+        self._watched.append(Watched(process, restart, time.monotonic()))
 
     def at_end(self, close: Callable[[], None]) -> None:
         """Call when the children have ended; the last one given is called first."""
@@ -147,14 +158,33 @@ class Supervisor:
     # Serve and end ------------------------------------------------------------------------------
 
     def _serve(self) -> int:
+        self._restarts = True
         while not self._signals:
-            self._wait(None)
+            self._wait(self._restart_ended())
             try:
                 self._check_alive("while serving")
             except StartupError as error:
                 logger.error("%s; ending the deployment", error)
                 return 1
         return self._drain()
+
+    def _restart_ended(self) -> float | None:
+        """Start what has ended and can be started again. Returns after how many seconds to look again."""
+        for watched in self._watched:
+            if watched.process.is_alive():
+                continue
+            # One that cannot live is not started in a circle.
+            rest_s = watched.started + RESTART_INTERVAL_S - time.monotonic()
+            if rest_s > 0:
+                return rest_s
+            logger.warning("%s ended (%s); starting it again", watched.process.name, _how(watched.process.exitcode))
+            try:
+                watched.started = time.monotonic()
+                watched.process = watched.restart()
+            except StartupError as error:
+                logger.error("%s", error)
+                return RESTART_INTERVAL_S
+        return None
 
     def _drain(self) -> int:
         """Let those finish that drain. Returns the exit status."""
@@ -193,7 +223,7 @@ class Supervisor:
         """Until a child says something or ends, a signal comes, or the time passes."""
         pipes = {child.status: child for child in self._children.values() if not child.status.closed}
         sentinels = [child.process.sentinel for child in self._children.values() if child.process.is_alive()]
-        sentinels += [process.sentinel for process in self._watched if process.is_alive()]
+        sentinels += [watched.process.sentinel for watched in self._watched if watched.process.is_alive()]
         ready = multiprocessing.connection.wait([*pipes, *sentinels, self._wakeup.fileno()], timeout_s)
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
@@ -225,9 +255,9 @@ class Supervisor:
             if isinstance(child.state, Failed):
                 raise StartupError(f"{child.name}: {child.state.why}")
             raise StartupError(f"{child.name} ended {when} ({_how(child.process.exitcode)})")
-        for process in self._watched:
-            if not process.is_alive():
-                raise StartupError(f"{process.name} ended {when} ({_how(process.exitcode)})")
+        for watched in self._watched:
+            if not watched.process.is_alive() and not self._restarts:
+                raise StartupError(f"{watched.process.name} ended {when} ({_how(watched.process.exitcode)})")
 
 
 def _how(exit_code: int | None) -> str:

@@ -1,0 +1,100 @@
+"""`make bench-collective`: an all-reduce of two integers among local ranks, ours and gloo's, in the same processes.
+
+Each rank is a process; blocks of ours and of gloo's take turns, so that both see the same machine. Without torch
+only ours is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from paceline.runtime.group_link import GroupListener, form_group, group_path
+
+BLOCK = 200
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50 and p99 in microseconds."""
+    cuts = statistics.quantiles(seconds, n=100)
+    return {"p50": cuts[49] * 1e6, "p99": cuts[98] * 1e6}
+
+
+def timed(call: Any, rounds: int) -> list[float]:
+    """How long each of `rounds` calls took, in seconds."""
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, results: Connection) -> None:
+    """One rank's process; rank 0 reports."""
+    addresses = {peer: group_path(folder, peer) for peer in range(size)}
+    group = form_group(GroupListener(addresses[rank]), 1, rank, addresses, 60.0)
+    calls = {"paceline": lambda: group.all_reduce([rank, 1], "max")}
+    if with_gloo:
+        import torch
+        from torch import distributed
+
+        torch.set_num_threads(1)
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        tensor = torch.tensor([rank, 1], dtype=torch.int64)
+        calls["gloo"] = lambda: distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        timed(call, BLOCK)
+    for _ in range(blocks):
+        for name, call in calls.items():
+            group.barrier()
+            times[name] += timed(call, BLOCK)
+    if rank == 0:
+        results.send({name: percentiles(values) for name, values in times.items()})
+    group.barrier()
+    os._exit(0)
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=25, help=f"blocks of {BLOCK} all-reduces of each kind")
+    options = parser.parse_args()
+    with_gloo = importlib.util.find_spec("torch") is not None
+    spawning = get_context("spawn")
+    reader, writer = spawning.Pipe(duplex=False)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            spawning.Process(
+                target=member, args=(rank, options.ranks, folder, options.blocks, with_gloo, writer), daemon=True
+            )
+            for rank in range(options.ranks)
+        ]
+        for process in processes:
+            process.start()
+        if not reader.poll(300):
+            raise SystemExit("bench-collective: no result within 300 s")
+        found = reader.recv()
+        for process in processes:
+            process.join(10)
+    print(f"all-reduce of 2 integers, {options.ranks} local ranks, {options.blocks * BLOCK} times each")
+    for name, figures in found.items():
+        print(f"  {name:9} p50 {figures['p50']:7.0f} us   p99 {figures['p99']:7.0f} us")
+    if with_gloo:
+        print(f"  ratio     p50 {found['paceline']['p50'] / found['gloo']['p50']:7.2f}      "
+              f"p99 {found['paceline']['p99'] / found['gloo']['p99']:7.2f}")  # fmt: skip
+    else:
+        print("  gloo: not measured, torch is not installed")
+
+
+if __name__ == "__main__":
+    main()

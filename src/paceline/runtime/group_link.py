@@ -1,0 +1,174 @@
+"""How the members of a generation find each other: one listening socket a rank, one connection a pair.
+
+Of each pair the later rank connects to the earlier one. The first bytes on a connection say the generation and
+the two ranks; a connection that says anything else is dropped, so that neither a stranger nor a rank of another
+generation becomes a member.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from paceline.errors import StartupError
+from paceline.runtime.collective import SocketGroup
+
+GREETING = struct.Struct("<8sQII")
+MAGIC = b"paceline"
+TRY_AGAIN_S = 0.02
+LISTEN_BACKLOG = 1024
+
+
+class GroupListener:
+    """A rank's address for its peers: `ipc://PATH` or `tcp://HOST:PORT`, port 0 for a free one.
+
+    It outlives generations. Raises StartupError where the address cannot be had.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._path: str | None = None
+        try:
+            if address.startswith("ipc://"):
+                self._path = address.removeprefix("ipc://")
+                self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self.socket.bind(self._path)
+                self.address = address
+            else:
+                host, port = _host_and_port(address)
+                self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+                self.socket.bind((host, port))
+                found = self.socket.getsockname()[1]
+                self.address = f"tcp://[{host}]:{found}" if ":" in host else f"tcp://{host}:{found}"
+        except OSError as error:
+            raise StartupError(f"cannot listen for peers on {address}: {error.strerror or error}") from None
+        self.socket.listen(LISTEN_BACKLOG)
+        self.socket.setblocking(False)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self.socket.close()
+        if self._path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                Path(self._path).unlink()
+
+
+def form_group(
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float
+) -> SocketGroup:
+    """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
+
+    Raises StartupError after `timeout_s`, naming the ranks that did not come.
+    """
+    links: dict[int, socket.socket] = {}
+    deadline = time.monotonic() + timeout_s
+    try:
+        earlier = [peer for peer in sorted(addresses) if peer < rank]
+        later = {peer for peer in addresses if peer > rank}
+        while len(links) < len(addresses) - 1:
+            for peer in earlier:
+                if peer not in links and (link := _connect(addresses[peer], generation, rank, peer)) is not None:
+                    links[peer] = link
+            if len(links) == len(addresses) - 1:
+                break
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                missing = ", ".join(str(peer) for peer in sorted(addresses) if peer != rank and peer not in links)
+                raise StartupError(f"generation {generation}: rank {missing} did not come within {timeout_s:g} s")
+            waits_for_others = any(peer not in links for peer in earlier)
+            pause_s = min(left_s, TRY_AGAIN_S) if waits_for_others else left_s
+            if select.select([listener.socket], [], [], pause_s)[0]:
+                _accept(listener, generation, rank, later, links, deadline)
+    except BaseException:
+        for link in links.values():
+            link.close()
+        raise
+    return SocketGroup(generation, rank, links)
+
+
+def _connect(address: str, generation: int, rank: int, peer: int) -> socket.socket | None:
+    """A connection to a peer that listens, greeted and answered; None where there is none yet."""
+    if address.startswith("ipc://"):
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        target: object = address.removeprefix("ipc://")
+    else:
+        host, port = _host_and_port(address)
+        link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        target = (host, port)
+    try:
+        link.settimeout(1.0)
+        link.connect(target)  # type: ignore[arg-type]
+        _prefer_latency(link)
+        link.sendall(GREETING.pack(MAGIC, generation, rank, peer))
+        # The peer answers when it forms the same generation; until then this connection waits in its queue.
+        if _read_greeting(link) == (generation, peer, rank):
+            link.sendall(GREETING.pack(MAGIC, generation, rank, peer))
+            return link
+    except OSError:
+        pass
+    link.close()
+    return None
+
+
+def _accept(
+    listener: GroupListener,
+    generation: int,
+    rank: int,
+    later: set[int],
+    links: dict[int, socket.socket],
+    deadline: float,
+) -> None:
+    try:
+        link, _ = listener.socket.accept()
+    except OSError:
+        return
+    link.settimeout(min(1.0, max(0.01, deadline - time.monotonic())))
+    try:
+        greeting = _read_greeting(link)
+        if greeting is not None and greeting[0] == generation and greeting[2] == rank and greeting[1] in later:
+            _prefer_latency(link)
+            link.sendall(GREETING.pack(MAGIC, generation, rank, greeting[1]))
+            # Greeted twice: a peer that gave up waiting in the queue, and came again on a new connection, does not
+            # answer on the old one.
+            if _read_greeting(link) == greeting:
+                if greeting[1] in links:
+                    links[greeting[1]].close()
+                links[greeting[1]] = link
+                return
+    except OSError:
+        pass
+    link.close()
+
+
+def _read_greeting(link: socket.socket) -> tuple[int, int, int] | None:
+    """(generation, its rank, whom it means), or None where it is no greeting of ours."""
+    data = b""
+    while len(data) < GREETING.size:
+        part = link.recv(GREETING.size - len(data))
+        if not part:
+            return None
+        data += part
+    magic, generation, rank, peer = GREETING.unpack(data)
+    return (generation, rank, peer) if magic == MAGIC else None
+
+
+def _prefer_latency(link: socket.socket) -> None:
+    if link.family != socket.AF_UNIX:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not host or not port.isdigit():
+        raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def group_path(folder: str | os.PathLike[str], rank: int) -> str:
+    """The ipc address of a rank's listener in a folder."""
+    return f"ipc://{os.fspath(folder)}/group-{rank}"
