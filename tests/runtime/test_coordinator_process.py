@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,30 @@ def test_shutdown_leaves_nothing(coordinator: DPCoordinator) -> None:
     assert not is_alive(pid)
     assert not folder.exists()
     assert coordinator.proc.exitcode == 0
+
+
+def test_restart_at_the_same_addresses(coordinator: DPCoordinator) -> None:
+    addresses = (coordinator.get_stats_publish_address(), *coordinator.get_engine_socket_addresses())
+    for _ in range(3):
+        before = coordinator.proc.pid or 0
+        os.kill(before, signal.SIGKILL)
+        coordinator.proc.join(10)
+        assert coordinator.restart().pid != before
+        assert coordinator.proc.is_alive()
+        assert addresses == (coordinator.get_stats_publish_address(), *coordinator.get_engine_socket_addresses())
+
+
+def test_start_that_fails_again_can_be_tried_again(coordinator: DPCoordinator) -> None:
+    """Something else sits at its address for a while: no sockets' folder and no process is given up for that."""
+    path = Path(coordinator.get_stats_publish_address().removeprefix("ipc://"))
+    coordinator.proc.kill()
+    coordinator.proc.join(10)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StartupError, match="cannot bind"):
+        coordinator.restart()
+    path.rmdir()
+    assert coordinator.restart().is_alive()
 
 
 def test_address_that_cannot_be_bound(tmp_path: Path) -> None:

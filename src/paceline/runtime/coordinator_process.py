@@ -68,7 +68,11 @@ class DPCoordinator:
         self._startup_timeout_s = startup_timeout_s
         self._processes: list[SpawnProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._processes, self._folder)
-        self._start()
+        try:
+            self._start()
+        except StartupError:
+            self.shutdown()
+            raise
 
     @property
     def proc(self) -> SpawnProcess:
@@ -76,11 +80,14 @@ class DPCoordinator:
         return self._processes[-1]
 
     def restart(self) -> SpawnProcess:
-        """Start another in place of one that has ended, at the same addresses. Raises StartupError.
+        """Start another in place of one that has ended, at the same addresses.
+
+        Raises StartupError, after which it can be called again.
 
         Nothing has to be handed over: it asks the ranks, and front-ends keep what it does not know yet.
         """
-        stop([self._processes.pop()], 0.0)
+        stop(self._processes, 0.0)
+        self._processes.clear()
         self._start()
         return self.proc
 
@@ -91,9 +98,6 @@ class DPCoordinator:
         writer.close()
         try:
             addresses = _read_addresses(reader, self._startup_timeout_s)
-        except StartupError:
-            self.shutdown()
-            raise
         finally:
             reader.close()
         self._front_publish, self._back_output, self._back_publish = addresses

@@ -133,13 +133,14 @@ class Supervisor:
         """Until all children are ready; False where a signal came first."""
         deadline = time.monotonic() + self._startup_timeout_s
         while not all(child.ready for child in self._children.values()):
+            alive = self._alive()
+            self._check_alive("before it was ready")
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 raise StartupError(self._missing_text())
-            self._wait(left_s)
+            self._wait(left_s, alive)
             if self._signals:
                 return False
-            self._check_alive("before it was ready")
         return True
 
     def _missing_text(self) -> str:
@@ -160,12 +161,13 @@ class Supervisor:
     def _serve(self) -> int:
         self._restarts = True
         while not self._signals:
-            self._wait(self._restart_ended())
+            alive = self._alive()
             try:
                 self._check_alive("while serving")
             except StartupError as error:
                 logger.error("%s; ending the deployment", error)
                 return 1
+            self._wait(self._restart_ended(), alive)
         return self._drain()
 
     def _restart_ended(self) -> float | None:
@@ -183,7 +185,7 @@ class Supervisor:
                 watched.process = watched.restart()
             except StartupError as error:
                 logger.error("%s", error)
-                return RESTART_INTERVAL_S
+            return 0.0
         return None
 
     def _drain(self) -> int:
@@ -194,11 +196,11 @@ class Supervisor:
         for process in draining:
             process.terminate()
         deadline = time.monotonic() + self._drain_timeout_s + DRAIN_GRACE_S
-        while any(process.is_alive() for process in draining):
+        while alive := [process.sentinel for process in draining if process.is_alive()]:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or self._signals > 1:
                 return 1
-            self._wait(left_s)
+            self._wait(left_s, alive)
         return 0
 
     def _end(self) -> None:
@@ -219,11 +221,18 @@ class Supervisor:
         if self._starting:
             raise KeyboardInterrupt
 
-    def _wait(self, timeout_s: float | None) -> None:
-        """Until a child says something or ends, a signal comes, or the time passes."""
+    def _alive(self) -> list[int]:
+        """What to wait on for the end of what runs now.
+
+        Taken before anything is asked about who has ended: what ends between the two is then seen by one of them.
+        """
+        processes = [child.process for child in self._children.values()]
+        processes += [watched.process for watched in self._watched]
+        return [process.sentinel for process in processes if process.is_alive()]
+
+    def _wait(self, timeout_s: float | None, sentinels: list[int]) -> None:
+        """Until a child says something, one of `sentinels` ends, a signal comes, or the time passes."""
         pipes = {child.status: child for child in self._children.values() if not child.status.closed}
-        sentinels = [child.process.sentinel for child in self._children.values() if child.process.is_alive()]
-        sentinels += [watched.process.sentinel for watched in self._watched if watched.process.is_alive()]
         ready = multiprocessing.connection.wait([*pipes, *sentinels, self._wakeup.fileno()], timeout_s)
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
