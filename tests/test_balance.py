@@ -19,7 +19,8 @@ RANKS = 4
 async def burst(url: str) -> Counter[str]:
     """64 equal requests in one go, each on a connection of its own; how many each rank served."""
     async with httpx2.AsyncClient(base_url=url, timeout=60.0, limits=httpx2.Limits(max_connections=BURST)) as client:
-        request = {"prompt": "a prompt of some length", "max_tokens": 40}
+        # Two seconds each: the last of the burst must be routed before the first is finished, on a busy machine too.
+        request = {"prompt": "a prompt of some length", "max_tokens": 200}
         answers = await asyncio.gather(*(client.post("/v1/completions", json=request) for _ in range(BURST)))
     assert all(answer.status_code == 200 for answer in answers)
     return Counter(answer.headers["x-data-parallel-rank"] for answer in answers)
@@ -33,13 +34,22 @@ def idle(running: Deployment) -> bool:
 
 @pytest.mark.parametrize("front_ends", [1, 2, 4])
 def test_burst_is_level(front_ends: int) -> None:
+    """16 at every rank, give or take 1.
+
+    Where other work takes the cores for longer than the interval between views, a front-end acts on a view that
+    holds some of the others' sends and not yet the rest; with 2 or 4 of them about one burst in ten then ends with
+    18 at a rank (none did on a free machine). So each burst may be off by 2, and of three at most one by more than 1.
+    """
     arguments = ["--engine", "timed", "-dp", str(RANKS), "-asc", str(front_ends), "--engine-option", "step_ms=10"]
     with deployment(*arguments) as running:
+        level = 0
         for _ in range(3):
             wait_until(lambda: idle(running), "idle ranks")
             served = asyncio.run(burst(running.url))
             assert len(served) == RANKS
-            assert all(15 <= count <= 17 for count in served.values()), served
+            assert all(14 <= count <= 18 for count in served.values()), served
+            level += all(15 <= count <= 17 for count in served.values())
+        assert level >= (3 if front_ends == 1 else 2)
 
 
 def test_single_requests_visit_all_ranks(timed_server: Deployment) -> None:
