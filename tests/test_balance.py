@@ -37,8 +37,8 @@ def test_burst_is_level(front_ends: int) -> None:
     """16 at every rank, give or take 1.
 
     Where other work takes the cores for longer than the interval between views, a front-end acts on a view that
-    holds some of the others' sends and not yet the rest; with 2 or 4 of them about one burst in ten then ends with
-    18 at a rank (none did on a free machine). So each burst may be off by 2, and of three at most one by more than 1.
+    holds some of the others' sends and not yet the rest; with 2 or 4 of them a burst in ten then ended with 18 at a
+    rank (on a free machine none of 20 did). So each burst may be off by 2, and of three at most one by more than 1.
     """
     arguments = ["--engine", "timed", "-dp", str(RANKS), "-asc", str(front_ends), "--engine-option", "step_ms=10"]
     with deployment(*arguments) as running:

@@ -7,8 +7,9 @@ them:
 
 - What a front-end has sent since its view was made counts once for each front-end, because the others
   have most likely done the same meanwhile.
-- Ranks that differ by less than the front-ends would put there together in one round are equals. Among
-  equals a front-end keeps its own requests level, and begins at a rank of its own.
+- Ranks that differ by less than the other front-ends would put there in two rounds are equals: a view can hold one
+  round of theirs for one rank and not yet for the next. Among equals a front-end keeps its own requests level,
+  and begins at a rank of its own.
 
 With every front-end's own requests level to within one, and each one's odd requests beginning elsewhere,
 the ranks are level to within one too (`tests/protocol/test_routing.py` tries every remainder).
@@ -84,7 +85,7 @@ class LeastLoad:
             for c in candidates
         ]
         mean = sum(work) / len(work)
-        limit = min(work) + others * (REQUEST_TOKENS + prompt_tokens) + EQUAL_SHARE * mean
+        limit = min(work) + 2 * others * (REQUEST_TOKENS + prompt_tokens) + EQUAL_SHARE * mean
         finished = sum(c.finished for c in candidates)
         _, _, rank = min(
             (c.in_flight, self._rotation.position(place, len(candidates), finished), c.rank)
