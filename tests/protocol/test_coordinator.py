@@ -325,6 +325,14 @@ def test_sends_are_shown_on_the_wire_until_the_rank_reports_that_it_took_them() 
     assert wire(machine.handle(report(0, 3, taken=2), 3.0)) == []
 
 
+def test_a_view_says_up_to_which_send_of_each_front_end_it_knows() -> None:
+    machine = started()
+    for told, front_end in ((3, 100), (5, 200), (4, 200)):
+        machine.handle(FrontEndSaid(SendNotice(front_end, [Send(0, 10, 1, 4)], told)), 1.0)
+    assert one(said(machine.handle(Tick(), 2.0), LoadView)).heard == {100: 3, 200: 5}
+    assert one(said(machine.handle(FrontEndGone(200), 3.0), LoadView)).heard == {100: 3}
+
+
 def test_sends_to_a_life_that_is_over_are_not_shown() -> None:
     machine = started()
     machine.handle(hello(0, incarnation=77), 1.0)

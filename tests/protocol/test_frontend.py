@@ -302,6 +302,21 @@ def test_what_others_have_on_the_wire_counts_in_routing_and_ones_own_does_not_co
     assert one(find(submit(machine, 1), Placed)).rank == 0
 
 
+def test_a_view_that_knows_one_send_makes_no_rank_look_free() -> None:
+    """A view made after the first send of a burst and read amid it: its rank is no less loaded than the others."""
+    lives = [(rank, 10 + rank) for rank in range(4)]
+    machine = FrontEnd(IDENTITY, LeastLoad(0, 2), share_sends=True)
+    machine.handle(members(*lives), 0.0)
+    for request in range(28):
+        submit(machine, request)
+    entries = [RankView(rank, life, 0, Load()) for rank, life in lives]
+    entries[0] = RankView(0, 10, 1, Load(waiting=1, prefill_tokens=4), {IDENTITY: 1})
+    machine.handle(CoordinatorSaid(LoadView(1, 1, 0, False, entries, {IDENTITY: 1})), 0.0)
+    for request in range(28, 32):
+        submit(machine, request)
+    assert [load["in_flight"] for load in machine.loads()] == [8, 8, 8, 8]
+
+
 def test_the_wave_never_goes_down_whoever_says_so() -> None:
     machine = front_end(lockstep=True)
     machine.handle(view(1, wave=5, running=True), 0.0)

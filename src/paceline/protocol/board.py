@@ -22,6 +22,8 @@ class Board:
     def __init__(self) -> None:
         self._reports: dict[int, RankReport] = {}
         self._ledgers: dict[tuple[int, int, int], Ledger] = {}
+        self.heard: dict[int, int] = {}
+        """Per front-end, how many of its sends it has told of."""
 
     def report(self, report: RankReport) -> bool:
         """Take in a report. Returns whether it counts: a rank's step never goes back."""
@@ -54,6 +56,7 @@ class Board:
     def forget_front_end(self, front_end: int) -> None:
         """The front-end is gone; what it had on the wire is no longer known."""
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0] != front_end}
+        self.heard.pop(front_end, None)
 
     def views(self, members: list[Member]) -> list[RankView]:
         """The published view of the ready ranks that have reported, in order of their numbers.

@@ -237,7 +237,8 @@ class Coordinator:
             case WakeNotice(_, rank, wave):
                 if self.lockstep:
                     self._group.noticed(rank, wave, now)
-            case SendNotice(front_end, sends):
+            case SendNotice(front_end, sends, told):
+                self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
                 for send in sends:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
@@ -274,5 +275,6 @@ class Coordinator:
         self._published_state = state
         self._view_number += 1
         ranks = self._board.views(members) if self._publish_loads else None
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state, ranks)))
+        heard = dict(self._board.heard) if self._publish_loads else {}
+        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state, ranks, heard)))
         self._clock.published(now)

@@ -60,10 +60,8 @@ class _Link:
         "ledger",
         "load",
         "rank",
-        "sent_tokens",
         "step",
-        "view_last",
-        "view_tokens",
+        "unheard",
         "wire_requests",
         "wire_tokens",
     )  # fmt: skip
@@ -78,10 +76,8 @@ class _Link:
         # What the other front-ends have on the wire, by the latest view.
         self.wire_requests = 0
         self.wire_tokens = 0
-        # This front-end's sends, all and as of the latest view: the difference is since the view.
-        self.sent_tokens = 0
-        self.view_last = 0
-        self.view_tokens = 0
+        # This front-end's sends that the coordinator had not been told of when it made the latest view.
+        self.unheard = Ledger()
 
     def believed(self) -> Load:
         """What the rank has, plus what is on the wire from this front-end."""
@@ -94,8 +90,8 @@ class _Link:
             load.waiting + load.running + ledger.requests + self.wire_requests,
             load.prefill_tokens + ledger.tokens + self.wire_tokens,
             len(self.in_flight),
-            ledger.last - self.view_last,
-            self.sent_tokens - self.view_tokens,
+            self.unheard.requests,
+            self.unheard.tokens,
             load.finished,
         )
 
@@ -129,6 +125,7 @@ class FrontEnd:
         self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
+        self._told = 0
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
@@ -200,7 +197,6 @@ class FrontEnd:
         link = self._links[rank]
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
-        link.sent_tokens += tokens
         link.in_flight.add(submit.request)
         self._placed[submit.request] = link
         add = AddRequest(
@@ -210,7 +206,10 @@ class FrontEnd:
         if self._lockstep and not self.running:
             effects.append(ToCoordinator(WakeNotice(self.identity, rank, self.wave)))
         if self._share_sends:
-            effects.append(ToCoordinator(SendNotice(self.identity, [Send(rank, link.incarnation, number, tokens)])))
+            self._told += 1
+            link.unheard.sent(self._told, tokens)
+            send = Send(rank, link.incarnation, number, tokens)
+            effects.append(ToCoordinator(SendNotice(self.identity, [send], self._told)))
         return effects
 
     def _refusal(self, submit: Submit) -> Refuse | None:
@@ -296,21 +295,20 @@ class FrontEnd:
             link = self._links.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:
                 self._take_view(link, entry)
+        # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
+        # less loaded than those for which the others' sends are still guessed.
+        heard = view.heard.get(self.identity, 0)
+        for link in self._links.values():
+            link.unheard.reported(heard)
 
     def _take_view(self, link: _Link, entry: RankView) -> None:
         if entry.step < link.step:
             return
-        wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
-        # A view that says nothing new of a rank shows nothing of what the others have sent it meanwhile.
-        news = entry.step > link.step or entry.load != link.load or wire_requests != link.wire_requests
         link.step = entry.step
         link.load = entry.load
         link.ledger.reported(entry.taken.get(self.identity, 0))
-        link.wire_requests = wire_requests
+        link.wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
         link.wire_tokens = sum(wire.tokens for wire in entry.on_the_wire if wire.front_end != self.identity)
-        if news:
-            link.view_last = link.ledger.last
-            link.view_tokens = link.sent_tokens
 
     def _coordinator_is(self, coordinator: int) -> None:
         if coordinator != self._coordinator:

@@ -177,10 +177,14 @@ class Send(Message, frozen=True):
 
 
 class SendNotice(Message, frozen=True, tag="send-notice"):
-    """What this front-end has just sent, so that the others see it before the rank reports it."""
+    """What this front-end has just sent, so that the others see it before the rank reports it.
+
+    `told`: how many sends, to whichever rank, this front-end has told of in its life, these included.
+    """
 
     front_end: Identity
     sends: list[Send]
+    told: Count = 0
 
 
 class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
@@ -246,7 +250,8 @@ class RankView(Message, frozen=True):
 class LoadView(Message, frozen=True, tag="load-view"):
     """All ranks' loads, the wave, and whether the ranks run. `ranks` is null where none are published.
 
-    `number` grows by one with each view of one coordinator.
+    `number` grows by one with each view of one coordinator. `heard`: per front-end, the `told` of its last
+    SendNotice: the view knows that front-end's sends up to there, at every rank alike.
     """
 
     coordinator: Identity
@@ -254,6 +259,7 @@ class LoadView(Message, frozen=True, tag="load-view"):
     wave: Wave
     running: bool
     ranks: list[RankView] | None = None
+    heard: dict[Identity, Count] = {}
 
 
 ToFrontEnd = Members | LoadView

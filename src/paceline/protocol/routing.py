@@ -6,7 +6,8 @@ one request short, four front-ends send it four. Two measures keep a burst level
 them:
 
 - What a front-end has sent since its view was made counts once for each front-end, because the others
-  have most likely done the same meanwhile.
+  have most likely done the same meanwhile. `Since` is one cut through the sends to all ranks, which the view
+  names (`LoadView.heard`).
 - Ranks that differ by less than the other front-ends would put there in two rounds are equals: a view can hold one
   round of theirs for one rank and not yet for the next. Among equals a front-end keeps its own requests level,
   and begins at a rank of its own.
@@ -33,7 +34,8 @@ class Candidate(Struct, gc=False):
     """One rank as the front-end believes it: reported, plus what is on the wire.
 
     `requests`, `prefill_tokens`: all of the rank's, every front-end's. `in_flight`: this front-end's own.
-    `since_view`: those sent since the view was made, as (requests, tokens). `finished`: as in Load.
+    `since_view_requests`, `since_view_tokens`: those the coordinator had not been told of when it made the view.
+    `finished`: as in Load.
     """
 
     rank: int
