@@ -19,8 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paceline.engines.group import GenerationEnded
 from paceline.errors import StartupError
-from paceline.runtime.collective import GenerationEnded, SocketGroup
+from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GREETING, MAGIC, GroupListener, form_group, group_path
 from paceline.runtime.processes import spawn
 from tests.serving import wait_until

@@ -1,4 +1,4 @@
-"""The interface between a rank and an engine: add, abort, step, dummy step, load.
+"""The interface between a rank and an engine: add, abort, step, dummy step, load, and for lockstep a group.
 
 An engine is driven by one thread and knows nothing of sockets, front-ends or waves. The rank process
 calls `add` and `abort` between steps and `step` while there is work. Everything an engine needs for
@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from msgspec import Struct
 
 from paceline.protocol.messages import Load
 from paceline.protocol.rank_events import StepOutput
 from paceline.protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from paceline.engines.group import RankGroup  # imports numpy, which a front-end does without
 
 Progress = Callable[[str, float], None]
 """Called with what is being done ("loading model") and the share done, 0.0 to 1.0."""
@@ -150,6 +153,14 @@ class Engine(ABC):
     @abstractmethod
     def step(self) -> StepResult:
         """Compute one batch. Only called while `has_work`."""
+
+    def join(self, group: RankGroup) -> None:
+        """The ranks that the next steps run their collectives among. Lockstep engines only.
+
+        Called before the first step, and again between steps whenever the group has changed. A step that raises
+        `GenerationEnded` is as if it had not been begun: it is made anew in the next group.
+        """
+        return
 
     def dummy_step(self) -> None:
         """Take part in the others' collectives with nothing of one's own. Lockstep engines only."""
