@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
 from paceline.protocol.generation import Generations
+from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -123,6 +124,7 @@ class Coordinator:
         self._membership = Membership(engine_count)
         self._without = checked(without)
         self._group = GroupWave(self._without)
+        self._introductions = Introductions(self._without)
         self._generations = Generations(engine_count)
         self._suspension = GroupSuspension(self._without)
         self._suspension_state = SuspensionState()
@@ -139,7 +141,7 @@ class Coordinator:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (self._group.wake_due, self._suspension.due, self._generations.due)
+        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
         return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -151,8 +153,7 @@ class Coordinator:
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
-                if "new-coordinator-asks" not in self._without:
-                    effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+                self._introductions.wanted(now)
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
@@ -187,6 +188,8 @@ class Coordinator:
             return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
+            if not self._membership.is_retired(message.rank, message.incarnation):
+                self._introductions.wanted(now)
             return
         match message:
             case RankReport():
@@ -226,7 +229,7 @@ class Coordinator:
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._members_changed(now)
-        elif not grouped:
+        elif not grouped and self._introductions.admits(hello.rank, hello.incarnation, now):
             told = self._suspension.told()
             effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
 
@@ -305,6 +308,8 @@ class Coordinator:
     # What is due ------------------------------------------------------------------------------
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
+        if self._introductions.ask(now, bool(self._membership.missing())):
+            effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
