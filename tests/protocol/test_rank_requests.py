@@ -149,7 +149,8 @@ def test_outputs_of_what_was_dropped_go_nowhere() -> None:
 
 
 STEPS = st.tuples(
-    st.sampled_from(["arrive", "hold", "take held", "drop", "gone", "abort", "finish"]), st.sampled_from([FIRST, SECOND])
+    st.sampled_from(["arrive", "hold", "take held", "drop", "gone", "abort", "finish"]),
+    st.sampled_from([FIRST, SECOND]),
 )
 
 

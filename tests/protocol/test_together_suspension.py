@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from paceline.protocol import frontend_events, rank_events
 from paceline.protocol.frontend_events import Control, Controlled
 from paceline.protocol.messages import (
-    AddRequest,
     ControlAnswer,
     ControlRequest,
     LoadView,
     StartDPWave,
-    StartWave,
     Suspension,
     WakeNotice,
 )
