@@ -11,9 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from msgspec import Struct
-
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.coordinator_events import (
+    Effect,
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    Tick,
+    ToFrontEnds,
+    ToRanks,
+)
 from paceline.protocol.generation import Generations
 from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
@@ -34,75 +45,17 @@ from paceline.protocol.messages import (
     RankLeaving,
     RankReport,
     SendNotice,
+    StallReport,
     StartDPWave,
     StartWave,
     SuspensionState,
-    ToFrontEnd,
-    ToRank,
     WakeNotice,
     WaveComplete,
 )
 from paceline.protocol.rules import checked
+from paceline.protocol.stalls import Stalls, describe
 from paceline.protocol.suspension import GroupSuspension
 from paceline.protocol.wave import GroupWave
-
-# Events ---------------------------------------------------------------------------------------
-
-
-class Tick(Struct, frozen=True):
-    """Time has passed."""
-
-
-class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
-    message: FromRank
-
-
-class FrontEndSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
-    message: FromFrontEnd
-
-
-class RankSubscribed(Struct, frozen=True):
-    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
-
-
-class FrontEndSubscribed(Struct, frozen=True):
-    """Likewise a front-end's."""
-
-
-class FrontEndGone(Struct, frozen=True):
-    """A front-end's connection has ended."""
-
-    front_end: int
-
-
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
-
-# Effects --------------------------------------------------------------------------------------
-
-
-class ToRanks(Struct, frozen=True):
-    """Broadcast to all ranks."""
-
-    message: ToRank
-
-
-class ToFrontEnds(Struct, frozen=True):
-    """Broadcast to all front-ends."""
-
-    message: ToFrontEnd
-
-
-class Note(Struct, frozen=True):
-    """Something for the log that an operator wants to read."""
-
-    text: str
-
-
-Effect = ToRanks | ToFrontEnds | Note
 
 
 class Coordinator:
@@ -126,6 +79,7 @@ class Coordinator:
         self._group = GroupWave(self._without)
         self._introductions = Introductions(self._without)
         self._generations = Generations(engine_count)
+        self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
         self._suspension_state = SuspensionState()
         self._answers: list[ControlAnswer] = []
@@ -172,6 +126,7 @@ class Coordinator:
             "ready": [member.rank for member in self._membership.members()],
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
+            "stalls": [describe(stall) for stall in self._stalls.found],
             "generation": self._generations.number,
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
@@ -198,6 +153,9 @@ class Coordinator:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
+            case StallReport():
+                if self._stalls.report(message):
+                    self._stalls_changed(now, effects)
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -241,6 +199,12 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
+    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
+        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+        if not self._stalls.found:
+            effects.append(Note("the group goes on", urgent=True))
+        self._members_changed(now)
+
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
             self._clock.changed(now)
@@ -250,6 +214,7 @@ class Coordinator:
         self._group.forget(rank, now)
         self._generations.forget(rank)
         self._suspension.forget(rank)
+        self._stalls.forget(rank)
         self._suspension_changed(now)
         self._members_changed(now)
 
@@ -337,7 +302,9 @@ class Coordinator:
         if self._members_due or now >= self._members_sent + HEARTBEAT_S:
             self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
-            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended)))
+            stalls = list(self._stalls.found)
+            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
+            effects.append(ToFrontEnds(known))
         self._members_due = False
         self._published_state = state
         self._view_number += 1
