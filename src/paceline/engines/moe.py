@@ -72,13 +72,13 @@ class MoeEngine(Engine):
 
     def add(self, request: EngineRequest) -> None:
         length = len(request.prompt_token_ids)
-        room = min(request.params.max_tokens, self._limits.max_model_len - length)
-        error = self._why_never(request, length + room)
+        error = self._why_never(request)
         if error is not None:
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
             return
         # Drawn here: a step that is made anew must not draw again.
         seed = self._random.getrandbits(32) if request.params.seed is None else request.params.seed
+        room = min(request.params.max_tokens, self._limits.max_model_len - length)
         self._schedule.add(Sequence(request, room, Sampler(request.params, length, seed)))
 
     def abort(self, key: int) -> None:
@@ -115,7 +115,7 @@ class MoeEngine(Engine):
             self._limits.kv_tokens,
         )
 
-    def _why_never(self, request: EngineRequest, reserved: int) -> str | None:
+    def _why_never(self, request: EngineRequest) -> str | None:
         """Why the request can never be served, or None."""
         prompt, length = request.prompt_token_ids, self._limits.max_model_len
         if not prompt:
@@ -125,8 +125,6 @@ class MoeEngine(Engine):
         for token in (*prompt, *request.params.logit_bias):
             if not 0 <= token < VOCABULARY:
                 return f"token {token} is not in the vocabulary of {VOCABULARY} tokens"
-        if reserved > self._limits.kv_tokens:
-            return f"needs {reserved} tokens of KV memory, there are {self._limits.kv_tokens}"
         return None
 
     def _forward(self, chunks: Chunks) -> Floats:
