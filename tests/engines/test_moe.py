@@ -72,6 +72,7 @@ def test_abort_frees_at_once() -> None:
     engine.abort(3)
     engine.abort(77)
     assert {output.key for output in run_alone(engine)} == {2}
+    assert not engine._kv
     engine.add(request(4, []))
     engine.abort(4)
     assert not engine.has_work()

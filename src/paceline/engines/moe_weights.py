@@ -66,10 +66,11 @@ def write_weights(path: str | os.PathLike[str], config: MoeConfig, seed: int) ->
 
     The file is made where there is none; one that exists keeps its inode, and is never emptied in between.
     """
+    weights = make_weights(config, seed)
     descriptor = os.open(Path(path), os.O_RDWR | os.O_CREAT, 0o644)
     with open(descriptor, "r+b") as file:
         os.ftruncate(descriptor, config.parameters * FLOAT_BYTES)
-        file.write(make_weights(config, seed).data)
+        file.write(weights.data)
 
 
 def _by_name(config: MoeConfig, flat: Floats) -> Weights:
