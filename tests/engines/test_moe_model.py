@@ -21,7 +21,7 @@ Doubles = NDArray[np.float64]
 
 CONFIG = MoeConfig(experts_per_token=3)
 MODEL = MoeModel.load(MoeOptions(CONFIG), 64)
-PROMPTS = [[random.Random(seed).randrange(256) for _ in range(5 + 7 * seed)] for seed in range(5)]
+PROMPTS = [random.Random(seed).choices(range(256), k=5 + 7 * seed) for seed in range(5)]
 
 
 def logits_of(prompt: list[int]) -> Floats:
