@@ -4,15 +4,15 @@ A matrix product of several rows goes through kernels that BLAS picks by the num
 different orders: the same token next to three others gets other last bits than alone, some argmax then falls the
 other way, and answers depend on who else is served. Here every row is a product of its own (`matmul` of a stack of
 one-row matrices calls BLAS once a row), always of the same shape, so its bits are always the same. Measured for
-64 rows by 64 x 128: 29 us, against 12 us for the product at once, 90 us for `einsum` (no BLAS) and 17 us for blocks
-of rows filled up to 16. The blocks are not taken because a row's place in a block would then have to be without
-influence as well, which no BLAS promises, and because a single row costs as much as 16.
+64 rows by 64 x 128: 32 us, against 12 us for the product at once, 90 us for `einsum`, which is without BLAS, and
+20 us for blocks of rows filled up to 16. The blocks are not taken because a row's place in its block would have to be
+without influence too, which nobody promises, and because a single row then takes 7 us in place of 2.5.
 
-BLAS also divides what is large among threads, one a core. Ranks share cores, so that its threads would wait for each
-other through the scheduler (11 ms for a product of 0.1 ms, on two cores), and the number of cores would enter into
-the bits. OpenBLAS divides a matrix-vector product above 9,216 elements, so larger matrices are cut into columns, and
-attention into blocks of positions. No environment variable is needed, and none would help: NumPy reads it when it is
-imported.
+BLAS also divides what is large among threads, one a core. Ranks share cores, so that its threads wait for each other
+through the scheduler: 24 ms at worst on two busy cores for a product that never takes 0.3 ms on one thread. And the
+number of cores would enter into the bits. OpenBLAS divides a matrix-vector product above 9,216 elements, so larger
+matrices are cut into columns, and attention into blocks of positions. An environment variable against its threads
+would come too late, as NumPy reads it when it is imported.
 """
 
 from __future__ import annotations
