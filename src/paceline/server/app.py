@@ -35,6 +35,7 @@ from paceline.server.openai import (
 )
 from paceline.server.openapi import openapi_document
 from paceline.server.outlet import Outlet
+from paceline.server.suspend import suspension_routes
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -242,7 +243,11 @@ def build_app(api: Api) -> ASGIApp:
     }
     # Starlette wraps `send` three times for its errors, and each token would pay for it.
     rest = Starlette(
-        routes=[*(Route(path, app, methods=["POST"]) for path, app in endpoints.items()), *_plain_routes(api)],
+        routes=[
+            *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
+            *_plain_routes(api),
+            *suspension_routes(api.client),
+        ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )
 
