@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from paceline.errors import StartupError
@@ -22,6 +22,8 @@ from paceline.runtime.collective import SocketGroup
 GREETING = struct.Struct("<8sQII")
 MAGIC = b"paceline"
 TRY_AGAIN_S = 0.02
+LOOK_UP_S = 0.2
+"""How often whoever only waits for others sees whether it is still wanted."""
 LISTEN_BACKLOG = 1024
 
 
@@ -59,11 +61,12 @@ class GroupListener:
 
 
 def form_group(
-    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float
-) -> SocketGroup:
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> SocketGroup:  # fmt: skip
     """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
 
-    Raises StartupError after `timeout_s`, naming the ranks that did not come.
+    Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
     """
     links: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout_s
@@ -77,11 +80,11 @@ def form_group(
             if len(links) == len(addresses) - 1:
                 break
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or cancelled():
                 missing = ", ".join(str(peer) for peer in sorted(addresses) if peer != rank and peer not in links)
                 raise StartupError(f"generation {generation}: rank {missing} did not come within {timeout_s:g} s")
             waits_for_others = any(peer not in links for peer in earlier)
-            pause_s = min(left_s, TRY_AGAIN_S) if waits_for_others else left_s
+            pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
             if select.select([listener.socket], [], [], pause_s)[0]:
                 _accept(listener, generation, rank, later, links, deadline)
     except BaseException:
