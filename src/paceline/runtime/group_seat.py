@@ -30,9 +30,7 @@ class GroupSeat:
         """Leave the group there was, and form this one. Raises StartupError naming the ranks that did not come."""
         self._close_group()
         addresses = {member.rank: member.address for member in members}
-        self._group = form_group(
-            self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left
-        )
+        self._group = form_group(self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
         return self._group
 
     def agree(self, has_work: bool, wave: int, suspension: int) -> tuple[bool, int, int]:
