@@ -40,7 +40,7 @@ class GroupListener:
                 self.socket.bind(self._path)
                 self.address = address
             else:
-                host, port = _host_and_port(address)
+                host, port = host_and_port(address)
                 self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
                 self.socket.bind((host, port))
                 found = self.socket.getsockname()[1]
@@ -61,6 +61,13 @@ class GroupListener:
 def form_group(
     listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float
 ) -> SocketGroup:
+    """A group of sockets; see `connect_members`."""
+    return SocketGroup(generation, rank, connect_members(listener, generation, rank, addresses, timeout_s))
+
+
+def connect_members(
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float
+) -> dict[int, socket.socket]:
     """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come.
@@ -88,7 +95,7 @@ def form_group(
         for link in links.values():
             link.close()
         raise
-    return SocketGroup(generation, rank, links)
+    return links
 
 
 def _connect(address: str, generation: int, rank: int, peer: int) -> socket.socket | None:
@@ -97,7 +104,7 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         target: object = address.removeprefix("ipc://")
     else:
-        host, port = _host_and_port(address)
+        host, port = host_and_port(address)
         link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         target = (host, port)
     try:
@@ -162,7 +169,8 @@ def _prefer_latency(link: socket.socket) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two halves of `tcp://HOST:PORT`, brackets taken off. Raises StartupError for anything else."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
