@@ -197,9 +197,7 @@ def test_strangers_and_other_generations_do_not_become_members(implementation: s
 # Real processes ---------------------------------------------------------------------------------
 
 
-def member(
-    implementation: str, rank: int, addresses: dict[int, str], held: int | None, status: Connection
-) -> None:
+def member(implementation: str, rank: int, addresses: dict[int, str], held: int | None, status: Connection) -> None:
     """A member's process: collectives without end, and the time at which they end. One may be held up for good."""
     group = form(implementation, GroupListener(addresses[rank]), 1, rank, addresses, 60.0)
     group.barrier()

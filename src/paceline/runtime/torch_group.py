@@ -183,12 +183,16 @@ class TorchGroup(RankGroup):
         if self._device != "cpu" and not work.is_completed():
             time.sleep(NCCL_LOOK_S)
             return False
-        try:
+        with contextlib.suppress(RuntimeError):
             work.wait(LOOK)
-        except RuntimeError as error:
-            if work.is_completed():
-                raise self._end(first_line(error)) from None
+            return True
+        if not work.is_completed():
             return False
+        try:
+            # It has failed, or ended well right after the time was up.
+            work.wait()
+        except RuntimeError as error:
+            raise self._end(first_line(error)) from None
         return True
 
     def _look(self) -> int | None:
