@@ -42,7 +42,7 @@ class GroupListener:
                 self.socket.bind(self._path)
                 self.address = address
             else:
-                host, port = _host_and_port(address)
+                host, port = host_and_port(address)
                 self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
                 self.socket.bind((host, port))
                 found = self.socket.getsockname()[1]
@@ -64,6 +64,14 @@ def form_group(
     listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SocketGroup:  # fmt: skip
+    """A group of sockets; see `connect_members`."""
+    return SocketGroup(generation, rank, connect_members(listener, generation, rank, addresses, timeout_s, cancelled))
+
+
+def connect_members(
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[int, socket.socket]:  # fmt: skip
     """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
@@ -91,7 +99,7 @@ def form_group(
         for link in links.values():
             link.close()
         raise
-    return SocketGroup(generation, rank, links)
+    return links
 
 
 def _connect(address: str, generation: int, rank: int, peer: int) -> socket.socket | None:
@@ -100,7 +108,7 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         target: object = address.removeprefix("ipc://")
     else:
-        host, port = _host_and_port(address)
+        host, port = host_and_port(address)
         link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         target = (host, port)
     try:
@@ -165,7 +173,8 @@ def _prefer_latency(link: socket.socket) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two halves of `tcp://HOST:PORT`, brackets taken off. Raises StartupError for anything else."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
