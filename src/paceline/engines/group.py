@@ -97,6 +97,18 @@ class RankGroup(ABC):
     def leave(self) -> None:
         """End this generation for this member and so for all; blocked calls raise."""
 
+    def urge(self) -> None:
+        """Let all members know, with the next all-to-all, that this one wants them to agree. Any thread may call it."""
+        return
+
+    def urged(self) -> bool:
+        """Whether some member's `urge` has come with an all-to-all since this was last asked.
+
+        Each all-to-all tells all members alike, so if all ask after the same collective, all get the same answer.
+        False where the group cannot carry it.
+        """
+        return False
+
     def waiting(self) -> Waiting | None:
         """Where this member is blocked, for whom and how long; None while it is not, or where the group cannot say."""
         return None

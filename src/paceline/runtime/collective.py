@@ -25,6 +25,8 @@ from paceline.runtime.array_bytes import MAX_PAYLOAD_BYTES, array_parts, read_ar
 # kind, number of the collective in its generation, bytes that follow
 HEADER = struct.Struct("<BQI")
 GATHER, RESULT, BLOCK = 1, 2, 3
+URGENT = 0x80
+"""Set in the kind: the sender wants the members to agree."""
 HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
@@ -40,6 +42,8 @@ class SocketGroup(RankGroup):
         self._begun_s = 0.0
         self._blocked: _Transfer | None = None
         self._ended = False
+        self._urging = False
+        self._urged = False
         for link in self._links.values():
             link.setblocking(False)
 
@@ -77,13 +81,21 @@ class SocketGroup(RankGroup):
             for member, array in zip(self.members, arrays, strict=True)
             if member != self.rank
         }
-        received = self._exchange(BLOCK, outgoing, self._peers)
+        urging, self._urging = self._urging, False
+        received = self._exchange(BLOCK, outgoing, self._peers, urging)
         own = self.members.index(self.rank)
         try:
             blocks = {peer: read_array(payload) for peer, payload in received.items()}
         except (ValueError, TypeError, struct.error) as error:
             raise self._end(f"a peer sent what is no array: {error}") from None
         return [arrays[own] if member == self.rank else blocks[member] for member in self.members]
+
+    def urge(self) -> None:
+        self._urging = True
+
+    def urged(self) -> bool:
+        urged, self._urged = self._urged, False
+        return urged
 
     def waiting(self) -> Waiting | None:
         transfer = self._blocked
@@ -123,12 +135,13 @@ class SocketGroup(RankGroup):
         return payload
 
     def _exchange(
-        self, kind: int, outgoing: Mapping[int, Sequence[bytes | memoryview]], incoming: Sequence[int]
-    ) -> dict[int, bytes]:
+        self, kind: int, outgoing: Mapping[int, Sequence[bytes | memoryview]], incoming: Sequence[int],
+        urging: bool = False,
+    ) -> dict[int, bytes]:  # fmt: skip
         """Send a payload to each of `outgoing` and get one from each of `incoming`, all at a time."""
         if self._ended:
             raise GenerationEnded(f"generation {self.generation} has ended")
-        transfer = _Transfer(kind, self._number, outgoing, incoming)
+        transfer = _Transfer(kind, self._number, outgoing, incoming, urging)
         for peer in list(transfer.sending):
             self._guard(transfer.send, peer)
         for peer in list(transfer.receiving):
@@ -138,6 +151,7 @@ class SocketGroup(RankGroup):
             while transfer.sending or transfer.receiving:
                 self._wait(transfer)
             self._blocked = None
+        self._urged = self._urged or transfer.urgent
         return transfer.received
 
     def _wait(self, transfer: _Transfer) -> None:
@@ -191,15 +205,17 @@ class _Transfer:
         number: int,
         outgoing: Mapping[int, Sequence[bytes | memoryview]],
         incoming: Sequence[int],
+        urging: bool,
     ) -> None:
         self._kind = kind
+        self.urgent = urging
         self._number = number
         self.sending: dict[int, list[memoryview]] = {}
         for peer, parts in outgoing.items():
             size = sum(len(part) for part in parts)
             if size > MAX_PAYLOAD_BYTES:
                 raise ValueError(f"{size} bytes for rank {peer}, at most {MAX_PAYLOAD_BYTES} go in one message")
-            header = HEADER.pack(kind, number, size)
+            header = HEADER.pack(kind | URGENT if urging else kind, number, size)
             if size < 4096:
                 self.sending[peer] = [memoryview(b"".join([header, *parts]))]
             else:
@@ -249,6 +265,8 @@ class _Transfer:
 
     def _size_of(self, header: bytearray) -> int:
         kind, number, size = HEADER.unpack(header)
+        self.urgent = self.urgent or bool(kind & URGENT)
+        kind &= ~URGENT
         if (kind, number) != (self._kind, self._number):
             raise _Confused(f"is at collective {number} ({kind}), this rank at {self._number} ({self._kind})")
         if size > MAX_PAYLOAD_BYTES:

@@ -40,6 +40,15 @@ class GroupSeat:
         any_work, highest, newest = self._group.all_reduce([int(has_work), wave, suspension], "max")
         return bool(any_work), highest, newest
 
+    def urge(self) -> None:
+        """Have all ranks agree soon; any thread may call it."""
+        if self._group is not None:
+            self._group.urge()
+
+    def urged(self) -> bool:
+        """Whether some rank has asked for that since this was last called, at the end of each step."""
+        return self._group is not None and self._group.urged()
+
     def leave(self) -> None:
         """End the generation for this rank and so for all, for good; any thread may call it."""
         self._left = True
