@@ -11,9 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from msgspec import Struct
-
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.calls import Calls
+from paceline.protocol.coordinator_events import (
+    Effect,
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    Tick,
+    ToFrontEnds,
+    ToRanks,
+)
 from paceline.protocol.generation import Generations
 from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
@@ -34,75 +46,17 @@ from paceline.protocol.messages import (
     RankLeaving,
     RankReport,
     SendNotice,
+    StallReport,
     StartDPWave,
     StartWave,
     SuspensionState,
-    ToFrontEnd,
-    ToRank,
     WakeNotice,
     WaveComplete,
 )
 from paceline.protocol.rules import checked
+from paceline.protocol.stalls import Stalls, describe
 from paceline.protocol.suspension import GroupSuspension
 from paceline.protocol.wave import GroupWave
-
-# Events ---------------------------------------------------------------------------------------
-
-
-class Tick(Struct, frozen=True):
-    """Time has passed."""
-
-
-class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
-    message: FromRank
-
-
-class FrontEndSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
-    message: FromFrontEnd
-
-
-class RankSubscribed(Struct, frozen=True):
-    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
-
-
-class FrontEndSubscribed(Struct, frozen=True):
-    """Likewise a front-end's."""
-
-
-class FrontEndGone(Struct, frozen=True):
-    """A front-end's connection has ended."""
-
-    front_end: int
-
-
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
-
-# Effects --------------------------------------------------------------------------------------
-
-
-class ToRanks(Struct, frozen=True):
-    """Broadcast to all ranks."""
-
-    message: ToRank
-
-
-class ToFrontEnds(Struct, frozen=True):
-    """Broadcast to all front-ends."""
-
-    message: ToFrontEnd
-
-
-class Note(Struct, frozen=True):
-    """Something for the log that an operator wants to read."""
-
-    text: str
-
-
-Effect = ToRanks | ToFrontEnds | Note
 
 
 class Coordinator:
@@ -126,9 +80,10 @@ class Coordinator:
         self._group = GroupWave(self._without)
         self._introductions = Introductions(self._without)
         self._generations = Generations(engine_count)
+        self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
         self._suspension_state = SuspensionState()
-        self._answers: list[ControlAnswer] = []
+        self._calls = Calls()
         self._board = Board()
         self._clock = PublishClock(interval_s)
         self._view_number = 0
@@ -141,7 +96,13 @@ class Coordinator:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
+        timers = (
+            self._group.wake_due,
+            self._suspension.due,
+            self._generations.due,
+            self._introductions.due,
+            self._calls.due,
+        )
         return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -160,6 +121,7 @@ class Coordinator:
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
+        self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
         self._publish(now, effects)
         return effects
@@ -172,6 +134,7 @@ class Coordinator:
             "ready": [member.rank for member in self._membership.members()],
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
+            "stalls": [describe(stall) for stall in self._stalls.found],
             "generation": self._generations.number,
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
@@ -198,6 +161,9 @@ class Coordinator:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
+            case StallReport():
+                if self._stalls.report(message):
+                    self._stalls_changed(now, effects)
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -241,6 +207,12 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
+    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
+        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+        if not self._stalls.found:
+            effects.append(Note("the group goes on", urgent=True))
+        self._members_changed(now)
+
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
             self._clock.changed(now)
@@ -250,6 +222,7 @@ class Coordinator:
         self._group.forget(rank, now)
         self._generations.forget(rank)
         self._suspension.forget(rank)
+        self._stalls.forget(rank)
         self._suspension_changed(now)
         self._members_changed(now)
 
@@ -279,14 +252,13 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._loads_changed(now)
-            case ControlRequest(front_end, call, action):
-                number = self._suspension.ask(action, now)
-                self._answers.append(ControlAnswer(self.identity, front_end, call, number))
-                self._suspension_changed(now)
+            case ControlRequest():
+                self._calls.request(message, now)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
+        self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
         self._loads_changed(now)
@@ -294,10 +266,12 @@ class Coordinator:
     # Suspension -------------------------------------------------------------------------------
 
     def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: in lockstep all there should be, or the one that is away might step alone."""
-        if self.lockstep:
-            return range(self._membership.size)
-        return (member.rank for member in self._membership.members())
+        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have ended.
+
+        A lockstep rank that is away would step alone when it is back; an independent one is told before it is ready.
+        """
+        ended = set() if self.lockstep else {rank for rank, _ in self._membership.ended()}
+        return (rank for rank in range(self._membership.size) if rank not in ended)
 
     def _suspension_changed(self, now: float) -> None:
         self._suspension.advance(self._expected(), now)
@@ -306,6 +280,16 @@ class Coordinator:
         self._suspension_state = self._suspension.state(self._expected())
 
     # What is due ------------------------------------------------------------------------------
+
+    def _answer_calls(self, now: float, effects: list[Effect]) -> None:
+        if self._calls.due is None:
+            return
+        acquainted = all(self._suspension.has_heard(rank) for rank in self._expected())
+        number = self._suspension.standing.number
+        answers = self._calls.serve(acquainted, lambda action: self._suspension.ask(action, now), number, now)
+        if answers:
+            self._suspension_changed(now)
+        effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         if self._introductions.ask(now, bool(self._membership.missing())):
@@ -324,8 +308,6 @@ class Coordinator:
             effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
 
     def _publish(self, now: float, effects: list[Effect]) -> None:
-        effects += [ToFrontEnds(answer) for answer in self._answers]
-        self._answers.clear()
         state = (self._group.wave, self._group.running, self._suspension_state)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._published_state:
@@ -337,7 +319,9 @@ class Coordinator:
         if self._members_due or now >= self._members_sent + HEARTBEAT_S:
             self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
-            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended)))
+            stalls = list(self._stalls.found)
+            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
+            effects.append(ToFrontEnds(known))
         self._members_due = False
         self._published_state = state
         self._view_number += 1

@@ -2,16 +2,14 @@
 
     effects = rank.handle(event, now)
 
-The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say:
-`Step` and `DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
-`GenerationEnded` where a peer is gone; after `Wait` it sleeps until something comes or `until` passes. In lockstep
-all ranks of a wave take part in the same sequence of collectives, so in a running wave every turn is a step, real
-or dummy, and every `sync_interval` steps, and on the first, the ranks agree whether any has work left; when none
-has, all pause at that same step.
+The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say. `Step` and
+`DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
+`GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
+collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
+first, the ranks agree whether any has work left; when none has, all pause at that same step.
 
-The wave number and the suspension travel with the agreement. A rank that joined with an old number and was woken
-by its first request runs in the group's wave from the first agreement on, and all end it with the same number; and
-where one rank knows that the deployment is to be suspended, all stop at that step.
+The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
+group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
 """
 
 from __future__ import annotations
@@ -29,6 +27,7 @@ from paceline.protocol.messages import (
     Load,
     RankHello,
     RankLeaving,
+    StallReport,
     StartDPWave,
     StartWave,
     Suspension,
@@ -54,7 +53,9 @@ from paceline.protocol.rank_events import (
     Stepped,
     ToCoordinator,
     Turn,
+    Urge,
     Wait,
+    Waited,
 )
 from paceline.protocol.rank_report import LoadReporter
 from paceline.protocol.rank_requests import RankRequests
@@ -146,6 +147,9 @@ class Rank:
                 self.generation = 0
                 self._mid_step = False
                 return [self._hello()]
+            case Waited(ranks, collective, kind, seconds):
+                waited = (list(ranks), collective, kind, seconds)
+                return [ToCoordinator(StallReport(self.rank, self.incarnation, self.step, *waited))]
             case Loaded():
                 self.phase = Phase.JOINING
                 self._hello_due = now + HELLO_REPEAT_S
@@ -225,7 +229,7 @@ class Rank:
         effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
         if self._lockstep:
-            due = self._steps_in_wave % self._sync_interval == 0
+            due = done.urged or self._steps_in_wave % self._sync_interval == 0
             self._steps_in_wave += 1
             if due:
                 self._mid_step = True
@@ -254,11 +258,13 @@ class Rank:
                 # Whoever asks may know nothing of this rank: the next turn reports its load too.
                 self._reporter.forget()
                 return [self._hello()]
-            case Suspension(number, mode, released):
+            case Suspension():
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self.standing.learn(number, mode, released)
-                return [self._hello()]
+                self._learn(message)
+                # The next agreement would stop the wave, some steps from now: it is brought forward.
+                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                return [self._hello(), *([Urge()] if urgent else [])]
             case Admit():
                 return self._on_admit(message)
             case Form():
@@ -268,18 +274,17 @@ class Rank:
         raise TypeError(f"rank {self.rank}: {type(message).__name__} is no message to a rank")
 
     def _on_admit(self, admit: Admit) -> list[Effect]:
-        mine = (admit.rank, admit.incarnation) == (self.rank, self.incarnation)
-        if not mine or self.phase is not Phase.JOINING:
+        if (admit.rank, admit.incarnation, self.phase) != (self.rank, self.incarnation, Phase.JOINING):
             return []
-        return self._join(admit.wave, admit.suspension)
-
-    def _join(self, wave: int, suspension: Suspension | None) -> list[Effect]:
         self.phase = Phase.READY
         self._hello_due = None
-        self.wave = max(self.wave, wave)
-        if suspension is not None:
-            self.standing.learn(suspension.number, suspension.mode, suspension.released)
+        self.wave = max(self.wave, admit.wave)
+        self._learn(admit.suspension)
         return [self._hello()]
+
+    def _learn(self, told: Suspension | None) -> None:
+        if told is not None:
+            self.standing.learn(told.number, told.mode, told.released)
 
     def _on_form(self, form: Form) -> list[Effect]:
         lives = {(member.rank, member.incarnation) for member in form.members}
@@ -289,8 +294,7 @@ class Rank:
             return [self._hello()] if form.generation == self.generation else []
         if self.phase is Phase.JOINING:
             self.wave = max(self.wave, form.wave)
-        if form.suspension is not None:
-            self.standing.learn(form.suspension.number, form.suspension.mode, form.suspension.released)
+        self._learn(form.suspension)
         self.generation = 0
         self._forming = form.generation
         return [FormGroup(form.generation, form.members)]

@@ -206,8 +206,14 @@ def _plain_routes(api: Api) -> list[Route]:
 
 def _health(api: Api) -> Response:
     statistics = api.client.machine.statistics()
-    healthy = bool(statistics["ready"]) and not api.draining
-    status = "draining" if api.draining else ("ok" if healthy else "no rank is ready")
+    stalls = api.client.machine.stalls
+    healthy = bool(statistics["ready"]) and not api.draining and not stalls
+    if api.draining:
+        status = "draining"
+    elif stalls:
+        status = f"rank {', '.join(str(stall.rank) for stall in stalls)} holds the group up"
+    else:
+        status = "ok" if healthy else "no rank is ready"
     return JSONResponse({"status": status} | statistics, 200 if healthy else 503)
 
 
