@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from paceline.protocol.coordinator import (
@@ -50,8 +52,11 @@ def hello(
     )  # fmt: skip
 
 
-def control(action: ControlAction, call: int = 7, front_end: int = FRONT_END) -> FrontEndSaid:
-    return FrontEndSaid(ControlRequest(front_end, call, action))
+CALLS = itertools.count(1000)
+
+
+def control(action: ControlAction, call: int | None = None, front_end: int = FRONT_END) -> FrontEndSaid:
+    return FrontEndSaid(ControlRequest(front_end, next(CALLS) if call is None else call, action))
 
 
 def started(lockstep: bool = True, number: int = 0) -> Coordinator:
@@ -88,7 +93,7 @@ def told(effects: list[Effect]) -> list[Suspension]:
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 def test_a_call_is_answered_told_and_published_at_once(lockstep: bool, mode: SuspendMode) -> None:
     machine = started(lockstep)
-    effects = machine.handle(control(mode), 2.0)
+    effects = machine.handle(control(mode, 7), 2.0)
     assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONT_END, 7, 1)
     assert told(effects) == [Suspension(1, mode)]
     assert state(effects) == SuspensionState(1, mode, False, [0, 1])
@@ -169,7 +174,7 @@ def test_a_rank_that_started_before_it_heard_is_joined_by_the_others_under_a_new
     assert said(effects, StartDPWave) == [StartDPWave(0, 0)]
     assert told(effects) == [Suspension(3, "keep")]
     # What rank 1 said before the wake may still be on its way, and does not count.
-    assert state(machine.handle(hello(1, 1, True), 2.002)).waiting_for == [0, 1]
+    assert said(machine.handle(hello(1, 1, True), 2.002), LoadView) == [], "nothing has changed"
     machine.handle(hello(1, 1, False, running=True), 2.003)
     for rank in (0, 1):
         machine.handle(hello(rank, 3, False, running=True), 2.004)
@@ -215,7 +220,8 @@ def test_a_front_end_that_knows_less_changes_nothing() -> None:
 def test_a_new_coordinator_finds_a_settled_suspension_from_the_ranks_hellos(lockstep: bool) -> None:
     machine = Coordinator(2, COORDINATOR, 0.1, lockstep=lockstep)
     effects = machine.handle(hello(0, 5, True, mode="wait"), 0.0)
-    assert told(effects) == [Suspension(5, "wait")]
+    assert told(effects) == [], "nobody who is known lacks it"
+    assert state(effects) == SuspensionState(5, "wait", False, [1])
     assert state(machine.handle(hello(1, 5, True, mode="wait"), 0.0)) == SuspensionState(5, "wait", True, [])
     assert said(machine.handle(Tick(), 9.0), StartDPWave) == []
 

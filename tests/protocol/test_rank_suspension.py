@@ -36,6 +36,7 @@ from paceline.protocol.rank_events import (
     ToCoordinator,
     ToFrontEnd,
     Turn,
+    Urge,
     Wait,
 )
 from paceline.protocol.sampling import SamplingParams, SuspendMode
@@ -241,7 +242,7 @@ def test_what_is_handled_in_mid_step_only_sends(lockstep: bool, mode: SuspendMod
         assert isinstance(message, IN_MID_STEP)
         effects = machine.handle(CoordinatorSaid(message), 0.0)
         assert effects
-        assert all(isinstance(effect, ToCoordinator) for effect in effects)
+        assert all(isinstance(effect, ToCoordinator | Urge) for effect in effects)
         assert word(effects)[1] is False
 
 
@@ -265,6 +266,21 @@ def test_lockstep_stops_by_agreement_also_where_it_has_not_heard_itself(mode: Su
     assert word(effects) == (1, True)
     assert said(effects, StartWave) == []
     assert find(turn(machine, True), Step | DummyStep) == []
+
+
+@pytest.mark.parametrize(("mode", "urged"), [("keep", True), ("abort", True), ("wait", False)])
+def test_a_running_rank_urges_the_next_agreement_and_it_comes_after_that_step(mode: SuspendMode, urged: bool) -> None:
+    machine = ready(True)
+    assert find(tell(machine, 1, mode), Urge) == [], "it does not run"
+    tell(machine, 2, mode, released=True)
+    add(machine)
+    turn(machine, True)
+    step_done(machine, True)
+    machine.handle(Agreed(True, 0, 0), 0.0)
+    turn(machine, True)
+    assert len(find(tell(machine, 3, mode), Urge)) == urged
+    effects = machine.handle(Stepped((), Load(), True, urged=urged), 0.0)
+    assert len(find(effects, Agree, suspension=packed(3, mode))) == urged
 
 
 def test_lockstep_says_what_it_knows_in_the_agreement() -> None:
