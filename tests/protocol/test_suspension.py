@@ -88,6 +88,12 @@ def test_a_resumption_is_released_only_when_all_know_it() -> None:
     assert group.due is None
 
 
+def test_a_rank_that_knows_the_resumption_is_not_waited_for() -> None:
+    group = suspended()
+    group.ask("resume", 0.0)
+    assert say(group, 0, 2, True).waiting_for == [1], "it is held because rank 1 has not answered"
+
+
 def test_asking_for_what_is_so_changes_nothing() -> None:
     group = ready()
     assert group.ask("resume", 0.0) == 0
