@@ -162,8 +162,9 @@ class Coordinator:
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
             case StallReport():
+                self._members_changed(now)
                 if self._stalls.report(message):
-                    self._stalls_changed(now, effects)
+                    effects += self._stall_notes()
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -208,11 +209,10 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
-    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
-        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+    def _stall_notes(self) -> list[Effect]:
         if not self._stalls.found:
-            effects.append(Note("the group goes on", urgent=True))
-        self._members_changed(now)
+            return [Note("no rank holds the group up any more", urgent=True)]
+        return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
