@@ -56,6 +56,12 @@ class Control:
         """Whether all ranks are suspended. Raises ControlError."""
         return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
 
+    def health(self) -> dict[str, object]:
+        """What `GET /health` says: `status`, the wave, the ranks that are ready or missing, and `stalls`, a line for
+        each rank that holds the others up. Raises ControlError where nobody answers.
+        """
+        return self._ask("health", "GET", 10.0, also=(503,))
+
     @contextlib.contextmanager
     def paused(self, mode: str = "keep", timeout_s: float = 60.0) -> Iterator[None]:
         """Pause, and resume at the end, also after an error."""
@@ -70,11 +76,17 @@ class Control:
         text = urllib.parse.urlencode(query | {"timeout": f"{timeout_s:g}"})
         return self._ask(f"{path}?{text}", "POST", timeout_s + MARGIN_S)
 
-    def _ask(self, path: str, method: str, timeout_s: float) -> dict[str, object]:
+    def _ask(self, path: str, method: str, timeout_s: float, also: tuple[int, ...] = ()) -> dict[str, object]:
+        """The answer as JSON; `also`: statuses that are answers too, besides 200."""
         try:
             request = urllib.request.Request(f"{self.url}/{path}", method=method)
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                found = json.load(answer)
+            try:
+                with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                    found = json.load(answer)
+            except urllib.error.HTTPError as error:
+                if error.code not in also:
+                    raise
+                found = json.load(error)
         except urllib.error.HTTPError as error:
             raise ControlError(_message(error.read()) or f"HTTP status {error.code}", error.code) from None
         except (OSError, ValueError, http.client.HTTPException) as error:

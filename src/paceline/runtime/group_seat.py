@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.engines.group import GenerationEnded, RankGroup
+from paceline.engines.group import GenerationEnded, RankGroup, Waiting
 from paceline.protocol.messages import GroupMember
 from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GroupListener, form_group
 
-FORM_TIMEOUT_S = 5.0
+FORM_TIMEOUT_S = 1.0
 """How long a rank waits for its peers. Shorter than the coordinator's patience, which then calls the next one."""
 
 
@@ -48,6 +48,11 @@ class GroupSeat:
     def urged(self) -> bool:
         """Whether some rank has asked for that since this was last called, at the end of each step."""
         return self._group is not None and self._group.urged()
+
+    def waiting(self) -> Waiting | None:
+        """For whom this rank waits, and how long; any thread may ask."""
+        group = self._group
+        return None if group is None else group.waiting()
 
     def leave(self) -> None:
         """End the generation for this rank and so for all, for good; any thread may call it."""
