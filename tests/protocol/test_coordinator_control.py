@@ -97,8 +97,9 @@ def test_a_call_is_answered_told_and_published_at_once(lockstep: bool, mode: Sus
     assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONT_END, 7, 1)
     assert told(effects) == [Suspension(1, mode)]
     assert state(effects) == SuspensionState(1, mode, False, [0, 1])
-    assert state(machine.handle(hello(0, 1, True, mode=mode), 2.001)) == SuspensionState(1, mode, False, [1])
-    assert state(machine.handle(hello(1, 1, True, mode=mode), 2.002)) == SuspensionState(1, mode, True, [])
+    assert said(machine.handle(hello(0, 1, True, mode=mode), 2.001), LoadView) == [], "it is no end yet"
+    assert state(machine.handle(Tick(), 2.2)) == SuspensionState(1, mode, False, [1])
+    assert state(machine.handle(hello(1, 1, True, mode=mode), 2.201)) == SuspensionState(1, mode, True, [])
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
@@ -292,9 +293,35 @@ def test_form_tells_the_wave_and_the_suspension() -> None:
     for rank in (0, 1):
         machine.handle(hello(rank, 3, True, wave=6, group=f"group {rank}", generation=4), 0.0)
     effects = machine.handle(hello(1, ready=False, group="group 1", life=21), 1.0)
+    assert said(effects, Form) == [], "rank 0 has not said anything since"
+    effects = machine.handle(hello(0, 3, True, wave=6, group="group 0", generation=4), 1.0)
     form = one(said(effects, Form))
     assert (form.generation, form.wave, form.suspension) == (5, 6, Suspension(3, "keep"))
     assert form.members[1] == GroupMember(1, 21, "group 1")
+
+
+def test_ranks_whose_generation_has_ended_are_asked_until_all_have_spoken() -> None:
+    machine = Coordinator(2, COORDINATOR, 0.1)
+    for rank in (0, 1):
+        machine.handle(hello(rank, group=f"group {rank}", generation=4), 0.0)
+    machine.handle(Tick(), 1.0)
+    effects = machine.handle(hello(0, group="group 0", generation=0), 2.0)
+    asked = len(said(effects, Identify))
+    while machine.deadline < 6.0:
+        asked += len(said(machine.handle(Tick(), machine.deadline), Identify))
+    assert asked >= 3, "a question that was lost is asked again"
+    effects = machine.handle(hello(1, group="group 1", generation=4), 7.0)
+    assert one(said(effects, Form)).generation == 5
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_a_hello_of_a_new_rank_is_no_reason_to_ask_all(lockstep: bool) -> None:
+    machine = Coordinator(2, COORDINATOR, 0.1, lockstep=lockstep)
+    asked = 0
+    for rank in (0, 1):
+        asked += len(said(machine.handle(hello(rank), 1.0 + rank), Identify))
+        asked += len(said(machine.handle(Tick(), 1.5 + rank), Identify))
+    assert asked == 0
 
 
 def test_independent_ranks_form_nothing() -> None:
