@@ -20,6 +20,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndSaid,
     FrontEndSubscribed,
     Note,
+    RankGone,
     RankSaid,
     RankSubscribed,
     Tick,
@@ -115,6 +116,9 @@ class Coordinator:
                 self._on_front_end(message, now)
             case RankSubscribed():
                 self._introductions.wanted(now)
+            case RankGone(rank, incarnation):
+                if self._membership.is_current(rank, incarnation):
+                    self._unhear(rank, now)
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
@@ -220,12 +224,16 @@ class Coordinator:
 
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
+        self._unhear(rank, now)
+        self._members_changed(now)
+
+    def _unhear(self, rank: int, now: float) -> None:
+        """What the rank last said of waves, groups and suspensions does not hold any more."""
         self._group.forget(rank, now)
         self._generations.forget(rank)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
         self._suspension_changed(now)
-        self._members_changed(now)
 
     def _joiners_wave(self) -> int:
         return 0 if "joiner-told-the-wave" in self._without else self._group.wave

@@ -110,14 +110,14 @@ class EngineRank:
         self._engine.close()
 
     def _take_in(self, block_s: float | None) -> bool:
-        """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever)."""
+        """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever). Returns whether one did."""
         try:
             event = self._carrier.inbox.get(block_s != 0.0, block_s)
         except queue.Empty:
             return False
         if event is not None:
             self._feed(event)
-        return event is not None
+        return True
 
     def _feed(self, event: Event) -> None:
         for effect in self._decide(event):
