@@ -72,6 +72,9 @@ DataParallelExternalLbFlag = Annotated[
 DataParallelHybridLbFlag = Annotated[
     bool, _option(_PARALLEL, "Each node balances over its own ranks.", "--data-parallel-hybrid-lb", "-dph")
 ]
+DpSyncIntervalFlag = Annotated[
+    int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
+]
 HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
 ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
 HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
@@ -107,6 +110,7 @@ def serve(
     data_parallel_rpc_port: DataParallelRpcPortFlag = 29550,
     data_parallel_external_lb: DataParallelExternalLbFlag = False,
     data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
+    dp_sync_interval: DpSyncIntervalFlag = 16,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
     host: HostFlag = "127.0.0.1",
@@ -176,6 +180,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         data_parallel_external_lb=external,
         data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
         headless=given["headless"],
+        dp_sync_interval=given["dp_sync_interval"],
         api_server_count=given["api_server_count"],
     )
 

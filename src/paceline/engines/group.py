@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from paceline.errors import PacelineError
 
-Array = NDArray[np.generic]
+if TYPE_CHECKING:
+    # A rank of an independent engine catches GenerationEnded and needs no NumPy.
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.generic]
 Reduction = str
 """`max`, `sum`, or `and` (all are non-zero)."""
 

@@ -9,13 +9,19 @@ back from what ranks and front-ends say when they are asked, so there is nothing
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
+
 from msgspec import Struct
 
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.generation import Generations
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
+    ControlAnswer,
+    ControlRequest,
+    Form,
     FromFrontEnd,
     FromRank,
     FrontEndHello,
@@ -29,11 +35,14 @@ from paceline.protocol.messages import (
     SendNotice,
     StartDPWave,
     StartWave,
+    SuspensionState,
     ToFrontEnd,
     ToRank,
     WakeNotice,
     WaveComplete,
 )
+from paceline.protocol.rules import checked
+from paceline.protocol.suspension import GroupSuspension
 from paceline.protocol.wave import GroupWave
 
 # Events ---------------------------------------------------------------------------------------
@@ -101,17 +110,23 @@ class Coordinator:
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads.
+    carry the wave and no loads. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
-        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True
-    ) -> None:
+        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
+        without: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
         self._publish_loads = publish_loads
         self._membership = Membership(engine_count)
-        self._group = GroupWave()
+        self._without = checked(without)
+        self._group = GroupWave(self._without)
+        self._generations = Generations(engine_count)
+        self._suspension = GroupSuspension(self._without)
+        self._suspension_state = SuspensionState()
+        self._answers: list[ControlAnswer] = []
         self._board = Board()
         self._clock = PublishClock(interval_s)
         self._view_number = 0
@@ -119,14 +134,13 @@ class Coordinator:
         self._members_due = True
         self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
-        self._published_state: tuple[int, bool] = (0, False)
+        self._published_state: tuple[int, bool, SuspensionState] = (0, False, self._suspension_state)
 
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        wake = self._group.wake_due
-        deadline = self._clock.deadline()
-        return deadline if wake is None else min(wake, deadline)
+        timers = (self._group.wake_due, self._suspension.due, self._generations.due)
+        return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -137,14 +151,15 @@ class Coordinator:
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
-                effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+                if "new-coordinator-asks" not in self._without:
+                    effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
-        self._wake(now, effects)
+        self._tell_ranks(now, effects)
         self._publish(now, effects)
         return effects
 
@@ -156,6 +171,9 @@ class Coordinator:
             "ready": [member.rank for member in self._membership.members()],
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
+            "generation": self._generations.number,
+            "suspension": self._suspension_state.number,
+            "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
             "views_published": self._view_number,
             "void_messages": self._dropped,
@@ -196,15 +214,21 @@ class Coordinator:
             return
         if not was_current:
             self._forget_rank(hello.rank, now)
+        grouped = self.lockstep and bool(hello.group_address)
+        if grouped:
+            self._generations.heard(hello.rank, hello.incarnation, hello.group_address, hello.generation, now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.joined(hello.rank, now)
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
+            self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
+            self._suspension_changed(now)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._members_changed(now)
-        else:
-            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._group.wave)))
+        elif not grouped:
+            told = self._suspension.told()
+            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
 
     def _on_report(self, report: RankReport, now: float) -> None:
         if not self._board.report(report):
@@ -221,7 +245,13 @@ class Coordinator:
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
         self._group.forget(rank, now)
+        self._generations.forget(rank)
+        self._suspension.forget(rank)
+        self._suspension_changed(now)
         self._members_changed(now)
+
+    def _joiners_wave(self) -> int:
+        return 0 if "joiner-told-the-wave" in self._without else self._group.wave
 
     def _members_changed(self, now: float) -> None:
         self._members_due = True
@@ -231,11 +261,14 @@ class Coordinator:
 
     def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
         match message:
-            case FrontEndHello(_, front_end):
+            case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
+                self._suspension.known(suspension, mode, now)
+                self._suspension_changed(now)
                 self._members_changed(now)
             case WakeNotice(_, rank, wave):
-                if self.lockstep:
+                # While the deployment is suspended nobody is woken for new work: each rank holds its own.
+                if self.lockstep and self._suspension.standing.free:
                     self._group.noticed(rank, wave, now)
             case SendNotice(front_end, sends, told):
                 self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
@@ -243,6 +276,10 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._loads_changed(now)
+            case ControlRequest(front_end, call, action):
+                number = self._suspension.ask(action, now)
+                self._answers.append(ControlAnswer(self.identity, front_end, call, number))
+                self._suspension_changed(now)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
@@ -251,15 +288,40 @@ class Coordinator:
         self._board.forget_front_end(front_end)
         self._loads_changed(now)
 
+    # Suspension -------------------------------------------------------------------------------
+
+    def _expected(self) -> Iterable[int]:
+        """The ranks that must agree: in lockstep all there should be, or the one that is away might step alone."""
+        if self.lockstep:
+            return range(self._membership.size)
+        return (member.rank for member in self._membership.members())
+
+    def _suspension_changed(self, now: float) -> None:
+        self._suspension.advance(self._expected(), now)
+        if not self._suspension.standing.free:
+            self._group.no_notice(now)
+        self._suspension_state = self._suspension.state(self._expected())
+
     # What is due ------------------------------------------------------------------------------
 
-    def _wake(self, now: float, effects: list[Effect]) -> None:
+    def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
+            self._suspension.woke(now)
+            self._suspension_state = self._suspension.state(self._expected())
+        suspension = self._suspension.message(now)
+        if suspension is not None:
+            effects.append(ToRanks(suspension))
+        formed = self._generations.form(now)
+        if formed is not None:
+            number, members = formed
+            effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
 
     def _publish(self, now: float, effects: list[Effect]) -> None:
-        state = (self._group.wave, self._group.running)
+        effects += [ToFrontEnds(answer) for answer in self._answers]
+        self._answers.clear()
+        state = (self._group.wave, self._group.running, self._suspension_state)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._published_state:
             if not self._clock.due(now):
@@ -270,11 +332,11 @@ class Coordinator:
         if self._members_due or now >= self._members_sent + HEARTBEAT_S:
             self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
-            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state, members, missing, ended)))
+            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended)))
         self._members_due = False
         self._published_state = state
         self._view_number += 1
         ranks = self._board.views(members) if self._publish_loads else None
         heard = dict(self._board.heard) if self._publish_loads else {}
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state, ranks, heard)))
+        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, state[2])))
         self._clock.published(now)

@@ -1,0 +1,46 @@
+"""Suspending and resuming the deployment: what is asked, told and answered (`suspension.py` has the rules)."""
+
+from __future__ import annotations
+
+from paceline.protocol.sampling import ControlAction, Count, Identity, Message, RankNumber, SuspendMode
+
+
+class Suspension(Message, frozen=True, tag="suspension"):
+    """Suspend (odd `number`) or resume (even): the highest number counts. Each rank answers with a RankHello.
+
+    `mode`: what becomes of requests: `keep` them as they are, `wait` until they are finished, `abort` them.
+    `released`: all ranks know the even number, and work starts again.
+    """
+
+    number: Count
+    mode: SuspendMode
+    released: bool = False
+
+
+class SuspensionState(Message, frozen=True):
+    """The suspension in force, or the last one. Odd `number`: suspended; even: resumed; 0: there was none.
+
+    `settled`: every rank has said so. `waiting_for`: the ranks that have not.
+    """
+
+    number: Count = 0
+    mode: SuspendMode = "keep"
+    settled: bool = True
+    waiting_for: list[RankNumber] = []
+
+
+class ControlRequest(Message, frozen=True, tag="control"):
+    """Suspend in this mode, or resume. Repeated until it is answered; `call` is the front-end's number for it."""
+
+    front_end: Identity
+    call: Identity
+    action: ControlAction
+
+
+class ControlAnswer(Message, frozen=True, tag="control-answer"):
+    """What a ControlRequest asks for holds once the suspension's number is at least `number` and settled."""
+
+    coordinator: Identity
+    front_end: Identity
+    call: Identity
+    number: Count
