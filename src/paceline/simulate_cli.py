@@ -19,6 +19,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "requests": (0, 10_000_000),
     "losses": (0.0, 0.9),
     "crashes": (0, 10_000),
+    "suspensions": (0, 10_000),
     "duration": (0.0, 86_400.0),
 }
 """Flag to its least and greatest value."""
@@ -34,6 +35,9 @@ FrontEndsFlag = Annotated[int | None, typer.Option("--front-ends", help=f"Front-
 RequestsFlag = Annotated[int | None, typer.Option("--requests", help=f"Requests that arrive{FROM_SEED}")]
 LossesFlag = Annotated[float | None, typer.Option("--losses", help=f"Share of broadcasts and notices lost{FROM_SEED}")]
 CrashesFlag = Annotated[int | None, typer.Option("--crashes", help=f"Crashes of any process{FROM_SEED}")]
+SuspensionsFlag = Annotated[
+    int | None, typer.Option("--suspensions", help=f"Suspensions, each with a resume{FROM_SEED}")
+]
 DurationFlag = Annotated[float | None, typer.Option("--duration", help=f"Seconds in which all this happens{FROM_SEED}")]
 LockstepFlag = Annotated[
     bool | None, typer.Option("--lockstep/--independent", help=f"Whether ranks run in waves{FROM_SEED}")
@@ -55,6 +59,7 @@ def simulate_command(
     requests: RequestsFlag = None,
     losses: LossesFlag = None,
     crashes: CrashesFlag = None,
+    suspensions: SuspensionsFlag = None,
     duration: DurationFlag = None,
     lockstep: LockstepFlag = None,
     encode: EncodeFlag = True,
@@ -62,7 +67,9 @@ def simulate_command(
     json: JsonFlag = False,
 ) -> None:
     """Run the real machines in virtual time and check the invariants at every event."""
-    options = Options(seed, ranks, front_ends, requests, losses, crashes, duration, lockstep, encode, trace)
+    options = Options(
+        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, trace
+    )
     try:
         _check(options)
         failed = run_seeds(options, _read_seeds(seeds) if seeds is not None else iter([seed]), json, seeds is not None)
@@ -124,7 +131,7 @@ def summary(outcome: Outcome) -> str:
 def replay(options: Options, seed: int) -> str:
     """The command line that runs this seed again: what was given, the rest is drawn anew from it."""
     words = ["paceline", "simulate", "--seed", str(seed)]
-    for name in ("ranks", "front_ends", "requests", "losses", "crashes", "duration", "trace"):
+    for name in ("ranks", "front_ends", "requests", "losses", "crashes", "suspensions", "duration", "trace"):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -14,6 +14,7 @@ from paceline.protocol import frontend_events, rank_events
 from paceline.protocol.messages import (
     AddRequest,
     Admit,
+    Form,
     Load,
     LoadView,
     Member,
@@ -21,9 +22,11 @@ from paceline.protocol.messages import (
     RankReport,
     RankView,
     StartDPWave,
+    SuspensionState,
     ToFrontEnd,
     ToRank,
 )
+from paceline.protocol.rank import Phase
 from paceline.simulate.coordinator_party import NAME as COORDINATOR
 from paceline.simulate.coordinator_party import CoordinatorParty
 from paceline.simulate.front_end_party import FrontEndParty
@@ -60,6 +63,13 @@ class Checks:
         self._reports: dict[int, set[int]] = {}
         self._known: dict[int, dict[int, _Known]] = {}
         self._views: dict[int, tuple[int, int]] = {}
+        self._ranks: Mapping[int, RankParty] = {}
+        self._settled = 0
+        self._resumed = 0
+
+    def watch(self, ranks: Mapping[int, RankParty]) -> None:
+        """The ranks by number, as they are at any time."""
+        self._ranks = ranks
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -74,8 +84,9 @@ class Checks:
     def reported(self, party: RankParty, report: RankReport) -> None:
         """A report is true: the engine's load, and for each front-end the requests that had arrived."""
         load, said = party.engine.load(), report.load
-        truth = (load.waiting, load.running, load.prefill_tokens)
-        if truth != (said.waiting, said.running, said.prefill_tokens):
+        held = party.machine.requests.held
+        wrong = (load.waiting + held, load.running) != (said.waiting, said.running)
+        if wrong or (not held and load.prefill_tokens != said.prefill_tokens):
             raise Violation(f"{party.name} reports {said} and has {load}", party.name)
         taken = report.taken
         if party.gone:
@@ -88,22 +99,55 @@ class Checks:
         """A rank begins a step only while it runs."""
         if party.lockstep and not party.machine.running:
             raise Violation(f"{party.name} steps while paused", party.name)
+        standing = party.machine.standing
+        if self._settled <= self._resumed or (standing.mode == "wait" and not party.lockstep):
+            # Independent ranks that are asked to wait, after `keep`, go on at once.
+            return
+        unaware = [rank.name for rank in self._ready() if rank.machine.standing.number <= self._settled]
+        if unaware:
+            text = f"{party.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
+            raise Violation(text, party.name, *unaware, COORDINATOR)
+        self._resumed = self._settled
+
+    def _ready(self) -> list[RankParty]:
+        return [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
 
     # The coordinator ----------------------------------------------------------------------------
 
     def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
         """The waves that one coordinator speaks of never go down; its views show what ranks have reported."""
-        if isinstance(message, StartDPWave | Admit | Members | LoadView):
+        if isinstance(message, StartDPWave | Admit | Form | Members | LoadView):
             identity, wave = party.machine.identity, message.wave
             before = self._coordinator_waves.get(identity, 0)
             if wave < before:
                 raise Violation(f"the coordinator's wave went down from {before} to {wave}", COORDINATOR)
             self._coordinator_waves[identity] = wave
         if isinstance(message, LoadView):
+            self._suspension(message.suspension)
             for entry in message.ranks or ():
                 if _key(entry) not in self._reports.get(entry.incarnation, ()):
                     text = f"the view shows what rank {entry.rank} never reported: {entry}"
                     raise Violation(text, COORDINATOR, f"rank {entry.rank}")
+
+    def _suspension(self, state: SuspensionState) -> None:
+        """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
+        if not state.settled or state.number % 2 == 0 or state.number <= self._settled:
+            return
+        self._settled = state.number
+        for party in self._ready():
+            known, held = party.machine.standing.number, party.machine.held
+            if known < state.number or (known == state.number and not held):
+                text = f"suspension {state.number} is called settled; {party.name} knows {known}, held: {held}"
+                raise Violation(text, COORDINATOR, party.name)
+
+    def controlled(self, party: FrontEndParty, answer: frontend_events.Controlled) -> None:
+        """A call returns when every rank knows what it asked for, or when somebody has asked for the contrary."""
+        if answer.superseded:
+            return
+        for rank in self._ready():
+            if rank.machine.standing.number < answer.number:
+                text = f"{party.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
+                raise Violation(text, party.name, rank.name, COORDINATOR)
 
     # Front-ends ---------------------------------------------------------------------------------
 

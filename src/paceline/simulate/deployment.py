@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from paceline.protocol.messages import Identify, Member, ToFrontEnd, ToRank
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from paceline.simulate.checks import Checks
-from paceline.simulate.collectives import Collectives
+from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty
 from paceline.simulate.engine import VirtualEngine
 from paceline.simulate.front_end_party import FrontEndParty
@@ -29,14 +29,17 @@ from paceline.simulate.world import Seeds, World
 class Shape(Struct, frozen=True):
     """What a deployment is made of.
 
-    `connecting`: how long a connection takes to come up. `encode`: whether messages travel as bytes. `loss`: the share
-    of the coordinator's broadcasts, and of front-ends' notices, that get lost. `same_address`: whether a rank's next
-    life is reached where the last one was. `scatter`: whether ranks leave a collective a little apart.
+    `grouped`: whether lockstep ranks form generations; else their engines have collectives of their own, and a
+    rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
+    messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
+    lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
+    a collective a little apart.
     """
 
     ranks: int = 2
     front_ends: int = 1
     lockstep: bool = True
+    grouped: bool = True
     external: bool = False
     sync_interval: int = 16
     interval_s: float = 0.1
@@ -54,17 +57,22 @@ class Shape(Struct, frozen=True):
 class Deployment:
     """All parties, by number; `start` begins them. A party that has died is replaced by its next life, or by none."""
 
-    def __init__(self, shape: Shape, seeds: Seeds | None = None, checks: Checks | None = None) -> None:
+    def __init__(
+        self, shape: Shape, seeds: Seeds | None = None, checks: Checks | None = None, without: Set[str] = frozenset()
+    ) -> None:
         self.shape = shape
         self.seeds = seeds or Seeds(0)
         self.checks = checks or Checks()
         self.world = World()
         self.loss = shape.loss
+        self.without = without
         scatter = self.seeds.stream("scatter") if shape.scatter else None
-        self.collectives = Collectives(self.world, shape.ranks, scatter) if shape.lockstep else None
+        self.groups = Groups(self.world, scatter)
+        self._fixed = self.groups.fixed(shape.ranks) if shape.lockstep and not shape.grouped else None
         self.coordinator: CoordinatorParty | None = None
         self.coordinators: list[CoordinatorParty] = []
         self.ranks: dict[int, RankParty] = {}
+        self.checks.watch(self.ranks)
         self.front_ends: dict[int, FrontEndParty] = {}
         self.retired: list[FrontEndParty] = []
         """Front-ends that have died, with what their clients got."""
@@ -89,7 +97,7 @@ class Deployment:
         shape = self.shape
         machine = Coordinator(
             shape.ranks, next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
-            publish_loads=not shape.external,
+            publish_loads=not shape.external, without=self.without,
         )  # fmt: skip
         party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
         self.coordinator = party
@@ -118,10 +126,13 @@ class Deployment:
         address = f"tcp://rank-{number}" if shape.same_address else f"tcp://rank-{number}-{life}"
         machine = Rank(
             number, life, address, lockstep=shape.lockstep, report_loads=not shape.external,
-            sync_interval=shape.sync_interval,
+            sync_interval=shape.sync_interval, without=self.without,
+            group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
         )  # fmt: skip
         engine = VirtualEngine(shape.costs, shape.slots, shape.budget)
-        party = RankParty(self.world, machine, engine, self.collectives, self.checks, self._back)
+        party = RankParty(
+            self.world, machine, engine, shape.lockstep, self.groups, self.checks, self._back, self._fixed
+        )
         party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_rank(), self._from_rank)
         party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_rank(), party.hear)
         party.broadcasts.spared = (Identify,)
@@ -180,6 +191,16 @@ class Deployment:
         known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
         self.world.run_until(known, limit_s, "that every front-end knows every rank")
         return self
+
+    def living_front_end(self, index: int) -> FrontEndParty | None:
+        """This front-end, or the next one that lives; None where none does."""
+        count = len(self.front_ends)
+        parties = [self.front_ends[(index + further) % count] for further in range(count)]
+        return next((party for party in parties if party.alive), None)
+
+    def controlled(self) -> bool:
+        """Whether no operator waits."""
+        return all(call.over for front_end in self.front_ends.values() for call in front_end.calls.values())
 
     def finish(self, limit_s: float = 30.0) -> float:
         """Run until every request is answered; returns how many seconds that took."""

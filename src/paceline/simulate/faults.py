@@ -9,9 +9,11 @@ from typing import Literal
 from msgspec import Struct
 
 from paceline.protocol.messages import StartDPWave
+from paceline.protocol.sampling import ControlAction
 from paceline.simulate.deployment import Deployment
 
 FaultKind = Literal["coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "lost-wake"]
+MODES: tuple[ControlAction, ...] = ("keep", "wait", "abort")
 
 CRASHES: tuple[FaultKind, ...] = ("coordinator-crash", "rank-crash", "front-end-crash")
 TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "lost-wake")
@@ -27,13 +29,34 @@ class Fault(Struct, frozen=True):
     factor: float = 1.0
 
 
+class ControlCall(Struct, frozen=True):
+    """An operator's call: when (seconds), at which front-end, what."""
+
+    at: float
+    front_end: int
+    action: ControlAction
+
+
+def draw_calls(
+    stream: random.Random, suspensions: int, begin_s: float, duration_s: float, front_ends: int
+) -> list[ControlCall]:
+    """So many suspensions, each with a resume: some asked for twice at once, some crossing others."""
+    calls: list[ControlCall] = []
+    for _ in range(suspensions):
+        at, action = begin_s + stream.random() * duration_s, stream.choice(MODES)
+        end = at + stream.choice((0.0, 0.001, 0.02, 0.3, 1.0)) * (0.5 + stream.random())
+        for when, what in ((at, action), (end, "resume")):
+            for _ in range(stream.choice((1, 1, 2))):
+                calls.append(ControlCall(when + stream.random() * 0.005, stream.randrange(front_ends), what))
+    return sorted(calls, key=lambda call: call.at)
+
+
 def draw_faults(
     stream: random.Random, *, crashes: int, troubles: int, begin_s: float, duration_s: float, ranks: int,
-    front_ends: int, lockstep: bool,
+    front_ends: int, ranks_may_die: bool,
 ) -> list[Fault]:  # fmt: skip
     """So many crashes and so many lesser troubles between `begin_s` and `begin_s + duration_s`."""
-    # A lockstep rank's death needs generations.
-    kinds = [kind for kind in CRASHES if kind != "rank-crash" or not lockstep]
+    kinds = [kind for kind in CRASHES if kind != "rank-crash" or ranks_may_die]
     faults = [_draw(stream, stream.choice(kinds), ranks, front_ends, begin_s, duration_s) for _ in range(crashes)]
     faults += [_draw(stream, stream.choice(TROUBLES), ranks, front_ends, begin_s, duration_s) for _ in range(troubles)]
     return sorted(faults, key=lambda fault: fault.at)
@@ -59,6 +82,17 @@ class Mishaps:
         """Put the faults on the agenda."""
         for fault in faults:
             self._deployment.world.at(fault.at, lambda fault=fault: self._begin(fault))  # type: ignore[misc]
+
+    def schedule_calls(self, calls: list[ControlCall]) -> None:
+        """Put operators' calls on the agenda."""
+        for call in calls:
+            self._deployment.world.at(call.at, lambda call=call: self._call(call))  # type: ignore[misc]
+
+    def _call(self, call: ControlCall) -> None:
+        front_end = self._deployment.living_front_end(call.front_end)
+        if front_end is not None:
+            self.happened["resume" if call.action == "resume" else f"suspend ({call.action})"] += 1
+            front_end.control(call.action)
 
     def over(self) -> bool:
         """Whether everybody is up."""

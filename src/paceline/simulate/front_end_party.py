@@ -10,9 +10,11 @@ from msgspec import Struct
 from paceline.protocol import frontend_events
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import AddRequest, FromFrontEndToRank, Member, Output, ToFrontEnd
-from paceline.protocol.sampling import SamplingParams
+from paceline.protocol.sampling import ControlAction, SamplingParams
 from paceline.simulate.network import Link
 from paceline.simulate.world import Violation, World
+
+CONTROL_REPEAT_S = 0.25
 
 
 class Answer(Struct):
@@ -35,6 +37,21 @@ class Answer(Struct):
         return self.ended >= 0
 
 
+class Call(Struct):
+    """An operator's request to suspend or resume: what, when (virtual seconds), and how it ended."""
+
+    action: ControlAction
+    asked: float
+    answered: float = -1.0
+    superseded: bool = False
+    number: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.answered >= 0
+
+
 class FrontEndChecks(Protocol):
     """What watches a front-end."""
 
@@ -43,6 +60,9 @@ class FrontEndChecks(Protocol):
 
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
         """A request goes to a rank."""
+
+    def controlled(self, party: FrontEndParty, answer: frontend_events.Controlled) -> None:
+        """An operator's call is answered."""
 
 
 class FrontEndParty:
@@ -58,6 +78,7 @@ class FrontEndParty:
         self.connected = False
         self.alive = True
         self.answers: dict[int, Answer] = {}
+        self.calls: dict[int, Call] = {}
         self.to_ranks: dict[int, Link] = {}
         self._open = 0
         self._checks = checks
@@ -80,6 +101,18 @@ class FrontEndParty:
             self._end(answer)
             self.feed(frontend_events.Abandon((request,)))
 
+    def control(self, action: ControlAction) -> int:
+        """An operator asks to suspend in this mode, or to resume; asked again until it is so. Returns the call."""
+        call, self._next = self._next, self._next + 1
+        self.calls[call] = Call(action, self.world.now)
+        self._ask(call)
+        return call
+
+    def _ask(self, call: int) -> None:
+        if self.alive and not self.calls[call].over:
+            self.feed(frontend_events.Control(call, self.calls[call].action))
+            self.world.after(CONTROL_REPEAT_S, lambda: self._ask(call))
+
     def finished(self) -> bool:
         """Whether no client waits."""
         return not self._open
@@ -87,6 +120,8 @@ class FrontEndParty:
     def kill(self) -> None:
         """The process is gone; its clients' connections break."""
         self.alive = False
+        for call in self.calls.values():
+            call.answered = self.world.now if not call.over else call.answered
         for answer in self.answers.values():
             if not answer.over:
                 answer.abandoned = True
@@ -125,6 +160,10 @@ class FrontEndParty:
                 answer = self._answer(request, f"refused ({reason})")
                 answer.refused = reason
                 self._end(answer)
+            case frontend_events.Controlled(call, number, superseded):
+                self._checks.controlled(self, effect)
+                known = self.calls[call]
+                known.answered, known.number, known.superseded = self.world.now, number, superseded
 
     def _send(self, rank: int, message: FromFrontEndToRank) -> None:
         if isinstance(message, AddRequest):

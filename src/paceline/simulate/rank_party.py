@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from paceline.protocol import rank_events
-from paceline.protocol.messages import AddRequest, Identify, Outputs, RankReport
+from paceline.protocol.messages import AddRequest, Outputs, RankReport
 from paceline.protocol.rank import Phase, Rank
-from paceline.simulate.collectives import Collectives
+from paceline.simulate.collectives import Group, Groups, Part
 from paceline.simulate.engine import VirtualEngine
 from paceline.simulate.network import Link
 from paceline.simulate.world import Violation, World
@@ -35,17 +36,19 @@ class RankChecks(Protocol):
 class RankParty:
     """A rank's process.
 
-    `collectives`: its group in lockstep, else None. `to_coordinator`, `broadcasts`: its links there and from there.
-    `back`: the link to a front-end by identity, None where it cannot be reached.
+    `groups`: where it forms generations. `group`: the one it is in; for engines with collectives of their own, for
+    ever; None where it runs alone. `to_coordinator`, `broadcasts`: its links there and from there. `back`: the link to
+    a front-end by identity, None where it cannot be reached.
     """
 
     def __init__(
-        self, world: World, machine: Rank, engine: VirtualEngine, collectives: Collectives | None, checks: RankChecks,
-        back: Callable[[RankParty, int], Link | None],
+        self, world: World, machine: Rank, engine: VirtualEngine, lockstep: bool, groups: Groups, checks: RankChecks,
+        back: Callable[[RankParty, int], Link | None], group: Group | None = None,
     ) -> None:  # fmt: skip
         self.world, self.machine, self.engine = world, machine, engine
         self.name = f"rank {machine.rank}"
-        self.lockstep = collectives is not None
+        self.lockstep = lockstep
+        self.group = group
         self.to_coordinator: Link
         self.broadcasts: Link
         self.connected = False
@@ -55,7 +58,7 @@ class RankParty:
         """Per front-end, the requests meant for this life that arrived: counted here, not asked of the machine."""
         self.gone: set[int] = set()
         """Front-ends found dead: what still arrives from them is nobody's."""
-        self._collectives = collectives
+        self._groups = groups
         self._checks = checks
         self._back = back
         self._busy = False
@@ -72,9 +75,9 @@ class RankParty:
         self._arrange_turn()
 
     def hear(self, message: Any) -> None:
-        """A broadcast. As in the real shell, a question is answered in the midst of a step too."""
+        """A broadcast. As in the real shell, some are handled in the midst of a step too."""
         event = rank_events.CoordinatorSaid(message)
-        if self._busy and isinstance(message, Identify) and self.alive:
+        if self._busy and isinstance(message, rank_events.IN_MID_STEP) and self.alive:
             self._feed(event)
         else:
             self.arrive(event)
@@ -83,12 +86,11 @@ class RankParty:
         """The process is gone, without a word."""
         self.alive = False
         self._inbox.clear()
-        if self._collectives is not None:
-            self._collectives.leave(self.machine.rank)
+        self._groups.leave(self._life)
 
-    def idle(self) -> bool:
-        """Whether it neither steps nor has anything to take in."""
-        return not self._busy and not self._inbox
+    @property
+    def _life(self) -> tuple[int, int]:
+        return self.machine.rank, self.machine.incarnation
 
     def _arrange_turn(self) -> None:
         if not self._turn_due and not self._busy:
@@ -99,11 +101,12 @@ class RankParty:
         self._turn_due = False
         if self._busy or not self.alive or self.machine.phase is Phase.LEFT:
             return
-        while self._inbox:
+        while self._inbox and not self._busy:
             event = self._inbox.popleft()
             self._count(event)
             self._feed(event)
-        self._feed(rank_events.Turn(self.engine.load(), self.engine.has_work()))
+        if not self._busy:
+            self._feed(rank_events.Turn(self.engine.load(), self.engine.has_work()))
 
     def _count(self, event: rank_events.Event) -> None:
         match event:
@@ -136,10 +139,12 @@ class RankParty:
             case rank_events.Step() | rank_events.DummyStep():
                 self._begin_step(isinstance(effect, rank_events.Step))
             case rank_events.Agree():
-                if self._collectives is None:
-                    raise Violation(f"{self.name} wants to agree without a group", self.name)
+                self._enter(effect, AGREEMENT_S, self._agreed)
+            case rank_events.FormGroup(generation, members):
                 self._busy = True
-                self._collectives.enter(self.machine.rank, effect, AGREEMENT_S, self._agreed)
+                self._groups.form(self._life, generation, members, partial(self._formed, generation), self._ended)
+            case rank_events.Again():
+                self._arrange_turn()
             case rank_events.Wait(until) if until is not None:
                 self.world.at(until, self._arrange_turn)
 
@@ -152,12 +157,18 @@ class RankParty:
 
     def _begin_step(self, real: bool) -> None:
         self._checks.step(self)
-        self._busy = True
         seconds = self.engine.plan() if real else self.engine.dummy_seconds()
-        if self._collectives is not None:
-            self._collectives.enter(self.machine.rank, "step", seconds, lambda _: self._stepped(real))
+        if self.lockstep:
+            self._enter("step", seconds, lambda _: self._stepped(real))
         else:
+            self._busy = True
             self.world.after(seconds, lambda: self._stepped(real))
+
+    def _enter(self, value: object, seconds: float, done: Callable[[list[Any]], None]) -> None:
+        if self.group is None:
+            raise Violation(f"{self.name} enters a collective and is in no group", self.name)
+        self._busy = True
+        self.group.enter(self.machine.rank, Part(value, seconds, done, self._ended))
 
     def _stepped(self, real: bool) -> None:
         if not self.alive:
@@ -174,7 +185,24 @@ class RankParty:
         if not self.alive:
             return
         self._busy = False
-        self._feed(rank_events.Agreed(any(e.has_work for e in entered), max(e.wave for e in entered)))
+        any_work, wave = any(e.has_work for e in entered), max(e.wave for e in entered)
+        self._feed(rank_events.Agreed(any_work, wave, max(e.suspension for e in entered)))
+        self._go_on()
+
+    def _formed(self, generation: int, group: Group) -> None:
+        if not self.alive:
+            return
+        self._busy = False
+        self.group = group
+        self._feed(rank_events.Formed(generation))
+        self._go_on()
+
+    def _ended(self) -> None:
+        """The generation is over, or was not formed in time."""
+        if not self.alive:
+            return
+        self._busy = False
+        self._feed(rank_events.GenerationEnded())
         self._go_on()
 
     def _go_on(self) -> None:

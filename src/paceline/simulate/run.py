@@ -13,14 +13,14 @@ from msgspec import Struct
 from paceline.engines.timed import CostModel
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
-from paceline.simulate.faults import Mishaps, draw_faults
+from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
 from paceline.simulate.front_end_party import Answer, FrontEndParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
 from paceline.simulate.workload import Arrival, drawn, from_trace
 from paceline.simulate.world import Seeds, Violation
 
-READY_LIMIT_S = 30.0
+READY_LIMIT_S = 120.0
 FINISH_LIMIT_S = 600.0
 SHOWN_EVENTS = 40
 
@@ -29,8 +29,8 @@ class Options(Struct, frozen=True):
     """What to simulate. What is None is drawn from the seed.
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
-    `crashes`: of any party. `lockstep`: else independent. `encode`: whether messages travel as bytes. `trace`: a file
-    of arrivals.
+    `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
+    messages travel as bytes. `trace`: a file of arrivals.
     """
 
     seed: int
@@ -39,6 +39,7 @@ class Options(Struct, frozen=True):
     requests: int | None = None
     losses: float | None = None
     crashes: int | None = None
+    suspensions: int | None = None
     duration: float | None = None
     lockstep: bool | None = None
     encode: bool = True
@@ -85,6 +86,7 @@ def filled(options: Options) -> Options:
         "requests": stream.randint(10, 60),
         "losses": stream.choice((0.0, 0.0, 0.02, 0.1)),
         "crashes": stream.choice((0, 1, 2, 4)),
+        "suspensions": stream.choice((0, 0, 1, 3, 8)),
         "duration": stream.choice((0.5, 2.0, 6.0)),
         "lockstep": stream.random() < 0.6,
     }
@@ -123,7 +125,7 @@ class Run:
         options, stream = self.options, self.seeds.stream("shape")
         return Shape(
             ranks=options.ranks or 1, front_ends=options.front_ends or 1, lockstep=bool(options.lockstep),
-            sync_interval=stream.choice((1, 4, 16)),
+            sync_interval=stream.choice((1, 4, 16)), grouped=stream.random() < 0.7,
             costs=CostModel(step_ms=stream.choice((2.0, 6.0, 20.0))),
             slots=stream.choice((2, 16)),
             links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
@@ -145,16 +147,28 @@ class Run:
         world.run_until(self.mishaps.over, READY_LIMIT_S, "that everybody is up again")
         deployment.lose_no_more()
         deployment.ready(READY_LIMIT_S)
+        self._resume()
         deployment.finish(FINISH_LIMIT_S)
         check_rest(deployment)
+
+    def _resume(self) -> None:
+        """Whatever operators have left suspended goes on."""
+        deployment = self.deployment
+        wanted = "that every call to suspend or resume is answered"
+        deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
+        if self.options.suspensions:
+            deployment.front_ends[0].control("resume")
+            deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
 
     def _schedule_faults(self, begin_s: float, duration_s: float) -> None:
         shape, crashes = self.deployment.shape, self.options.crashes or 0
         faults = draw_faults(
             self.seeds.stream("faults"), crashes=crashes, troubles=crashes + 1, begin_s=begin_s, duration_s=duration_s,
-            ranks=shape.ranks, front_ends=shape.front_ends, lockstep=shape.lockstep,
+            ranks=shape.ranks, front_ends=shape.front_ends, ranks_may_die=not shape.lockstep or shape.grouped,
         )  # fmt: skip
         self.mishaps.schedule(faults)
+        stream, suspensions = self.seeds.stream("suspensions"), self.options.suspensions or 0
+        self.mishaps.schedule_calls(draw_calls(stream, suspensions, begin_s, duration_s, shape.front_ends))
 
     def _arrivals(self) -> list[Arrival]:
         options, shape = self.options, self.deployment.shape
@@ -165,8 +179,8 @@ class Run:
 
     def _submission(self, arrival: Arrival) -> Callable[[], None]:
         def submit() -> None:
-            front_end = self.deployment.front_ends[arrival.front_end]
-            if not front_end.alive:
+            front_end = self.deployment.living_front_end(arrival.front_end)
+            if front_end is None:
                 return
             request = front_end.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
             if arrival.patience_s is not None:
