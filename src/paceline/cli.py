@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -137,6 +139,39 @@ def coordinator(context: typer.Context) -> None:
     from paceline.coordinator_cli import run_command
 
     run_command(context.args)
+
+
+UrlFlag = Annotated[str, typer.Option("--url", help="A front-end of the deployment.")]
+PauseTimeoutFlag = Annotated[float, typer.Option("--timeout", help="Seconds to wait until all ranks have.")]
+
+
+@app.command()
+def pause(
+    mode: Annotated[str, typer.Option("--mode", help="keep, wait for, or abort the requests that run.")] = "keep",
+    timeout: PauseTimeoutFlag = 60.0,
+    url: UrlFlag = "http://127.0.0.1:8000",
+) -> None:
+    """Suspend a running deployment; returns once no rank computes."""
+    from paceline.control import Control
+
+    _control(lambda: Control(url).pause(mode, timeout))
+
+
+@app.command()
+def resume(timeout: PauseTimeoutFlag = 60.0, url: UrlFlag = "http://127.0.0.1:8000") -> None:
+    """Let a suspended deployment go on."""
+    from paceline.control import Control
+
+    _control(lambda: Control(url).resume(timeout))
+
+
+def _control(call: Callable[[], dict[str, object]]) -> None:
+    begin = time.monotonic()
+    try:
+        done = call()
+    except PacelineError as error:
+        _fail(error, 1)
+    print(f"{done['status']} after {time.monotonic() - begin:.3f} s (suspension {done['suspension']})")
 
 
 def _config(given: dict[str, Any]) -> DeploymentConfig:

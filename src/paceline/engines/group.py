@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from paceline.errors import PacelineError
 
 if TYPE_CHECKING:
-    # A rank of an independent engine catches GenerationEnded and needs no NumPy.
     import numpy as np
     from numpy.typing import NDArray
 
     Array = NDArray[np.generic]
+else:
+    # A name for annotations alone: a rank of an independent engine catches GenerationEnded and needs no NumPy.
+    Array = object
 Reduction = str
 """`max`, `sum`, or `and` (all are non-zero)."""
 

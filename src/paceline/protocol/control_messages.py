@@ -1,6 +1,10 @@
-"""Suspending and resuming the deployment: what is asked, told and answered (`suspension.py` has the rules)."""
+"""Suspending and resuming the deployment, and who holds it up (`suspension.py` and `stalls.py` have the rules)."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
 
 from paceline.protocol.sampling import ControlAction, Count, Identity, Message, RankNumber, SuspendMode
 
@@ -44,3 +48,33 @@ class ControlAnswer(Message, frozen=True, tag="control-answer"):
     front_end: Identity
     call: Identity
     number: Count
+
+
+class StallReport(Message, frozen=True, tag="stall"):
+    """This rank has waited for others for longer than the stall timeout; repeated while it does.
+
+    `ranks`: those whose part it lacks, empty once it has gone on. `collective`: its number in the generation,
+    `kind`: which one ("all_reduce"). `seconds`: how long it has waited.
+    """
+
+    rank: RankNumber
+    incarnation: Identity
+    step: Count
+    ranks: list[RankNumber] = []
+    collective: Count = 0
+    kind: Annotated[str, Meta(max_length=32)] = ""
+    seconds: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class Stall(Message, frozen=True):
+    """A rank that holds others up: in which step and collective of theirs, and for how long they have waited.
+
+    `waiting`: the ranks that wait.
+    """
+
+    rank: RankNumber
+    step: Count
+    collective: Count
+    kind: str
+    seconds: float
+    waiting: list[RankNumber]

@@ -11,10 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from msgspec import Struct
-
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.coordinator_events import (
+    Effect,
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    Tick,
+    ToFrontEnds,
+    ToRanks,
+)
 from paceline.protocol.generation import Generations
+from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -33,75 +45,17 @@ from paceline.protocol.messages import (
     RankLeaving,
     RankReport,
     SendNotice,
+    StallReport,
     StartDPWave,
     StartWave,
     SuspensionState,
-    ToFrontEnd,
-    ToRank,
     WakeNotice,
     WaveComplete,
 )
 from paceline.protocol.rules import checked
+from paceline.protocol.stalls import Stalls, describe
 from paceline.protocol.suspension import GroupSuspension
 from paceline.protocol.wave import GroupWave
-
-# Events ---------------------------------------------------------------------------------------
-
-
-class Tick(Struct, frozen=True):
-    """Time has passed."""
-
-
-class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
-    message: FromRank
-
-
-class FrontEndSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
-    message: FromFrontEnd
-
-
-class RankSubscribed(Struct, frozen=True):
-    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
-
-
-class FrontEndSubscribed(Struct, frozen=True):
-    """Likewise a front-end's."""
-
-
-class FrontEndGone(Struct, frozen=True):
-    """A front-end's connection has ended."""
-
-    front_end: int
-
-
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
-
-# Effects --------------------------------------------------------------------------------------
-
-
-class ToRanks(Struct, frozen=True):
-    """Broadcast to all ranks."""
-
-    message: ToRank
-
-
-class ToFrontEnds(Struct, frozen=True):
-    """Broadcast to all front-ends."""
-
-    message: ToFrontEnd
-
-
-class Note(Struct, frozen=True):
-    """Something for the log that an operator wants to read."""
-
-    text: str
-
-
-Effect = ToRanks | ToFrontEnds | Note
 
 
 class Coordinator:
@@ -123,7 +77,9 @@ class Coordinator:
         self._membership = Membership(engine_count)
         self._without = checked(without)
         self._group = GroupWave(self._without)
+        self._introductions = Introductions(self._without)
         self._generations = Generations(engine_count)
+        self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
         self._suspension_state = SuspensionState()
         self._answers: list[ControlAnswer] = []
@@ -139,7 +95,7 @@ class Coordinator:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (self._group.wake_due, self._suspension.due, self._generations.due)
+        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
         return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -151,8 +107,7 @@ class Coordinator:
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
-                if "new-coordinator-asks" not in self._without:
-                    effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+                self._introductions.wanted(now)
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
@@ -171,6 +126,7 @@ class Coordinator:
             "ready": [member.rank for member in self._membership.members()],
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
+            "stalls": [describe(stall) for stall in self._stalls.found],
             "generation": self._generations.number,
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
@@ -187,6 +143,8 @@ class Coordinator:
             return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
+            if not self._membership.is_retired(message.rank, message.incarnation):
+                self._introductions.wanted(now)
             return
         match message:
             case RankReport():
@@ -195,6 +153,9 @@ class Coordinator:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
+            case StallReport():
+                if self._stalls.report(message):
+                    self._stalls_changed(now, effects)
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -226,7 +187,7 @@ class Coordinator:
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._members_changed(now)
-        elif not grouped:
+        elif not grouped and self._introductions.admits(hello.rank, hello.incarnation, now):
             told = self._suspension.told()
             effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
 
@@ -238,6 +199,12 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
+    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
+        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+        if not self._stalls.found:
+            effects.append(Note("the group goes on", urgent=True))
+        self._members_changed(now)
+
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
             self._clock.changed(now)
@@ -247,6 +214,7 @@ class Coordinator:
         self._group.forget(rank, now)
         self._generations.forget(rank)
         self._suspension.forget(rank)
+        self._stalls.forget(rank)
         self._suspension_changed(now)
         self._members_changed(now)
 
@@ -305,6 +273,8 @@ class Coordinator:
     # What is due ------------------------------------------------------------------------------
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
+        if self._introductions.ask(now, bool(self._membership.missing())):
+            effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
@@ -332,7 +302,9 @@ class Coordinator:
         if self._members_due or now >= self._members_sent + HEARTBEAT_S:
             self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
-            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended)))
+            stalls = list(self._stalls.found)
+            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
+            effects.append(ToFrontEnds(known))
         self._members_due = False
         self._published_state = state
         self._view_number += 1

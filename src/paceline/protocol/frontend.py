@@ -48,10 +48,12 @@ from paceline.protocol.messages import (
     Outputs,
     Send,
     SendNotice,
+    Stall,
     SuspensionState,
     WakeNotice,
 )
 from paceline.protocol.routing import Policy
+from paceline.protocol.stalls import describe
 
 NOBODY = -1
 """No coordinator has been heard yet."""
@@ -74,6 +76,7 @@ class FrontEnd:
         self.wave = 0
         self.running = False
         self.missing: list[int] = []
+        self.stalls: list[Stall] = []
         self.suspension = SuspensionState()
         self._policy = policy
         self._ranks = ranks
@@ -152,6 +155,7 @@ class FrontEnd:
             "running": self.running,
             "ready": self.ready_ranks(),
             "missing": self.missing,
+            "stalls": [describe(stall) for stall in self.stalls],
             "suspension": msgspec.structs.asdict(self.suspension),
             "in_flight": self.in_flight(),
             "waiting": self.waiting(),
@@ -237,6 +241,7 @@ class FrontEnd:
             effects.append(self._hello())
         self._coordinator_is(message.coordinator)
         self._wave_is(message.wave, message.running)
+        self.stalls = message.stalls
         self.missing = [rank for rank in message.missing if self._serves(rank)]
         members = {member.rank: member for member in message.members if self._serves(member.rank)}
         for rank, link in list(self._links.items()):

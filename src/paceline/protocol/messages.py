@@ -24,6 +24,8 @@ from msgspec import Meta
 
 from paceline.protocol.control_messages import ControlAnswer as ControlAnswer
 from paceline.protocol.control_messages import ControlRequest as ControlRequest
+from paceline.protocol.control_messages import Stall as Stall
+from paceline.protocol.control_messages import StallReport as StallReport
 from paceline.protocol.control_messages import Suspension as Suspension
 from paceline.protocol.control_messages import SuspensionState as SuspensionState
 from paceline.protocol.request_messages import AbortRequests as AbortRequests
@@ -133,7 +135,7 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
     incarnation: Identity
 
 
-FromRank = RankHello | RankReport | StartWave | WaveComplete | RankLeaving
+FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving
 
 
 # Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
@@ -262,6 +264,7 @@ class Members(Message, frozen=True, tag="members"):
     members: list[Member]
     missing: list[RankNumber] = []
     ended: list[tuple[RankNumber, Identity]] = []
+    stalls: list[Stall] = []
 
 
 class OnTheWire(Message, frozen=True):

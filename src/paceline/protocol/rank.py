@@ -29,6 +29,7 @@ from paceline.protocol.messages import (
     Load,
     RankHello,
     RankLeaving,
+    StallReport,
     StartDPWave,
     StartWave,
     Suspension,
@@ -55,6 +56,7 @@ from paceline.protocol.rank_events import (
     ToCoordinator,
     Turn,
     Wait,
+    Waited,
 )
 from paceline.protocol.rank_report import LoadReporter
 from paceline.protocol.rank_requests import RankRequests
@@ -146,6 +148,9 @@ class Rank:
                 self.generation = 0
                 self._mid_step = False
                 return [self._hello()]
+            case Waited(ranks, collective, kind, seconds):
+                waited = (list(ranks), collective, kind, seconds)
+                return [ToCoordinator(StallReport(self.rank, self.incarnation, self.step, *waited))]
             case Loaded():
                 self.phase = Phase.JOINING
                 self._hello_due = now + HELLO_REPEAT_S
@@ -254,10 +259,10 @@ class Rank:
                 # Whoever asks may know nothing of this rank: the next turn reports its load too.
                 self._reporter.forget()
                 return [self._hello()]
-            case Suspension(number, mode, released):
+            case Suspension():
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self.standing.learn(number, mode, released)
+                self._learn(message)
                 return [self._hello()]
             case Admit():
                 return self._on_admit(message)
@@ -268,18 +273,17 @@ class Rank:
         raise TypeError(f"rank {self.rank}: {type(message).__name__} is no message to a rank")
 
     def _on_admit(self, admit: Admit) -> list[Effect]:
-        mine = (admit.rank, admit.incarnation) == (self.rank, self.incarnation)
-        if not mine or self.phase is not Phase.JOINING:
+        if (admit.rank, admit.incarnation, self.phase) != (self.rank, self.incarnation, Phase.JOINING):
             return []
-        return self._join(admit.wave, admit.suspension)
-
-    def _join(self, wave: int, suspension: Suspension | None) -> list[Effect]:
         self.phase = Phase.READY
         self._hello_due = None
-        self.wave = max(self.wave, wave)
-        if suspension is not None:
-            self.standing.learn(suspension.number, suspension.mode, suspension.released)
+        self.wave = max(self.wave, admit.wave)
+        self._learn(admit.suspension)
         return [self._hello()]
+
+    def _learn(self, told: Suspension | None) -> None:
+        if told is not None:
+            self.standing.learn(told.number, told.mode, told.released)
 
     def _on_form(self, form: Form) -> list[Effect]:
         lives = {(member.rank, member.incarnation) for member in form.members}
@@ -289,8 +293,7 @@ class Rank:
             return [self._hello()] if form.generation == self.generation else []
         if self.phase is Phase.JOINING:
             self.wave = max(self.wave, form.wave)
-        if form.suspension is not None:
-            self.standing.learn(form.suspension.number, form.suspension.mode, form.suspension.released)
+        self._learn(form.suspension)
         self.generation = 0
         self._forming = form.generation
         return [FormGroup(form.generation, form.members)]

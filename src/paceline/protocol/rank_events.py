@@ -94,12 +94,34 @@ class GenerationEnded(Struct, frozen=True):
     """A collective cannot complete, since a member is gone: in place of `Stepped` or `Agreed`, or of `Formed`."""
 
 
+class Waited(Struct, frozen=True):
+    """The rank has waited in a collective for longer than the stall timeout, or (`ranks` empty) no longer waits.
+
+    `ranks`, `collective`, `kind`, `seconds`: as in `StallReport`. Sends only, so it may come in mid-step.
+    """
+
+    ranks: Sequence[int]
+    collective: int = 0
+    kind: str = ""
+    seconds: float = 0.0
+
+
 class Leave(Struct, frozen=True):
     """The rank ends in good order."""
 
 
 Event = (
-    Loaded | CoordinatorSaid | FrontEndSaid | FrontEndGone | Turn | Stepped | Agreed | Formed | GenerationEnded | Leave
+    Loaded
+    | CoordinatorSaid
+    | FrontEndSaid
+    | FrontEndGone
+    | Turn
+    | Stepped
+    | Agreed
+    | Formed
+    | GenerationEnded
+    | Waited
+    | Leave
 )
 
 IN_MID_STEP = (Identify, Suspension)

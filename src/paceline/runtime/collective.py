@@ -17,14 +17,10 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paceline.engines.group import MAX_REDUCED, REDUCTIONS, GenerationEnded, RankGroup, Reduction
-
-if TYPE_CHECKING:
-    from paceline.engines.group import Array
+from paceline.engines.group import MAX_REDUCED, REDUCTIONS, Array, GenerationEnded, RankGroup, Reduction
 
 MAX_PAYLOAD_BYTES = 1 << 30
 

@@ -118,23 +118,33 @@ class EngineRank:
             self._on_ready = None
 
     def _decide(self, event: Event) -> list[Effect]:
+        """Ask the machine, and send what it says; returns what else is to be done."""
         with self._deciding:
-            return self._machine.handle(event, time.monotonic())
+            effects = self._machine.handle(event, time.monotonic())
+            # Sent before the other thread's turn to decide: messages go out in the order of decisions.
+            return [effect for effect in effects if not self._send(effect)]
+
+    def _send(self, effect: Effect) -> bool:
+        match effect:
+            case ToFrontEnd(front_end, outputs):
+                self._carrier.send_front_end(front_end, outputs)
+            case ToCoordinator(message):
+                self._carrier.send_coordinator(message)
+            case _:
+                return False
+        return True
 
     def _on_broadcast(self, message: ToRank) -> None:
         """In the carrier's thread."""
         if not isinstance(message, IN_MID_STEP):
             self._carrier.inbox.put(CoordinatorSaid(message))
             return
-        for effect in self._decide(CoordinatorSaid(message)):
-            self._perform(effect)
+        self._decide(CoordinatorSaid(message))
+        # What it changed may be work for the engine's thread, if that sleeps.
+        self._carrier.inbox.put(None)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case ToFrontEnd(front_end, outputs):
-                self._carrier.send_front_end(front_end, outputs)
-            case ToCoordinator(message):
-                self._carrier.send_coordinator(message)
             case Step():
                 self._step()
             case Take(key, request):
