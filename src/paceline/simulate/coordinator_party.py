@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from paceline.protocol import coordinator
+from paceline.protocol import coordinator_events as coordinator
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import StartDPWave, ToFrontEnd, ToRank
 from paceline.simulate.world import World

@@ -10,10 +10,11 @@ from typing import Any
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
-from paceline.protocol import codec, coordinator, frontend_events, rank_events
+from paceline.protocol import codec, frontend_events, rank_events
+from paceline.protocol import coordinator_events as coordinator
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import Identify, Member, ToFrontEnd, ToRank
+from paceline.protocol.messages import Member, ToFrontEnd, ToRank
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from paceline.simulate.checks import Checks
@@ -135,7 +136,6 @@ class Deployment:
         )
         party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_rank(), self._from_rank)
         party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_rank(), party.hear)
-        party.broadcasts.spared = (Identify,)
         party.to_coordinator.hold()
         self.ranks[number] = party
         self._connect_rank(party)

@@ -47,7 +47,7 @@ class Link:
     """One direction from one machine to another.
 
     `name`: shown where a frame is lost. `decoder`: of the direction, None to hand messages over as they are (faster).
-    `deliver`: takes a message. `loss`: the share of frames that vanish, but for messages of a `spared` kind.
+    `deliver`: takes a message. `loss`: the share of frames that vanish.
     """
 
     def __init__(
@@ -57,7 +57,6 @@ class Link:
         self.name = name
         self.delays = delays
         self.loss = 0.0
-        self.spared: tuple[type, ...] = ()
         self.held = False
         self.closed = False
         self.lost = 0
@@ -109,7 +108,7 @@ class Link:
         self.cut()
 
     def _is_lost(self, message: Any) -> bool:
-        lost = self.loss > 0.0 and self._stream.random() < self.loss and not isinstance(message, self.spared)
+        lost = self.loss > 0.0 and self._stream.random() < self.loss
         for kind in self._to_lose:
             if isinstance(message, kind):
                 self._to_lose.remove(kind)
