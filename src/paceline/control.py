@@ -12,6 +12,7 @@ It asks the HTTP server of any front-end; the answer holds for all ranks of the 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.parse
@@ -53,28 +54,30 @@ class Control:
 
     def is_paused(self) -> bool:
         """Whether all ranks are suspended. Raises ControlError."""
-        return bool(self._ask(urllib.request.Request(f"{self.url}/is_paused"), 10.0)["is_paused"])
+        return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
 
     @contextlib.contextmanager
     def paused(self, mode: str = "keep", timeout_s: float = 60.0) -> Iterator[None]:
         """Pause, and resume at the end, also after an error."""
-        self.pause(mode, timeout_s)
         try:
+            # What times out stays asked for, so that is undone too.
+            self.pause(mode, timeout_s)
             yield
         finally:
             self.resume(timeout_s)
 
     def _post(self, path: str, timeout_s: float, **query: str) -> dict[str, object]:
         text = urllib.parse.urlencode(query | {"timeout": f"{timeout_s:g}"})
-        return self._ask(urllib.request.Request(f"{self.url}/{path}?{text}", method="POST"), timeout_s + MARGIN_S)
+        return self._ask(f"{path}?{text}", "POST", timeout_s + MARGIN_S)
 
-    def _ask(self, request: urllib.request.Request, timeout_s: float) -> dict[str, object]:
+    def _ask(self, path: str, method: str, timeout_s: float) -> dict[str, object]:
         try:
+            request = urllib.request.Request(f"{self.url}/{path}", method=method)
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
                 found = json.load(answer)
         except urllib.error.HTTPError as error:
             raise ControlError(_message(error.read()) or f"HTTP status {error.code}", error.code) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ControlError(f"no answer from {self.url}: {reason}") from None
         if not isinstance(found, dict):

@@ -6,14 +6,17 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paceline.engines.base import EngineRequest, EngineSettings, StepOutput, StepResult
-from paceline.engines.group import Array, GenerationEnded, RankGroup, Reduction
+from paceline.engines.group import GenerationEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
 from paceline.protocol.sampling import SamplingParams
 from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GroupListener, form_group, group_path
+
+if TYPE_CHECKING:
+    from paceline.engines.group import Array
 
 Answers = dict[int, list[int]]
 """Tokens by request."""

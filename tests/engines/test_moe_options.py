@@ -47,6 +47,11 @@ def test_option_that_cannot_be(options: dict[str, str], named: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_model_is_not_taken_silently() -> None:
+    with pytest.raises(EngineError, match="--model gemma"):
+        read_options(EngineSettings(model="gemma.gguf"))
+
+
 def test_file_of_wrong_size(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(b"\0" * 100)

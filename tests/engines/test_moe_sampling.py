@@ -80,4 +80,6 @@ def test_logprobs() -> None:
 
 def test_logits_that_are_no_numbers() -> None:
     # Weights that are being rewritten may give anything; a token comes out all the same.
-    assert sampler().choose([math.nan] * 4, []) in range(4)
+    for temperature in (0.0, 1.0):
+        assert sampler(temperature=temperature).choose([math.nan] * 4, []) in range(4)
+        assert sampler(temperature=temperature).choose([1.0, math.nan, math.inf, -math.inf], []) in range(4)

@@ -53,7 +53,7 @@ VERSION_1 = {
     "identify": "version coordinator",
     "suspension": "number mode released",
     "form": "generation wave members suspension",
-    "control": "front_end call action",
+    "control": "front_end call action answered",
     "stall": "rank incarnation step ranks collective kind seconds",
     "Stall": "rank step collective kind seconds waiting",
     "control-answer": "coordinator front_end call number",

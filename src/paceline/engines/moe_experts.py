@@ -10,13 +10,17 @@ computes what shows in a token's bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from paceline.engines.base import EngineError
-from paceline.engines.group import Array, GenerationEnded, RankGroup, Reduction
+from paceline.engines.group import GenerationEnded, RankGroup, Reduction
 from paceline.engines.moe_arithmetic import Floats, rows_times, softmax
+
+if TYPE_CHECKING:
+    from paceline.engines.group import Array
 
 Indices = NDArray[np.intp]
 

@@ -71,6 +71,8 @@ NAMES = (*MoeConfig.__struct_fields__, "weights", "weights_seed", "step_ms")
 
 def read_options(settings: EngineSettings) -> MoeOptions:
     """The options. Raises EngineError naming the option that cannot be."""
+    if settings.model is not None:
+        raise EngineError(f"--model {settings.model}: the moe engine has its own; give it --engine-option weights=FILE")
     given = dict(settings.options)
     for name in given:
         if name not in NAMES:

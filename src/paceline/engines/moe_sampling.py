@@ -32,10 +32,9 @@ class Sampler:
         params = self._params
         scores = self._penalised(logits, tokens)
         # The most likely first; of equals the lower number.
-        order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
         if params.temperature < GREEDY_BELOW:
-            return order[0]
-        order = order[: params.top_k or None]
+            return scores.index(max(scores))
+        order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[: params.top_k or None]
         best = scores[order[0]]
         weights = [math.exp((scores[token] - best) / params.temperature) for token in order]
         # Before the temperature, as top_p is in llama.cpp's chain: it then keeps the same tokens at any.

@@ -34,11 +34,15 @@ class SuspensionState(Message, frozen=True):
 
 
 class ControlRequest(Message, frozen=True, tag="control"):
-    """Suspend in this mode, or resume. Repeated until it is answered; `call` is the front-end's number for it."""
+    """Suspend in this mode, or resume. Repeated until it is answered; `call` is the front-end's number for it.
+
+    `answered`: the number that a coordinator answered it with before, 0 for none.
+    """
 
     front_end: Identity
     call: Identity
     action: ControlAction
+    answered: Count = 0
 
 
 class ControlAnswer(Message, frozen=True, tag="control-answer"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.calls import Calls
 from paceline.protocol.coordinator_events import (
     Effect,
     Event,
@@ -82,7 +83,7 @@ class Coordinator:
         self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
         self._suspension_state = SuspensionState()
-        self._answers: list[ControlAnswer] = []
+        self._calls = Calls()
         self._board = Board()
         self._clock = PublishClock(interval_s)
         self._view_number = 0
@@ -95,7 +96,13 @@ class Coordinator:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
+        timers = (
+            self._group.wake_due,
+            self._suspension.due,
+            self._generations.due,
+            self._introductions.due,
+            self._calls.due,
+        )
         return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -114,6 +121,7 @@ class Coordinator:
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
+        self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
         self._publish(now, effects)
         return effects
@@ -244,14 +252,13 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._loads_changed(now)
-            case ControlRequest(front_end, call, action):
-                number = self._suspension.ask(action, now)
-                self._answers.append(ControlAnswer(self.identity, front_end, call, number))
-                self._suspension_changed(now)
+            case ControlRequest():
+                self._calls.request(message, now)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
+        self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
         self._loads_changed(now)
@@ -259,10 +266,12 @@ class Coordinator:
     # Suspension -------------------------------------------------------------------------------
 
     def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: in lockstep all there should be, or the one that is away might step alone."""
-        if self.lockstep:
-            return range(self._membership.size)
-        return (member.rank for member in self._membership.members())
+        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have ended.
+
+        A lockstep rank that is away would step alone when it is back; an independent one is told before it is ready.
+        """
+        ended = set() if self.lockstep else {rank for rank, _ in self._membership.ended()}
+        return (rank for rank in range(self._membership.size) if rank not in ended)
 
     def _suspension_changed(self, now: float) -> None:
         self._suspension.advance(self._expected(), now)
@@ -271,6 +280,16 @@ class Coordinator:
         self._suspension_state = self._suspension.state(self._expected())
 
     # What is due ------------------------------------------------------------------------------
+
+    def _answer_calls(self, now: float, effects: list[Effect]) -> None:
+        if self._calls.due is None:
+            return
+        acquainted = all(self._suspension.has_heard(rank) for rank in self._expected())
+        number = self._suspension.standing.number
+        answers = self._calls.serve(acquainted, lambda action: self._suspension.ask(action, now), number, now)
+        if answers:
+            self._suspension_changed(now)
+        effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         if self._introductions.ask(now, bool(self._membership.missing())):
@@ -289,8 +308,6 @@ class Coordinator:
             effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
 
     def _publish(self, now: float, effects: list[Effect]) -> None:
-        effects += [ToFrontEnds(answer) for answer in self._answers]
-        self._answers.clear()
         state = (self._group.wave, self._group.running, self._suspension_state)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._published_state:

@@ -108,8 +108,8 @@ class FrontEnd:
             case CoordinatorSaid(ControlAnswer(_, front_end, call, number)):
                 return self._on_answer(front_end, call, number)
             case Control(call, action):
-                self._calls.setdefault(call, None)
-                return [ToCoordinator(ControlRequest(self.identity, call, action))]
+                answered = self._calls.setdefault(call, None)
+                return [ToCoordinator(ControlRequest(self.identity, call, action, answered or 0))]
             case ControlGivenUp(call):
                 self._calls.pop(call, None)
                 return []

@@ -2,16 +2,14 @@
 
     effects = rank.handle(event, now)
 
-The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say:
-`Step` and `DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
-`GenerationEnded` where a peer is gone; after `Wait` it sleeps until something comes or `until` passes. In lockstep
-all ranks of a wave take part in the same sequence of collectives, so in a running wave every turn is a step, real
-or dummy, and every `sync_interval` steps, and on the first, the ranks agree whether any has work left; when none
-has, all pause at that same step.
+The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say. `Step` and
+`DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
+`GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
+collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
+first, the ranks agree whether any has work left; when none has, all pause at that same step.
 
-The wave number and the suspension travel with the agreement. A rank that joined with an old number and was woken
-by its first request runs in the group's wave from the first agreement on, and all end it with the same number; and
-where one rank knows that the deployment is to be suspended, all stop at that step.
+The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
+group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
 """
 
 from __future__ import annotations
@@ -55,6 +53,7 @@ from paceline.protocol.rank_events import (
     Stepped,
     ToCoordinator,
     Turn,
+    Urge,
     Wait,
     Waited,
 )
@@ -230,7 +229,7 @@ class Rank:
         effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
         if self._lockstep:
-            due = self._steps_in_wave % self._sync_interval == 0
+            due = done.urged or self._steps_in_wave % self._sync_interval == 0
             self._steps_in_wave += 1
             if due:
                 self._mid_step = True
@@ -263,7 +262,9 @@ class Rank:
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
                 self._learn(message)
-                return [self._hello()]
+                # The next agreement would stop the wave, some steps from now: it is brought forward.
+                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                return [self._hello(), *([Urge()] if urgent else [])]
             case Admit():
                 return self._on_admit(message)
             case Form():

@@ -66,7 +66,10 @@ class Turn(Struct, frozen=True):
 
 
 class Stepped(Struct, frozen=True, gc=False):
-    """A step, or dummy step, is done. `seconds`: the time it took."""
+    """A step, or dummy step, is done. `seconds`: the time it took.
+
+    `urged`: some rank's `Urge` came with it; the same at all ranks of the generation.
+    """
 
     outputs: Sequence[StepOutput]
     load: Load
@@ -74,6 +77,7 @@ class Stepped(Struct, frozen=True, gc=False):
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     seconds: float = 0.0
+    urged: bool = False
 
 
 class Agreed(Struct, frozen=True):
@@ -173,6 +177,10 @@ class Agree(Struct, frozen=True):
     suspension: int = 0
 
 
+class Urge(Struct, frozen=True):
+    """Let all ranks agree after this step or the next, where the group can carry that. Sends only."""
+
+
 class FormGroup(Struct, frozen=True):
     """Leave the group, if there is one, and form this one; `Formed` when it is."""
 
@@ -190,4 +198,4 @@ class Wait(Struct, frozen=True):
     until: float | None
 
 
-Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | FormGroup | Again | Wait
+Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait

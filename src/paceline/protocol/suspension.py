@@ -54,7 +54,8 @@ class GroupSuspension:
                 self._begin(standing.number + 1, standing.mode, now)
         elif not standing.suspended:
             self._begin(standing.number + 1, action, now)
-        elif standing.mode != action:
+        elif action not in (standing.mode, "wait"):
+            # Paused is paused: to wait until requests are finished would mean to go on.
             self._begin(standing.number + 2, action, now)
         return standing.number
 
@@ -67,6 +68,10 @@ class GroupSuspension:
         """Somebody knows this number: one from before this coordinator, if it is higher."""
         if number > self.standing.number:
             self._begin(number, mode, now)
+
+    def has_heard(self, rank: int) -> bool:
+        """Whether the rank has said what it knows."""
+        return rank in self._said
 
     def forget(self, rank: int) -> None:
         """The rank is gone."""
@@ -93,7 +98,7 @@ class GroupSuspension:
 
     def state(self, expected: Iterable[int]) -> SuspensionState:
         """For front-ends."""
-        lacking = sorted(rank for rank in expected if self._lacks(rank))
+        lacking = [rank for rank in expected if self._lacks(rank)]
         settled = not lacking and (self.standing.suspended or self.standing.released)
         return SuspensionState(self.standing.number, self.standing.mode, settled, lacking)
 

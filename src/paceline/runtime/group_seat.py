@@ -23,13 +23,14 @@ class GroupSeat:
         self._rank = rank
         self._listener = GroupListener(address)
         self._group: SocketGroup | None = None
+        self._left = False
         self.address = self._listener.address
 
     def form(self, generation: int, members: Sequence[GroupMember]) -> RankGroup:
         """Leave the group there was, and form this one. Raises StartupError naming the ranks that did not come."""
         self._close_group()
         addresses = {member.rank: member.address for member in members}
-        self._group = form_group(self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S)
+        self._group = form_group(self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
         return self._group
 
     def agree(self, has_work: bool, wave: int, suspension: int) -> tuple[bool, int, int]:
@@ -39,8 +40,18 @@ class GroupSeat:
         any_work, highest, newest = self._group.all_reduce([int(has_work), wave, suspension], "max")
         return bool(any_work), highest, newest
 
+    def urge(self) -> None:
+        """Have all ranks agree soon; any thread may call it."""
+        if self._group is not None:
+            self._group.urge()
+
+    def urged(self) -> bool:
+        """Whether some rank has asked for that since this was last called, at the end of each step."""
+        return self._group is not None and self._group.urged()
+
     def leave(self) -> None:
-        """End the generation for this rank and so for all; any thread may call it."""
+        """End the generation for this rank and so for all, for good; any thread may call it."""
+        self._left = True
         if self._group is not None:
             self._group.leave()
 

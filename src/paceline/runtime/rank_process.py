@@ -39,6 +39,7 @@ from paceline.protocol.rank_events import (
     ToCoordinator,
     ToFrontEnd,
     Turn,
+    Urge,
     Wait,
 )
 from paceline.runtime.carrier import Carrier
@@ -130,6 +131,9 @@ class EngineRank:
                 self._carrier.send_front_end(front_end, outputs)
             case ToCoordinator(message):
                 self._carrier.send_coordinator(message)
+            case Urge():
+                if self._seat is not None:
+                    self._seat.urge()
             case _:
                 return False
         return True
@@ -200,7 +204,8 @@ class EngineRank:
             return
         seconds = time.monotonic() - begin
         load, has_work = self._engine.load(), self._engine.has_work()
-        self._feed(Stepped(result.outputs, load, has_work, result.prefilled_tokens, result.decoded_tokens, seconds))
+        made = (result.prefilled_tokens, result.decoded_tokens, seconds)
+        self._feed(Stepped(result.outputs, load, has_work, *made, self._urged()))
 
     def _dummy_step(self) -> None:
         try:
@@ -208,4 +213,7 @@ class EngineRank:
         except GroupEnded as error:
             self._ended(error)
             return
-        self._feed(Stepped((), self._engine.load(), self._engine.has_work()))
+        self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
+
+    def _urged(self) -> bool:
+        return self._seat is not None and self._seat.urged()
