@@ -128,10 +128,11 @@ def test_rank_0_dead_at_the_end_of_a_wave(without: frozenset[str]) -> None:
     deployment.world.run_until(lambda: not running(deployment))
     deployment.ranks[0].to_coordinator.cut()
     deployment.crash_rank(0)
-    deployment.world.run_for(0.2)
+    deployment.world.run_for(0.02)
     assert (front_end.machine.wave, front_end.machine.running) == (1, False)
     deployment.start_rank(0)
-    deployment.world.run_for(1.0)
+    deployment.world.run_until(lambda: deployment.ranks[0].machine.generation > 0)
+    deployment.world.run_for(0.2)
     request = front_end.submit(rank=0)
     deployment.finish(limit_s=1.0)
     assert front_end.answers[request].finish_reason == "length"

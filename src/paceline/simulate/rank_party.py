@@ -7,6 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from paceline.protocol import rank_events
 from paceline.protocol.messages import AddRequest, Outputs, RankReport
 from paceline.protocol.rank import Phase, Rank
@@ -18,6 +21,12 @@ from paceline.simulate.world import Violation, World
 AGREEMENT_S = 0.0001
 DECISION_S = 0.00001
 """From what arrives at a rank that waits to the turn that it leads to."""
+
+
+class StepPart(Struct, frozen=True):
+    """A rank's part in the collectives of a step. `urge`: it wants all to agree after this one."""
+
+    urge: bool
 
 
 class RankChecks(Protocol):
@@ -63,6 +72,7 @@ class RankParty:
         self._back = back
         self._busy = False
         self._turn_due = False
+        self._urge = False
         self._inbox: deque[rank_events.Event] = deque()
 
     def start(self) -> None:
@@ -143,6 +153,8 @@ class RankParty:
             case rank_events.FormGroup(generation, members):
                 self._busy = True
                 self._groups.form(self._life, generation, members, partial(self._formed, generation), self._ended)
+            case rank_events.Urge():
+                self._urge = True
             case rank_events.Again():
                 self._arrange_turn()
             case rank_events.Wait(until) if until is not None:
@@ -159,7 +171,8 @@ class RankParty:
         self._checks.step(self)
         seconds = self.engine.plan() if real else self.engine.dummy_seconds()
         if self.lockstep:
-            self._enter("step", seconds, lambda _: self._stepped(real))
+            urge, self._urge = self._urge, False
+            self._enter(StepPart(urge), seconds, lambda parts: self._stepped(real, any(part.urge for part in parts)))
         else:
             self._busy = True
             self.world.after(seconds, lambda: self._stepped(real))
@@ -170,15 +183,15 @@ class RankParty:
         self._busy = True
         self.group.enter(self.machine.rank, Part(value, seconds, done, self._ended))
 
-    def _stepped(self, real: bool) -> None:
+    def _stepped(self, real: bool, urged: bool = False) -> None:
         if not self.alive:
             return
         self._busy = False
         if real:
-            self._feed(self.engine.step())
+            self._feed(replace(self.engine.step(), urged=urged))
         else:
             self.dummy_steps += 1
-            self._feed(rank_events.Stepped((), self.engine.load(), self.engine.has_work()))
+            self._feed(rank_events.Stepped((), self.engine.load(), self.engine.has_work(), urged=urged))
         self._go_on()
 
     def _agreed(self, entered: list[rank_events.Agree]) -> None:

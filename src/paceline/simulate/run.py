@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 
 import msgspec
@@ -95,18 +95,21 @@ def filled(options: Options) -> Options:
     )
 
 
-def simulate(options: Options) -> Outcome:
-    """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong."""
-    return Run(filled(options)).run()
+def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
+    """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong.
+
+    `without`: rules (`protocol/rules.py`) that the machines lack.
+    """
+    return Run(filled(options), without).run()
 
 
 class Run:
     """One run. `options`: all given (`filled`)."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, without: Set[str] = frozenset()) -> None:
         self.options = options
         self.seeds = Seeds(options.seed)
-        self.deployment = Deployment(self._shape(), self.seeds, Checks())
+        self.deployment = Deployment(self._shape(), self.seeds, Checks(), without)
         self.mishaps = Mishaps(self.deployment)
 
     def run(self) -> Outcome:
