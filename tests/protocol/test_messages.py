@@ -45,7 +45,9 @@ WHOLE = [kind for union in UNIONS.values() for kind in (getattr(union, "__args__
 # Version 1 of the protocol. A line here may only grow at its end, by fields with defaults; for anything else
 # there is a new PROTOCOL_VERSION.
 VERSION_1 = {
-    "rank-hello": "version rank incarnation address ready wave running suspension mode held group_address generation",
+    "rank-hello": (
+        "version rank incarnation address ready wave running suspension mode held group_address generation told"
+    ),
     "rank-report": "rank incarnation step wave running load taken",
     "start-wave": "rank incarnation wave",
     "wave-complete": "rank incarnation wave",

@@ -43,18 +43,19 @@ def form(
 class Threads:
     """A generation whose members are threads of this process."""
 
-    def __init__(self, implementation: str, addresses: list[str], generation: int = 1) -> None:
+    def __init__(self, implementation: str, addresses: list[str], timeout_s: float = 20.0) -> None:
         self.implementation = implementation
+        self.timeout_s = timeout_s
         self.listeners = [GroupListener(address) for address in addresses]
         self.pool = ThreadPoolExecutor(len(addresses))
         self.groups: list[RankGroup] = []
-        self.form(generation)
+        self.form(1)
 
     def form(self, generation: int) -> None:
         """Form a new generation of all."""
         addresses = {rank: listener.address for rank, listener in enumerate(self.listeners)}
         self.groups = self.each(
-            lambda rank: form(self.implementation, self.listeners[rank], generation, rank, addresses, 20.0)
+            lambda rank: form(self.implementation, self.listeners[rank], generation, rank, addresses, self.timeout_s)
         )
 
     def each(self, call: Callable[[int], Any]) -> list[Any]:

@@ -53,6 +53,15 @@ def test_generations_that_end_blocked_leave_nothing_behind(tmp_path: Path) -> No
     members.close()
 
 
+def test_slow_member_is_waited_for_longer_than_the_forming_may_take(tmp_path: Path) -> None:
+    members = Threads("torch", [group_path(tmp_path, rank) for rank in range(2)], timeout_s=4.0)
+    blocked = members.pool.submit(members.groups[0].all_reduce, [1], "sum")
+    wait_until(lambda: (said := members.groups[0].waiting()) and said.seconds > 4.5, "it waits for more than 4 s")
+    assert members.groups[1].all_reduce([2], "sum") == [3]
+    assert blocked.result(10) == [3]
+    members.close()
+
+
 def test_backend_is_checked_before_anybody_waits(tmp_path: Path) -> None:
     from paceline.runtime.torch_link import form_torch_group
 

@@ -26,7 +26,7 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.protocol.generation import Generations
+from paceline.protocol.generation import Generations, Position
 from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
@@ -91,7 +91,7 @@ class Coordinator:
         self._members_due = True
         self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
-        self._published_state: tuple[int, bool, SuspensionState] = (0, False, self._suspension_state)
+        self._published_state = (0, False, 0, True)
 
     @property
     def deadline(self) -> float:
@@ -185,7 +185,8 @@ class Coordinator:
             self._forget_rank(hello.rank, now)
         grouped = self.lockstep and bool(hello.group_address)
         if grouped:
-            self._generations.heard(hello.rank, hello.incarnation, hello.group_address, hello.generation, now)
+            position = Position(hello.incarnation, hello.group_address, hello.generation, hello.told)
+            self._generations.heard(hello.rank, position, now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.joined(hello.rank, now)
@@ -277,7 +278,9 @@ class Coordinator:
         self._suspension.advance(self._expected(), now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
-        self._suspension_state = self._suspension.state(self._expected())
+        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
+        if self._suspension_state != before:
+            self._clock.changed(now)
 
     # What is due ------------------------------------------------------------------------------
 
@@ -292,7 +295,14 @@ class Coordinator:
         effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
-        if self._introductions.ask(now, bool(self._membership.missing())):
+        formed = self._generations.form(now)
+        if formed is not None:
+            number, members = formed
+            effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
+        if self._generations.asks:
+            self._generations.asks = False
+            self._introductions.wanted(now)
+        if self._introductions.ask(now, self._membership.missing):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
@@ -302,13 +312,10 @@ class Coordinator:
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
-        formed = self._generations.form(now)
-        if formed is not None:
-            number, members = formed
-            effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
 
     def _publish(self, now: float, effects: list[Effect]) -> None:
-        state = (self._group.wave, self._group.running, self._suspension_state)
+        suspension = self._suspension_state
+        state = (self._group.wave, self._group.running, suspension.number, suspension.settled)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._published_state:
             if not self._clock.due(now):
@@ -327,5 +334,5 @@ class Coordinator:
         self._view_number += 1
         ranks = self._board.views(members) if self._publish_loads else None
         heard = dict(self._board.heard) if self._publish_loads else {}
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, state[2])))
+        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, suspension)))
         self._clock.published(now)

@@ -8,7 +8,7 @@ that is not known is a reason to ask too: only an answer introduces it.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Sequence, Set
 
 GATHER_S = 0.01
 """Subscriptions within this time share a question."""
@@ -39,12 +39,12 @@ class Introductions:
             self._repeat_s = FIRST_REPEAT_S
             self._due = min(self._due or float("inf"), max(now, self._asked + GATHER_S))
 
-    def ask(self, now: float, missing: bool) -> bool:
-        """Whether to ask now; `missing`: whether ranks of the deployment are still unknown."""
+    def ask(self, now: float, missing: Callable[[], Sequence[int]]) -> bool:
+        """Whether to ask now; `missing`: the ranks of the deployment that are still unknown."""
         if self._due is None or now < self._due:
             return False
         self._asked = now
-        self._due = now + self._repeat_s if missing else None
+        self._due = now + self._repeat_s if missing() else None
         self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
         return True
 

@@ -79,7 +79,7 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     `address`: where front-ends reach it. `ready`: it has been told the wave and takes requests.
     `suspension`, `mode`: the highest number it knows (Suspension). `held`: it starts nothing by itself.
     `group_address`: where the other ranks reach it for collectives, empty where it has none of ours.
-    `generation`: the group that it is a member of, 0 for none.
+    `generation`: the group that it is a member of, 0 for none. `told`: the highest that it was told to form.
     """
 
     version: Count
@@ -94,6 +94,7 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     held: bool = False
     group_address: Address = ""
     generation: Count = 0
+    told: Count = 0
 
 
 class RankReport(Message, frozen=True, tag="rank-report"):

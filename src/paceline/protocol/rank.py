@@ -15,7 +15,6 @@ group's wave from the first agreement on, and where one rank knows of a suspensi
 from __future__ import annotations
 
 from collections.abc import Set
-from enum import Enum
 
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -57,21 +56,13 @@ from paceline.protocol.rank_events import (
     Wait,
     Waited,
 )
+from paceline.protocol.rank_phase import Phase as Phase
 from paceline.protocol.rank_report import LoadReporter
 from paceline.protocol.rank_requests import RankRequests
 from paceline.protocol.rules import checked
 from paceline.protocol.standing import Standing, stops
 
 HELLO_REPEAT_S = 0.1
-
-
-class Phase(Enum):
-    """Where a rank is in its life; waves are a matter of READY alone."""
-
-    LOADING = "loading"
-    JOINING = "joining"
-    READY = "ready"
-    LEFT = "left"
 
 
 class Rank:
@@ -347,5 +338,6 @@ class Rank:
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
                 self.running, standing.number, standing.mode, held, self._group_address, self.generation,
+                self._forming,
             )
         )  # fmt: skip

@@ -9,7 +9,7 @@ from paceline.protocol.messages import GroupMember
 from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GroupListener, form_group
 
-FORM_TIMEOUT_S = 5.0
+FORM_TIMEOUT_S = 1.0
 """How long a rank waits for its peers. Shorter than the coordinator's patience, which then calls the next one."""
 
 

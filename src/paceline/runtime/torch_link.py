@@ -80,7 +80,7 @@ def _process_group(backend: str, store: Any, own: int, size: int, host: str, dea
     options._threads = 1
     options._timeout = _left(deadline)
     made = distributed.ProcessGroupGloo(store, own, size, options)
-    made.set_timeout(SLOWEST_MEMBER)
+    made._set_default_timeout(SLOWEST_MEMBER)
     return made
 
 
