@@ -65,6 +65,7 @@ class Checks:
         self._views: dict[int, tuple[int, int]] = {}
         self._ranks: Mapping[int, RankParty] = {}
         self._settled = 0
+        self._settled_lives: frozenset[int] = frozenset()
         self._resumed = 0
 
     def watch(self, ranks: Mapping[int, RankParty]) -> None:
@@ -103,8 +104,13 @@ class Checks:
         if self._settled <= self._resumed or (standing.mode == "wait" and not party.lockstep):
             # Independent ranks that are asked to wait, after `keep`, go on at once.
             return
-        unaware = [rank.name for rank in self._ready() if rank.machine.standing.number <= self._settled]
-        if unaware:
+        if not party.lockstep and party.machine.incarnation not in self._settled_lives:
+            # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
+            return
+        known = {rank.name: rank.machine.standing.number for rank in self._ready()}
+        unaware = [name for name, number in known.items() if number <= self._settled]
+        # Where all who knew have died, the suspension has died with them.
+        if unaware and max(known.values()) >= self._settled:
             text = f"{party.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
             raise Violation(text, party.name, *unaware, COORDINATOR)
         self._resumed = self._settled
@@ -134,6 +140,7 @@ class Checks:
         if not state.settled or state.number % 2 == 0 or state.number <= self._settled:
             return
         self._settled = state.number
+        self._settled_lives = frozenset(party.machine.incarnation for party in self._ready())
         for party in self._ready():
             known, held = party.machine.standing.number, party.machine.held
             if known < state.number or (known == state.number and not held):

@@ -21,7 +21,7 @@ SCATTER_S = 0.00005
 NOTICE_S = 0.002
 """A member's end is noticed within this time."""
 FORM_S = 0.003
-FORM_TIMEOUT_S = 5.0
+FORM_TIMEOUT_S = 1.0
 """As in `runtime/group_seat.py`: how long a rank waits for the others to form a group with it."""
 
 Life = tuple[int, int]
