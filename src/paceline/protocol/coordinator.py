@@ -275,12 +275,12 @@ class Coordinator:
     # Suspension -------------------------------------------------------------------------------
 
     def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have ended.
+        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have left.
 
-        A lockstep rank that is away would step alone when it is back; an independent one is told before it is ready.
+        A rank that was told of no suspension when it joined must not step either.
         """
-        ended = set() if self.lockstep else {rank for rank, _ in self._membership.ended()}
-        return (rank for rank in range(self._membership.size) if rank not in ended)
+        gone = set() if self.lockstep else self._membership.gone()
+        return (rank for rank in range(self._membership.size) if rank not in gone)
 
     def _suspension_changed(self, now: float) -> None:
         self._suspension.advance(self._expected(), now)
@@ -310,7 +310,7 @@ class Coordinator:
         if self._generations.asks:
             self._generations.asks = False
             self._introductions.wanted(now)
-        if self._introductions.ask(now, self._membership.missing):
+        if self._introductions.ask(now, lambda: [*self._membership.missing(), *self._generations.silent()]):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
