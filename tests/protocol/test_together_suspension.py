@@ -70,10 +70,16 @@ class Suspendable(Deployment):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.calls: list[Calls] = []
+        self.lives: list[object] = []
         self.settled: set[int] = set()
         self.steps = 0
         super().__init__(*arguments, **options)
         self.world.after_each = self._note_settled
+
+    def start_coordinator(self) -> None:
+        super().start_coordinator()
+        # `_check` goes by id(): that of a coordinator that is gone must not be another's.
+        self.lives.append(self.coordinator)
 
     def start_front_end(self, index: int, count: int) -> FrontEndShell:
         shell = super().start_front_end(index, count)
