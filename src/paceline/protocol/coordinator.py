@@ -186,6 +186,8 @@ class Coordinator:
         if not was_current:
             self._forget_rank(hello.rank, now)
         self._introductions.heard(hello.rank)
+        if self.lockstep:
+            self._group.told(hello.wave, now)
         grouped = self.lockstep and bool(hello.group_address)
         if grouped:
             position = Position(hello.incarnation, hello.group_address, hello.generation, hello.told)
