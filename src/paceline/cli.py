@@ -41,7 +41,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
 ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
-EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, or module:Class.", "--engine")]
+EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, or module:Class.", "--engine")]
 EngineOptionFlag = Annotated[
     list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
 ]
@@ -88,6 +88,9 @@ StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must b
 DrainTimeoutFlag = Annotated[
     float, _option(_SERVER, "Seconds that requests get to finish on SIGTERM.", "--drain-timeout")
 ]
+StallTimeoutFlag = Annotated[
+    float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
+]
 LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
 
@@ -122,6 +125,7 @@ def serve(
     max_body_bytes: MaxBodyBytesFlag = 16 * 1024 * 1024,
     startup_timeout: StartupTimeoutFlag = 300.0,
     drain_timeout: DrainTimeoutFlag = 30.0,
+    stall_timeout: StallTimeoutFlag = 30.0,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -192,6 +196,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             max_waiting=given["max_waiting"] or None,
             startup_timeout_s=given["startup_timeout"],
             drain_timeout_s=given["drain_timeout"],
+            stall_timeout_s=given["stall_timeout"],
             **server,
         ),
     )

@@ -225,8 +225,8 @@ class _Transfer:
         self.received: dict[int, bytes] = {}
 
     def missing(self) -> tuple[int, ...]:
-        """Whose part has not come, or who does not take ours. For any thread: a dict is copied at once."""
-        return tuple(sorted({*tuple(self.receiving), *tuple(self.sending)}))
+        """Whose part has not come, or who does not take ours. For any thread: `copy` cannot be interrupted."""
+        return tuple(sorted({*self.receiving.copy(), *self.sending.copy()}))
 
     def send(self, peer: int, link: socket.socket) -> None:
         """Send as much as goes. Raises ConnectionError."""
