@@ -137,7 +137,19 @@ def serve(
     _serve(config)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For commands whose flags are read elsewhere: what they need is imported only when they run."""
+
+
+@app.command(context_settings=_PASSED_ON)
+def simulate(context: typer.Context) -> None:
+    """Run the machines in virtual time, from a seed, with delays, losses and crashes."""
+    from paceline.simulate_cli import app as simulate_app
+
+    simulate_app(context.args, prog_name="paceline simulate")
+
+
+@app.command(context_settings=_PASSED_ON)
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
     from paceline.coordinator_cli import run_command

@@ -104,6 +104,10 @@ def run_seeds(options: Options, seeds: Iterator[int], as_json: bool, many: bool)
     return False
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command(help="Run the machines in virtual time, from a seed, with delays, losses and crashes.")(simulate_command)
+
+
 def summary(outcome: Outcome) -> str:
     """What came of a run, for a person."""
     options = outcome.options

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,6 +102,26 @@ def test_who_has_left_waits_for_nobody(four: Threads) -> None:
     assert four.groups[0].waiting() is None
 
 
+@contextmanager
+def switching_within_c_code() -> Iterator[None]:
+    """Garbage collections that run Python code: any allocation may hand over to another thread."""
+
+    def callback(phase: str, info: dict[str, int]) -> None:
+        for _ in range(10):
+            pass
+
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.callbacks.append(callback)
+    gc.set_threshold(5, 1000, 1000)
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(callback)
+
+
 @pytest.mark.slow
 def test_asked_all_the_time_while_collectives_run(four: Threads) -> None:
     done = threading.Event()
@@ -113,13 +136,15 @@ def test_asked_all_the_time_while_collectives_run(four: Threads) -> None:
             for call in CALLS.values():
                 call(four.groups[rank])
 
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        four.each(run)
-    finally:
-        done.set()
-        asking.join(30)
+    asker = ThreadPoolExecutor(1)
+    asking = asker.submit(ask)
+    with switching_within_c_code():
+        try:
+            four.each(run)
+        finally:
+            done.set()
+            asking.result(30)
+            asker.shutdown()
     kinds = list(CALLS)
     assert seen
     for rank, answer in seen:
