@@ -80,15 +80,17 @@ def filled(options: Options) -> Options:
     """The options with everything that was left out drawn from the seed."""
     stream = Seeds(options.seed).stream("options")
     # All are drawn in any case, so that giving one leaves the others as they were.
+    ranks = stream.randint(2, 8)
+    scale = max(1, (options.ranks or ranks) // 8)
     drawn_ones = {
-        "ranks": stream.randint(2, 8),
+        "ranks": ranks,
         "front_ends": stream.randint(1, 3),
-        "requests": stream.randint(10, 60),
+        "requests": stream.randint(10, 60) * scale,
         "losses": stream.choice((0.0, 0.0, 0.02, 0.1)),
         "crashes": stream.choice((0, 1, 2, 4)),
         "suspensions": stream.choice((0, 0, 1, 3, 8)),
         "duration": stream.choice((0.5, 2.0, 6.0)),
-        "lockstep": stream.random() < 0.6,
+        "lockstep": Seeds(options.seed).stream("lockstep").random() < 0.7,
     }
     return msgspec.structs.replace(
         options, **{name: value for name, value in drawn_ones.items() if getattr(options, name) is None}
