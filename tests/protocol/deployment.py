@@ -67,7 +67,7 @@ class Deployment:
         self.front_ends: list[FrontEndShell] = []
         self.broadcast: list[Any] = []
         self._lives = itertools.count(1)
-        self._waves: dict[int, int] = {}
+        self._waves: dict[Any, int] = {}
         self.start_coordinator()
         for index in range(front_ends):
             self.start_front_end(index, front_ends)
@@ -176,5 +176,5 @@ class Deployment:
         machines += [self.coordinator] if self.coordinator is not None else []
         for machine in machines:
             wave = machine.statistics()["wave"]
-            assert wave >= self._waves.get(id(machine), 0), "a wave number went down"
-            self._waves[id(machine)] = wave
+            assert wave >= self._waves.get(machine, 0), "a wave number went down"
+            self._waves[machine] = wave
