@@ -56,6 +56,20 @@ def test_one_seed_is_one_run_in_any_process() -> None:
     assert first["digest"] != simulate(Options(8)).digest
 
 
+ONCE_FAILED = {
+    "a coordinator's question lost to one rank": Options(36, lockstep=True, losses=0.1),
+    "a suspension settled before all ranks were heard": Options(130, lockstep=False, suspensions=8),
+    "generations numbered below what ranks had been told": Options(254, lockstep=True, crashes=4),
+    "a dead life in the next generation": Options(276, lockstep=True, crashes=4),
+}
+
+
+@pytest.mark.parametrize("options", ONCE_FAILED.values(), ids=ONCE_FAILED)
+def test_what_once_failed_passes(options: Options) -> None:
+    outcome = simulate(options)
+    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
+
+
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:
     assert simulate(Options(3, encode=True)).digest == simulate(Options(3, encode=False)).digest
 
@@ -106,6 +120,10 @@ def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("paceline.protocol.board.HEARTBEAT_S", 0.05)
 
 
+def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RankRequests, "drop", lambda self, front_end, requests: {}["a machine's own mistake"])
+
+
 @pytest.mark.parametrize(
     ("breakage", "found"),
     [
@@ -114,6 +132,7 @@ def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
         (a_token_sent_twice, "in place of"),
         (a_report_that_is_not_true, "reports Load"),
         (a_timer_that_never_rests, "at rest"),
+        (a_machine_that_raises, 'KeyError: "a machine\'s own mistake" (test_simulate.py, line'),
     ],
 )
 def test_a_breakage_is_found(breakage: Any, found: str, monkeypatch: pytest.MonkeyPatch) -> None:

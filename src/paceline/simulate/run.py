@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Set
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
+from paceline.errors import ConfigError
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
@@ -100,7 +102,7 @@ def filled(options: Options) -> Options:
 def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
     """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong.
 
-    `without`: rules (`protocol/rules.py`) that the machines lack.
+    Raises ConfigError where the trace cannot be read. `without`: rules (`protocol/rules.py`) that the machines lack.
     """
     return Run(filled(options), without).run()
 
@@ -117,13 +119,20 @@ class Run:
     def run(self) -> Outcome:
         """All of it: start, load and faults, rest."""
         begin = time.perf_counter()
+        journal = self.deployment.world.journal
+        verdict, event, parties = "ok", 0, None
         try:
             self._run()
-            verdict, event, history = "ok", 0, []
+        except ConfigError:
+            raise
         except Violation as violation:
-            journal = self.deployment.world.journal
-            verdict, event = violation.what, journal.events
-            history = [entry.text() for entry in journal.last(violation.parties, SHOWN_EVENTS)]
+            verdict, event, parties = violation.what, journal.events, violation.parties
+        except Exception as error:
+            # A machine that fails is a finding like any other, and must come with its seed.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            verdict = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+            event, parties = journal.events, ()
+        history = [] if parties is None else [entry.text() for entry in journal.last(parties, SHOWN_EVENTS)]
         return self._outcome(verdict, event, history, time.perf_counter() - begin)
 
     def _shape(self) -> Shape:
