@@ -19,6 +19,7 @@ from paceline.protocol.messages import (
     Suspension,
     WakeNotice,
 )
+from paceline.protocol.rank_phase import Phase
 from paceline.protocol.sampling import ControlAction
 from paceline.protocol.standing import MODES
 from tests.protocol.deployment import Deployment
@@ -297,3 +298,36 @@ def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, 
     assert not any(rank.machine.held for rank in deployment.ranks.values())
     assert len({rank.machine.standing.number for rank in deployment.ranks.values()}) == 1
     assert find(deployment.broadcast, Suspension) == [] or deployment.number() % 2 == 0
+
+
+@pytest.mark.xfail(strict=True, reason="a coordinator that has heard nobody admits ranks as if nothing were suspended")
+def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
+    deployment = Suspendable(ranks=2, lockstep=False).ready()
+    deployment.control("keep")
+    deployment.ranks[1].kill()
+    deployment.crash_coordinator()
+    deployment.ranks[0].to_coordinator.delay_s = deployment.front_ends[0].to_coordinator.delay_s = 0.01
+    deployment.start_coordinator()
+    deployment.start_rank(1)
+    for _ in range(20):
+        deployment.world.run_for(0.002)
+        deployment.front_ends[0].submit()
+    deployment.is_suspended()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("gone_s", [0.0, 0.5])
+def test_a_new_life_of_a_rank_holds_the_suspension_and_serves_after_it(mode: ControlAction, gone_s: float) -> None:
+    deployment = Suspendable(ranks=2, lockstep=False).ready()
+    deployment.control(mode)
+    deployment.ranks[1].kill()
+    deployment.world.run_for(gone_s)
+    deployment.start_rank(1)
+    deployment.run_until(lambda: deployment.ranks[1].machine.phase is Phase.READY)
+    deployment.load(2)
+    deployment.is_suspended()
+    assert not deployment.control("resume").superseded
+    deployment.finish()
+    request = deployment.front_ends[0].submit(rank=1)
+    deployment.finish()
+    assert deployment.front_ends[0].outputs[request]
