@@ -99,6 +99,13 @@ def test_a_rank_that_is_cut_off_hears_everything_later() -> None:
     recovered(deployment, mishaps)
 
 
+def test_a_rank_that_is_heard_late_is_woken_for_nothing_and_no_more() -> None:
+    deployment, mishaps = struck("unheard")
+    deployment.front_ends[0].submit(rank=0)
+    assert deployment.finish() < 0.3
+    recovered(deployment, mishaps)
+
+
 def test_two_crashes_of_one_party_at_once_are_one() -> None:
     deployment = Deployment(Shape(ranks=2)).start().ready()
     mishaps = Mishaps(deployment)

@@ -56,20 +56,6 @@ def test_one_seed_is_one_run_in_any_process() -> None:
     assert first["digest"] != simulate(Options(8)).digest
 
 
-ONCE_FAILED = {
-    "a coordinator's question lost to one rank": Options(36, lockstep=True, losses=0.1),
-    "a suspension settled before all ranks were heard": Options(130, lockstep=False, suspensions=8),
-    "generations numbered below what ranks had been told": Options(254, lockstep=True, crashes=4),
-    "a dead life in the next generation": Options(276, lockstep=True, crashes=4),
-}
-
-
-@pytest.mark.parametrize("options", ONCE_FAILED.values(), ids=ONCE_FAILED)
-def test_what_once_failed_passes(options: Options) -> None:
-    outcome = simulate(options)
-    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
-
-
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:
     assert simulate(Options(3, encode=True)).digest == simulate(Options(3, encode=False)).digest
 
