@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.protocol.calls import ACQUAINTED_S, ANSWERS_KEPT, Calls
+from paceline.protocol.calls import ANSWERS_KEPT, Calls
 from paceline.protocol.messages import ControlRequest
 from paceline.protocol.sampling import ControlAction
 from paceline.protocol.suspension import GroupSuspension
@@ -23,11 +23,11 @@ class Desk:
 
     def ask(self, front_end: int, call: int, action: ControlAction, answered: int = 0) -> list[tuple[int, int, int]]:
         """One request, and the answers that are given at once."""
-        self.calls.request(ControlRequest(front_end, call, action, answered), 0.0)
+        self.calls.request(ControlRequest(front_end, call, action, answered))
         return self.serve()
 
-    def serve(self, acquainted: bool = True, now: float = 0.0) -> list[tuple[int, int, int]]:
-        return self.calls.serve(acquainted, lambda action: self.suspension.ask(action, now), self.number, now)
+    def serve(self) -> list[tuple[int, int, int]]:
+        return self.calls.serve(lambda action: self.suspension.ask(action, 0.0), self.number)
 
 
 def test_a_call_is_answered_with_the_number_at_which_it_is_so() -> None:
@@ -35,23 +35,13 @@ def test_a_call_is_answered_with_the_number_at_which_it_is_so() -> None:
     assert desk.ask(FIRST, 1, "keep") == [(FIRST, 1, 1)]
     assert desk.ask(SECOND, 1, "resume") == [(SECOND, 1, 2)]
     assert desk.serve() == []
-    assert desk.calls.due is None
-
-
-def test_nobody_is_answered_before_the_ranks_were_heard_or_a_second_has_passed() -> None:
-    desk = Desk()
-    desk.calls.request(ControlRequest(FIRST, 1, "keep"), 5.0)
-    assert desk.calls.due == 5.0 + ACQUAINTED_S
-    assert desk.serve(acquainted=False, now=5.0) == []
-    desk.calls.request(ControlRequest(FIRST, 1, "keep"), 5.5)
-    assert desk.calls.due == 5.0 + ACQUAINTED_S, "a repeat does not put it off"
-    assert desk.serve(acquainted=False, now=6.0) == [(FIRST, 1, 1)]
+    assert len(desk.calls) == 0
 
 
 def test_calls_that_wait_are_served_in_their_order() -> None:
     desk = Desk(number=4)
     for call, action in ((1, "keep"), (2, "resume"), (3, "abort")):
-        desk.calls.request(ControlRequest(FIRST, call, action), 0.0)  # type: ignore[arg-type]
+        desk.calls.request(ControlRequest(FIRST, call, action))  # type: ignore[arg-type]
     assert desk.serve() == [(FIRST, 1, 5), (FIRST, 2, 6), (FIRST, 3, 7)]
 
 

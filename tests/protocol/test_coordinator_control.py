@@ -255,7 +255,8 @@ def test_in_lockstep_a_rank_that_is_away_is_waited_for_and_named() -> None:
     machine = started()
     machine.handle(RankSaid(RankLeaving(1, 11)), 2.0)
     machine.handle(control("keep"), 2.0)
-    assert state(machine.handle(hello(0, 1, True), 2.0)) == SuspensionState(1, "keep", False, [1])
+    machine.handle(hello(0, 1, True), 2.0)
+    assert state(machine.handle(Tick(), 2.2)) == SuspensionState(1, "keep", False, [1])
     machine.handle(hello(1, 0, False, ready=False, life=21), 3.0)
     assert state(machine.handle(hello(1, 1, True, life=21), 3.0)).settled
 

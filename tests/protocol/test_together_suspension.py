@@ -300,7 +300,6 @@ def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, 
     assert find(deployment.broadcast, Suspension) == [] or deployment.number() % 2 == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a coordinator that has heard nobody admits ranks as if nothing were suspended")
 def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
     deployment = Suspendable(ranks=2, lockstep=False).ready()
     deployment.control("keep")
