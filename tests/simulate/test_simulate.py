@@ -56,6 +56,14 @@ def test_one_seed_is_one_run_in_any_process() -> None:
     assert first["digest"] != simulate(Options(8)).digest
 
 
+@pytest.mark.slow
+def test_256_ranks_pass() -> None:
+    outcome = simulate(Options(7, ranks=256, lockstep=True, encode=False))
+    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
+    assert outcome.waves > 0
+    assert outcome.finished > 100
+
+
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:
     assert simulate(Options(3, encode=True)).digest == simulate(Options(3, encode=False)).digest
 
