@@ -152,7 +152,9 @@ class Checks:
         if answer.superseded:
             return
         for rank in self._ready():
-            if rank.machine.standing.number < answer.number:
+            standing = rank.machine.standing
+            # A life that has come since the resumption need not know its number, if it is free all the same.
+            if standing.number < answer.number and not (answer.number % 2 == 0 and standing.free):
                 text = f"{party.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
                 raise Violation(text, party.name, rank.name, COORDINATOR)
 
