@@ -100,9 +100,7 @@ class Checks:
         """A rank begins a step only while it runs."""
         if party.lockstep and not party.machine.running:
             raise Violation(f"{party.name} steps while paused", party.name)
-        standing = party.machine.standing
-        if self._settled <= self._resumed or (standing.mode == "wait" and not party.lockstep):
-            # Independent ranks that are asked to wait, after `keep`, go on at once.
+        if self._settled <= self._resumed:
             return
         if not party.lockstep and party.machine.incarnation not in self._settled_lives:
             # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
