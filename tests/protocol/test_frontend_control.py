@@ -146,7 +146,7 @@ def test_answers_to_others_are_not_ours() -> None:
 
 
 def test_a_call_that_another_coordinator_numbered_is_numbered_anew() -> None:
-    machine, views = fresh()
+    machine, _ = fresh()
     ask(machine, 7, "keep")
     answer(machine, 7, 5)
     members(machine, coordinator=2)
