@@ -1,0 +1,1 @@
+"""The machines without processes: every interleaving of a small deployment, or one long run of a large one."""
