@@ -31,6 +31,12 @@ test: $(STAMP) ## lint, types, and all tests, the slow ones included
 test-fast: $(STAMP) ## the tests that start no process and load no model
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
+# Skipped by `test` where torch is not installed. PIP_INDEX_URL or PIP_EXTRA_INDEX_URL may name an index of CPU builds.
+test-torch: $(STAMP) ## the tests of the collectives, over torch.distributed too (installs torch)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/python -m pytest tests/runtime/test_collective.py tests/runtime/test_waiting.py \
+	  tests/runtime/test_torch_group.py $(ARGS)
+
 format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -49,4 +55,4 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast format docs bench-serve bench-collective clean
+.PHONY: help setup serve test test-fast test-torch format docs bench-serve bench-collective clean

@@ -1,7 +1,8 @@
-"""`make bench-collective`: an all-reduce of two integers among local ranks, ours and gloo's, in the same processes.
+"""`make bench-collective`: an all-reduce of two integers among local ranks, in the same processes.
 
-Each rank is a process; blocks of ours and of gloo's take turns, so that both see the same machine. Without torch
-only ours is measured.
+`paceline` is the group of sockets, `torch` the group of torch.distributed behind the same interface, `gloo` the plain
+torch call, which does not notice a member's end. Each rank is a process; blocks of each take turns, so that all see
+the same machine. Without torch only the first is measured.
 """
 
 from __future__ import annotations
@@ -40,15 +41,20 @@ def timed(call: Any, rounds: int) -> list[float]:
 def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, results: Connection) -> None:
     """One rank's process; rank 0 reports."""
     addresses = {peer: group_path(folder, peer) for peer in range(size)}
-    group = form_group(GroupListener(addresses[rank]), 1, rank, addresses, 60.0)
+    listener = GroupListener(addresses[rank])
+    group = form_group(listener, 1, rank, addresses, 60.0)
     calls = {"paceline": lambda: group.all_reduce([rank, 1], "max")}
     if with_gloo:
         import torch
         from torch import distributed
 
+        from paceline.runtime.torch_link import form_torch_group
+
         torch.set_num_threads(1)
         distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         tensor = torch.tensor([rank, 1], dtype=torch.int64)
+        over_torch = form_torch_group(listener, 2, rank, addresses, 60.0)
+        calls["torch"] = lambda: over_torch.all_reduce([rank, 1], "max")
         calls["gloo"] = lambda: distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -90,8 +96,9 @@ def main() -> None:
     for name, figures in found.items():
         print(f"  {name:9} p50 {figures['p50']:7.0f} us   p99 {figures['p99']:7.0f} us")
     if with_gloo:
-        print(f"  ratio     p50 {found['paceline']['p50'] / found['gloo']['p50']:7.2f}      "
-              f"p99 {found['paceline']['p99'] / found['gloo']['p99']:7.2f}")  # fmt: skip
+        for name in ("paceline", "torch"):
+            print(f"  {name} to gloo: p50 {found[name]['p50'] / found['gloo']['p50']:.2f}, "
+                  f"p99 {found[name]['p99'] / found['gloo']['p99']:.2f}")  # fmt: skip
     else:
         print("  gloo: not measured, torch is not installed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,15 @@ def test_echo_engine() -> None:
 def test_echo_engine_is_short() -> None:
     lines = (ROOT / "examples" / "echo_engine.py").read_text().splitlines()
     assert len(lines) <= 60
+
+
+@pytest.mark.slow
+def test_trainer_changes_the_weights_under_load() -> None:
+    """Answers are those of the weights that the last update wrote, at each rank in turn, and no request fails."""
+    command = [sys.executable, str(ROOT / "examples" / "trainer.py"), "--updates", "40", "--streams", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "40 updates" in done.stdout
+    assert "0 failed, 0 wrong answers" in done.stdout
+    assert "stop " in done.stdout
+    assert "restart " in done.stdout

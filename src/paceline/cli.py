@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -72,6 +74,9 @@ DataParallelExternalLbFlag = Annotated[
 DataParallelHybridLbFlag = Annotated[
     bool, _option(_PARALLEL, "Each node balances over its own ranks.", "--data-parallel-hybrid-lb", "-dph")
 ]
+DpSyncIntervalFlag = Annotated[
+    int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
+]
 HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
 ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
 HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
@@ -107,6 +112,7 @@ def serve(
     data_parallel_rpc_port: DataParallelRpcPortFlag = 29550,
     data_parallel_external_lb: DataParallelExternalLbFlag = False,
     data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
+    dp_sync_interval: DpSyncIntervalFlag = 16,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
     host: HostFlag = "127.0.0.1",
@@ -133,6 +139,39 @@ def coordinator(context: typer.Context) -> None:
     from paceline.coordinator_cli import run_command
 
     run_command(context.args)
+
+
+UrlFlag = Annotated[str, typer.Option("--url", help="A front-end of the deployment.")]
+PauseTimeoutFlag = Annotated[float, typer.Option("--timeout", help="Seconds to wait until all ranks have.")]
+
+
+@app.command()
+def pause(
+    mode: Annotated[str, typer.Option("--mode", help="keep, wait for, or abort the requests that run.")] = "keep",
+    timeout: PauseTimeoutFlag = 60.0,
+    url: UrlFlag = "http://127.0.0.1:8000",
+) -> None:
+    """Suspend a running deployment; returns once no rank computes."""
+    from paceline.control import Control
+
+    _control(lambda: Control(url).pause(mode, timeout))
+
+
+@app.command()
+def resume(timeout: PauseTimeoutFlag = 60.0, url: UrlFlag = "http://127.0.0.1:8000") -> None:
+    """Let a suspended deployment go on."""
+    from paceline.control import Control
+
+    _control(lambda: Control(url).resume(timeout))
+
+
+def _control(call: Callable[[], dict[str, object]]) -> None:
+    begin = time.monotonic()
+    try:
+        done = call()
+    except PacelineError as error:
+        _fail(error, 1)
+    print(f"{done['status']} after {time.monotonic() - begin:.3f} s (suspension {done['suspension']})")
 
 
 def _config(given: dict[str, Any]) -> DeploymentConfig:
@@ -176,6 +215,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         data_parallel_external_lb=external,
         data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
         headless=given["headless"],
+        dp_sync_interval=given["dp_sync_interval"],
         api_server_count=given["api_server_count"],
     )
 

@@ -31,6 +31,7 @@ class ParallelConfig(Struct, frozen=True):
     data_parallel_hybrid_lb: bool = False
     headless: bool = False
     api_server_count: int = 1
+    dp_sync_interval: int = 16
 
     def __post_init__(self) -> None:
         size, local = self.data_parallel_size, self.data_parallel_size_local
@@ -47,6 +48,7 @@ class ParallelConfig(Struct, frozen=True):
             _require(local == 1, "--data-parallel-size-local", "must be 1 with --data-parallel-external-lb")
         _require(0 < self.data_parallel_rpc_port < 65536, "--data-parallel-rpc-port", "must be 1 to 65535")
         _require(1 <= self.api_server_count <= 256, "--api-server-count", "must be 1 to 256")
+        _require(self.dp_sync_interval >= 1, "--dp-sync-interval", "must be at least 1")
         _require(not self.headless or local > 0, "--headless", "a headless node needs at least one local rank")
 
     @property

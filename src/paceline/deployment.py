@@ -125,6 +125,15 @@ class Plan:
             return self.folder.address(f"rank-{rank}")
         return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
 
+    def group_address(self, rank: int) -> str:
+        """Where a rank's peers reach it for collectives; empty where there are none."""
+        parallel = self.config.parallel
+        if not self.lockstep:
+            return ""
+        if parallel.one_node:
+            return self.folder.address(f"group-{rank}")
+        return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
+
     def close(self) -> None:
         """Give back the port and the sockets' folder."""
         if self._reserved is not None:
@@ -141,6 +150,8 @@ def rank_settings(plan: Plan, rank: int) -> RankSettings:
         coordinator_input=plan.addresses.back_publish,
         coordinator_output=plan.addresses.back_output,
         report_loads=not plan.config.parallel.data_parallel_external_lb,
+        group_bind=plan.group_address(rank),
+        sync_interval=plan.config.parallel.dp_sync_interval,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from paceline.protocol import codec, frontend_events, rank_events
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import AddRequest, Identify, Load
+from paceline.protocol.messages import AddRequest, Load
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.sampling import SamplingParams
 
@@ -205,7 +205,7 @@ class RankShell:
 
     def _coordinator_said(self, message: Any) -> None:
         # As in `runtime/rank_process.py`, a question is answered in the midst of a step too.
-        if self._busy and isinstance(message, Identify):
+        if self._busy and isinstance(message, rank_events.IN_MID_STEP):
             self._feed(rank_events.CoordinatorSaid(message))
         else:
             self.arrive(rank_events.CoordinatorSaid(message))
@@ -234,6 +234,8 @@ class RankShell:
                 assert self._group is not None
                 self._busy = True
                 self._group.enter(self.machine.rank, effect, self._agreed)
+            case rank_events.Again():
+                self.world.at(self.world.now, self.turn)
             case rank_events.Wait(until) if until is not None:
                 self.world.at(until, self.turn)
 
@@ -252,7 +254,8 @@ class RankShell:
         self._busy = False
         if not self.alive:
             return
-        self._feed(rank_events.Agreed(any(e.has_work for e in entered), max(e.wave for e in entered)))
+        any_work, wave = any(e.has_work for e in entered), max(e.wave for e in entered)
+        self._feed(rank_events.Agreed(any_work, wave, max(e.suspension for e in entered)))
         self.turn()
 
 

@@ -39,6 +39,7 @@ from paceline.protocol.messages import (
     SendNotice,
     StartDPWave,
     StartWave,
+    Suspension,
     WakeNotice,
     WaveComplete,
 )
@@ -209,7 +210,7 @@ def test_a_rank_is_told_the_wave_and_is_a_member_once_it_says_that_it_is_ready()
         machine.handle(hello(rank, wave=6), 1.0)
     machine.handle(RankSaid(RankLeaving(1, 11)), 1.1)
     effects = machine.handle(hello(1, ready=False, incarnation=77), 1.2)
-    assert find(effects, ToRanks, message=Admit(1, 77, 6))
+    assert find(effects, ToRanks, message=Admit(1, 77, 6, Suspension(0, "keep", True)))
     assert [member.rank for member in one(said(effects, Members)).members] == [0]
     effects = machine.handle(hello(1, wave=6, incarnation=77), 1.3)
     members = one(said(effects, Members))

@@ -11,38 +11,64 @@ from paceline.protocol import codec
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     UNIONS,
+    GroupMember,
     Load,
     Member,
     OnTheWire,
     Output,
     RankView,
     Send,
+    Stall,
     StartDPWave,
     StartWave,
+    SuspensionState,
     tag_of,
 )
 from paceline.protocol.sampling import Message, PositionLogprobs, SamplingParams, TokenLogprob
 
-PARTS = [Load, Member, OnTheWire, Output, RankView, Send, SamplingParams, TokenLogprob, PositionLogprobs]
+PARTS = [
+    Load,
+    Member,
+    GroupMember,
+    Stall,
+    SuspensionState,
+    OnTheWire,
+    Output,
+    RankView,
+    Send,
+    SamplingParams,
+    TokenLogprob,
+    PositionLogprobs,
+]
 WHOLE = [kind for union in UNIONS.values() for kind in (getattr(union, "__args__", ()) or (union,))]
 
 # Version 1 of the protocol. A line here may only grow at its end, by fields with defaults; for anything else
 # there is a new PROTOCOL_VERSION.
 VERSION_1 = {
-    "rank-hello": "version rank incarnation address ready wave running",
+    "rank-hello": (
+        "version rank incarnation address ready wave running suspension mode held group_address generation told"
+    ),
     "rank-report": "rank incarnation step wave running load taken",
     "start-wave": "rank incarnation wave",
     "wave-complete": "rank incarnation wave",
     "rank-leaving": "rank incarnation",
     "identify": "version coordinator",
-    "admit": "rank incarnation wave",
+    "suspension": "number mode released",
+    "form": "generation wave members suspension",
+    "control": "front_end call action answered",
+    "stall": "rank incarnation step ranks collective kind seconds",
+    "Stall": "rank step collective kind seconds waiting",
+    "control-answer": "coordinator front_end call number",
+    "GroupMember": "rank incarnation address",
+    "SuspensionState": "number mode settled waiting_for",
+    "admit": "rank incarnation wave suspension",
     "start-dp-wave": "wave exclude",
-    "front-end-hello": "version front_end",
+    "front-end-hello": "version front_end suspension mode",
     "wake-notice": "front_end rank wave",
-    "send-notice": "front_end sends",
+    "send-notice": "front_end sends told",
     "front-end-leaving": "front_end",
-    "members": "version coordinator wave running members missing ended",
-    "load-view": "coordinator number wave running ranks",
+    "members": "version coordinator wave running members missing ended stalls",
+    "load-view": "coordinator number wave running ranks heard suspension",
     "add": "request number incarnation wave prompt_token_ids params priority",
     "abort": "requests",
     "outputs": "rank incarnation outputs",

@@ -7,8 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,53 +21,24 @@ from hypothesis import strategies as st
 
 from paceline.engines.group import GenerationEnded
 from paceline.errors import StartupError
-from paceline.runtime.collective import SocketGroup
-from paceline.runtime.group_link import GREETING, MAGIC, GroupListener, form_group, group_path
+from paceline.runtime.group_link import GREETING, MAGIC, GroupListener, group_path
 from paceline.runtime.processes import spawn
+from tests.runtime.groups import IMPLEMENTATIONS, Threads, form
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow
 
 
-class Threads:
-    """A generation whose members are threads of this process."""
-
-    def __init__(self, addresses: list[str], generation: int = 1) -> None:
-        self.listeners = [GroupListener(address) for address in addresses]
-        self.pool = ThreadPoolExecutor(len(addresses))
-        self.groups: list[SocketGroup] = []
-        self.form(generation)
-
-    def form(self, generation: int) -> None:
-        """Form a new generation of all."""
-        addresses = {rank: listener.address for rank, listener in enumerate(self.listeners)}
-        self.groups = self.each(
-            lambda rank: form_group(self.listeners[rank], generation, rank, addresses, timeout_s=20.0)
-        )
-
-    def each(self, call: Callable[[int], Any]) -> list[Any]:
-        """What `call(rank)` returns at each, all at a time."""
-        return [future.result(60) for future in self.start(call)]
-
-    def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:
-        """Likewise, without waiting."""
-        return [self.pool.submit(call, rank) for rank in range(len(self.listeners))]
-
-    def close(self) -> None:
-        """End everything."""
-        for group in self.groups:
-            group.leave()
-        self.pool.shutdown()
-        for group in self.groups:
-            group.close()
-        for listener in self.listeners:
-            listener.close()
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(params=["ipc", "tcp"])
-def four(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Threads]:
+def four(request: pytest.FixtureRequest, implementation: str, tmp_path: Path) -> Iterator[Threads]:
     tcp = request.param == "tcp"
-    members = Threads(["tcp://127.0.0.1:0" if tcp else group_path(tmp_path, rank) for rank in range(4)])
+    addresses = ["tcp://127.0.0.1:0" if tcp else group_path(tmp_path, rank) for rank in range(4)]
+    members = Threads(implementation, addresses)
     yield members
     members.close()
 
@@ -109,6 +80,7 @@ def test_all_to_all_of_unequal_shapes_and_types(four: Threads) -> None:
             expected = arrays(rank)[to]
             assert block.dtype == expected.dtype
             assert np.array_equal(block, expected)
+            assert block.flags.aligned
 
 
 def test_all_to_all_of_more_than_the_sockets_hold(four: Threads) -> None:
@@ -117,8 +89,8 @@ def test_all_to_all_of_more_than_the_sockets_hold(four: Threads) -> None:
     assert all(np.array_equal(got, block) for blocks in received for got in blocks)
 
 
-def test_one_member_alone(tmp_path: Path) -> None:
-    alone = Threads([group_path(tmp_path, 0)])
+def test_one_member_alone(implementation: str, tmp_path: Path) -> None:
+    alone = Threads(implementation, [group_path(tmp_path, 0)])
     assert alone.groups[0].all_reduce([7], "sum") == [7]
     alone.groups[0].barrier()
     (block,) = alone.groups[0].all_to_all([np.ones(3)])
@@ -194,15 +166,15 @@ def test_members_that_disagree_on_the_collective_are_told(four: Threads) -> None
             future.result(10)
 
 
-def test_member_that_does_not_come_is_named(tmp_path: Path) -> None:
+def test_member_that_does_not_come_is_named(implementation: str, tmp_path: Path) -> None:
     listener = GroupListener(group_path(tmp_path, 0))
     addresses = {rank: group_path(tmp_path, rank) for rank in range(3)}
     with pytest.raises(StartupError, match=r"generation 9: rank 1, 2 did not come within 0\.3 s"):
-        form_group(listener, 9, 0, addresses, 0.3)
+        form(implementation, listener, 9, 0, addresses, 0.3)
     listener.close()
 
 
-def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -> None:
+def test_strangers_and_other_generations_do_not_become_members(implementation: str, tmp_path: Path) -> None:
     first, second = (GroupListener(group_path(tmp_path, rank)) for rank in range(2))
     addresses = {0: first.address, 1: second.address}
     strangers = []
@@ -213,7 +185,7 @@ def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -
         stranger.shutdown(socket.SHUT_WR)
         strangers.append(stranger)
     with ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(form_group, listener, 5, rank, addresses, 20.0)
+        futures = [pool.submit(form, implementation, listener, 5, rank, addresses, 20.0)
                    for rank, listener in enumerate((first, second))]  # fmt: skip
         groups = [future.result(30) for future in futures]
         assert pool.submit(groups[0].all_reduce, [1], "sum").result is not None
@@ -225,11 +197,13 @@ def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -
 # Real processes ---------------------------------------------------------------------------------
 
 
-def member(rank: int, addresses: dict[int, str], status: Connection) -> None:
-    """A member's process: a million barriers, and the time at which they end."""
-    group = form_group(GroupListener(addresses[rank]), 1, rank, addresses, 30.0)
+def member(implementation: str, rank: int, addresses: dict[int, str], held: int | None, status: Connection) -> None:
+    """A member's process: collectives without end, and the time at which they end. One may be held up for good."""
+    group = form(implementation, GroupListener(addresses[rank]), 1, rank, addresses, 60.0)
     group.barrier()
     status.send("running")
+    if rank == held:
+        threading.Event().wait(100)
     try:
         while True:
             group.all_reduce([1, 2], "max")
@@ -238,13 +212,18 @@ def member(rank: int, addresses: dict[int, str], status: Connection) -> None:
         status.send((time.monotonic(), str(error)))
 
 
-@pytest.mark.parametrize("victim", [0, 3])
-def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim: int) -> None:
+# Where one member is held up, the others wait for it and not for the one that dies.
+@pytest.mark.parametrize(("victim", "held"), [(0, None), (3, None), (3, 1), (0, 2)])
+def test_kill_of_a_member_is_known_to_all_within_a_second(
+    implementation: str, tmp_path: Path, victim: int, held: int | None
+) -> None:
     addresses = {rank: group_path(tmp_path, rank) for rank in range(4)}
     pipes, processes = [], []
     for rank in addresses:
         reader, writer = get_context("spawn").Pipe(duplex=False)
-        kwargs = {"rank": rank, "addresses": addresses, "status": writer}
+        kwargs = {
+            "implementation": implementation, "rank": rank, "addresses": addresses, "held": held, "status": writer,
+        }  # fmt: skip
         processes.append(spawn(f"member {rank}", member, kwargs))
         writer.close()
         pipes.append(reader)
@@ -254,13 +233,15 @@ def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim
             assert pipe.recv() == "running"
         killed_at = time.monotonic()
         os.kill(processes[victim].pid or 0, signal.SIGKILL)
-        for rank, pipe in enumerate(pipes):
-            if rank != victim:
-                assert pipe.poll(10)
-                ended_at, text = pipe.recv()
-                assert "generation 1 has ended" in text
-                assert ended_at - killed_at < 1.0
-        wait_until(lambda: not any(process.is_alive() for process in processes), "all have ended")
+        survivors = [rank for rank in addresses if rank not in (victim, held)]
+        for rank in survivors:
+            assert pipes[rank].poll(10)
+            ended_at, text = pipes[rank].recv()
+            assert "generation 1 has ended" in text
+            assert ended_at - killed_at < 1.0
+        # They can end, also with an operation of theirs under way.
+        wait_until(lambda: not any(processes[rank].is_alive() for rank in survivors), "the others have ended")
+        assert [processes[rank].exitcode for rank in survivors] == [0] * len(survivors)
     finally:
         for process in processes:
             process.kill()

@@ -1,19 +1,26 @@
 """What a lockstep engine needs of the other ranks: collectives among the members of one generation.
 
-The engine is handed a `RankGroup`; `runtime/collective.py` makes one of sockets.
+The engine is handed a `RankGroup`; `runtime/collective.py` makes one of sockets, `runtime/torch_group.py` one of
+torch.distributed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from paceline.errors import PacelineError
 
-Array = NDArray[np.generic]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.generic]
+else:
+    # A name for annotations alone: a rank of an independent engine catches GenerationEnded and needs no NumPy.
+    Array = object
 Reduction = str
 """`max`, `sum`, or `and` (all are non-zero)."""
 
@@ -30,11 +37,40 @@ class GenerationEnded(PacelineError):
     """A member has left or died, or this one was told to leave: no collective of this generation completes."""
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A member is blocked in a collective."""
+
+    collective: int
+    """Which of its generation, from 1; the same at all members."""
+    kind: str
+    """`barrier`, `all_reduce` or `all_to_all`."""
+    ranks: tuple[int, ...]
+    """The members without whom this one cannot go on: nothing, or not all, has come from them.
+
+    What each can know differs. In an all-to-all every member hears from every other and names who is late. A group
+    that reduces through one member (`SocketGroup`: the first) lets only that one know: it names who is late, all
+    others name it. So one answer may name a member that itself waits for another; `held_up_by` combines them.
+    """
+    seconds: float
+    """Since this member began this collective."""
+
+
+def held_up_by(answers: Mapping[int, Waiting | None]) -> tuple[int, ...]:
+    """The members that hold up a generation: those waited for that do not wait themselves.
+
+    `answers` has what `RankGroup.waiting` said at each member, asked at about the same time; a member that gave no
+    answer is left out. Empty where nobody waits, or where the answers were taken while the collective moved on.
+    """
+    named = {rank for answer in answers.values() if answer is not None for rank in answer.ranks}
+    return tuple(sorted(rank for rank in named if answers.get(rank) is None))
+
+
 class RankGroup(ABC):
     """The members of one generation. All members call the same collectives in the same order.
 
-    Every method but `leave` blocks until all members have called it, and raises GenerationEnded within a second
-    of a member's end. `leave` may be called by any thread at any time, also twice.
+    The collectives block until all members have called them, and raise GenerationEnded within a second of a member's
+    end. `leave` and `waiting` may be called by any thread at any time, `leave` also twice.
     """
 
     def __init__(self, generation: int, rank: int, members: Sequence[int]) -> None:
@@ -60,3 +96,23 @@ class RankGroup(ABC):
     @abstractmethod
     def leave(self) -> None:
         """End this generation for this member and so for all; blocked calls raise."""
+
+    def urge(self) -> None:
+        """Let all members know, with the next all-to-all, that this one wants them to agree. Any thread may call it."""
+        return
+
+    def urged(self) -> bool:
+        """Whether some member's `urge` has come with an all-to-all since this was last asked.
+
+        Each all-to-all tells all members alike, so if all ask after the same collective, all get the same answer.
+        False where the group cannot carry it.
+        """
+        return False
+
+    def waiting(self) -> Waiting | None:
+        """Where this member is blocked, for whom and how long; None while it is not, or where the group cannot say."""
+        return None
+
+    def close(self) -> None:
+        """Leave, and give back what the group holds. Only for the thread that runs the collectives."""
+        self.leave()

@@ -9,13 +9,32 @@ back from what ranks and front-ends say when they are asked, so there is nothing
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Iterable, Set
 
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.calls import Calls
+from paceline.protocol.coordinator_events import (
+    Effect,
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    Tick,
+    ToFrontEnds,
+    ToRanks,
+)
+from paceline.protocol.generation import Generations, Position
+from paceline.protocol.introductions import Introductions
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
+    ControlAnswer,
+    ControlRequest,
+    Form,
     FromFrontEnd,
     FromRank,
     FrontEndHello,
@@ -27,72 +46,17 @@ from paceline.protocol.messages import (
     RankLeaving,
     RankReport,
     SendNotice,
+    StallReport,
     StartDPWave,
     StartWave,
-    ToFrontEnd,
-    ToRank,
+    SuspensionState,
     WakeNotice,
     WaveComplete,
 )
+from paceline.protocol.rules import checked
+from paceline.protocol.stalls import Stalls, describe
+from paceline.protocol.suspension import GroupSuspension
 from paceline.protocol.wave import GroupWave
-
-# Events ---------------------------------------------------------------------------------------
-
-
-class Tick(Struct, frozen=True):
-    """Time has passed."""
-
-
-class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
-    message: FromRank
-
-
-class FrontEndSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
-    message: FromFrontEnd
-
-
-class RankSubscribed(Struct, frozen=True):
-    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
-
-
-class FrontEndSubscribed(Struct, frozen=True):
-    """Likewise a front-end's."""
-
-
-class FrontEndGone(Struct, frozen=True):
-    """A front-end's connection has ended."""
-
-    front_end: int
-
-
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
-
-# Effects --------------------------------------------------------------------------------------
-
-
-class ToRanks(Struct, frozen=True):
-    """Broadcast to all ranks."""
-
-    message: ToRank
-
-
-class ToFrontEnds(Struct, frozen=True):
-    """Broadcast to all front-ends."""
-
-    message: ToFrontEnd
-
-
-class Note(Struct, frozen=True):
-    """Something for the log that an operator wants to read."""
-
-    text: str
-
-
-Effect = ToRanks | ToFrontEnds | Note
 
 
 class Coordinator:
@@ -101,17 +65,25 @@ class Coordinator:
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads.
+    carry the wave and no loads. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
-        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True
-    ) -> None:
+        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
+        without: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
         self._publish_loads = publish_loads
         self._membership = Membership(engine_count)
-        self._group = GroupWave()
+        self._without = checked(without)
+        self._group = GroupWave(self._without)
+        self._introductions = Introductions(self._without)
+        self._generations = Generations(engine_count)
+        self._stalls = Stalls()
+        self._suspension = GroupSuspension(self._without)
+        self._suspension_state = SuspensionState()
+        self._calls = Calls()
         self._board = Board()
         self._clock = PublishClock(interval_s)
         self._view_number = 0
@@ -119,14 +91,19 @@ class Coordinator:
         self._members_due = True
         self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
-        self._published_state: tuple[int, bool] = (0, False)
+        self._published_state = (0, False, 0, True)
 
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        wake = self._group.wake_due
-        deadline = self._clock.deadline()
-        return deadline if wake is None else min(wake, deadline)
+        timers = (
+            self._group.wake_due,
+            self._suspension.due,
+            self._generations.due,
+            self._introductions.due,
+            self._calls.due,
+        )
+        return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -137,14 +114,15 @@ class Coordinator:
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
-                effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+                self._introductions.wanted(now)
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
-        self._wake(now, effects)
+        self._answer_calls(now, effects)
+        self._tell_ranks(now, effects)
         self._publish(now, effects)
         return effects
 
@@ -156,6 +134,10 @@ class Coordinator:
             "ready": [member.rank for member in self._membership.members()],
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
+            "stalls": [describe(stall) for stall in self._stalls.found],
+            "generation": self._generations.number,
+            "suspension": self._suspension_state.number,
+            "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
             "views_published": self._view_number,
             "void_messages": self._dropped,
@@ -169,6 +151,8 @@ class Coordinator:
             return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
+            if not self._membership.is_retired(message.rank, message.incarnation):
+                self._introductions.wanted(now)
             return
         match message:
             case RankReport():
@@ -177,6 +161,9 @@ class Coordinator:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
+            case StallReport():
+                if self._stalls.report(message):
+                    self._stalls_changed(now, effects)
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -196,15 +183,22 @@ class Coordinator:
             return
         if not was_current:
             self._forget_rank(hello.rank, now)
+        grouped = self.lockstep and bool(hello.group_address)
+        if grouped:
+            position = Position(hello.incarnation, hello.group_address, hello.generation, hello.told)
+            self._generations.heard(hello.rank, position, now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.joined(hello.rank, now)
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
+            self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
+            self._suspension_changed(now)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._members_changed(now)
-        else:
-            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._group.wave)))
+        elif not grouped and self._introductions.admits(hello.rank, hello.incarnation, now):
+            told = self._suspension.told()
+            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
 
     def _on_report(self, report: RankReport, now: float) -> None:
         if not self._board.report(report):
@@ -214,6 +208,12 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
+    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
+        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+        if not self._stalls.found:
+            effects.append(Note("the group goes on", urgent=True))
+        self._members_changed(now)
+
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
             self._clock.changed(now)
@@ -221,7 +221,14 @@ class Coordinator:
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
         self._group.forget(rank, now)
+        self._generations.forget(rank)
+        self._suspension.forget(rank)
+        self._stalls.forget(rank)
+        self._suspension_changed(now)
         self._members_changed(now)
+
+    def _joiners_wave(self) -> int:
+        return 0 if "joiner-told-the-wave" in self._without else self._group.wave
 
     def _members_changed(self, now: float) -> None:
         self._members_due = True
@@ -231,11 +238,14 @@ class Coordinator:
 
     def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
         match message:
-            case FrontEndHello(_, front_end):
+            case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
+                self._suspension.known(suspension, mode, now)
+                self._suspension_changed(now)
                 self._members_changed(now)
             case WakeNotice(_, rank, wave):
-                if self.lockstep:
+                # While the deployment is suspended nobody is woken for new work: each rank holds its own.
+                if self.lockstep and self._suspension.standing.free:
                     self._group.noticed(rank, wave, now)
             case SendNotice(front_end, sends, told):
                 self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
@@ -243,23 +253,69 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._loads_changed(now)
+            case ControlRequest():
+                self._calls.request(message, now)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
+        self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
         self._loads_changed(now)
 
+    # Suspension -------------------------------------------------------------------------------
+
+    def _expected(self) -> Iterable[int]:
+        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have ended.
+
+        A lockstep rank that is away would step alone when it is back; an independent one is told before it is ready.
+        """
+        ended = set() if self.lockstep else {rank for rank, _ in self._membership.ended()}
+        return (rank for rank in range(self._membership.size) if rank not in ended)
+
+    def _suspension_changed(self, now: float) -> None:
+        self._suspension.advance(self._expected(), now)
+        if not self._suspension.standing.free:
+            self._group.no_notice(now)
+        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
+        if self._suspension_state != before:
+            self._clock.changed(now)
+
     # What is due ------------------------------------------------------------------------------
 
-    def _wake(self, now: float, effects: list[Effect]) -> None:
+    def _answer_calls(self, now: float, effects: list[Effect]) -> None:
+        if self._calls.due is None:
+            return
+        acquainted = all(self._suspension.has_heard(rank) for rank in self._expected())
+        number = self._suspension.standing.number
+        answers = self._calls.serve(acquainted, lambda action: self._suspension.ask(action, now), number, now)
+        if answers:
+            self._suspension_changed(now)
+        effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
+
+    def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
+        formed = self._generations.form(now)
+        if formed is not None:
+            number, members = formed
+            effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
+        if self._generations.asks:
+            self._generations.asks = False
+            self._introductions.wanted(now)
+        if self._introductions.ask(now, self._membership.missing):
+            effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
+            self._suspension.woke(now)
+            self._suspension_state = self._suspension.state(self._expected())
+        suspension = self._suspension.message(now)
+        if suspension is not None:
+            effects.append(ToRanks(suspension))
 
     def _publish(self, now: float, effects: list[Effect]) -> None:
-        state = (self._group.wave, self._group.running)
+        suspension = self._suspension_state
+        state = (self._group.wave, self._group.running, suspension.number, suspension.settled)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._published_state:
             if not self._clock.due(now):
@@ -270,11 +326,13 @@ class Coordinator:
         if self._members_due or now >= self._members_sent + HEARTBEAT_S:
             self._members_sent = now
             missing, ended = self._membership.missing(), self._membership.ended()
-            effects.append(ToFrontEnds(Members(PROTOCOL_VERSION, self.identity, *state, members, missing, ended)))
+            stalls = list(self._stalls.found)
+            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
+            effects.append(ToFrontEnds(known))
         self._members_due = False
         self._published_state = state
         self._view_number += 1
         ranks = self._board.views(members) if self._publish_loads else None
         heard = dict(self._board.heard) if self._publish_loads else {}
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state, ranks, heard)))
+        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, suspension)))
         self._clock.published(now)

@@ -17,6 +17,9 @@ from paceline.protocol.frontend_events import (
     Abandon,
     Connect,
     Connected,
+    Control,
+    ControlGivenUp,
+    Controlled,
     CoordinatorSaid,
     Deliver,
     Disconnect,
@@ -30,70 +33,30 @@ from paceline.protocol.frontend_events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.protocol.load import Ledger, believed, waiting_for_a_slot
+from paceline.protocol.frontend_link import RankLink
+from paceline.protocol.load import waiting_for_a_slot
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
+    ControlAnswer,
+    ControlRequest,
     FrontEndHello,
     Load,
     LoadView,
     Members,
     Outputs,
-    RankView,
     Send,
     SendNotice,
+    Stall,
+    SuspensionState,
     WakeNotice,
 )
-from paceline.protocol.routing import Candidate, Policy
+from paceline.protocol.routing import Policy
+from paceline.protocol.stalls import describe
 
 NOBODY = -1
 """No coordinator has been heard yet."""
-
-
-class _Link:
-    """One life of one rank, as this front-end knows it."""
-
-    __slots__ = (
-        "in_flight",
-        "incarnation",
-        "ledger",
-        "load",
-        "rank",
-        "step",
-        "unheard",
-        "wire_requests",
-        "wire_tokens",
-    )  # fmt: skip
-
-    def __init__(self, rank: int, incarnation: int) -> None:
-        self.rank = rank
-        self.incarnation = incarnation
-        self.load = Load()
-        self.step = -1
-        self.ledger = Ledger()
-        self.in_flight: set[int] = set()
-        # What the other front-ends have on the wire, by the latest view.
-        self.wire_requests = 0
-        self.wire_tokens = 0
-        # This front-end's sends that the coordinator had not been told of when it made the latest view.
-        self.unheard = Ledger()
-
-    def believed(self) -> Load:
-        """What the rank has, plus what is on the wire from this front-end."""
-        return believed(self.load, self.ledger.requests, self.ledger.tokens)
-
-    def candidate(self) -> Candidate:
-        load, ledger = self.load, self.ledger
-        return Candidate(
-            self.rank,
-            load.waiting + load.running + ledger.requests + self.wire_requests,
-            load.prefill_tokens + ledger.tokens + self.wire_tokens,
-            len(self.in_flight),
-            self.unheard.requests,
-            self.unheard.tokens,
-            load.finished,
-        )
 
 
 class FrontEnd:
@@ -113,19 +76,23 @@ class FrontEnd:
         self.wave = 0
         self.running = False
         self.missing: list[int] = []
+        self.stalls: list[Stall] = []
+        self.suspension = SuspensionState()
         self._policy = policy
         self._ranks = ranks
         self._max_waiting = max_waiting
         self._share_sends = share_sends
         self._lockstep = lockstep
-        self._links: dict[int, _Link] = {}
-        self._placed: dict[int, _Link] = {}
+        self._links: dict[int, RankLink] = {}
+        self._placed: dict[int, RankLink] = {}
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
         self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
         self._told = 0
+        # What was asked for and is not so yet: the call, and the number at which it will be, once answered.
+        self._calls: dict[int, int | None] = {}
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
@@ -137,7 +104,14 @@ class FrontEnd:
             case Abandon(requests):
                 return self._on_abandon(requests)
             case CoordinatorSaid(LoadView() as view):
-                self._on_view(view)
+                return self._on_view(view)
+            case CoordinatorSaid(ControlAnswer(_, front_end, call, number)):
+                return self._on_answer(front_end, call, number)
+            case Control(call, action):
+                answered = self._calls.setdefault(call, None)
+                return [ToCoordinator(ControlRequest(self.identity, call, action, answered or 0))]
+            case ControlGivenUp(call):
+                self._calls.pop(call, None)
                 return []
             case CoordinatorSaid(Members() as members):
                 return self._on_members(members)
@@ -146,7 +120,7 @@ class FrontEnd:
                 self._unreachable.add((rank, link.incarnation))
                 return [effect for effect in self._lose(link) if not isinstance(effect, Disconnect)]
             case Connected():
-                return [ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity))]
+                return [self._hello()]
         raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
 
     # What the machine knows ---------------------------------------------------------------------
@@ -181,6 +155,8 @@ class FrontEnd:
             "running": self.running,
             "ready": self.ready_ranks(),
             "missing": self.missing,
+            "stalls": [describe(stall) for stall in self.stalls],
+            "suspension": msgspec.structs.asdict(self.suspension),
             "in_flight": self.in_flight(),
             "waiting": self.waiting(),
             "void_messages": self._void,
@@ -219,6 +195,10 @@ class FrontEnd:
             return Refuse(submit.request, "unknown-rank", text)
         if not self._links:
             return Refuse(submit.request, "no-rank", "no rank is ready")
+        if self.suspension.number % 2 and self.suspension.mode == "abort":
+            return Refuse(
+                submit.request, "suspended", "the deployment is suspended; requests are refused until it resumes"
+            )
         if self._max_waiting is not None and self.waiting() >= self._max_waiting:
             return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already")
         return None
@@ -258,9 +238,10 @@ class FrontEnd:
         effects: list[Effect] = []
         if message.coordinator != self._coordinator and self._coordinator != NOBODY:
             # A new coordinator does not know yet which front-ends there are.
-            effects.append(ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity)))
+            effects.append(self._hello())
         self._coordinator_is(message.coordinator)
         self._wave_is(message.wave, message.running)
+        self.stalls = message.stalls
         self.missing = [rank for rank in message.missing if self._serves(rank)]
         members = {member.rank: member for member in message.members if self._serves(member.rank)}
         for rank, link in list(self._links.items()):
@@ -272,11 +253,11 @@ class FrontEnd:
                 effects += self._lose(link)
         for rank, member in members.items():
             if rank not in self._links and (rank, member.incarnation) not in self._unreachable:
-                self._links[rank] = _Link(rank, member.incarnation)
+                self._links[rank] = RankLink(rank, member.incarnation)
                 effects.append(Connect(member))
         return effects
 
-    def _lose(self, link: _Link) -> list[Effect]:
+    def _lose(self, link: RankLink) -> list[Effect]:
         del self._links[link.rank]
         effects: list[Effect] = [Disconnect(link.rank)]
         for request in sorted(link.in_flight):
@@ -284,31 +265,48 @@ class FrontEnd:
             effects.append(Refuse(request, "rank-lost", f"rank {link.rank} ended while it served this request"))
         return effects
 
-    def _on_view(self, view: LoadView) -> None:
+    def _on_view(self, view: LoadView) -> list[Effect]:
         self._coordinator_is(view.coordinator)
         if view.number <= self._view_number:
             self._void += 1
-            return
+            return []
         self._view_number = view.number
         self._wave_is(view.wave, view.running)
         for entry in view.ranks or ():
             link = self._links.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:
-                self._take_view(link, entry)
+                link.take_view(entry, self.identity)
         # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
         # less loaded than those for which the others' sends are still guessed.
         heard = view.heard.get(self.identity, 0)
         for link in self._links.values():
             link.unheard.reported(heard)
+        # A new coordinator knows of no suspension until the ranks have told it: the number never goes down.
+        if view.suspension.number >= self.suspension.number:
+            self.suspension = view.suspension
+        return self._calls_served()
 
-    def _take_view(self, link: _Link, entry: RankView) -> None:
-        if entry.step < link.step:
-            return
-        link.step = entry.step
-        link.load = entry.load
-        link.ledger.reported(entry.taken.get(self.identity, 0))
-        link.wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != self.identity)
-        link.wire_tokens = sum(wire.tokens for wire in entry.on_the_wire if wire.front_end != self.identity)
+    def _on_answer(self, front_end: int, call: int, number: int) -> list[Effect]:
+        if front_end == self.identity and call in self._calls:
+            self._calls[call] = number
+        return self._calls_served()
+
+    def _calls_served(self) -> list[Effect]:
+        """What has become of the calls: so it is, or somebody has asked for the contrary meanwhile."""
+        state = self.suspension
+        effects: list[Effect] = []
+        for call, number in list(self._calls.items()):
+            if number is None or state.number < number:
+                continue
+            superseded = state.number % 2 != number % 2
+            if superseded or state.settled:
+                del self._calls[call]
+                effects.append(Controlled(call, state.number, superseded))
+        return effects
+
+    def _hello(self) -> Effect:
+        known = self.suspension
+        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, known.number, known.mode))
 
     def _coordinator_is(self, coordinator: int) -> None:
         if coordinator != self._coordinator:

@@ -15,7 +15,7 @@ from paceline.protocol.messages import (
     Outputs,
     ToFrontEnd,
 )
-from paceline.protocol.sampling import SamplingParams
+from paceline.protocol.sampling import ControlAction, SamplingParams
 
 # Events ---------------------------------------------------------------------------------------
 
@@ -52,17 +52,30 @@ class Connected(Struct, frozen=True):
     """The connection to the coordinator has come up."""
 
 
+class Control(Struct, frozen=True):
+    """Somebody asks to suspend (in this mode) or to resume; again, with the same `call`, until it is `Controlled`."""
+
+    call: int
+    action: ControlAction
+
+
+class ControlGivenUp(Struct, frozen=True):
+    """Nobody waits for this call any more."""
+
+    call: int
+
+
 class LinkFailed(Struct, frozen=True):
     """The rank's address cannot be connected to: what `Connect` asked for is not there."""
 
     rank: int
 
 
-Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | LinkFailed
+Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | ControlGivenUp | LinkFailed
 
 # Effects --------------------------------------------------------------------------------------
 
-RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "rank-lost"]
+RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost"]
 
 
 class Connect(Struct, frozen=True):
@@ -111,4 +124,12 @@ class Refuse(Struct, frozen=True):
     text: str
 
 
-Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse
+class Controlled(Struct, frozen=True):
+    """What the call asked for is so at every rank, or, where `superseded`, somebody has asked for the contrary."""
+
+    call: int
+    number: int
+    superseded: bool
+
+
+Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse | Controlled

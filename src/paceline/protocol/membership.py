@@ -103,6 +103,10 @@ class Membership:
         entry = self._entries.get(rank)
         return entry is not None and entry.incarnation == incarnation and entry.state is not RankState.GONE
 
+    def is_retired(self, rank: int, incarnation: int) -> bool:
+        """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
+        return rank >= self.size or incarnation in self._retired.get(rank, ())
+
     def is_ready(self, rank: int) -> bool:
         """Whether the rank takes requests."""
         entry = self._entries.get(rank)

@@ -1,4 +1,4 @@
-"""Every message that crosses a socket, one tagged union per direction.
+"""Every message that crosses a socket, one tagged union per direction (others: `*_messages.py`).
 
 There are four directions, and each has its own union, so a decoder for one link cannot be talked
 into accepting a message of another. On the wire a message is one frame: a msgpack array whose first
@@ -22,17 +22,26 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from paceline.protocol.control_messages import ControlAnswer as ControlAnswer
+from paceline.protocol.control_messages import ControlRequest as ControlRequest
+from paceline.protocol.control_messages import Stall as Stall
+from paceline.protocol.control_messages import StallReport as StallReport
+from paceline.protocol.control_messages import Suspension as Suspension
+from paceline.protocol.control_messages import SuspensionState as SuspensionState
+from paceline.protocol.request_messages import AbortRequests as AbortRequests
+from paceline.protocol.request_messages import AddRequest as AddRequest
+from paceline.protocol.request_messages import FromFrontEndToRank as FromFrontEndToRank
+from paceline.protocol.request_messages import Output as Output
+from paceline.protocol.request_messages import Outputs as Outputs
+from paceline.protocol.request_messages import ToFrontEndFromRank as ToFrontEndFromRank
 from paceline.protocol.sampling import (
     Address,
     Count,
-    FinishReason,
     Identity,
     Message,
-    PositionLogprobs,
     RankNumber,
-    SamplingParams,
     StampedWave,
-    TokenId,
+    SuspendMode,
     Wave,
 )
 
@@ -68,6 +77,9 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     """A rank says that it is there, until it is admitted, and again when it is asked.
 
     `address`: where front-ends reach it. `ready`: it has been told the wave and takes requests.
+    `suspension`, `mode`: the highest number it knows (Suspension). `held`: it starts nothing by itself.
+    `group_address`: where the other ranks reach it for collectives, empty where it has none of ours.
+    `generation`: the group that it is a member of, 0 for none. `told`: the highest that it was told to form.
     """
 
     version: Count
@@ -77,6 +89,12 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     ready: bool
     wave: Wave = 0
     running: bool = False
+    suspension: Count = 0
+    mode: SuspendMode = "keep"
+    held: bool = False
+    group_address: Address = ""
+    generation: Count = 0
+    told: Count = 0
 
 
 class RankReport(Message, frozen=True, tag="rank-report"):
@@ -118,7 +136,7 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
     incarnation: Identity
 
 
-FromRank = RankHello | RankReport | StartWave | WaveComplete | RankLeaving
+FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving
 
 
 # Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
@@ -132,11 +150,31 @@ class Identify(Message, frozen=True, tag="identify"):
 
 
 class Admit(Message, frozen=True, tag="admit"):
-    """Tells one rank the wave. From here on it may call itself ready."""
+    """Tells one rank the wave and the suspension. From here on it may call itself ready."""
 
     rank: RankNumber
     incarnation: Identity
     wave: Wave
+    suspension: Suspension | None = None
+
+
+class GroupMember(Message, frozen=True):
+    """One rank of a generation, and where the others reach it."""
+
+    rank: RankNumber
+    incarnation: Identity
+    address: Address
+
+
+class Form(Message, frozen=True, tag="form"):
+    """The ranks form this generation, in place of any before; a joining rank takes up the wave and may call itself
+    ready when it has. Each member answers with a RankHello that names the generation.
+    """
+
+    generation: Count
+    wave: Wave
+    members: list[GroupMember]
+    suspension: Suspension | None = None
 
 
 class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
@@ -146,17 +184,22 @@ class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
     exclude: RankNumber | None = None
 
 
-ToRank = Identify | Admit | StartDPWave
+ToRank = Identify | Admit | Form | Suspension | StartDPWave
 
 
 # Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
 
 
 class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
-    """A front-end says that it is there. The coordinator answers all with Members and LoadView."""
+    """A front-end says that it is there. The coordinator answers all with Members and LoadView.
+
+    `suspension`, `mode`: the highest number it knows (Suspension).
+    """
 
     version: Count
     front_end: Identity
+    suspension: StampedWave = 0
+    mode: SuspendMode = "keep"
 
 
 class WakeNotice(Message, frozen=True, tag="wake-notice"):
@@ -193,7 +236,7 @@ class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
     front_end: Identity
 
 
-FromFrontEnd = FrontEndHello | WakeNotice | SendNotice | FrontEndLeaving
+FromFrontEnd = FrontEndHello | WakeNotice | SendNotice | ControlRequest | FrontEndLeaving
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
@@ -222,6 +265,7 @@ class Members(Message, frozen=True, tag="members"):
     members: list[Member]
     missing: list[RankNumber] = []
     ended: list[tuple[RankNumber, Identity]] = []
+    stalls: list[Stall] = []
 
 
 class OnTheWire(Message, frozen=True):
@@ -260,69 +304,11 @@ class LoadView(Message, frozen=True, tag="load-view"):
     running: bool
     ranks: list[RankView] | None = None
     heard: dict[Identity, Count] = {}
+    suspension: SuspensionState = SuspensionState()
 
 
-ToFrontEnd = Members | LoadView
+ToFrontEnd = Members | LoadView | ControlAnswer
 
-
-# Front-end -> rank (DEALER -> ROUTER) ---------------------------------------------------------
-
-
-class AddRequest(Message, frozen=True, tag="add"):
-    """One request. `request`: the front-end's own id for it, unique in the front-end's life.
-
-    `number`: 1 for the first send to this life of the rank, then one more each: the numbering on
-    which the exact accounting rests. `incarnation`: the life meant; another one refuses the request.
-    `wave`: the wave the front-end believes current. `priority`: lower goes first, as in vLLM.
-    """
-
-    request: Identity
-    number: Count
-    incarnation: Identity
-    wave: StampedWave
-    prompt_token_ids: list[TokenId]
-    params: SamplingParams
-    priority: int = 0
-
-
-class AbortRequests(Message, frozen=True, tag="abort"):
-    """These requests are not wanted any more. Unknown ones are ignored."""
-
-    requests: list[Identity]
-
-
-FromFrontEndToRank = AddRequest | AbortRequests
-
-
-# Rank -> front-end (ROUTER -> DEALER) ---------------------------------------------------------
-
-
-class Output(Message, frozen=True):
-    """What one step made for one request.
-
-    `text` is what may be shown now: it never ends inside a character nor inside what may become a stop
-    string, so it can be empty while `token_ids` is not. `finish_reason` is null until the last output.
-    `stop_reason`: the stop string or token id that ended it, where one did. `error`: why, with "error".
-    """
-
-    request: Identity
-    token_ids: list[TokenId]
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    logprobs: list[PositionLogprobs] | None = None
-    error: str | None = None
-
-
-class Outputs(Message, frozen=True, tag="outputs"):
-    """All that one step made for one front-end: one message a step, however many requests."""
-
-    rank: RankNumber
-    incarnation: Identity
-    outputs: list[Output]
-
-
-ToFrontEndFromRank = Outputs
 
 UNIONS: dict[str, object] = {
     "rank → coordinator": FromRank,

@@ -2,85 +2,80 @@
 
     effects = rank.handle(event, now)
 
-The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say:
-`Step` and `DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, and after `Wait` it sleeps until
-something comes or `until` passes. In lockstep all ranks of a wave take part in the same sequence of
-collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and
-on the first, the ranks agree whether any has work left; when none has, all pause at that same step.
+The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say. `Step` and
+`DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
+`GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
+collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
+first, the ranks agree whether any has work left; when none has, all pause at that same step.
 
-The wave number travels with the agreement. A rank that joined with an old number and was woken by its
-first request runs in the group's wave from the first agreement on, and all end it with the same number.
+The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
+group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum
+from collections.abc import Set
 
-import msgspec
-
-from paceline.protocol.load import SpeedMeter
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
     AddRequest,
     Admit,
+    Form,
     Identify,
     Load,
-    Output,
-    Outputs,
     RankHello,
     RankLeaving,
-    RankReport,
+    StallReport,
     StartDPWave,
     StartWave,
+    Suspension,
     ToRank,
     WaveComplete,
 )
 from paceline.protocol.rank_events import (
+    Again,
     Agree,
     Agreed,
     CoordinatorSaid,
-    Drop,
     DummyStep,
     Effect,
     Event,
+    Formed,
+    FormGroup,
     FrontEndGone,
     FrontEndSaid,
+    GenerationEnded,
     Leave,
     Loaded,
     Step,
-    StepOutput,
     Stepped,
-    Take,
     ToCoordinator,
-    ToFrontEnd,
     Turn,
+    Urge,
     Wait,
+    Waited,
 )
+from paceline.protocol.rank_phase import Phase as Phase
+from paceline.protocol.rank_report import LoadReporter
+from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.rules import checked
+from paceline.protocol.standing import Standing, stops
 
 HELLO_REPEAT_S = 0.1
-
-
-class Phase(Enum):
-    """Where a rank is in its life; waves are a matter of READY alone."""
-
-    LOADING = "loading"
-    JOINING = "joining"
-    READY = "ready"
-    LEFT = "left"
 
 
 class Rank:
     """One life of one rank.
 
     `lockstep`: whether it runs in waves. `report_loads`: False in external mode. `sync_interval`: steps
-    between agreements.
+    between agreements. `group_address`: where its peers reach it, empty where its collectives are not ours.
+    `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, rank: int, incarnation: int, address: str, *, lockstep: bool = False, report_loads: bool = True,
-        sync_interval: int = 16,
+        sync_interval: int = 16, group_address: str = "", without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.rank = rank
         self.incarnation = incarnation
@@ -89,40 +84,63 @@ class Rank:
         self.wave = 0
         self.running = False
         self.step = 0
+        self.generation = 0
+        self.standing = Standing()
+        self.requests = RankRequests(rank, incarnation)
         self._lockstep = lockstep
         self._report_loads = report_loads
         self._sync_interval = sync_interval
+        self._group_address = group_address
+        self._without = checked(without)
+        self._forming = 0
         self._steps_in_wave = 0
+        self._mid_step = False
         self._wanted_wave = -1
         self._hello_due: float | None = None
-        self._taken: dict[int, int] = {}
-        self._keys: dict[tuple[int, int], int] = {}
-        self._owners: dict[int, tuple[int, int]] = {}
-        self._next_key = 1
-        self._finished = 0
-        self._prefill = SpeedMeter()
-        self._decode = SpeedMeter()
-        self._reported: RankReport | None = None
-        self._void = 0
+        self._reporter = LoadReporter(self.requests)
+        self._said: tuple[int, bool] = (0, False)
+
+    @property
+    def held(self) -> bool:
+        """Whether the suspension keeps this rank from starting anything by itself, and it has stopped."""
+        if self.standing.free:
+            return False
+        if self._lockstep:
+            return not self.running
+        return not self._mid_step and (not self._may_step() or not len(self.requests))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
+        effects = self._handle(event, now)
+        if self.phase is Phase.READY and self._said != (self.standing.number, self.held):
+            effects.insert(0, self._hello())
+        return effects
+
+    def _handle(self, event: Event, now: float) -> list[Effect]:
         match event:
             case FrontEndSaid(front_end, AddRequest() as request):
                 return self._on_add(front_end, request)
             case FrontEndSaid(front_end, AbortRequests(requests)):
-                return self._drop([(front_end, request) for request in requests])
+                return self.requests.drop(front_end, requests)
             case Stepped():
                 return self._on_stepped(event)
             case Turn(load, has_work):
                 return self._on_turn(load, has_work, now)
             case CoordinatorSaid(message):
                 return self._on_coordinator(message)
-            case Agreed(any_work, wave):
-                return self._on_agreed(any_work, wave)
+            case Agreed(any_work, wave, suspension):
+                return self._on_agreed(any_work, wave, suspension)
             case FrontEndGone(front_end):
-                self._taken.pop(front_end, None)
-                return self._drop([pair for pair in self._keys if pair[0] == front_end])
+                return self.requests.drop_front_end(front_end)
+            case Formed(generation):
+                return self._on_formed(generation)
+            case GenerationEnded():
+                self.generation = 0
+                self._mid_step = False
+                return [self._hello()]
+            case Waited(ranks, collective, kind, seconds):
+                waited = (list(ranks), collective, kind, seconds)
+                return [ToCoordinator(StallReport(self.rank, self.incarnation, self.step, *waited))]
             case Loaded():
                 self.phase = Phase.JOINING
                 self._hello_due = now + HELLO_REPEAT_S
@@ -139,114 +157,89 @@ class Rank:
             "wave": self.wave,
             "running": self.running,
             "step": self.step,
-            "requests": len(self._keys),
-            "finished": self._finished,
-            "void_messages": self._void,
+            "generation": self.generation,
+            "suspension": self.standing.number,
+            "held": self.held,
+            "requests": len(self.requests) + self.requests.held,
+            "finished": self.requests.finished,
+            "void_messages": self.requests.void,
         }
 
-    # Requests -----------------------------------------------------------------------------------
+    # Requests and steps -------------------------------------------------------------------------
 
     def _on_add(self, front_end: int, request: AddRequest) -> list[Effect]:
-        pair = (front_end, request.request)
-        if request.incarnation == self.incarnation:
-            self._taken[front_end] = max(request.number, self._taken.get(front_end, 0))
-        if request.incarnation != self.incarnation or pair in self._keys:
-            self._void += 1
-            why = "meant for another life of this rank" if pair not in self._keys else "sent twice"
-            refusal = Output(request.request, [], finish_reason="error", error=f"rank {self.rank}: {why}")
-            return [ToFrontEnd(front_end, Outputs(self.rank, self.incarnation, [refusal]))]
-        key = self._next_key
-        self._next_key += 1
-        self._keys[pair] = key
-        self._owners[key] = pair
-        effects: list[Effect] = [Take(key, request)]
+        refusal = self.requests.arrive(front_end, request)
+        if refusal:
+            return refusal
+        if not self.standing.free:
+            if self.standing.suspended and self.standing.mode == "abort":
+                return [self.requests.refuse(front_end, request)]
+            self.requests.hold(front_end, request)
+            return []
+        effects = [self.requests.take(front_end, request)]
         if self._lockstep and not self.running:
-            self._run(max(self.wave, request.wave))
-            effects.append(ToCoordinator(StartWave(self.rank, self.incarnation, self.wave)))
+            effects += self._start_by_itself(request.wave)
         return effects
-
-    def _drop(self, pairs: list[tuple[int, int]]) -> list[Effect]:
-        effects: list[Effect] = []
-        for pair in pairs:
-            key = self._keys.pop(pair, None)
-            if key is not None:
-                del self._owners[key]
-                self._finished += 1
-                effects.append(Drop(key))
-        return effects
-
-    # Steps --------------------------------------------------------------------------------------
 
     def _on_turn(self, load: Load, has_work: bool, now: float) -> list[Effect]:
+        changed = self._catch_up()
+        if changed:
+            return [*changed, Again()]
         effects: list[Effect] = []
         if self.phase is Phase.JOINING and self._hello_due is not None and now >= self._hello_due:
             self._hello_due = now + HELLO_REPEAT_S
             effects.append(self._hello())
         effects += self._report(load)
-        if self._lockstep and self.running:
-            effects.append(Step() if has_work else DummyStep())
-        elif has_work and not self._lockstep:
-            effects.append(Step())
-        else:
+        if not self._may_step() or not (self._lockstep or has_work):
             effects.append(Wait(self._hello_due))
+            return effects
+        self._mid_step = True
+        effects.append(Step() if has_work else DummyStep())
         return effects
+
+    def _may_step(self) -> bool:
+        if self._lockstep:
+            return self.running and bool(self.generation or not self._group_address)
+        return self.standing.free or (self.standing.suspended and self.standing.mode == "wait")
+
+    def _catch_up(self) -> list[Effect]:
+        """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""
+        if self.standing.suspended and self.standing.mode == "abort" and (len(self.requests) or self.requests.held):
+            return self.requests.abort_all()
+        if self.standing.free and (self.requests.held or (self._lockstep and len(self.requests) and not self.running)):
+            effects = self.requests.take_held()
+            if self._lockstep and not self.running:
+                effects += self._start_by_itself(self.wave)
+            return effects
+        return []
 
     def _on_stepped(self, done: Stepped) -> list[Effect]:
         self.step += 1
-        if done.prefilled_tokens or done.decoded_tokens:
-            self._measure(done)
-        effects = self._hand_out(done.outputs)
+        self._mid_step = False
+        self._reporter.measure(done)
+        effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
         if self._lockstep:
-            due = self._steps_in_wave % self._sync_interval == 0
+            due = done.urged or self._steps_in_wave % self._sync_interval == 0
             self._steps_in_wave += 1
             if due:
-                effects.append(Agree(done.has_work, self.wave))
+                self._mid_step = True
+                effects.append(Agree(done.has_work, self.wave, self.standing.packed))
         return effects
 
-    def _hand_out(self, outputs: Sequence[StepOutput]) -> list[Effect]:
-        by_front_end: dict[int, list[Output]] = {}
-        owners = self._owners
-        for out in outputs:
-            owner = owners.get(out.key)
-            if owner is None:
-                continue
-            front_end, request = owner
-            if out.finish_reason is not None:
-                del owners[out.key]
-                del self._keys[owner]
-                self._finished += 1
-            by_front_end.setdefault(front_end, []).append(
-                Output(request, out.token_ids, out.text, out.finish_reason, out.stop_reason, out.logprobs, out.error)
-            )
-        return [ToFrontEnd(to, Outputs(self.rank, self.incarnation, made)) for to, made in by_front_end.items()]
-
-    def _measure(self, done: Stepped) -> None:
-        # A step that does both is split by tokens: a decoding request costs about what a prompt token does.
-        tokens = done.prefilled_tokens + done.decoded_tokens
-        share = done.prefilled_tokens / tokens
-        if done.prefilled_tokens:
-            self._prefill.add(done.prefilled_tokens, done.seconds * share)
-        if done.decoded_tokens:
-            self._decode.add(done.decoded_tokens, done.seconds * (1 - share))
-
     def _report(self, load: Load) -> list[Effect]:
-        """A report, where it would say anything that the last one did not."""
         if not self._report_loads or self.phase is not Phase.READY:
             return []
-        full = msgspec.structs.replace(
-            load, prefill_rate=self._prefill.rate, decode_rate=self._decode.rate, finished=self._finished
-        )
-        report = RankReport(self.rank, self.incarnation, self.step, self.wave, self.running, full, dict(self._taken))
-        last = self._reported
-        if last is not None and (last.load, last.taken, last.wave, last.running) == (
-            report.load, report.taken, report.wave, report.running
-        ):  # fmt: skip
-            return []
-        self._reported = report
-        return [ToCoordinator(report)]
+        report = self._reporter.report(load, self.step, self.wave, self.running)
+        return [] if report is None else [ToCoordinator(report)]
 
     # Waves --------------------------------------------------------------------------------------
+
+    def _start_by_itself(self, wave: int) -> list[Effect]:
+        self._run(max(self.wave, wave))
+        if "own-report" in self._without:
+            return []
+        return [ToCoordinator(StartWave(self.rank, self.incarnation, self.wave))]
 
     def _on_coordinator(self, message: ToRank) -> list[Effect]:
         match message:
@@ -254,27 +247,67 @@ class Rank:
                 if self.phase is Phase.LOADING:
                     return []
                 # Whoever asks may know nothing of this rank: the next turn reports its load too.
-                self._reported = None
+                self._reporter.forget()
                 return [self._hello()]
-            case Admit(rank, incarnation, wave):
-                if (rank, incarnation) != (self.rank, self.incarnation) or self.phase is not Phase.JOINING:
+            case Suspension():
+                if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self.phase = Phase.READY
-                self._hello_due = None
-                self.wave = max(self.wave, wave)
-                return [self._hello()]
+                self._learn(message)
+                # The next agreement would stop the wave, some steps from now: it is brought forward.
+                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                return [self._hello(), *([Urge()] if urgent else [])]
+            case Admit():
+                return self._on_admit(message)
+            case Form():
+                return self._on_form(message)
             case StartDPWave(wave, exclude):
                 return self._on_start(wave, exclude) if self._lockstep else []
         raise TypeError(f"rank {self.rank}: {type(message).__name__} is no message to a rank")
 
+    def _on_admit(self, admit: Admit) -> list[Effect]:
+        if (admit.rank, admit.incarnation, self.phase) != (self.rank, self.incarnation, Phase.JOINING):
+            return []
+        self.phase = Phase.READY
+        self._hello_due = None
+        self.wave = max(self.wave, admit.wave)
+        self._learn(admit.suspension)
+        return [self._hello()]
+
+    def _learn(self, told: Suspension | None) -> None:
+        if told is not None:
+            self.standing.learn(told.number, told.mode, told.released)
+
+    def _on_form(self, form: Form) -> list[Effect]:
+        lives = {(member.rank, member.incarnation) for member in form.members}
+        if self.phase not in (Phase.JOINING, Phase.READY) or (self.rank, self.incarnation) not in lives:
+            return []
+        if form.generation <= self._forming:
+            return [self._hello()] if form.generation == self.generation else []
+        if self.phase is Phase.JOINING:
+            self.wave = max(self.wave, form.wave)
+        self._learn(form.suspension)
+        self.generation = 0
+        self._forming = form.generation
+        return [FormGroup(form.generation, form.members)]
+
+    def _on_formed(self, generation: int) -> list[Effect]:
+        self.generation = generation
+        # The members left the one before at different steps: they count anew, together.
+        self._steps_in_wave = 0
+        self.phase = Phase.READY
+        self._hello_due = None
+        return [self._hello()]
+
     def _on_start(self, wave: int, exclude: int | None) -> list[Effect]:
-        if self.phase is not Phase.READY or exclude == self.rank or wave < self.wave:
+        if self.phase is not Phase.READY or exclude == self.rank:
+            return []
+        if wave < self.wave and "finished-waves-ignored" not in self._without:
             return []
         if self.running:
             # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
             self._wanted_wave = max(self._wanted_wave, wave)
-            return [self._hello()]
-        self._run(wave)
+        else:
+            self._run(wave)
         return [self._hello()]
 
     def _run(self, wave: int) -> None:
@@ -282,22 +315,29 @@ class Rank:
         self.running = True
         self._steps_in_wave = 0
 
-    def _on_agreed(self, any_work: bool, wave: int) -> list[Effect]:
+    def _on_agreed(self, any_work: bool, wave: int, suspension: int) -> list[Effect]:
+        self._mid_step = False
         self.wave = max(self.wave, wave)
-        if any_work:
+        self.standing.learn_packed(suspension)
+        # All decide by what they agreed on: what this rank has heard meanwhile is its own.
+        if any_work and not stops(suspension):
             return []
         complete = WaveComplete(self.rank, self.incarnation, self.wave)
         self.wave += 1
         self.running = False
         effects: list[Effect] = [ToCoordinator(complete)]
-        if self._keys or self._wanted_wave >= self.wave:
+        if self._wanted_wave >= self.wave or (len(self.requests) and self.standing.free):
             # A request came in after the agreement was under way, or the next wave has begun already.
-            self._run(max(self.wave, self._wanted_wave))
-            effects.append(ToCoordinator(StartWave(self.rank, self.incarnation, self.wave)))
+            effects += self._start_by_itself(max(self.wave, self._wanted_wave))
         return effects
 
     def _hello(self) -> ToCoordinator:
-        ready = self.phase is Phase.READY
+        standing, held = self.standing, self.held
+        self._said = (standing.number, held)
         return ToCoordinator(
-            RankHello(PROTOCOL_VERSION, self.rank, self.incarnation, self.address, ready, self.wave, self.running)
-        )
+            RankHello(
+                PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
+                self.running, standing.number, standing.mode, held, self._group_address, self.generation,
+                self._forming,
+            )
+        )  # fmt: skip

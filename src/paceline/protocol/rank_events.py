@@ -10,8 +10,11 @@ from paceline.protocol.messages import (
     AddRequest,
     FromFrontEndToRank,
     FromRank,
+    GroupMember,
+    Identify,
     Load,
     Outputs,
+    Suspension,
     ToRank,
 )
 from paceline.protocol.sampling import FinishReason, PositionLogprobs
@@ -63,7 +66,10 @@ class Turn(Struct, frozen=True):
 
 
 class Stepped(Struct, frozen=True, gc=False):
-    """A step, or dummy step, is done. `seconds`: the time it took."""
+    """A step, or dummy step, is done. `seconds`: the time it took.
+
+    `urged`: some rank's `Urge` came with it; the same at all ranks of the generation.
+    """
 
     outputs: Sequence[StepOutput]
     load: Load
@@ -71,20 +77,60 @@ class Stepped(Struct, frozen=True, gc=False):
     prefilled_tokens: int = 0
     decoded_tokens: int = 0
     seconds: float = 0.0
+    urged: bool = False
 
 
 class Agreed(Struct, frozen=True):
-    """The ranks' agreement: whether any has work, and the highest of their wave numbers."""
+    """The ranks' agreement: whether any has work, and the highest of their waves and of their suspensions."""
 
     any_work: bool
     wave: int
+    suspension: int = 0
+
+
+class Formed(Struct, frozen=True):
+    """The rank is a member of this generation."""
+
+    generation: int
+
+
+class GenerationEnded(Struct, frozen=True):
+    """A collective cannot complete, since a member is gone: in place of `Stepped` or `Agreed`, or of `Formed`."""
+
+
+class Waited(Struct, frozen=True):
+    """The rank has waited in a collective for longer than the stall timeout, or (`ranks` empty) no longer waits.
+
+    `ranks`, `collective`, `kind`, `seconds`: as in `StallReport`. Sends only, so it may come in mid-step.
+    """
+
+    ranks: Sequence[int]
+    collective: int = 0
+    kind: str = ""
+    seconds: float = 0.0
 
 
 class Leave(Struct, frozen=True):
     """The rank ends in good order."""
 
 
-Event = Loaded | CoordinatorSaid | FrontEndSaid | FrontEndGone | Turn | Stepped | Agreed | Leave
+Event = (
+    Loaded
+    | CoordinatorSaid
+    | FrontEndSaid
+    | FrontEndGone
+    | Turn
+    | Stepped
+    | Agreed
+    | Formed
+    | GenerationEnded
+    | Waited
+    | Leave
+)
+
+IN_MID_STEP = (Identify, Suspension)
+"""What the coordinator says that is handled at once, also in mid-step: a rank that waits for the others in a
+collective must be heard, or nobody wakes them. The effects of such an event only send. All else waits its turn."""
 
 # Effects --------------------------------------------------------------------------------------
 
@@ -124,10 +170,26 @@ class DummyStep(Struct, frozen=True):
 
 
 class Agree(Struct, frozen=True):
-    """All-reduce: whether this rank has work, and its wave."""
+    """All-reduce: whether this rank has work (or), its wave (max), and the suspension that it knows (max)."""
 
     has_work: bool
     wave: int
+    suspension: int = 0
+
+
+class Urge(Struct, frozen=True):
+    """Let all ranks agree after this step or the next, where the group can carry that. Sends only."""
+
+
+class FormGroup(Struct, frozen=True):
+    """Leave the group, if there is one, and form this one; `Formed` when it is."""
+
+    generation: int
+    members: Sequence[GroupMember]
+
+
+class Again(Struct, frozen=True):
+    """Ask again at once: the engine's load has changed."""
 
 
 class Wait(Struct, frozen=True):
@@ -136,4 +198,4 @@ class Wait(Struct, frozen=True):
     until: float | None
 
 
-Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Wait
+Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait

@@ -63,7 +63,7 @@ def parts() -> list[type[Message]]:
     while queue:
         for field in _fields(queue.pop(0)):
             for part in _structs(field.type):
-                if part not in found:
+                if part not in found and messages.tag_of(part) is None:
                     found.append(part)
                     queue.append(part)
     return found

@@ -16,6 +16,8 @@ StampedWave = Annotated[int, Meta(ge=0, lt=2**48)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Address = Annotated[str, Meta(max_length=512)]
 FinishReason = Literal["stop", "length", "abort", "error"]
+SuspendMode = Literal["keep", "wait", "abort"]
+ControlAction = Literal["keep", "wait", "abort", "resume"]
 
 
 class Message(Struct, frozen=True, array_like=True, gc=False):

@@ -19,6 +19,8 @@ the ranks once.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from msgspec import Struct
 
 from paceline.protocol.messages import StartDPWave
@@ -35,9 +37,10 @@ class Observed(Struct, frozen=True):
 
 
 class GroupWave:
-    """The wave of all ranks, and the wake in progress."""
+    """The wave of all ranks, and the wake in progress. `without`: rules (`rules.py`) left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, without: Set[str] = frozenset()) -> None:
+        self._without = without
         self.wave = 0
         self._observed: dict[int, Observed] = {}
         # Both are derived from `_observed` and kept beside it: reports come by the hundred thousand.
@@ -89,12 +92,17 @@ class GroupWave:
     def noticed(self, rank: int, wave: int, now: float) -> None:
         """A front-end sent a request stamped `wave` to `rank` while it believed the ranks paused."""
         # Only what ranks say moves the wave: a front-end repeats what it heard, or makes it up.
-        fresh = wave >= self.wave
+        fresh = wave >= self.wave or "stale-notice-leaves-nobody-out" in self._without
         if not self.running:
             self._noticed_wave = self.wave
         self._settle(now)
         if fresh and self._wake_due == now:
             self._exclude = rank
+
+    def no_notice(self, now: float) -> None:
+        """What front-ends noticed counts no more: only ranks that run may wake others."""
+        self._noticed_wave = -1
+        self._settle(now)
 
     def forget(self, rank: int, now: float) -> None:
         """The rank is gone: nothing is owed to it or by it."""
@@ -120,8 +128,12 @@ class GroupWave:
         if self._wake_due is None or now < self._wake_due:
             return None
         message = StartDPWave(self.wave, self._exclude)
-        # A repeat leaves nobody out: that the excluded rank has its request was somebody's belief.
-        self._exclude = None
+        if "stale-notice-leaves-nobody-out" not in self._without:
+            # A repeat leaves nobody out: that the excluded rank has its request was somebody's belief.
+            self._exclude = None
+        if "acknowledged-wakes" in self._without:
+            self._believe_woken()
+            return message
         self._wake_due = now + self._repeat_s
         self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
         return message
@@ -129,7 +141,16 @@ class GroupWave:
     def _owed(self) -> bool:
         return self._prompt() or bool(self._stranded)
 
+    def _believe_woken(self) -> None:
+        """Without the rule of acknowledged wakes: who was sent a wake is taken to run."""
+        for rank in sorted(self._observed):
+            self._observed[rank] = Observed(self.wave, True)
+            self._place(rank, self._observed[rank])
+        self._wake_due = None
+
     def _prompt(self) -> bool:
+        if "own-report" in self._without:
+            return self._noticed_wave == self.wave
         return bool(self._running) or self._noticed_wave == self.wave
 
     def _advance(self, wave: int) -> None:

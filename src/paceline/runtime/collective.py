@@ -16,18 +16,17 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
-from paceline.engines.group import MAX_REDUCED, REDUCTIONS, Array, GenerationEnded, RankGroup, Reduction
-
-MAX_PAYLOAD_BYTES = 1 << 30
+from paceline.engines.group import MAX_REDUCED, REDUCTIONS, Array, GenerationEnded, RankGroup, Reduction, Waiting
+from paceline.runtime.array_bytes import MAX_PAYLOAD_BYTES, array_parts, read_array
 
 # kind, number of the collective in its generation, bytes that follow
 HEADER = struct.Struct("<BQI")
-ARRAY = struct.Struct("<8sB")
 GATHER, RESULT, BLOCK = 1, 2, 3
+URGENT = 0x80
+"""Set in the kind: the sender wants the members to agree."""
 HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
@@ -39,18 +38,29 @@ class SocketGroup(RankGroup):
         self._links = dict(links)
         self._peers = [member for member in self.members if member != rank]
         self._number = 0
+        self._name = ""
+        self._begun_s = 0.0
+        self._blocked: _Transfer | None = None
         self._ended = False
+        self._urging = False
+        self._urged = False
         for link in self._links.values():
             link.setblocking(False)
 
+    def barrier(self) -> None:
+        self._reduce("barrier", [0], "max")
+
     def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+        return self._reduce("all_reduce", values, reduction)
+
+    def _reduce(self, name: str, values: Sequence[int], reduction: Reduction) -> list[int]:
         if not 1 <= len(values) <= MAX_REDUCED:
             raise ValueError(f"all_reduce takes 1 to {MAX_REDUCED} integers, not {len(values)}")
         if not self._peers:
             return list(values)
         layout = f"<{len(values)}q"
         own = struct.pack(layout, *values)
-        self._number += 1
+        self._begin(name)
         root = self.members[0]
         if self.rank != root:
             self._exchange(GATHER, {root: [own]}, [])
@@ -65,19 +75,35 @@ class SocketGroup(RankGroup):
     def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:
         if len(arrays) != len(self.members):
             raise ValueError(f"all_to_all takes an array for each of {len(self.members)} members, not {len(arrays)}")
-        self._number += 1
+        self._begin("all_to_all")
         outgoing = {
-            member: _array_parts(array)
+            member: array_parts(array)
             for member, array in zip(self.members, arrays, strict=True)
             if member != self.rank
         }
-        received = self._exchange(BLOCK, outgoing, self._peers)
+        urging, self._urging = self._urging, False
+        received = self._exchange(BLOCK, outgoing, self._peers, urging)
         own = self.members.index(self.rank)
         try:
-            blocks = {peer: _read_array(payload) for peer, payload in received.items()}
+            blocks = {peer: read_array(payload) for peer, payload in received.items()}
         except (ValueError, TypeError, struct.error) as error:
             raise self._end(f"a peer sent what is no array: {error}") from None
         return [arrays[own] if member == self.rank else blocks[member] for member in self.members]
+
+    def urge(self) -> None:
+        self._urging = True
+
+    def urged(self) -> bool:
+        urged, self._urged = self._urged, False
+        return urged
+
+    def waiting(self) -> Waiting | None:
+        transfer = self._blocked
+        if transfer is None or self._ended:
+            return None
+        answer = Waiting(self._number, self._name, transfer.missing(), time.monotonic() - self._begun_s)
+        # The thread of the collectives goes on meanwhile: an answer pieced together of two of them is none.
+        return answer if answer.ranks and self._blocked is transfer else None
 
     def leave(self) -> None:
         self._ended = True
@@ -89,10 +115,14 @@ class SocketGroup(RankGroup):
                 continue
 
     def close(self) -> None:
-        """Leave, and give back the sockets. Only for the thread that runs the collectives."""
         self.leave()
         for link in self._links.values():
             link.close()
+
+    def _begin(self, name: str) -> None:
+        self._number += 1
+        self._name = name
+        self._begun_s = time.monotonic()
 
     # Bytes --------------------------------------------------------------------------------------
 
@@ -105,18 +135,23 @@ class SocketGroup(RankGroup):
         return payload
 
     def _exchange(
-        self, kind: int, outgoing: Mapping[int, Sequence[bytes | memoryview]], incoming: Sequence[int]
-    ) -> dict[int, bytes]:
+        self, kind: int, outgoing: Mapping[int, Sequence[bytes | memoryview]], incoming: Sequence[int],
+        urging: bool = False,
+    ) -> dict[int, bytes]:  # fmt: skip
         """Send a payload to each of `outgoing` and get one from each of `incoming`, all at a time."""
         if self._ended:
             raise GenerationEnded(f"generation {self.generation} has ended")
-        transfer = _Transfer(kind, self._number, outgoing, incoming)
+        transfer = _Transfer(kind, self._number, outgoing, incoming, urging)
         for peer in list(transfer.sending):
             self._guard(transfer.send, peer)
         for peer in list(transfer.receiving):
             self._guard(transfer.receive, peer)
-        while transfer.sending or transfer.receiving:
-            self._wait(transfer)
+        if transfer.sending or transfer.receiving:
+            self._blocked = transfer
+            while transfer.sending or transfer.receiving:
+                self._wait(transfer)
+            self._blocked = None
+        self._urged = self._urged or transfer.urgent
         return transfer.received
 
     def _wait(self, transfer: _Transfer) -> None:
@@ -170,15 +205,17 @@ class _Transfer:
         number: int,
         outgoing: Mapping[int, Sequence[bytes | memoryview]],
         incoming: Sequence[int],
+        urging: bool,
     ) -> None:
         self._kind = kind
+        self.urgent = urging
         self._number = number
         self.sending: dict[int, list[memoryview]] = {}
         for peer, parts in outgoing.items():
             size = sum(len(part) for part in parts)
             if size > MAX_PAYLOAD_BYTES:
                 raise ValueError(f"{size} bytes for rank {peer}, at most {MAX_PAYLOAD_BYTES} go in one message")
-            header = HEADER.pack(kind, number, size)
+            header = HEADER.pack(kind | URGENT if urging else kind, number, size)
             if size < 4096:
                 self.sending[peer] = [memoryview(b"".join([header, *parts]))]
             else:
@@ -186,6 +223,10 @@ class _Transfer:
         self.receiving: dict[int, bytearray] = {peer: bytearray() for peer in incoming}
         self._sizes: dict[int, int] = {}
         self.received: dict[int, bytes] = {}
+
+    def missing(self) -> tuple[int, ...]:
+        """Whose part has not come, or who does not take ours. For any thread: a dict is copied at once."""
+        return tuple(sorted({*tuple(self.receiving), *tuple(self.sending)}))
 
     def send(self, peer: int, link: socket.socket) -> None:
         """Send as much as goes. Raises ConnectionError."""
@@ -224,27 +265,10 @@ class _Transfer:
 
     def _size_of(self, header: bytearray) -> int:
         kind, number, size = HEADER.unpack(header)
+        self.urgent = self.urgent or bool(kind & URGENT)
+        kind &= ~URGENT
         if (kind, number) != (self._kind, self._number):
             raise _Confused(f"is at collective {number} ({kind}), this rank at {self._number} ({self._kind})")
         if size > MAX_PAYLOAD_BYTES:
             raise _Confused(f"sends {size} bytes")
         return int(size)
-
-
-def _array_parts(array: Array) -> list[bytes | memoryview]:
-    """An array as bytes: its type, its shape, its elements."""
-    if array.dtype.hasobject:
-        raise ValueError("arrays of Python objects cannot be sent")
-    flat = np.ascontiguousarray(array)
-    head = ARRAY.pack(flat.dtype.str.encode(), flat.ndim) + struct.pack(f"<{flat.ndim}Q", *flat.shape)
-    return [head, flat.reshape(-1).view(np.uint8).data if flat.size else b""]
-
-
-def _read_array(payload: bytes) -> Array:
-    """The array that `_array_parts` wrote. Raises ValueError or TypeError on anything else."""
-    name, dimensions = ARRAY.unpack_from(payload)
-    shape = struct.unpack_from(f"<{dimensions}Q", payload, ARRAY.size)
-    kind = np.dtype(name.rstrip(b"\0").decode("ascii"))
-    if kind.hasobject:
-        raise ValueError("an array of Python objects")
-    return np.frombuffer(payload, kind, offset=ARRAY.size + 8 * dimensions).reshape(shape)

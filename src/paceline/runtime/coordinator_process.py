@@ -20,8 +20,8 @@ import zmq
 
 from paceline.errors import StartupError
 from paceline.protocol import codec
-from paceline.protocol.coordinator import (
-    Coordinator,
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import (
     Event,
     FrontEndGone,
     FrontEndSaid,
@@ -269,8 +269,8 @@ class DPCoordinatorProc:
                     self._front.send(codec.encode(message), zmq.NOBLOCK)
                 case ToRanks(message):
                     self._back_out.send(codec.encode(message), zmq.NOBLOCK)
-                case Note(text):
-                    logger.info("%s", text)
+                case Note(text, urgent):
+                    logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
 
 
 def _process_arguments(config: ParallelConfig, folder: SocketFolder) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from paceline.errors import StartupError
@@ -22,6 +22,8 @@ from paceline.runtime.collective import SocketGroup
 GREETING = struct.Struct("<8sQII")
 MAGIC = b"paceline"
 TRY_AGAIN_S = 0.02
+LOOK_UP_S = 0.2
+"""How often whoever only waits for others sees whether it is still wanted."""
 LISTEN_BACKLOG = 1024
 
 
@@ -40,7 +42,7 @@ class GroupListener:
                 self.socket.bind(self._path)
                 self.address = address
             else:
-                host, port = _host_and_port(address)
+                host, port = host_and_port(address)
                 self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
                 self.socket.bind((host, port))
                 found = self.socket.getsockname()[1]
@@ -59,11 +61,20 @@ class GroupListener:
 
 
 def form_group(
-    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float
-) -> SocketGroup:
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> SocketGroup:  # fmt: skip
+    """A group of sockets; see `connect_members`."""
+    return SocketGroup(generation, rank, connect_members(listener, generation, rank, addresses, timeout_s, cancelled))
+
+
+def connect_members(
+    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[int, socket.socket]:  # fmt: skip
     """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
 
-    Raises StartupError after `timeout_s`, naming the ranks that did not come.
+    Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
     """
     links: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout_s
@@ -77,18 +88,18 @@ def form_group(
             if len(links) == len(addresses) - 1:
                 break
             left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            if left_s <= 0 or cancelled():
                 missing = ", ".join(str(peer) for peer in sorted(addresses) if peer != rank and peer not in links)
                 raise StartupError(f"generation {generation}: rank {missing} did not come within {timeout_s:g} s")
             waits_for_others = any(peer not in links for peer in earlier)
-            pause_s = min(left_s, TRY_AGAIN_S) if waits_for_others else left_s
+            pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
             if select.select([listener.socket], [], [], pause_s)[0]:
                 _accept(listener, generation, rank, later, links, deadline)
     except BaseException:
         for link in links.values():
             link.close()
         raise
-    return SocketGroup(generation, rank, links)
+    return links
 
 
 def _connect(address: str, generation: int, rank: int, peer: int) -> socket.socket | None:
@@ -97,7 +108,7 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         target: object = address.removeprefix("ipc://")
     else:
-        host, port = _host_and_port(address)
+        host, port = host_and_port(address)
         link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         target = (host, port)
     try:
@@ -162,7 +173,8 @@ def _prefer_latency(link: socket.socket) -> None:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two halves of `tcp://HOST:PORT`, brackets taken off. Raises StartupError for anything else."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")

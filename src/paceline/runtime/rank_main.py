@@ -23,6 +23,7 @@ class RankSettings(Struct, frozen=True):
 
     `bind`: where front-ends reach it. `coordinator_input`, `coordinator_output`: as
     `DPCoordinator.get_engine_socket_addresses()` returns them. `report_loads`: False in external mode.
+    `group_bind`: where the other ranks reach it, for lockstep engines. `sync_interval`: steps between agreements.
     """
 
     engine: str
@@ -31,6 +32,8 @@ class RankSettings(Struct, frozen=True):
     coordinator_input: str
     coordinator_output: str
     report_loads: bool = True
+    group_bind: str = ""
+    sync_interval: int = 16
 
 
 def run_rank(settings: RankSettings, status: Connection) -> None:
@@ -61,7 +64,13 @@ def _make(settings: RankSettings, status: Connection) -> EngineRank:
     engine = engine_class.create(settings.settings, lambda what, share: status.send(Progressed(what, share)))
     incarnation = new_identity()
     carrier = Carrier(number, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output)
+    seat = None
+    if engine_class.lockstep:
+        from paceline.runtime.group_seat import GroupSeat
+
+        seat = GroupSeat(number, settings.group_bind)
     machine = Rank(
-        number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads
-    )
-    return EngineRank(engine, machine, carrier, on_ready=lambda: status.send(Ready()))
+        number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
+        sync_interval=settings.sync_interval, group_address=seat.address if seat is not None else "",
+    )  # fmt: skip
+    return EngineRank(engine, machine, carrier, seat, on_ready=lambda: status.send(Ready()))

@@ -7,15 +7,20 @@ network, and what a step made is encoded and sent while the next one computes.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from paceline.engines.base import Engine, EngineError, EngineRequest
-from paceline.protocol.messages import Identify, ToRank
+from paceline.engines.group import GenerationEnded as GroupEnded
+from paceline.errors import StartupError
+from paceline.protocol.messages import ToRank
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
+    IN_MID_STEP,
     Agree,
     Agreed,
     CoordinatorSaid,
@@ -23,6 +28,9 @@ from paceline.protocol.rank_events import (
     DummyStep,
     Effect,
     Event,
+    Formed,
+    FormGroup,
+    GenerationEnded,
     Leave,
     Loaded,
     Step,
@@ -31,22 +39,25 @@ from paceline.protocol.rank_events import (
     ToCoordinator,
     ToFrontEnd,
     Turn,
+    Urge,
     Wait,
 )
 from paceline.runtime.carrier import Carrier
 
+if TYPE_CHECKING:
+    from paceline.runtime.group_seat import GroupSeat  # not needed by independent ranks
+
+logger = logging.getLogger("paceline.rank")
+
 SWITCH_INTERVAL_S = 0.0005
 """How long the engine's thread may keep the interpreter while the carrier has something to send."""
-
-Agreement = Callable[[bool, int], tuple[bool, int]]
-"""All-reduce among the ranks: (has work, wave) -> (any has work, highest wave)."""
 
 
 class EngineRank:
     """Drives one engine as one rank, until stopped.
 
     `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`.
-    `carrier`: the sockets. `agreement`: for lockstep engines, the all-reduce that ends waves.
+    `carrier`: the sockets. `seat`: for lockstep engines, its place among its peers.
     `on_ready`: called once, when the rank takes requests.
     """
 
@@ -55,13 +66,13 @@ class EngineRank:
         engine: Engine,
         machine: Rank,
         carrier: Carrier,
-        agreement: Agreement | None = None,
+        seat: GroupSeat | None = None,
         on_ready: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._machine = machine
         self._carrier = carrier
-        self._agreement = agreement
+        self._seat = seat
         self._on_ready = on_ready
         self._stopping = False
         # The machine is called by both threads: for the blink of a decision, never while a step computes.
@@ -71,6 +82,9 @@ class EngineRank:
     def stop(self) -> None:
         """Make `run` return after the step it is in. Safe in a signal handler."""
         self._stopping = True
+        if self._seat is not None:
+            # The step may wait for peers that have stopped already, or never start.
+            self._seat.leave()
         self._carrier.inbox.put(None)
 
     def run(self) -> None:
@@ -83,6 +97,8 @@ class EngineRank:
             self._feed(Turn(self._engine.load(), self._engine.has_work()))
         self._feed(Leave())
         self._carrier.close()
+        if self._seat is not None:
+            self._seat.close()
         self._engine.close()
 
     def _take_in(self, block_s: float | None) -> bool:
@@ -103,25 +119,36 @@ class EngineRank:
             self._on_ready = None
 
     def _decide(self, event: Event) -> list[Effect]:
+        """Ask the machine, and send what it says; returns what else is to be done."""
         with self._deciding:
-            return self._machine.handle(event, time.monotonic())
+            effects = self._machine.handle(event, time.monotonic())
+            # Sent before the other thread's turn to decide: messages go out in the order of decisions.
+            return [effect for effect in effects if not self._send(effect)]
 
-    def _on_broadcast(self, message: ToRank) -> None:
-        """In the carrier's thread. A question is answered at once: a rank that waits for the others in a
-        collective must be heard by a new coordinator, or nobody wakes them. All else waits for its turn.
-        """
-        if not isinstance(message, Identify):
-            self._carrier.inbox.put(CoordinatorSaid(message))
-            return
-        for effect in self._decide(CoordinatorSaid(message)):
-            self._perform(effect)
-
-    def _perform(self, effect: Effect) -> None:
+    def _send(self, effect: Effect) -> bool:
         match effect:
             case ToFrontEnd(front_end, outputs):
                 self._carrier.send_front_end(front_end, outputs)
             case ToCoordinator(message):
                 self._carrier.send_coordinator(message)
+            case Urge():
+                if self._seat is not None:
+                    self._seat.urge()
+            case _:
+                return False
+        return True
+
+    def _on_broadcast(self, message: ToRank) -> None:
+        """In the carrier's thread."""
+        if not isinstance(message, IN_MID_STEP):
+            self._carrier.inbox.put(CoordinatorSaid(message))
+            return
+        self._decide(CoordinatorSaid(message))
+        # What it changed may be work for the engine's thread, if that sleeps.
+        self._carrier.inbox.put(None)
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
             case Step():
                 self._step()
             case Take(key, request):
@@ -133,18 +160,60 @@ class EngineRank:
                 self._take_in(None if until is None else max(0.001, until - time.monotonic()))
             case DummyStep():
                 self._dummy_step()
-            case Agree(has_work, wave):
-                if self._agreement is None:
-                    raise EngineError(f"rank {self._machine.rank}: a lockstep engine without a group")
-                self._feed(Agreed(*self._agreement(has_work, wave)))
+            case Agree():
+                self._agree(effect)
+            case FormGroup():
+                self._form(effect)
+
+    def _form(self, wanted: FormGroup) -> None:
+        seat = self._seated()
+        try:
+            group = seat.form(wanted.generation, wanted.members)
+        except StartupError as error:
+            logger.warning("rank %d: %s", self._machine.rank, error)
+            self._feed(GenerationEnded())
+            return
+        self._engine.join(group)
+        self._feed(Formed(wanted.generation))
+
+    def _agree(self, agree: Agree) -> None:
+        seat = self._seated()
+        try:
+            agreed = Agreed(*seat.agree(agree.has_work, agree.wave, agree.suspension))
+        except GroupEnded as error:
+            self._ended(error)
+            return
+        self._feed(agreed)
+
+    def _seated(self) -> GroupSeat:
+        if self._seat is None:
+            raise EngineError(f"rank {self._machine.rank}: a lockstep engine without a group")
+        return self._seat
+
+    def _ended(self, error: GroupEnded) -> None:
+        if not self._stopping:
+            logger.warning("rank %d: %s", self._machine.rank, error)
+        self._feed(GenerationEnded())
 
     def _step(self) -> None:
         begin = time.monotonic()
-        result = self._engine.step()
+        try:
+            result = self._engine.step()
+        except GroupEnded as error:
+            self._ended(error)
+            return
         seconds = time.monotonic() - begin
         load, has_work = self._engine.load(), self._engine.has_work()
-        self._feed(Stepped(result.outputs, load, has_work, result.prefilled_tokens, result.decoded_tokens, seconds))
+        made = (result.prefilled_tokens, result.decoded_tokens, seconds)
+        self._feed(Stepped(result.outputs, load, has_work, *made, self._urged()))
 
     def _dummy_step(self) -> None:
-        self._engine.dummy_step()
-        self._feed(Stepped((), self._engine.load(), self._engine.has_work()))
+        try:
+            self._engine.dummy_step()
+        except GroupEnded as error:
+            self._ended(error)
+            return
+        self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
+
+    def _urged(self) -> bool:
+        return self._seat is not None and self._seat.urged()

@@ -35,6 +35,7 @@ from paceline.server.openai import (
 )
 from paceline.server.openapi import openapi_document
 from paceline.server.outlet import Outlet
+from paceline.server.suspend import suspension_routes
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -205,8 +206,14 @@ def _plain_routes(api: Api) -> list[Route]:
 
 def _health(api: Api) -> Response:
     statistics = api.client.machine.statistics()
-    healthy = bool(statistics["ready"]) and not api.draining
-    status = "draining" if api.draining else ("ok" if healthy else "no rank is ready")
+    stalls = api.client.machine.stalls
+    healthy = bool(statistics["ready"]) and not api.draining and not stalls
+    if api.draining:
+        status = "draining"
+    elif stalls:
+        status = f"rank {', '.join(str(stall.rank) for stall in stalls)} holds the group up"
+    else:
+        status = "ok" if healthy else "no rank is ready"
     return JSONResponse({"status": status} | statistics, 200 if healthy else 503)
 
 
@@ -242,7 +249,11 @@ def build_app(api: Api) -> ASGIApp:
     }
     # Starlette wraps `send` three times for its errors, and each token would pay for it.
     rest = Starlette(
-        routes=[*(Route(path, app, methods=["POST"]) for path, app in endpoints.items()), *_plain_routes(api)],
+        routes=[
+            *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
+            *_plain_routes(api),
+            *suspension_routes(api.client),
+        ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )
 

@@ -23,6 +23,9 @@ from paceline.protocol.frontend_events import (
     Abandon,
     Connect,
     Connected,
+    Control,
+    ControlGivenUp,
+    Controlled,
     CoordinatorSaid,
     Deliver,
     Disconnect,
@@ -36,7 +39,7 @@ from paceline.protocol.frontend_events import (
     ToRank,
 )
 from paceline.protocol.messages import FrontEndLeaving, Output
-from paceline.protocol.sampling import SamplingParams
+from paceline.protocol.sampling import ControlAction, SamplingParams
 from paceline.runtime.sockets import Garbage, open_socket
 from paceline.server.delivery import Sink
 from paceline.server.errors import Refused
@@ -44,6 +47,8 @@ from paceline.server.errors import Refused
 logger = logging.getLogger("paceline.front-end")
 
 MESSAGES_A_TURN = 512
+ASK_AGAIN_S = 0.25
+"""A call that is not answered is repeated: the coordinator may have been away."""
 
 
 class Client:
@@ -65,6 +70,7 @@ class Client:
         self._ranks: dict[int, zmq.Socket[bytes]] = {}
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
         self._changed: list[asyncio.Future[None]] = []
+        self._calls: dict[int, asyncio.Future[Controlled]] = {}
         self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
         self._watch(self._coordinator, self._on_coordinator_frames)
         self._coordinator.send(b"\x01")
@@ -114,6 +120,27 @@ class Client:
         self._changed.append(waiter)
         await waiter
 
+    async def control(self, action: ControlAction, timeout_s: float) -> Controlled:
+        """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
+        contrary. Raises asyncio.TimeoutError after `timeout_s`; what was asked for stays asked for.
+        """
+        call = self._next_request
+        self._next_request += 1
+        done: asyncio.Future[Controlled] = self._loop.create_future()
+        self._calls[call] = done
+        deadline = self._loop.time() + timeout_s
+        try:
+            while not done.done():
+                left_s = deadline - self._loop.time()
+                if left_s <= 0:
+                    raise TimeoutError
+                self._feed(Control(call, action))
+                await asyncio.wait([done], timeout=min(ASK_AGAIN_S, left_s))
+            return done.result()
+        finally:
+            del self._calls[call]
+            self._feed(ControlGivenUp(call))
+
     def close(self) -> None:
         """Say good-bye and close all sockets."""
         self._perform(ToCoordinator(FrontEndLeaving(self.machine.identity)))
@@ -141,6 +168,10 @@ class Client:
                 self._connect(member.rank, member.address)
             case Disconnect(rank):
                 self._disconnect(rank)
+            case Controlled(call):
+                waiter = self._calls.get(call)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(effect)
             case Refuse(request, reason, text):
                 sink = self._sinks.pop(request, None)
                 if sink is not None:

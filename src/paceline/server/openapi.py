@@ -37,10 +37,30 @@ _RANK_HEADER = {
 _FAILURES = {
     "400": "a field is wrong; `param` names it",
     "404": "no such model",
+    "409": "a later call asked for the contrary",
     "413": "the body is larger than --max-body-bytes",
     "429": "too many requests wait; see Retry-After",
     "500": "the rank failed",
-    "503": "draining, or no rank is ready; see Retry-After",
+    "503": "draining, suspended, or no rank is ready; see Retry-After",
+    "504": "not done in the time given; names the ranks that it waits for",
+}
+
+_GENERATION_FAILURES = ("400", "404", "413", "429", "500", "503")
+
+_MODE = {
+    "name": "mode",
+    "in": "query",
+    "required": False,
+    "description": "what becomes of requests: kept as they are, waited for, or aborted",
+    "schema": {"type": "string", "enum": ["keep", "wait", "abort"], "default": "abort"},
+}
+
+_TIMEOUT = {
+    "name": "timeout",
+    "in": "query",
+    "required": False,
+    "description": "seconds to wait; 60, or 600 with mode=wait, where it is left out",
+    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
 }
 
 
@@ -62,7 +82,7 @@ def _generation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
             "summary": summary,
             "parameters": [_RANK_HEADER],
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {"200": answer} | {status: _failure(text) for status, text in _FAILURES.items()},
+            "responses": {"200": answer} | {status: _failure(_FAILURES[status]) for status in _GENERATION_FAILURES},
         }
     }
 
@@ -75,6 +95,11 @@ def _plain(summary: str, *failures: str) -> dict[str, Any]:
             "responses": {"200": ok} | {status: _failure(_FAILURES[status]) for status in failures},
         }
     }
+
+
+def _control(summary: str, *parameters: dict[str, Any]) -> dict[str, Any]:
+    entry = _plain(summary, "400", "409", "504")["get"]
+    return {"post": entry | {"parameters": list(parameters)}}
 
 
 def openapi_document() -> dict[str, Any]:
@@ -91,6 +116,9 @@ def openapi_document() -> dict[str, Any]:
             "/v1/models": _plain("The model that is served"),
             "/health": _plain("Whether requests are served", "503"),
             "/loads": _plain("What every rank has queued, as this front-end believes it"),
+            "/pause": _control("Suspend all ranks, and wait until none computes", _MODE, _TIMEOUT),
+            "/resume": _control("Let all ranks go on, and wait until all do", _TIMEOUT),
+            "/is_paused": _plain("Whether all ranks are suspended"),
             "/version": _plain("The version of this server"),
         },
         "components": {"schemas": dict(components) | {"Error": _ERROR}},

@@ -1,0 +1,93 @@
+"""Suspending and resuming a running deployment from Python.
+
+    from paceline.control import Control
+
+    deployment = Control("http://127.0.0.1:8000")
+    with deployment.paused("keep"):
+        ...  # no rank computes anything here
+
+It asks the HTTP server of any front-end; the answer holds for all ranks of the deployment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+
+from paceline.errors import PacelineError
+
+MARGIN_S = 10.0
+"""What the HTTP call gets beyond the time that the deployment gets."""
+
+
+class ControlError(PacelineError):
+    """The deployment did not do what was asked. `status`: the HTTP status, or 0 where nobody answered."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Control:
+    """A deployment, by the address of one of its front-ends (`http://HOST:PORT`)."""
+
+    def __init__(self, url: str = "http://127.0.0.1:8000") -> None:
+        self.url = url.rstrip("/")
+
+    def pause(self, mode: str = "abort", timeout_s: float = 60.0) -> dict[str, object]:
+        """Suspend all ranks; returns once none computes. Pausing twice is pausing once.
+
+        `mode`: `keep` requests as they are, `wait` until they are finished, `abort` them. Raises ControlError:
+        status 504 after `timeout_s`, naming the ranks that have not stopped (it stays asked for, so calling again
+        goes on waiting), 409 where somebody resumes meanwhile.
+        """
+        return self._post("pause", timeout_s, mode=mode)
+
+    def resume(self, timeout_s: float = 60.0) -> dict[str, object]:
+        """Let all ranks go on; returns once all do. Raises ControlError as `pause` does."""
+        return self._post("resume", timeout_s)
+
+    def is_paused(self) -> bool:
+        """Whether all ranks are suspended. Raises ControlError."""
+        return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
+
+    @contextlib.contextmanager
+    def paused(self, mode: str = "keep", timeout_s: float = 60.0) -> Iterator[None]:
+        """Pause, and resume at the end, also after an error."""
+        try:
+            # What times out stays asked for, so that is undone too.
+            self.pause(mode, timeout_s)
+            yield
+        finally:
+            self.resume(timeout_s)
+
+    def _post(self, path: str, timeout_s: float, **query: str) -> dict[str, object]:
+        text = urllib.parse.urlencode(query | {"timeout": f"{timeout_s:g}"})
+        return self._ask(f"{path}?{text}", "POST", timeout_s + MARGIN_S)
+
+    def _ask(self, path: str, method: str, timeout_s: float) -> dict[str, object]:
+        try:
+            request = urllib.request.Request(f"{self.url}/{path}", method=method)
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                found = json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise ControlError(_message(error.read()) or f"HTTP status {error.code}", error.code) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ControlError(f"no answer from {self.url}: {reason}") from None
+        if not isinstance(found, dict):
+            raise ControlError(f"{self.url} is no Paceline server")
+        return found
+
+
+def _message(body: bytes) -> str | None:
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return message if isinstance(message, str) else None

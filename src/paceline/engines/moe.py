@@ -1,0 +1,182 @@
+"""The `moe` engine: a small mixture-of-experts transformer in NumPy, its experts sharded over the ranks.
+
+The reference for engines in lockstep. Every layer of every step has two all-to-alls (`moe_experts.py`), so that a
+rank that is missing stops all others, as with a large model on GPUs. Its weights come from a seed, or from a file
+(`moe_weights.py`); it has learned nothing, and answers with letters that look like noise. But what it says depends on
+the weights and the request alone: not on the number of ranks, on who else is in the batch, or on how the prompt was
+cut into chunks (`moe_arithmetic.py` says how that is reached). Whoever gets another answer has found a mistake.
+
+A step makes its plan, computes, and only then writes down what came of it: `GenerationEnded` out of a collective
+leaves the engine as it was, and the step is made anew in the next group.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import TYPE_CHECKING, ClassVar
+
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
+from paceline.engines.llama_schedule import Schedule, Sequence
+from paceline.engines.moe_options import Limits, MoeOptions, read_limits, read_options
+from paceline.engines.moe_sampling import Sampler
+from paceline.engines.moe_tokenizer import EOS, VOCABULARY, MoeTokenizer, piece
+from paceline.protocol.messages import Load
+from paceline.protocol.sampling import FinishReason
+
+if TYPE_CHECKING:
+    from paceline.engines.group import RankGroup
+    from paceline.engines.moe_model import Piece
+    from paceline.engines.moe_weights import Floats
+
+Chunks = list[tuple[Sequence, int]]
+
+
+class MoeEngine(Engine):
+    """One rank of the model. `create` makes one; with a `dp_size` of 1 it needs no group."""
+
+    lockstep: ClassVar[bool] = True
+
+    def __init__(self, settings: EngineSettings, options: MoeOptions, limits: Limits) -> None:
+        # Here and not at the top: a front-end imports this module for its tokenizer, and does without NumPy.
+        from paceline.engines.moe_experts import Alone
+        from paceline.engines.moe_model import MoeModel
+
+        self._model = MoeModel.load(options, limits.max_model_len)
+        self._group: RankGroup | None = Alone() if settings.dp_size == 1 else None
+        self._limits = limits
+        self._slots = settings.max_num_seqs
+        self._step_s = options.step_ms / 1000
+        self._schedule = Schedule(settings.max_num_seqs, limits.kv_tokens, settings.max_num_batched_tokens)
+        self._kv: dict[int, Floats] = {}
+        self._refused: list[StepOutput] = []
+        # Seed 0 is the default and means none: answers without a seed then differ from run to run.
+        self._random = random.Random(f"{settings.seed}.{settings.rank}") if settings.seed else random.Random()
+
+    @classmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> MoeEngine:
+        options, limits = read_options(settings), read_limits(settings)
+        progress("making weights", 0.0)
+        made = cls(settings, options, limits)
+        progress("making weights", 1.0)
+        return made
+
+    @classmethod
+    def tokenizer(cls, settings: EngineSettings) -> MoeTokenizer:
+        return MoeTokenizer(read_limits(settings).max_model_len)
+
+    @classmethod
+    def check(cls, settings: EngineSettings, progress: Progress) -> None:
+        read_options(settings)
+        read_limits(settings)
+
+    def add(self, request: EngineRequest) -> None:
+        length = len(request.prompt_token_ids)
+        error = self._why_never(request)
+        if error is not None:
+            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
+            return
+        # Drawn here: a step that is made anew must not draw again.
+        seed = self._random.getrandbits(32) if request.params.seed is None else request.params.seed
+        room = min(request.params.max_tokens, self._limits.max_model_len - length)
+        self._schedule.add(Sequence(request, room, Sampler(request.params, length, seed)))
+
+    def abort(self, key: int) -> None:
+        self._refused = [output for output in self._refused if output.key != key]
+        self._end(key)
+
+    def has_work(self) -> bool:
+        return bool(self._schedule.running or self._schedule.waiting or self._refused)
+
+    def join(self, group: RankGroup) -> None:
+        self._group = group
+
+    def step(self) -> StepResult:
+        begin = time.monotonic()
+        self._schedule.admit()
+        chunks = self._schedule.chunks()
+        logits = self._forward(chunks)
+        left_s = self._step_s - (time.monotonic() - begin)
+        if left_s > 0:
+            time.sleep(left_s)
+        return self._commit(chunks, logits)
+
+    def dummy_step(self) -> None:
+        self._forward([])
+
+    def load(self) -> Load:
+        schedule = self._schedule
+        return Load(
+            schedule.waiting,
+            schedule.running,
+            self._slots,
+            schedule.to_prefill,
+            schedule.kv_used,
+            self._limits.kv_tokens,
+        )
+
+    def _why_never(self, request: EngineRequest) -> str | None:
+        """Why the request can never be served, or None."""
+        prompt, length = request.prompt_token_ids, self._limits.max_model_len
+        if not prompt:
+            return "the prompt is empty"
+        if len(prompt) >= length:
+            return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
+        for token in (*prompt, *request.params.logit_bias):
+            if not 0 <= token < VOCABULARY:
+                return f"token {token} is not in the vocabulary of {VOCABULARY} tokens"
+        return None
+
+    def _forward(self, chunks: Chunks) -> Floats:
+        """Compute with the others. Changes nothing but KV that nobody reads yet."""
+        if self._group is None:
+            raise EngineError("the moe engine steps among several ranks, and has not been given their group")
+        pieces: list[Piece] = []
+        for sequence, count in chunks:
+            key = sequence.request.key
+            if key not in self._kv:
+                self._kv[key] = self._model.make_kv(sequence.reserved)
+            tokens = sequence.tokens[sequence.computed : sequence.computed + count]
+            pieces.append((tokens, sequence.computed, self._kv[key]))
+        return self._model.forward(pieces, self._group)
+
+    def _commit(self, chunks: Chunks, logits: Floats) -> StepResult:
+        """Write down what a step has computed; no collective from here on."""
+        outputs, self._refused = self._refused, []
+        prefilled = decoded = 0
+        for (sequence, count), row in zip(chunks, logits, strict=True):
+            prefilled += count if sequence.to_prefill else 0
+            sequence.computed += count
+            if sequence.computed == len(sequence.tokens):
+                outputs.append(self._choose(sequence, row.tolist()))
+                decoded += 1
+        return StepResult(outputs, prefilled, decoded)
+
+    def _choose(self, sequence: Sequence, logits: list[float]) -> StepOutput:
+        params, sampler = sequence.request.params, sequence.sampler
+        token = sampler.choose(logits, sequence.tokens)
+        logprobs = None if params.logprobs is None else [sampler.logprobs(logits, token)]
+        sequence.tokens.append(token)
+        text, reason, stop = _read(sequence, token)
+        if reason is not None:
+            self._end(sequence.request.key)
+        return StepOutput(sequence.request.key, [token], text, reason, stop, logprobs)
+
+    def _end(self, key: int) -> None:
+        self._schedule.remove(key)
+        self._kv.pop(key, None)
+
+
+def _read(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+    """What may be shown after this token; why it is the last, and which stop it was, if so."""
+    params, text = sequence.request.params, sequence.text
+    stop: str | int | None = token if token in params.stop_token_ids else None
+    ended = stop is not None or (token == EOS and not params.ignore_eos)
+    shown = ""
+    if not ended or (stop is not None and params.include_stop_str_in_output):
+        shown = text.push(piece(token, special=not params.skip_special_tokens))
+    if text.stopped_by is None and (ended or sequence.made >= sequence.room):
+        shown += text.finish()
+        if text.stopped_by is None:
+            return shown, "stop" if ended else "length", stop
+    return shown, None if text.stopped_by is None else "stop", text.stopped_by

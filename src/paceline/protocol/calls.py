@@ -1,0 +1,65 @@
+"""What front-ends ask of the coordinator (suspend, resume), each call served once however often it is repeated.
+
+A front-end repeats a call until it is answered, since the coordinator may have been away. A repeat is no new call:
+it gets the answer that the first one got, also where somebody has asked for the contrary meanwhile. And a new
+coordinator answers nobody before it has heard the ranks: what it would say of a suspension that it does not know
+would be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from paceline.protocol.messages import ControlRequest
+from paceline.protocol.sampling import ControlAction
+
+ACQUAINTED_S = 1.0
+"""How long a call waits for ranks that do not say hello."""
+ANSWERS_KEPT = 4096
+
+
+class Calls:
+    """The calls that wait, and the answers given."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[tuple[int, int], ControlRequest] = {}
+        self._answered: dict[tuple[int, int], int] = {}
+        self._due: float | None = None
+
+    @property
+    def due(self) -> float | None:
+        """When waiting calls are served, whoever has been heard; None while none waits."""
+        return self._due
+
+    def request(self, request: ControlRequest, now: float) -> None:
+        """A front-end asks, or repeats what it asked."""
+        self._waiting[(request.front_end, request.call)] = request
+        if self._due is None:
+            self._due = now + ACQUAINTED_S
+
+    def forget_front_end(self, front_end: int) -> None:
+        """The front-end is gone; what it asked for stays asked for."""
+        self._answered = {key: number for key, number in self._answered.items() if key[0] != front_end}
+
+    def serve(
+        self, acquainted: bool, ask: Callable[[ControlAction], int], current: int, now: float
+    ) -> list[tuple[int, int, int]]:
+        """The answers that are due, as (front-end, call, number). `acquainted`: all ranks have been heard.
+
+        `ask` does what is asked and returns the number for it; `current`: the suspension's number before.
+        """
+        if self._due is None or not (acquainted or now >= self._due):
+            return []
+        self._due = None
+        waiting, self._waiting = self._waiting, {}
+        answers = []
+        for key, request in waiting.items():
+            number = self._answered.get(key, request.answered)
+            if not 0 < number <= current:
+                # Never answered, or by a coordinator of whose suspension nobody knows any more.
+                current = number = ask(request.action)
+            self._answered[key] = number
+            answers.append((*key, number))
+        while len(self._answered) > ANSWERS_KEPT:
+            del self._answered[next(iter(self._answered))]
+        return answers

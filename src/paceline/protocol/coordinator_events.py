@@ -1,0 +1,66 @@
+"""What happens to the coordinator's machine, and what it asks its shell to do (`coordinator.py`)."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from paceline.protocol.messages import FromFrontEnd, FromRank, ToFrontEnd, ToRank
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class Tick(Struct, frozen=True):
+    """Time has passed."""
+
+
+class RankSaid(Struct, frozen=True):
+    """A message from a rank."""
+
+    message: FromRank
+
+
+class FrontEndSaid(Struct, frozen=True):
+    """A message from a front-end."""
+
+    message: FromFrontEnd
+
+
+class RankSubscribed(Struct, frozen=True):
+    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
+
+
+class FrontEndSubscribed(Struct, frozen=True):
+    """Likewise a front-end's."""
+
+
+class FrontEndGone(Struct, frozen=True):
+    """A front-end's connection has ended."""
+
+    front_end: int
+
+
+Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
+
+# Effects --------------------------------------------------------------------------------------
+
+
+class ToRanks(Struct, frozen=True):
+    """Broadcast to all ranks."""
+
+    message: ToRank
+
+
+class ToFrontEnds(Struct, frozen=True):
+    """Broadcast to all front-ends."""
+
+    message: ToFrontEnd
+
+
+class Note(Struct, frozen=True):
+    """Something for the log that an operator wants to read; `urgent` where something is wrong."""
+
+    text: str
+    urgent: bool = False
+
+
+Effect = ToRanks | ToFrontEnds | Note

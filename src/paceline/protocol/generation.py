@@ -1,0 +1,112 @@
+"""The coordinator's part in generations: which lockstep ranks run their collectives together.
+
+Collectives block until every member takes part, so who is a member must be the same for all, and a member's death
+ends the group for all. When every rank of the deployment has said where it is reached, the coordinator gives that
+set of lives a number and tells all to form it, again and again until each has said that it has.
+
+A new life of a rank, a member that fell out, or a forming that takes too long makes the next generation, with a
+number that no rank has been told before. Whoever fell out knows only that somebody has died, and the dead say
+nothing: so the next generation is formed once every rank has spoken again. Those that live are asked, and answer
+in mid-step too; the dead one's next life says hello by itself.
+
+A new coordinator that hears all ranks name the same generation has nothing to do.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from paceline.protocol.messages import GroupMember
+from paceline.protocol.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
+
+FORM_TIMEOUT_S = 2.0
+"""After this a generation that is not formed is given up: a member may have died, or be in a long step."""
+
+
+class Position(Struct, frozen=True):
+    """A rank's life, where its peers reach it, the generation that it is a member of (0: none), and the highest
+    that it was told.
+    """
+
+    incarnation: int
+    address: str
+    generation: int
+    told: int
+
+
+class Generations:
+    """The current generation of a deployment of `size` ranks, and what is still to be formed."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._ranks: dict[int, Position] = {}
+        self.number = 0
+        """The generation that is, or is to be, formed; 0 before the first."""
+        self.asks = False
+        """Set where all ranks must be asked who they are; whoever asks clears it."""
+        self._members: dict[int, int] = {}
+        # Who has spoken since it was known that the generation has ended; None while it stands, or is being formed.
+        self._spoken: set[int] | None = set()
+        self._due: float | None = None
+        self._repeat_s = FIRST_REPEAT_S
+        self._give_up_at = float("inf")
+
+    @property
+    def due(self) -> float | None:
+        """When members must be told (again), or None."""
+        return self._due
+
+    def heard(self, rank: int, position: Position, now: float) -> None:
+        """A rank said hello."""
+        before = self._ranks.get(rank)
+        self._ranks[rank] = position
+        if self._complete():
+            self._due = None
+            self._spoken = None
+            return
+        new_life = before is not None and before.incarnation != position.incarnation
+        fell_out = before is not None and before.generation > 0 and position.generation == 0
+        if self._spoken is None and (new_life or fell_out or self._members.get(rank) != position.incarnation):
+            self._end()
+        if self._spoken is not None:
+            self._spoken.add(rank)
+            if len(self._spoken) == self._size:
+                self._next(now)
+
+    def forget(self, rank: int) -> None:
+        """The rank is gone; the next hello of any life of it makes a new generation."""
+        self._ranks.pop(rank, None)
+        self._end()
+
+    def form(self, now: float) -> tuple[int, list[GroupMember]] | None:
+        """The generation and its members, if they are to be told now; the next repeat is set."""
+        if self._due is None or now < self._due:
+            return None
+        if now >= self._give_up_at:
+            self._end()
+            return None
+        self._due = now + self._repeat_s
+        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        return self.number, [GroupMember(r, p.incarnation, p.address) for r, p in sorted(self._ranks.items())]
+
+    def _complete(self) -> bool:
+        """Whether all ranks are members of one generation: the one that was to be formed, or one from before."""
+        named = {position.generation for position in self._ranks.values()}
+        if len(self._ranks) < self._size or len(named) != 1 or max(named) < max(self.number, 1):
+            return False
+        self.number = max(named)
+        self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
+        return True
+
+    def _end(self) -> None:
+        self._due = None
+        self._spoken = set()
+        self.asks = True
+
+    def _next(self, now: float) -> None:
+        self._spoken = None
+        self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
+        self.number = max(self.number, *(position.told for position in self._ranks.values())) + 1
+        self._due = now
+        self._repeat_s = FIRST_REPEAT_S
+        self._give_up_at = now + FORM_TIMEOUT_S

@@ -1,0 +1,28 @@
+"""The rules without which lockstep ranks hang, or step where they must not; each can be left out to show it.
+
+Production machines are made with all of them. The explorer makes machines without one (`paceline check
+--without RULE`) and must find what breaks: a rule that nothing breaks without is no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+RULES: dict[str, str] = {
+    "acknowledged-wakes": "A wake is repeated until every ready rank has said that it runs in that wave or later.",
+    "own-report": "A paused rank that takes a request says that it started; what it says of itself wakes the others.",
+    "stale-notice-leaves-nobody-out": "A notice of an older wave than the current one leaves no rank out of the wake.",
+    "finished-waves-ignored": "A rank ignores a wake for a wave that it has finished.",
+    "suspension-number": "An acknowledgement counts for the suspension whose number it carries and for no other.",
+    "new-coordinator-asks": "A new coordinator asks all ranks who they are and what they do.",
+    "joiner-told-the-wave": "A rank that joins is told the wave before it is ready.",
+}
+"""Name to the rule."""
+
+
+def checked(without: Set[str]) -> frozenset[str]:
+    """The names, as given. Raises ValueError naming one that is not a rule."""
+    for name in without:
+        if name not in RULES:
+            raise ValueError(f"{name} is not a rule; rules: {', '.join(RULES)}")
+    return frozenset(without)

@@ -1,0 +1,150 @@
+"""Runs of moe engines: one alone, or several as ranks in threads of this process, stepping together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paceline.engines.base import EngineRequest, EngineSettings, StepOutput, StepResult
+from paceline.engines.group import GenerationEnded, RankGroup, Reduction
+from paceline.engines.moe import MoeEngine
+from paceline.protocol.sampling import SamplingParams
+from paceline.runtime.collective import SocketGroup
+from paceline.runtime.group_link import GroupListener, form_group, group_path
+
+if TYPE_CHECKING:
+    from paceline.engines.group import Array
+
+Answers = dict[int, list[int]]
+"""Tokens by request."""
+
+
+def make_engine(*, options: dict[str, str] | None = None, **settings: Any) -> MoeEngine:
+    """An engine of small sizes, unless told otherwise."""
+    sizes = {"layers": "2", "d_model": "32", "heads": "2", "expert_hidden": "32"}
+    return MoeEngine.create(EngineSettings(options={**sizes, **(options or {})}, **settings), lambda what, share: None)
+
+
+def request(key: int, prompt: str | Sequence[int] = "Hello", tokens: int = 8, **params: Any) -> EngineRequest:
+    """A greedy request that goes on to its full length, unless told otherwise."""
+    ids = [256, *prompt.encode()] if isinstance(prompt, str) else prompt
+    return EngineRequest(
+        key, ids, SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **params}, max_tokens=tokens)
+    )
+
+
+def many_requests(count: int) -> list[EngineRequest]:
+    """Requests of all sizes, with prompts longer than a step's budget among them."""
+    chance = random.Random(7)
+    return [
+        request(key, [256, *chance.choices(range(97, 123), k=chance.choice((2, 9, 30, 80)))], chance.randint(1, 14))
+        for key in range(count)
+    ]
+
+
+def run_alone(engine: MoeEngine) -> list[StepOutput]:
+    """All outputs until there is no work."""
+    outputs: list[StepOutput] = []
+    while engine.has_work():
+        outputs += engine.step().outputs
+    return outputs
+
+
+def text_of(outputs: Iterable[StepOutput], key: int) -> str:
+    """One request's text."""
+    return "".join(output.text for output in outputs if output.key == key)
+
+
+class Deployment:
+    """Ranks in threads. `arrivals[rank]`: requests by the step before which they come."""
+
+    def __init__(self, folder: Path, dp_size: int, **settings: Any) -> None:
+        self.engines = [make_engine(rank=rank, dp_size=dp_size, **settings) for rank in range(dp_size)]
+        self.arrivals: list[dict[int, list[EngineRequest]]] = [{} for _ in range(dp_size)]
+        self.answers: Answers = {}
+        self.steps = [0] * dp_size
+        self.groups: dict[int, SocketGroup] = {}
+        self._listeners = [GroupListener(group_path(folder, rank)) for rank in range(dp_size)]
+        self._pool = ThreadPoolExecutor(dp_size)
+
+    def form(self, generation: int, members: Sequence[int]) -> None:
+        """Form a generation of these, and have their engines join it."""
+        self._close_groups()
+        addresses = {rank: self._listeners[rank].address for rank in members}
+
+        def form(rank: int) -> SocketGroup:
+            return form_group(self._listeners[rank], generation, rank, addresses, timeout_s=20.0)
+
+        futures = [self._pool.submit(form, rank) for rank in members]
+        self.groups = dict(zip(members, [future.result(30) for future in futures], strict=True))
+        for rank, group in self.groups.items():
+            self.engines[rank].join(group)
+
+    def start(self, turn: Callable[[int], Any]) -> dict[int, Future[Any]]:
+        """Call `turn(rank)` at all members, without waiting."""
+        return {rank: self._pool.submit(turn, rank) for rank in self.groups}
+
+    def run(self, until_step: int | None = None) -> None:
+        """Step all members together until nobody has work, or a step is reached, or the generation ends."""
+        for future in self.start(lambda rank: self.drive(rank, until_step)).values():
+            future.result(60)
+
+    def drive(self, rank: int, until_step: int | None = None) -> None:
+        """One member's loop: a step, or a dummy step, then the agreement whether to go on."""
+        engine, group = self.engines[rank], self.groups[rank]
+        try:
+            while self.steps[rank] != until_step:
+                for arrived in self.arrivals[rank].pop(self.steps[rank], []):
+                    engine.add(arrived)
+                if engine.has_work():
+                    self.take(engine.step())
+                else:
+                    engine.dummy_step()
+                self.steps[rank] += 1
+                if not any(group.all_reduce([engine.has_work() or bool(self.arrivals[rank])], "max")):
+                    return
+        except GenerationEnded:
+            return
+
+    def take(self, result: StepResult) -> None:
+        """Keep what a step has made."""
+        for output in result.outputs:
+            self.answers.setdefault(output.key, []).extend(output.token_ids)
+
+    def close(self) -> None:
+        """End everything."""
+        self._close_groups()
+        self._pool.shutdown()
+        for listener in self._listeners:
+            listener.close()
+
+    def _close_groups(self) -> None:
+        for group in self.groups.values():
+            group.leave()
+        for group in self.groups.values():
+            group.close()
+        self.groups = {}
+
+
+class Leaving(RankGroup):
+    """A member that leaves at its `at`-th all-to-all, counted from 0."""
+
+    def __init__(self, group: RankGroup, at: int) -> None:
+        super().__init__(group.generation, group.rank, group.members)
+        self._group = group
+        self._left = at
+
+    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+        return self._group.all_reduce(values, reduction)
+
+    def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:
+        if self._left == 0:
+            self._group.leave()
+        self._left -= 1
+        return self._group.all_to_all(arrays)
+
+    def leave(self) -> None:
+        self._group.leave()

@@ -1,0 +1,162 @@
+"""Real ranks and a real coordinator, with front-ends in the test's own process: everything said can be watched."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from paceline.config import ParallelConfig
+from paceline.engines.base import EngineSettings
+from paceline.protocol import codec
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.messages import PROTOCOL_VERSION, Identify, Output, RankHello
+from paceline.protocol.routing import LeastLoad
+from paceline.protocol.sampling import SamplingParams
+from paceline.runtime.coordinator_process import DPCoordinator
+from paceline.runtime.processes import new_identity, spawn
+from paceline.runtime.rank_main import RankSettings, run_rank
+from paceline.server.client import Client
+from tests.runtime.peers import context, receive
+from tests.serving import wait_until
+
+
+class Answer:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.finish: str | None = None
+        self.error: Exception | None = None
+        self.done = asyncio.Event()
+
+    def put(self, output: Output) -> None:
+        self.tokens += output.token_ids
+        if output.finish_reason is not None:
+            self.finish = output.finish_reason
+            self.done.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.done.set()
+
+
+class Watching(FrontEnd):
+    """A front-end's machine that tells of each change of the wave or of running, in the moment of it."""
+
+    on_change: Callable[[int, bool], None] = staticmethod(lambda wave, running: None)
+
+    def handle(self, event: Any, now: float) -> Any:
+        before = (self.wave, self.running)
+        effects = super().handle(event, now)
+        if (self.wave, self.running) != before:
+            # After the effects, as another event of the loop: the machine is not to be called from within.
+            asyncio.get_running_loop().call_soon(self.on_change, self.wave, self.running)
+        return effects
+
+
+class Fleet:
+    """A coordinator and `size` ranks of one engine, on one machine."""
+
+    def __init__(self, folder: Path, size: int, engine: str, options: dict[str, str], sync_interval: int) -> None:
+        self.size = size
+        self.coordinator = DPCoordinator(ParallelConfig(data_parallel_size=size, data_parallel_size_local=size))
+        self._statuses: list[Any] = []
+        self._input, self._output = self.coordinator.get_engine_socket_addresses()
+        self.ranks = [self._rank(folder, rank, engine, options, sync_interval) for rank in range(size)]
+
+    def _rank(self, folder: Path, rank: int, engine: str, options: dict[str, str], sync_interval: int) -> Any:
+        reader, writer = get_context("spawn").Pipe(duplex=False)
+        settings = RankSettings(
+            engine, EngineSettings(rank=rank, dp_size=self.size, threads=1, options=options), f"ipc://{folder}/rank-{rank}",
+            self._input, self._output, group_bind=f"ipc://{folder}/group-{rank}", sync_interval=sync_interval,
+        )  # fmt: skip
+        process = spawn(f"rank {rank}", run_rank, {"settings": settings, "status": writer}, "warning")
+        writer.close()
+        # Left open: a rank that cannot say how it goes ends.
+        self._statuses.append(reader)
+        return process
+
+    def front_end(self, index: int, count: int) -> Client:
+        """A front-end in the running event loop."""
+        machine = Watching(new_identity(), LeastLoad(index, count), share_sends=count > 1, lockstep=True)
+        return Client(machine, self.coordinator.get_stats_publish_address())
+
+    def hellos(self) -> list[RankHello]:
+        """What each rank says of itself to a new coordinator, which the test plays: the real one is ended."""
+        self.coordinator.shutdown()
+        decode = codec.from_rank().decode
+        said: dict[int, RankHello] = {}
+        with context() as zmq_context:
+            inbox, broadcasts = zmq_context.socket(zmq.PULL), zmq_context.socket(zmq.XPUB)
+            Path(self._output.removeprefix("ipc://")).parent.mkdir(exist_ok=True)
+            inbox.bind(self._output)
+            broadcasts.bind(self._input)
+            while len(said) < self.size:
+                receive(broadcasts)
+                broadcasts.send(codec.encode(Identify(PROTOCOL_VERSION, 1)))
+                while inbox.poll(200):
+                    message = decode(receive(inbox)[0])
+                    if isinstance(message, RankHello):
+                        said[message.rank] = message
+        return [said[rank] for rank in range(self.size)]
+
+    def close(self) -> None:
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+        self.coordinator.shutdown()
+
+
+@contextlib.contextmanager
+def fleet(folder: Path, size: int, engine: str, options: dict[str, str], sync_interval: int = 16) -> Iterator[Fleet]:
+    """A fleet that is gone at the block's end."""
+    made = Fleet(folder, size, engine, options, sync_interval)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextlib.asynccontextmanager
+async def front_ends(made: Fleet, count: int) -> AsyncIterator[list[Client]]:
+    """Front-ends that know every rank."""
+    clients = [made.front_end(index, count) for index in range(count)]
+    try:
+        async with asyncio.timeout(60):
+            for client in clients:
+                while len(client.machine.ready_ranks()) < made.size:
+                    await client.wait_changed()
+        yield clients
+    finally:
+        for client in clients:
+            client.close()
+
+
+def ask(client: Client, tokens: int, rank: int | None = None) -> Answer:
+    """Send a request of `tokens` answer tokens."""
+    answer = Answer()
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    client.submit(answer, [1, 2, 3, 4], params, rank)  # type: ignore[arg-type]
+    return answer
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that a process has used, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / 100
+
+
+def cpu_used_s(pids: list[int], seconds: float) -> float:
+    """CPU time that the processes use together in the next `seconds`."""
+    import time
+
+    before, end = sum(map(cpu_s, pids)), time.monotonic() + seconds
+    wait_until(lambda: time.monotonic() >= end, "the end of the time to measure")
+    return sum(map(cpu_s, pids)) - before
