@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from paceline.protocol.rules import checked
+from paceline.protocol.sampling import SuspendMode
+from paceline.protocol.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
 
 FOUND, NOT_DECIDED = 1, 2
@@ -24,6 +27,9 @@ def check(
     requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 3,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
     crashes: Annotated[int, typer.Option(min=0, help="Crashes of the coordinator.")] = 1,
+    suspensions: Annotated[int, typer.Option(min=0, help="Suspensions, each resumed afterwards.")] = 0,
+    mode: Annotated[str, typer.Option(help="Of the suspensions: keep, wait or abort.")] = "keep",
+    without: Annotated[list[str] | None, typer.Option(help="A rule to leave out; may be repeated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Engine steps of a request.")] = 1,
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
@@ -32,7 +38,7 @@ def check(
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
-        max_memory_mb=max_memory_mb,
+        max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
     )  # fmt: skip
     with progress() as report:
         result = walk(bound, report)
@@ -41,6 +47,20 @@ def check(
         raise typer.Exit(FOUND)
     if not result.decided:
         raise typer.Exit(NOT_DECIDED)
+
+
+def _mode(name: str) -> SuspendMode:
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise typer.BadParameter(f"{name} is not one of {', '.join(MODES)}", param_hint="--mode")
+
+
+def _rules(names: list[str]) -> frozenset[str]:
+    try:
+        return checked(frozenset(names))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--without") from error
 
 
 def document(result: Result) -> dict[str, object]:

@@ -64,6 +64,18 @@ def left_out_has_it(wake: StartDPWave, wave: int, running: bool, on_its_way: Ite
     return f"the wake for wave {wake.wave} leaves out a rank that is paused and that no request of this wave will reach"
 
 
+def nothing_steps_while_suspended(settled: int, ranks: Mapping[str, tuple[bool, int]]) -> str | None:
+    """Once a suspension is settled, no rank begins a step before every rank knows a higher number.
+
+    `settled`: the suspension's number. `ranks`: by party, whether it runs, and the highest number that it knows.
+    """
+    runs = sorted(party for party, (running, _) in ranks.items() if running)
+    unaware = sorted(party for party, (_, number) in ranks.items() if number <= settled)
+    if not runs or not unaware:
+        return None
+    return f"suspension {settled} is settled and {join(unaware)} knows of no later one, but {join(runs)} runs"
+
+
 def agree_at_rest(coordinator: int, ranks: Mapping[str, int]) -> str | None:
     """When all is at rest, all know the same wave."""
     if all(wave == coordinator for wave in ranks.values()):

@@ -16,10 +16,12 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
+from paceline.protocol.sampling import ControlAction, SuspendMode
 from paceline.simulate.explore_liveness import first_stuck
 from paceline.simulate.explore_rank import Broken
 from paceline.simulate.explore_story import tell
-from paceline.simulate.explore_world import State, World
+from paceline.simulate.explore_state import State
+from paceline.simulate.explore_world import World
 
 LOOK_EVERY = 4096
 
@@ -27,8 +29,9 @@ LOOK_EVERY = 4096
 class Bound(Struct, frozen=True):
     """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator.
 
-    `steps`: engine steps of a request. `sync_interval`: steps between agreements. `symmetry`: whether states that
-    differ only in the ranks' numbers are one. `max_memory_mb`: of this process, all in all.
+    `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
+    `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states
+    that behave alike are one. `max_memory_mb`: of this process, all in all.
     """
 
     ranks: int = 3
@@ -38,7 +41,10 @@ class Bound(Struct, frozen=True):
     crashes: int = 1
     steps: int = 1
     sync_interval: int = 1
-    symmetry: bool = True
+    suspensions: int = 0
+    mode: SuspendMode = "keep"
+    without: frozenset[str] = frozenset()
+    merge: bool = True
     max_memory_mb: int = 4096
 
 
@@ -143,9 +149,10 @@ class _Walk:
 def walk(bound: Bound, report: Callable[[Progress], None] = lambda _: None) -> Result:
     """Walk every state within the bound. `report` is called now and then."""
     begin = time.perf_counter()
+    calls: tuple[ControlAction, ...] = (bound.mode, "resume") * bound.suspensions
     world = World(
-        bound.ranks, bound.requests, bound.losses, bound.crashes, steps=bound.steps, sync_interval=bound.sync_interval,
-        symmetry=bound.symmetry,
+        bound.ranks, bound.requests, bound.losses, bound.crashes, calls=calls, steps=bound.steps,
+        sync_interval=bound.sync_interval, without=bound.without, merge=bound.merge,
     )  # fmt: skip
     walked = _Walk(world, bound, report)
     violations: list[str] = []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
-from paceline.protocol.coordinator import (
-    Coordinator,
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import (
     Event,
     FrontEndSaid,
     RankSaid,
@@ -16,26 +16,48 @@ from paceline.protocol.coordinator import (
     ToRanks,
 )
 from paceline.protocol.invariants import wave_never_falls
-from paceline.protocol.messages import FromRank, ToRank, WakeNotice
-from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
+from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
+from paceline.protocol.sampling import ControlAction
+from paceline.simulate.explore_parts import NOW, RankLabel, Register, freeze, renumber
 from paceline.simulate.explore_rank import FRONT_END, Broken
 
 
 class Answer(NamedTuple):
-    """What the coordinator makes of an event: its state, what it broadcasts to ranks, what front-ends can hear."""
+    """What the coordinator makes of an event.
+
+    `state`: the one after it. `broadcasts`: to ranks. `published`: the newest wave that front-ends can hear of, and
+    whether it runs. `answered`: the number that a call is answered with, 0 for none. `settled`: the number of the
+    suspension that is in force at all ranks, as this coordinator says; 0 where it does not say that.
+    """
 
     state: int
     broadcasts: tuple[ToRank, ...]
     published: tuple[int, bool]
+    answered: int
+    settled: int
+
+
+TIMERS = {
+    "wake": ("_group", "_wake_due"),
+    "question": ("_introductions", "_due"),
+    "suspension": ("_suspension", "_due"),
+    "call": ("_calls", "_due"),
+}
+"""What the coordinator repeats, and where its machine keeps when."""
 
 
 class Coordinators:
-    """All states of the coordinator met, and its answers. `size`: ranks in the deployment."""
+    """All states of the coordinator met, and its answers.
 
-    def __init__(self, size: int) -> None:
+    `size`: ranks in the deployment. `without`: rules left out.
+    """
+
+    def __init__(self, size: int, without: frozenset[str] = frozenset()) -> None:
         self._size = size
+        self._without = without
         self._states: Register[Coordinator] = Register(_key)
         self._answers: dict[tuple[int, Hashable], Answer] = {}
+        self._timers: dict[int, list[tuple[str, list[int]]]] = {}
         self._known: dict[int, tuple[bool, ...]] = {}
         self._renumbered: dict[tuple[int, tuple[int, ...]], int] = {}
 
@@ -47,7 +69,7 @@ class Coordinators:
 
     def fresh(self, identity: int) -> int:
         """One that knows nothing."""
-        machine = Coordinator(self._size, identity, 0.0, lockstep=True, publish_loads=False)
+        machine = Coordinator(self._size, identity, 0.0, lockstep=True, publish_loads=False, without=self._without)
         return self._states.number(renumber(machine))
 
     def wave(self, number: int) -> int:
@@ -62,13 +84,20 @@ class Coordinators:
             found = self._known[number] = tuple(membership.is_ready(rank) for rank in range(self._size))
         return found
 
-    def lagging(self, number: int) -> list[int]:
-        """The ranks whose answer to a wake is owed."""
-        return self._states[number]._group.lagging()
-
-    def ticks(self, number: int) -> bool:
-        """Whether a timer is set that sends something to ranks."""
-        return self._states[number]._group.wake_due is not None
+    def timers(self, number: int) -> list[tuple[str, list[int]]]:
+        """The timers that are set, each with the ranks whose answer it waits for."""
+        found = self._timers.get(number)
+        if found is None:
+            machine = self._states[number]
+            waiting = {
+                "wake": machine._group.lagging(),
+                "question": machine._membership.missing(),
+                "suspension": machine._suspension.state(range(self._size)).waiting_for,
+                "call": [rank for rank in range(self._size) if not machine._suspension.has_heard(rank)],
+            }
+            due = [name for name, (part, field) in TIMERS.items() if getattr(getattr(machine, part), field) is not None]
+            found = self._timers[number] = [(name, waiting[name]) for name in due]
+        return found
 
     def renumbered(self, number: int, order: Sequence[int]) -> int:
         """The state in which rank `order[i]` is rank `i`."""
@@ -94,41 +123,59 @@ class Coordinators:
         """A rank's connection has come up."""
         return self._answer(number, "subscribed", RankSubscribed)
 
-    def tick(self, number: int) -> Answer:
-        """The timers that are set are due."""
-        return self._answer(number, "tick", Tick)
+    def called(self, number: int, call: int, action: ControlAction, answered: int) -> Answer:
+        """A front-end's call, or its repeat."""
+        event = lambda: FrontEndSaid(ControlRequest(FRONT_END, call, action, answered))  # noqa: E731
+        return self._answer(number, ("called", call, action, answered), event)
 
-    def _answer(self, number: int, name: Hashable, make: object) -> Answer:
+    def tick(self, number: int, timer: str) -> Answer:
+        """One of the timers that are set is due."""
+        return self._answer(number, timer, Tick)
+
+    def _answer(self, number: int, name: Hashable, make: Callable[[], Event]) -> Answer:
         found = self._answers.get((number, name))
         if found is None:
-            event: Event = make()  # type: ignore[operator]
-            found = self._answers[number, name] = self._handle(number, event)
+            found = self._answers[number, name] = self._handle(number, name, make())
         return found
 
-    def _handle(self, number: int, event: Event) -> Answer:
+    def _handle(self, number: int, name: Hashable, event: Event) -> Answer:
         machine = renumber(self._states[number])
+        if isinstance(event, Tick):
+            part, field = TIMERS[str(name)]
+            setattr(getattr(machine, part), field, NOW)
         before = self.wave(number)
         try:
-            effects = machine.handle(event, LATER if isinstance(event, Tick) else NOW)
+            effects = machine.handle(event, NOW)
         except Exception as error:
             raise Broken(f"the coordinator's machine failed: {type(error).__name__}: {error}") from error
         why = wave_never_falls("the coordinator", before, machine._group.wave)
         if why is not None:
             raise Broken(why)
-        published = (0, False)
+        published, answered = (0, False), 0
         for effect in effects:
-            if isinstance(effect, ToFrontEnds):
+            if isinstance(effect, ToFrontEnds) and isinstance(effect.message, ControlAnswer):
+                answered = effect.message.number
+            elif isinstance(effect, ToFrontEnds):
                 published = max(published, (effect.message.wave, effect.message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
-        return Answer(self._states.number(renumber(machine)), broadcasts, published)
+        state = machine._suspension.state(range(self._size))
+        settled = state.number if state.settled else 0
+        return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled)
 
 
 def _key(machine: Coordinator) -> Hashable:
-    group = machine._group
+    group, introductions = machine._group, machine._introductions
     if group._wake_due is None:
         # Read only while a wake is due; set anew with the next one.
         group._prompt_wake = False
     if group._noticed_wave < group.wave:
         # Compared with the wave alone, which does not come back.
         group._noticed_wave = -1
+    # The last question and the last admission are long ago: to put one off for milliseconds, so that several share it,
+    # is to hear of the others later.
+    introductions._asked = float("-inf")
+    introductions._admitted = {}
+    if not machine._membership.missing():
+        # One more question to ranks that have all been heard brings nothing (`explore_rank`).
+        introductions._due = None
     return freeze(machine)

@@ -30,20 +30,21 @@ DROPPED: Mapping[str, frozenset[str]] = {
             # Counters for people.
             "_view_number", "_dropped",
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
-            "_clock", "_board", "_members_due", "_members_sent", "_published_state", "_front_ends",
+            "_clock", "_board", "_members_due", "_members_sent", "_published_state", "_front_ends", "_stalls",
+            # Follows from `_suspension`.
+            "_suspension_state",
         }
     ),
     # A cache of what `_entries` holds.
     "Membership": frozenset({"_members"}),
     # Durations decide when a timer is due, and a tick comes at any time.
     "GroupWave": frozenset({"_repeat_s"}),
-    # Loads, counters and averages: they go into reports, which the walk turns off. `_keys`, `_owners` and the rest of
-    # the requests' names stand in `RankPart` as what is left to do of each.
-    "Rank": frozenset(
-        {
-            "step", "_next_key", "_taken", "_keys", "_owners", "_finished", "_prefill", "_decode", "_reported", "_void",
-        }
-    ),
+    "GroupSuspension": frozenset({"_repeat_s"}),
+    "Generations": frozenset({"_repeat_s"}),
+    "Introductions": frozenset({"_repeat_s"}),
+    # Loads, counters and averages go into reports, which the walk turns off. The requests' names stand in `Life` as
+    # what is left to do of each. `_mid_step` is read of independent ranks only.
+    "Rank": frozenset({"step", "requests", "_reporter", "_mid_step"}),
 }  # fmt: skip
 
 T = TypeVar("T")

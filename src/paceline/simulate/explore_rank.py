@@ -27,6 +27,8 @@ from paceline.protocol.invariants import answered_once, runs_only_when_ready, wa
 from paceline.protocol.messages import AddRequest, Admit, FromRank, Identify, Load, RankHello, StartDPWave, ToRank
 from paceline.protocol.rank import Rank
 from paceline.protocol.rank_events import (
+    IN_MID_STEP,
+    Again,
     Agree,
     Agreed,
     CoordinatorSaid,
@@ -54,15 +56,24 @@ class Broken(Exception):
 
 
 class Life:
-    """A rank's machine and, by the machine's keys, the steps that its engine has left for each request."""
+    """A rank's machine and, by the machine's keys, the steps that its engine has left for each request.
 
-    def __init__(self, machine: Rank, left: dict[int, int]) -> None:
+    `agree`: what it has said to the agreement that it is in, None while it is in none.
+    """
+
+    def __init__(self, machine: Rank, left: dict[int, int], agree: Agree | None = None) -> None:
         self.machine = machine
         self.left = left
+        self.agree = agree
 
     def copy(self) -> Life:
         """One that can be changed."""
-        return Life(renumber(self.machine), dict(self.left))
+        return Life(renumber(self.machine), dict(self.left), self.agree)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that the rank has, with the engine or held back."""
+        return len(self.left) + self.machine.requests.held
 
     def key(self) -> Hashable:
         """Equal for lives that behave alike."""
@@ -72,7 +83,7 @@ class Life:
         if machine._wanted_wave <= machine.wave:
             # Asked for only when this wave has ended, and then it is over.
             machine._wanted_wave = -1
-        return (freeze(machine), tuple(sorted(self.left.values())))
+        return (freeze(machine), tuple(sorted(self.left.values())), machine.requests.held, freeze(self.agree))
 
 
 class Block(NamedTuple):
@@ -103,11 +114,12 @@ class BlockMove(NamedTuple):
 class Blocks:
     """All blocks met, and what can become of them.
 
-    `steps`: engine steps that a request takes. `sync_interval`: steps between agreements.
+    `steps`: engine steps that a request takes. `sync_interval`: steps between agreements. `without`: rules left out.
     """
 
-    def __init__(self, steps: int, sync_interval: int) -> None:
+    def __init__(self, steps: int, sync_interval: int, without: frozenset[str] = frozenset()) -> None:
         self._steps = steps
+        self._without = without
         self._sync_interval = sync_interval
         self._lives: Register[Life] = Register(Life.key)
         self.messages: Register[FromRank | ToRank] = Register()
@@ -115,8 +127,8 @@ class Blocks:
         self._blocks: list[Block] = []
         self._moves: dict[int, list[BlockMove]] = {}
         self._heard: dict[tuple[int, int], int] = {}
-        self._stepped: dict[int, tuple[Agree | None, int]] = {}
-        self._agreed: dict[tuple[int, bool, int], int] = {}
+        self._stepped: dict[int, int] = {}
+        self._agreed: dict[tuple[int, bool, int, int], int] = {}
         self._tidied: dict[tuple[int, bool], int] = {}
         self._arrived: dict[tuple[int, int], int] = {}
 
@@ -141,7 +153,8 @@ class Blocks:
     def fresh(self) -> int:
         """A rank that has just loaded its engine."""
         rank = Rank(
-            RankLabel(0), 1, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval
+            RankLabel(0), 1, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval,
+            without=self._without,
         )  # fmt: skip
         empty = Block(self._lives.number(Life(rank, {})), (), (), True, False, (), ())
         return self._after(empty, Loaded())
@@ -150,7 +163,7 @@ class Blocks:
         """Whether nothing is under way at this rank: paused, without requests, its links empty."""
         block, life = self._blocks[number], self.life(number)
         moving = block.up or block.down or block.arriving or block.notices
-        return block.connected and not moving and not life.left and not life.machine.running
+        return block.connected and not moving and not life.unfinished and not life.machine.running
 
     def tidied(self, number: int, known: bool) -> int:
         """The block without wakes that change nothing, now or later.
@@ -186,18 +199,20 @@ class Blocks:
 
     def _find_moves(self, number: int) -> list[BlockMove]:
         block = self._blocks[number]
-        running = self.life(number).machine.running
+        life = self.life(number)
         moves: list[BlockMove] = []
         for place, message_number in enumerate(block.down):
             message = self.messages[message_number]
-            question = isinstance(message, Identify)
-            if place == 0 or question:
+            at_once = isinstance(message, IN_MID_STEP)
+            if at_once and any(isinstance(self.messages[name], IN_MID_STEP) for name in block.down[:place]):
+                continue
+            if at_once or (place == 0 and life.agree is None):
                 rest = block._replace(down=block.down[:place] + block.down[place + 1 :])
                 after = self._after(rest, CoordinatorSaid(message))  # type: ignore[arg-type]
-                moves.append(BlockMove("hear", message_number, after, running and not question))
-        for stamp in sorted(set(block.arriving)):
+                moves.append(BlockMove("hear", message_number, after, life.machine.running and not at_once))
+        for stamp in sorted(set(block.arriving)) if life.agree is None else ():
             rest = block._replace(arriving=_without(block.arriving, stamp))
-            moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), running))
+            moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), life.machine.running))
         return moves
 
     def arrive(self, number: int, stamp: int) -> int:
@@ -206,9 +221,8 @@ class Blocks:
         after = self._arrived.get(key)
         if after is None:
             machine = self.life(number).machine
-            request = AddRequest(
-                machine._next_key, machine._next_key, machine.incarnation, stamp, [1], SamplingParams(1)
-            )  # fmt: skip
+            name = machine.requests.taken.get(FRONT_END, 0) + 1
+            request = AddRequest(name, name, machine.incarnation, stamp, [1], SamplingParams(1))
             after = self._arrived[key] = self._after(self._blocks[number], FrontEndSaid(FRONT_END, request))
         return after
 
@@ -226,6 +240,29 @@ class Blocks:
         """The coordinator has taken in such a notice."""
         block = self._blocks[number]
         return self.number(block._replace(notices=_without(block.notices, stamp)))
+
+    def after_crash(self, number: int) -> list[tuple[int, int]]:
+        """The blocks that a crash of the coordinator may leave, each with bits that say what was lost.
+
+        1: what the rank had said; 2: what it was told; 4: the notices that name it. All of a link, or nothing: what was
+        said and read before the crash is the same as lost.
+        """
+        block = self._blocks[number]._replace(connected=False, asked=False)
+        variants: dict[int, int] = {}
+        for bits in range(8):
+            less = block._replace(
+                up=() if bits & 1 else block.up,
+                down=() if bits & 2 else block.down,
+                notices=() if bits & 4 else block.notices,
+            )
+            variants.setdefault(self.number(less), bits)
+        return [(bits, name) for name, bits in variants.items()]
+
+    def from_rank(self, name: int) -> FromRank:
+        """A message that a rank sent."""
+        message = self.messages[name]
+        assert isinstance(message, FromRank)
+        return message
 
     def said_read(self, number: int) -> int:
         """The coordinator has taken in the oldest message from the rank."""
@@ -256,25 +293,27 @@ class Blocks:
 
     # Steps ----------------------------------------------------------------------------------------
 
-    def stepped(self, number: int) -> tuple[Agree | None, int]:
-        """The rank takes part in a step: what it says to the agreement after it, if there is one, and its block."""
+    def stepped(self, number: int) -> int:
+        """The rank takes part in a step; if an agreement follows, it is in that one then (`Life.agree`)."""
         found = self._stepped.get(number)
         if found is None:
             found = self._stepped[number] = self._step(number)
         return found
 
-    def agreed(self, number: int, any_work: bool, wave: int) -> int:
+    def agreed(self, number: int, any_work: bool, wave: int, suspension: int) -> int:
         """The agreement's result reaches the rank."""
-        key = (number, any_work, wave)
+        key = (number, any_work, wave, suspension)
         after = self._agreed.get(key)
         if after is None:
-            after = self._agreed[key] = self._after(self._blocks[number], Agreed(any_work, wave))
+            life = self.life(number).copy()
+            life.agree = None
+            effects = self._handle(life, Agreed(any_work, wave, suspension))
+            after = self._agreed[key] = self._put(self._blocks[number], life, effects)
         return after
 
-    def _step(self, number: int) -> tuple[Agree | None, int]:
+    def _step(self, number: int) -> int:
         life = self.life(number).copy()
-        effects = self._handle(life, Turn(Load(), bool(life.left)))
-        up = [effect for effect in effects if isinstance(effect, ToCoordinator)]
+        effects = self._turn(life)
         outputs: list[StepOutput] = []
         names: list[int] = []
         if any(isinstance(effect, Step) for effect in effects):
@@ -284,20 +323,32 @@ class Blocks:
                 outputs.append(StepOutput(key, [1], "", "length" if finished else None))
                 if finished:
                     del life.left[key]
-                    names.append(life.machine._owners[key][1])
+                    names.append(life.machine.requests._owners[key][1])
         elif not any(isinstance(effect, DummyStep) for effect in effects):
-            raise Broken("a running rank does not step")
-        effects = self._handle(life, Stepped(outputs, Load(), bool(life.left)))
-        _demand(answered_once(names, effects))
-        up += [effect for effect in effects if isinstance(effect, ToCoordinator)]
-        agree = next((effect for effect in effects if isinstance(effect, Agree)), None)
-        return agree, self._put(self._blocks[number], life, up)
+            raise Broken("a rank that runs does not step")
+        answers = self._handle(life, Stepped(outputs, Load(), bool(life.left)))
+        _demand(answered_once(names, answers))
+        life.agree = next((effect for effect in answers if isinstance(effect, Agree)), None)
+        return self._put(self._blocks[number], life, effects + answers)
 
     # The machine ----------------------------------------------------------------------------------
 
     def _after(self, block: Block, event: Event) -> int:
         life = self._lives[block.life].copy()
-        return self._put(block, life, self._handle(life, event))
+        effects = self._handle(life, event)
+        if not life.machine.running:
+            effects += self._turn(life)
+        return self._put(block, life, effects)
+
+    def _turn(self, life: Life) -> list[Effect]:
+        """What the rank does when all that has come is read, up to the step that it would begin."""
+        effects: list[Effect] = []
+        again = True
+        while again:
+            made = self._handle(life, Turn(Load(), bool(life.left)))
+            again = any(isinstance(effect, Again) for effect in made)
+            effects += made
+        return effects
 
     def _handle(self, life: Life, event: Event) -> list[Effect]:
         wave = life.machine.wave
@@ -314,7 +365,7 @@ class Blocks:
         _demand(runs_only_when_ready(life.machine))
         return effects
 
-    def _put(self, block: Block, life: Life, effects: list[Effect] | list[ToCoordinator]) -> int:
+    def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:
         up = list(block.up)
         for effect in effects:
             if isinstance(effect, ToCoordinator):

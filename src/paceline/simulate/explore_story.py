@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from paceline.protocol.invariants import join
 from paceline.protocol.messages import FromRank, Identify, RankHello, StartDPWave, StartWave, ToRank, WaveComplete
 from paceline.simulate.explore_rank import Broken
-from paceline.simulate.explore_world import FIRST_BLOCK, Action, State, World
+from paceline.simulate.explore_state import FIRST_BLOCK, Action, State
+from paceline.simulate.explore_world import World
 
 LONGEST_ENDING = 40
 
