@@ -15,7 +15,7 @@ What the walk does not tell apart, and why it may not matter:
 - A life of the coordinator asks a rank once: the rank has told all that changed since its first answer, so another
   would repeat its last word. Nor is a wake of the same wave put twice into the link, nor a hello that is equal to the
   message before it in the other direction.
-- `Identify` is answered by the thread that reads the socket: it may overtake what came before it.
+- What a rank hears in mid-step too may overtake what it does not.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.explore_parts import NOW, RankLabel, Register, freeze, renumber
 
 FRONT_END = 1
+
+AT_ONCE = (*IN_MID_STEP, StartDPWave)
+"""What a rank hears in mid-step too; in the order in which it was sent."""
 
 
 class Broken(Exception):
@@ -203,8 +206,8 @@ class Blocks:
         moves: list[BlockMove] = []
         for place, message_number in enumerate(block.down):
             message = self.messages[message_number]
-            at_once = isinstance(message, IN_MID_STEP)
-            if at_once and any(isinstance(self.messages[name], IN_MID_STEP) for name in block.down[:place]):
+            at_once = isinstance(message, AT_ONCE)
+            if at_once and any(isinstance(self.messages[name], AT_ONCE) for name in block.down[:place]):
                 continue
             if at_once or (place == 0 and life.agree is None):
                 rest = block._replace(down=block.down[:place] + block.down[place + 1 :])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from paceline.protocol.invariants import join
-from paceline.protocol.messages import FromRank, Identify, RankHello, StartDPWave, StartWave, ToRank, WaveComplete
+from paceline.protocol.messages import FromRank, Identify, RankHello, StartDPWave, StartWave, Suspension, ToRank, WaveComplete
 from paceline.simulate.explore_rank import Broken
 from paceline.simulate.explore_state import FIRST_BLOCK, Action, State
 from paceline.simulate.explore_world import World
@@ -22,11 +22,17 @@ def meaning(message: FromRank | ToRank) -> str:
             return f"WaveComplete: I have paused, wave {wave} is finished"
         case RankHello():
             state = "run in" if message.running else "am paused, next is"
-            return f"RankHello: I am {'ready' if message.ready else 'joining'} and {state} wave {message.wave}"
+            return f"RankHello: I am {'ready' if message.ready else 'joining'} and {state} wave {message.wave}" + (
+                f", know suspension {message.suspension}{' and keep it' * message.held}" * bool(message.suspension)
+            )
         case Identify():
             return "Identify: who are you?"
         case StartDPWave(wave=wave):
             return f"StartDPWave: whoever is paused, run in wave {wave}"
+        case Suspension():
+            if message.number % 2:
+                return f"Suspension {message.number} ({message.mode}): start nothing by yourself"
+            return f"Suspension {message.number}: " + ("go on" if message.released else "this is to end, say that you know")
     return repr(message)
 
 
@@ -76,9 +82,9 @@ class _Teller:
         parts = []
         for place in sorted(range(self._world.ranks), key=self._names.__getitem__):
             life = self._world.blocks.life(self._state[FIRST_BLOCK + place])
-            machine, held = life.machine, len(life.left)
+            machine, held = life.machine, life.unfinished
             state = "runs in" if machine.running else "is paused before"
-            parts.append(f"rank {self._names[place]} {state} wave {machine.wave} with {held or 'no'} requests")
+            parts.append(f"rank {self._names[place]} {state} wave {machine.wave} with {held or 'no'} request{'s' * (held != 1)}")
         coordinator = self._world.coordinators[self._state[0]].statistics()
         known = f"the coordinator holds wave {coordinator['wave']}, " + (
             "knows ranks that run" if coordinator["running"] else "knows of no rank that runs"
@@ -128,6 +134,12 @@ class _Teller:
                 return "The coordinator's timer is due"
             case "round":
                 return "All ranks take part in a step" + (" and agree whether any has work left" * bool(action.detail))
+            case "agree":
+                return "All ranks agree whether any has work left"
+            case "ask":
+                return f"The operator asks for: {self._world.calls[action.detail]}"
+            case "call":
+                return f"The call ({self._world.calls[action.detail]}) reaches the coordinator"
         return "The coordinator dies and another starts that knows nothing; " + self._lost(action.detail)
 
     def _lost(self, bits: int) -> str:

@@ -56,6 +56,8 @@ class World:
         self._common: list[Common] = []
         self._orders: dict[State, tuple[State, tuple[int, ...]]] = {}
         self._bound = Common(requests, (0, False), losses, crashes)
+        # What commutes was shown for all rules together.
+        self._commute = merge and not without
         self._commuting = Commuting(self.blocks, self.coordinators)
 
     def common(self, state: State) -> Common:
@@ -105,7 +107,8 @@ class World:
         identity = tuple(range(self.ranks))
         if not self._merge:
             return state, identity
-        state = self._commuting.tidied(state, self.common(state))
+        if self._commute:
+            state = self._commuting.tidied(state, self.common(state))
         blocks = state[FIRST_BLOCK:]
         # Where all blocks differ there is one order; where some are equal, the coordinator's state decides.
         key = (state[COORDINATOR], *blocks)
@@ -122,7 +125,7 @@ class World:
 
     def _moves(self, state: State) -> Moves:
         common = self.common(state)
-        if self._merge:
+        if self._commute:
             first = self._first(state, common)
             if first is not None:
                 yield first
@@ -230,10 +233,12 @@ class World:
 
     def _check_left_out(self, state: State, messages: tuple[ToRank, ...]) -> None:
         for message in messages:
-            if isinstance(message, StartDPWave) and message.exclude is not None:
+            if isinstance(message, StartDPWave) and message.exclude is not None and "abort" not in self.calls:
                 number = state[FIRST_BLOCK + message.exclude]
                 machine = self.blocks.life(number).machine
-                _demand(left_out_has_it(message, machine.wave, machine.running, self.blocks[number].arriving))
+                # What it holds back it starts by itself, in whatever wave is current then.
+                coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
+                _demand(left_out_has_it(message, machine.wave, machine.running, coming))
 
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
