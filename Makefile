@@ -37,6 +37,9 @@ test-torch: $(STAMP) ## the tests of the collectives, over torch.distributed too
 	@$(BIN)/python -m pytest tests/runtime/test_collective.py tests/runtime/test_waiting.py \
 	  tests/runtime/test_torch_group.py $(ARGS)
 
+soak: $(STAMP) ## simulate seed after seed until stopped; a failing seed is printed with the command that replays it
+	@exec $(BIN)/paceline simulate --seeds 0.. $(ARGS)
+
 format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -55,4 +58,4 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch format docs bench-serve bench-collective clean
+.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective clean

@@ -23,6 +23,7 @@ MAX_FUNCTION_LINES = 60
 MAY_IMPORT = {
     "paceline.protocol": {"paceline.protocol"},
     "paceline.engines": {"paceline.engines", "paceline.protocol", "paceline.errors"},
+    "paceline.simulate": {"paceline.simulate", "paceline.engines", "paceline.protocol", "paceline.errors"},
     "paceline.runtime": {
         "paceline.runtime", "paceline.engines", "paceline.protocol", "paceline.config", "paceline.errors",
     },

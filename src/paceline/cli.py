@@ -41,7 +41,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
 ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
-EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, or module:Class.", "--engine")]
+EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, or module:Class.", "--engine")]
 EngineOptionFlag = Annotated[
     list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
 ]
@@ -88,6 +88,9 @@ StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must b
 DrainTimeoutFlag = Annotated[
     float, _option(_SERVER, "Seconds that requests get to finish on SIGTERM.", "--drain-timeout")
 ]
+StallTimeoutFlag = Annotated[
+    float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
+]
 LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
 
@@ -122,6 +125,7 @@ def serve(
     max_body_bytes: MaxBodyBytesFlag = 16 * 1024 * 1024,
     startup_timeout: StartupTimeoutFlag = 300.0,
     drain_timeout: DrainTimeoutFlag = 30.0,
+    stall_timeout: StallTimeoutFlag = 30.0,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -133,7 +137,19 @@ def serve(
     _serve(config)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For commands whose flags are read elsewhere: what they need is imported only when they run."""
+
+
+@app.command(context_settings=_PASSED_ON)
+def simulate(context: typer.Context) -> None:
+    """Run the machines in virtual time, from a seed, with delays, losses and crashes."""
+    from paceline.simulate_cli import app as simulate_app
+
+    simulate_app(context.args, prog_name="paceline simulate")
+
+
+@app.command(context_settings=_PASSED_ON)
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
     from paceline.coordinator_cli import run_command
@@ -192,6 +208,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             max_waiting=given["max_waiting"] or None,
             startup_timeout_s=given["startup_timeout"],
             drain_timeout_s=given["drain_timeout"],
+            stall_timeout_s=given["stall_timeout"],
             **server,
         ),
     )

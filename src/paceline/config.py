@@ -114,6 +114,7 @@ class ServerConfig(Struct, frozen=True):
     max_body_bytes: int = 16 * 1024 * 1024
     startup_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
+    stall_timeout_s: float = 30.0
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -124,6 +125,7 @@ class ServerConfig(Struct, frozen=True):
         _require((self.max_waiting or 1) >= 1, "--max-waiting", "must be at least 1")
         _require(self.max_body_bytes >= 1024, "--max-body-bytes", "must be at least 1024")
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")
+        _require(self.stall_timeout_s > 0, "--stall-timeout", "must be more than 0")
         _require(self.drain_timeout_s >= 0, "--drain-timeout", "must be 0 or more")
         _require(
             self.log_level in LOG_LEVELS,

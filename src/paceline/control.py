@@ -21,6 +21,7 @@ from collections.abc import Iterator
 
 from paceline.errors import PacelineError
 
+LONGEST_TIMEOUT_S = 86_400.0
 MARGIN_S = 10.0
 """What the HTTP call gets beyond the time that the deployment gets."""
 
@@ -56,6 +57,12 @@ class Control:
         """Whether all ranks are suspended. Raises ControlError."""
         return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
 
+    def health(self) -> dict[str, object]:
+        """What `GET /health` says: `status`, the wave, the ranks that are ready or missing, and `stalls`, a line for
+        each rank that holds the others up. Raises ControlError where nobody answers.
+        """
+        return self._ask("health", "GET", 10.0, also=(503,))
+
     @contextlib.contextmanager
     def paused(self, mode: str = "keep", timeout_s: float = 60.0) -> Iterator[None]:
         """Pause, and resume at the end, also after an error."""
@@ -67,27 +74,42 @@ class Control:
             self.resume(timeout_s)
 
     def _post(self, path: str, timeout_s: float, **query: str) -> dict[str, object]:
+        if not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+            raise ControlError(f"timeout: must be more than 0 and at most {LONGEST_TIMEOUT_S:g} seconds")
         text = urllib.parse.urlencode(query | {"timeout": f"{timeout_s:g}"})
-        return self._ask(f"{path}?{text}", "POST", timeout_s + MARGIN_S)
+        found = self._ask(f"{path}?{text}", "POST", timeout_s + MARGIN_S)
+        if not {"status", "suspension"} <= set(found):
+            raise ControlError(f"{self.url} is no Paceline server")
+        return found
 
-    def _ask(self, path: str, method: str, timeout_s: float) -> dict[str, object]:
+    def _ask(self, path: str, method: str, timeout_s: float, also: tuple[int, ...] = ()) -> dict[str, object]:
+        """The answer as JSON; `also`: statuses that are answers too, besides 200."""
         try:
-            request = urllib.request.Request(f"{self.url}/{path}", method=method)
-            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                found = json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise ControlError(_message(error.read()) or f"HTTP status {error.code}", error.code) from None
+            status, body = _exchange(urllib.request.Request(f"{self.url}/{path}", method=method), timeout_s)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
+            reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
             raise ControlError(f"no answer from {self.url}: {reason}") from None
+        try:
+            found = json.loads(body)
+        except ValueError:
+            found = None
+        if status != 200 and status not in also:
+            raise ControlError(_message(found) or f"HTTP status {status}", status)
         if not isinstance(found, dict):
             raise ControlError(f"{self.url} is no Paceline server")
         return found
 
 
-def _message(body: bytes) -> str | None:
+def _exchange(request: urllib.request.Request, timeout_s: float) -> tuple[int, bytes]:
+    """The status and the body. Raises OSError, ValueError or HTTPException where there is none."""
     try:
-        message = json.loads(body)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def _message(found: object) -> str | None:
+    error = found.get("error") if isinstance(found, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
     return message if isinstance(message, str) else None

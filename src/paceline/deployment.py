@@ -152,6 +152,7 @@ def rank_settings(plan: Plan, rank: int) -> RankSettings:
         report_loads=not plan.config.parallel.data_parallel_external_lb,
         group_bind=plan.group_address(rank),
         sync_interval=plan.config.parallel.dp_sync_interval,
+        stall_timeout_s=plan.config.server.stall_timeout_s,
     )
 
 

@@ -7,7 +7,7 @@ torch.distributed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,20 +50,10 @@ class Waiting:
 
     What each can know differs. In an all-to-all every member hears from every other and names who is late. A group
     that reduces through one member (`SocketGroup`: the first) lets only that one know: it names who is late, all
-    others name it. So one answer may name a member that itself waits for another; `held_up_by` combines them.
+    others name it. So one answer may name a member that itself waits for another; `protocol/stalls.py` combines them.
     """
     seconds: float
     """Since this member began this collective."""
-
-
-def held_up_by(answers: Mapping[int, Waiting | None]) -> tuple[int, ...]:
-    """The members that hold up a generation: those waited for that do not wait themselves.
-
-    `answers` has what `RankGroup.waiting` said at each member, asked at about the same time; a member that gave no
-    answer is left out. Empty where nobody waits, or where the answers were taken while the collective moved on.
-    """
-    named = {rank for answer in answers.values() if answer is not None for rank in answer.ranks}
-    return tuple(sorted(rank for rank in named if answers.get(rank) is None))
 
 
 class RankGroup(ABC):

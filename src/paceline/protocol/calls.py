@@ -54,8 +54,8 @@ class Calls:
         waiting, self._waiting = self._waiting, {}
         answers = []
         for key, request in waiting.items():
-            number = self._answered.get(key, request.answered)
-            if not 0 < number <= current:
+            number = self._answered.get(key, request.answered or None)
+            if number is None or number > current:
                 # Never answered, or by a coordinator of whose suspension nobody knows any more.
                 current = number = ask(request.action)
             self._answered[key] = number

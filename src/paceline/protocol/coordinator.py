@@ -20,6 +20,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndSaid,
     FrontEndSubscribed,
     Note,
+    RankGone,
     RankSaid,
     RankSubscribed,
     Tick,
@@ -115,6 +116,9 @@ class Coordinator:
                 self._on_front_end(message, now)
             case RankSubscribed():
                 self._introductions.wanted(now)
+            case RankGone(rank, incarnation):
+                if self._membership.is_current(rank, incarnation):
+                    self._unhear(rank, now)
             case FrontEndSubscribed():
                 self._members_changed(now)
             case FrontEndGone(front_end):
@@ -162,8 +166,9 @@ class Coordinator:
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
             case StallReport():
+                self._members_changed(now)
                 if self._stalls.report(message):
-                    self._stalls_changed(now, effects)
+                    effects += self._stall_notes()
             case RankLeaving(rank, incarnation):
                 self._membership.leave(rank, incarnation)
                 self._forget_rank(rank, now)
@@ -208,11 +213,10 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._loads_changed(now)
 
-    def _stalls_changed(self, now: float, effects: list[Effect]) -> None:
-        effects += [Note(describe(stall), urgent=True) for stall in self._stalls.found]
+    def _stall_notes(self) -> list[Effect]:
         if not self._stalls.found:
-            effects.append(Note("the group goes on", urgent=True))
-        self._members_changed(now)
+            return [Note("no rank holds the group up any more", urgent=True)]
+        return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
     def _loads_changed(self, now: float) -> None:
         if self._publish_loads:
@@ -220,12 +224,16 @@ class Coordinator:
 
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
+        self._unhear(rank, now)
+        self._members_changed(now)
+
+    def _unhear(self, rank: int, now: float) -> None:
+        """What the rank last said of waves, groups and suspensions does not hold any more."""
         self._group.forget(rank, now)
         self._generations.forget(rank)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
         self._suspension_changed(now)
-        self._members_changed(now)
 
     def _joiners_wave(self) -> int:
         return 0 if "joiner-told-the-wave" in self._without else self._group.wave
@@ -267,12 +275,12 @@ class Coordinator:
     # Suspension -------------------------------------------------------------------------------
 
     def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have ended.
+        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have left.
 
-        A lockstep rank that is away would step alone when it is back; an independent one is told before it is ready.
+        A rank that was told of no suspension when it joined must not step either.
         """
-        ended = set() if self.lockstep else {rank for rank, _ in self._membership.ended()}
-        return (rank for rank in range(self._membership.size) if rank not in ended)
+        gone = set() if self.lockstep else self._membership.gone()
+        return (rank for rank in range(self._membership.size) if rank not in gone)
 
     def _suspension_changed(self, now: float) -> None:
         self._suspension.advance(self._expected(), now)
@@ -302,7 +310,7 @@ class Coordinator:
         if self._generations.asks:
             self._generations.asks = False
             self._introductions.wanted(now)
-        if self._introductions.ask(now, self._membership.missing):
+        if self._introductions.ask(now, lambda: [*self._membership.missing(), *self._generations.silent()]):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:

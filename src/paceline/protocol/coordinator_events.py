@@ -29,6 +29,13 @@ class RankSubscribed(Struct, frozen=True):
     """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
 
 
+class RankGone(Struct, frozen=True):
+    """The connection of this life of a rank has ended: it has died, or will be back and say hello again."""
+
+    rank: int
+    incarnation: int
+
+
 class FrontEndSubscribed(Struct, frozen=True):
     """Likewise a front-end's."""
 
@@ -39,7 +46,7 @@ class FrontEndGone(Struct, frozen=True):
     front_end: int
 
 
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | FrontEndSubscribed | FrontEndGone
+Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -75,8 +75,12 @@ class Generations:
 
     def forget(self, rank: int) -> None:
         """The rank is gone; the next hello of any life of it makes a new generation."""
-        self._ranks.pop(rank, None)
-        self._end()
+        if self._ranks.pop(rank, None) is not None:
+            self._end()
+
+    def silent(self) -> list[int]:
+        """Ranks that have not spoken since the generation ended: they are to be asked, again and again."""
+        return [] if self._spoken is None else [rank for rank in self._ranks if rank not in self._spoken]
 
     def form(self, now: float) -> tuple[int, list[GroupMember]] | None:
         """The generation and its members, if they are to be told now; the next repeat is set."""

@@ -126,6 +126,10 @@ class Membership:
         """Ranks of the deployment that are not ready."""
         return [rank for rank in range(self.size) if not self.is_ready(rank)]
 
+    def gone(self) -> set[int]:
+        """Ranks that have left in good order, and are not back."""
+        return {rank for rank, entry in self._entries.items() if entry.state is RankState.GONE}
+
     def ended(self) -> list[tuple[int, int]]:
         """Of each rank that is not ready, the life that ended last, if any did."""
         return [(rank, lives[-1]) for rank, lives in sorted(self._retired.items()) if not self.is_ready(rank)]

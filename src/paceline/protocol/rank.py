@@ -93,6 +93,7 @@ class Rank:
         self._group_address = group_address
         self._without = checked(without)
         self._forming = 0
+        self._to_form: Form | None = None
         self._steps_in_wave = 0
         self._mid_step = False
         self._wanted_wave = -1
@@ -185,6 +186,9 @@ class Rank:
         changed = self._catch_up()
         if changed:
             return [*changed, Again()]
+        if self._to_form is not None:
+            form, self._to_form = self._to_form, None
+            return [FormGroup(form.generation, form.members)]
         effects: list[Effect] = []
         if self.phase is Phase.JOINING and self._hello_due is not None and now >= self._hello_due:
             self._hello_due = now + HELLO_REPEAT_S
@@ -286,9 +290,11 @@ class Rank:
         if self.phase is Phase.JOINING:
             self.wave = max(self.wave, form.wave)
         self._learn(form.suspension)
+        # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.generation = 0
         self._forming = form.generation
-        return [FormGroup(form.generation, form.members)]
+        self._to_form = form
+        return []
 
     def _on_formed(self, generation: int) -> list[Effect]:
         self.generation = generation

@@ -128,4 +128,5 @@ class GroupSuspension:
         if not self._knows(rank):
             return self.standing.number > 0 or rank in self._said
         held = self._said[rank].held
-        return not held if self.standing.suspended else held
+        # Until all know the even number, who knows it has done its part.
+        return not held if self.standing.suspended else held and self.standing.released

@@ -225,8 +225,13 @@ class _Transfer:
         self.received: dict[int, bytes] = {}
 
     def missing(self) -> tuple[int, ...]:
-        """Whose part has not come, or who does not take ours. For any thread: a dict is copied at once."""
-        return tuple(sorted({*tuple(self.receiving), *tuple(self.sending)}))
+        """Whose part has not come, or who does not take ours. For any thread."""
+        while True:
+            try:
+                return tuple(sorted({*self.receiving, *self.sending}))
+            except RuntimeError:
+                # A part came meanwhile, and the dictionary shrank: at most once for each.
+                continue
 
     def send(self, peer: int, link: socket.socket) -> None:
         """Send as much as goes. Raises ConnectionError."""

@@ -27,6 +27,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndSaid,
     FrontEndSubscribed,
     Note,
+    RankGone,
     RankSaid,
     RankSubscribed,
     Tick,
@@ -240,7 +241,11 @@ class DPCoordinatorProc:
         frame = frames[0] if len(frames) == 1 else b""
         if frame[:1] == b"\x01":
             self._handle(RankSubscribed())
-        elif frame[:1] != b"\x00":
+        elif frame[:1] == b"\x00":
+            life = codec.read_rank_topic(frame[1:])
+            if life is not None:
+                self._handle(RankGone(*life))
+        else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
     def _on_front_end_frame(self, frames: list[bytes]) -> None:

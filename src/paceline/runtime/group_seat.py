@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.engines.group import GenerationEnded, RankGroup
+from paceline.engines.group import GenerationEnded, RankGroup, Waiting
 from paceline.protocol.messages import GroupMember
 from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GroupListener, form_group
@@ -48,6 +48,11 @@ class GroupSeat:
     def urged(self) -> bool:
         """Whether some rank has asked for that since this was last called, at the end of each step."""
         return self._group is not None and self._group.urged()
+
+    def waiting(self) -> Waiting | None:
+        """For whom this rank waits, and how long; any thread may ask."""
+        group = self._group
+        return None if group is None else group.waiting()
 
     def leave(self) -> None:
         """End the generation for this rank and so for all, for good; any thread may call it."""

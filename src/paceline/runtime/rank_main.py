@@ -24,6 +24,7 @@ class RankSettings(Struct, frozen=True):
     `bind`: where front-ends reach it. `coordinator_input`, `coordinator_output`: as
     `DPCoordinator.get_engine_socket_addresses()` returns them. `report_loads`: False in external mode.
     `group_bind`: where the other ranks reach it, for lockstep engines. `sync_interval`: steps between agreements.
+    `stall_timeout_s`: how long it waits for its peers in a collective before it says so.
     """
 
     engine: str
@@ -34,6 +35,7 @@ class RankSettings(Struct, frozen=True):
     report_loads: bool = True
     group_bind: str = ""
     sync_interval: int = 16
+    stall_timeout_s: float = 30.0
 
 
 def run_rank(settings: RankSettings, status: Connection) -> None:
@@ -73,4 +75,4 @@ def _make(settings: RankSettings, status: Connection) -> EngineRank:
         number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
         sync_interval=settings.sync_interval, group_address=seat.address if seat is not None else "",
     )  # fmt: skip
-    return EngineRank(engine, machine, carrier, seat, on_ready=lambda: status.send(Ready()))
+    return EngineRank(engine, machine, carrier, seat, settings.stall_timeout_s, on_ready=lambda: status.send(Ready()))

@@ -43,6 +43,7 @@ from paceline.protocol.rank_events import (
     Wait,
 )
 from paceline.runtime.carrier import Carrier
+from paceline.runtime.stall_watch import StallWatch
 
 if TYPE_CHECKING:
     from paceline.runtime.group_seat import GroupSeat  # not needed by independent ranks
@@ -57,7 +58,8 @@ class EngineRank:
     """Drives one engine as one rank, until stopped.
 
     `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`.
-    `carrier`: the sockets. `seat`: for lockstep engines, its place among its peers.
+    `carrier`: the sockets. `seat`: for lockstep engines, its place among its peers; `stall_timeout_s`: how long it
+    waits for them before it says so.
     `on_ready`: called once, when the rank takes requests.
     """
 
@@ -67,12 +69,14 @@ class EngineRank:
         machine: Rank,
         carrier: Carrier,
         seat: GroupSeat | None = None,
+        stall_timeout_s: float = 30.0,
         on_ready: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._machine = machine
         self._carrier = carrier
         self._seat = seat
+        self._watch = None if seat is None else StallWatch(stall_timeout_s, seat.waiting, self._decide)
         self._on_ready = on_ready
         self._stopping = False
         # The machine is called by both threads: for the blink of a decision, never while a step computes.
@@ -90,6 +94,8 @@ class EngineRank:
     def run(self) -> None:
         """Join the deployment and serve until `stop`. Raises EngineError where the engine fails."""
         self._carrier.start()
+        if self._watch is not None:
+            self._watch.start()
         self._feed(Loaded())
         while not self._stopping:
             while self._take_in(block_s=0.0):
@@ -99,17 +105,19 @@ class EngineRank:
         self._carrier.close()
         if self._seat is not None:
             self._seat.close()
+        if self._watch is not None:
+            self._watch.stop()
         self._engine.close()
 
     def _take_in(self, block_s: float | None) -> bool:
-        """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever)."""
+        """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever). Returns whether one did."""
         try:
             event = self._carrier.inbox.get(block_s != 0.0, block_s)
         except queue.Empty:
             return False
         if event is not None:
             self._feed(event)
-        return event is not None
+        return True
 
     def _feed(self, event: Event) -> None:
         for effect in self._decide(event):

@@ -1,1 +1,1 @@
-"""The machines without processes: every interleaving of a small deployment, or one long run of a large one."""
+"""The real machines in virtual time: delays, losses and crashes from a seed, the invariants checked at every event."""

@@ -1,0 +1,214 @@
+"""What must hold at every event of a simulated run, looked at where the event was.
+
+The figures that are held against the machines are counted here from what went over the links: a machine's own ledgers
+are never asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec.structs import replace
+
+from paceline.protocol import frontend_events, rank_events
+from paceline.protocol.messages import (
+    AddRequest,
+    Admit,
+    Form,
+    Load,
+    LoadView,
+    Member,
+    Members,
+    RankReport,
+    RankView,
+    StartDPWave,
+    SuspensionState,
+    ToFrontEnd,
+    ToRank,
+)
+from paceline.protocol.rank import Phase
+from paceline.simulate.coordinator_party import NAME as COORDINATOR
+from paceline.simulate.coordinator_party import CoordinatorParty
+from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.rank_party import RankParty
+from paceline.simulate.world import Violation
+
+
+class _Known:
+    """What one front-end must know of one life of a rank: its sends, summed up, and the last report it was shown."""
+
+    __slots__ = ("incarnation", "load", "step", "taken", "tokens_after")
+
+    def __init__(self, incarnation: int) -> None:
+        self.incarnation = incarnation
+        self.tokens_after = [0]
+        self.load = Load()
+        self.taken = 0
+        self.step = -1
+
+    def expected(self) -> Load:
+        requests = len(self.tokens_after) - 1 - self.taken
+        tokens = self.tokens_after[-1] - self.tokens_after[self.taken]
+        waiting, prefill = self.load.waiting + requests, self.load.prefill_tokens + tokens
+        return replace(self.load, waiting=waiting, prefill_tokens=prefill) if requests else self.load
+
+
+class Checks:
+    """The invariants of one run. Each method raises Violation, naming the parties."""
+
+    def __init__(self) -> None:
+        self._rank_waves: dict[int, int] = {}
+        self._front_end_waves: dict[int, int] = {}
+        self._coordinator_waves: dict[int, int] = {}
+        self._reports: dict[int, set[int]] = {}
+        self._known: dict[int, dict[int, _Known]] = {}
+        self._views: dict[int, tuple[int, int]] = {}
+        self._ranks: Mapping[int, RankParty] = {}
+        self._settled = 0
+        self._settled_lives: frozenset[int] = frozenset()
+        self._resumed = 0
+
+    def watch(self, ranks: Mapping[int, RankParty]) -> None:
+        """The ranks by number, as they are at any time."""
+        self._ranks = ranks
+
+    # Ranks --------------------------------------------------------------------------------------
+
+    def rank(self, party: RankParty, event: rank_events.Event) -> None:
+        """A rank's wave never goes down."""
+        life, wave = party.machine.incarnation, party.machine.wave
+        before = self._rank_waves.get(life, 0)
+        if wave < before:
+            raise Violation(f"{party.name}: its wave went down from {before} to {wave}", party.name)
+        self._rank_waves[life] = wave
+
+    def reported(self, party: RankParty, report: RankReport) -> None:
+        """A report is true: the engine's load, and for each front-end the requests that had arrived."""
+        load, said = party.engine.load(), report.load
+        held = party.machine.requests.held
+        wrong = (load.waiting + held, load.running) != (said.waiting, said.running)
+        if wrong or (not held and load.prefill_tokens != said.prefill_tokens):
+            raise Violation(f"{party.name} reports {said} and has {load}", party.name)
+        taken = report.taken
+        if party.gone:
+            taken = {front_end: count for front_end, count in taken.items() if front_end not in party.gone}
+        if taken != {front_end: count for front_end, count in party.taken.items() if front_end not in party.gone}:
+            raise Violation(f"{party.name} reports taken {report.taken}, arrived: {party.taken}", party.name)
+        self._reports.setdefault(report.incarnation, set()).add(_key(report))
+
+    def step(self, party: RankParty) -> None:
+        """A rank begins a step only while it runs."""
+        if party.lockstep and not party.machine.running:
+            raise Violation(f"{party.name} steps while paused", party.name)
+        standing = party.machine.standing
+        if self._settled <= self._resumed or (standing.mode == "wait" and not party.lockstep):
+            # Independent ranks that are asked to wait, after `keep`, go on at once.
+            return
+        if not party.lockstep and party.machine.incarnation not in self._settled_lives:
+            # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
+            return
+        known = {rank.name: rank.machine.standing.number for rank in self._ready()}
+        unaware = [name for name, number in known.items() if number <= self._settled]
+        # Where all who knew have died, the suspension has died with them.
+        if unaware and max(known.values()) >= self._settled:
+            text = f"{party.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
+            raise Violation(text, party.name, *unaware, COORDINATOR)
+        self._resumed = self._settled
+
+    def _ready(self) -> list[RankParty]:
+        return [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+
+    # The coordinator ----------------------------------------------------------------------------
+
+    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
+        """The waves that one coordinator speaks of never go down; its views show what ranks have reported."""
+        if isinstance(message, StartDPWave | Admit | Form | Members | LoadView):
+            identity, wave = party.machine.identity, message.wave
+            before = self._coordinator_waves.get(identity, 0)
+            if wave < before:
+                raise Violation(f"the coordinator's wave went down from {before} to {wave}", COORDINATOR)
+            self._coordinator_waves[identity] = wave
+        if isinstance(message, LoadView):
+            self._suspension(message.suspension)
+            for entry in message.ranks or ():
+                if _key(entry) not in self._reports.get(entry.incarnation, ()):
+                    text = f"the view shows what rank {entry.rank} never reported: {entry}"
+                    raise Violation(text, COORDINATOR, f"rank {entry.rank}")
+
+    def _suspension(self, state: SuspensionState) -> None:
+        """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
+        if not state.settled or state.number % 2 == 0 or state.number <= self._settled:
+            return
+        self._settled = state.number
+        self._settled_lives = frozenset(party.machine.incarnation for party in self._ready())
+        for party in self._ready():
+            known, held = party.machine.standing.number, party.machine.held
+            if known < state.number or (known == state.number and not held):
+                text = f"suspension {state.number} is called settled; {party.name} knows {known}, held: {held}"
+                raise Violation(text, COORDINATOR, party.name)
+
+    def controlled(self, party: FrontEndParty, answer: frontend_events.Controlled) -> None:
+        """A call returns when every rank knows what it asked for, or when somebody has asked for the contrary."""
+        if answer.superseded:
+            return
+        for rank in self._ready():
+            if rank.machine.standing.number < answer.number:
+                text = f"{party.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
+                raise Violation(text, party.name, rank.name, COORDINATOR)
+
+    # Front-ends ---------------------------------------------------------------------------------
+
+    def connected(self, party: FrontEndParty, member: Member) -> None:
+        """A front-end begins to send to a life of a rank."""
+        self._known.setdefault(party.machine.identity, {})[member.rank] = _Known(member.incarnation)
+
+    def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
+        """Sends to one life are numbered 1, 2, 3, …"""
+        known = self._known[party.machine.identity][rank]
+        if (request.incarnation, request.number) != (known.incarnation, len(known.tokens_after)):
+            text = f"{party.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
+            raise Violation(text, party.name, f"rank {rank}")
+        known.tokens_after.append(known.tokens_after[-1] + len(request.prompt_token_ids))
+
+    def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
+        """Its wave never goes down, and it believes what was reported and what it has sent since, no more, no less."""
+        machine = party.machine
+        before = self._front_end_waves.get(machine.identity, 0)
+        if machine.wave < before:
+            raise Violation(f"{party.name}: its wave went down from {before} to {machine.wave}", party.name)
+        self._front_end_waves[machine.identity] = machine.wave
+        known = self._known.get(machine.identity, {})
+        match event:
+            case frontend_events.CoordinatorSaid(LoadView() as view):
+                self._take_view(machine.identity, view, known)
+                self._believes(party, known, machine.ready_ranks())
+            case frontend_events.CoordinatorSaid(Members(coordinator=coordinator)):
+                if self._views.get(machine.identity, (-1, 0))[0] != coordinator:
+                    self._views[machine.identity] = (coordinator, 0)
+                self._believes(party, known, machine.ready_ranks())
+            case frontend_events.Submit(request=request):
+                rank = party.answers[request].rank
+                if rank >= 0:
+                    self._believes(party, known, (rank,))
+
+    def _take_view(self, identity: int, view: LoadView, known: Mapping[int, _Known]) -> None:
+        coordinator, number = self._views.get(identity, (-1, 0))
+        if coordinator == view.coordinator and view.number <= number:
+            return
+        self._views[identity] = (view.coordinator, view.number)
+        for entry in view.ranks or ():
+            link = known.get(entry.rank)
+            if link is not None and link.incarnation == entry.incarnation and entry.step >= link.step:
+                link.step, link.load = entry.step, entry.load
+                link.taken = max(link.taken, entry.taken.get(identity, 0))
+
+    def _believes(self, party: FrontEndParty, known: Mapping[int, _Known], ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            believed, expected = party.machine.believed(rank), known[rank].expected()
+            if believed != expected:
+                text = f"{party.name} believes of rank {rank} {believed}, and was shown and has sent {expected}"
+                raise Violation(text, party.name, f"rank {rank}", COORDINATOR)
+
+
+def _key(report: RankReport | RankView) -> int:
+    return hash((report.step, report.load, tuple(sorted(report.taken.items()))))

@@ -1,0 +1,82 @@
+"""One life of the coordinator in the simulation, and its ticks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Protocol
+
+from paceline.protocol import coordinator_events as coordinator
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.messages import StartDPWave, ToFrontEnd, ToRank
+from paceline.simulate.world import World
+
+NAME = "coordinator"
+
+
+class CoordinatorChecks(Protocol):
+    """What watches the coordinator."""
+
+    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
+        """The coordinator says this to all."""
+
+
+class CoordinatorParty:
+    """The coordinator's process. `to_ranks`, `to_front_ends`: put a broadcast on every receiver's link."""
+
+    def __init__(
+        self, world: World, machine: Coordinator, checks: CoordinatorChecks, to_ranks: Callable[[ToRank], None],
+        to_front_ends: Callable[[ToFrontEnd], None],
+    ) -> None:  # fmt: skip
+        self.world, self.machine = world, machine
+        self.alive = True
+        self.sent: Counter[str] = Counter()
+        self.last_wake = -1
+        self.wakes_repeated = 0
+        self._checks = checks
+        self._to_ranks = to_ranks
+        self._to_front_ends = to_front_ends
+        self._tick_at = float("inf")
+
+    def kill(self) -> None:
+        """The process is gone, and all that it knew."""
+        self.alive = False
+
+    def feed(self, event: coordinator.Event) -> None:
+        """Let the machine handle `event`, and do what it says."""
+        if not self.alive:
+            return
+        effects = self.machine.handle(event, self.world.now)
+        self.world.journal.record(self.world.now, NAME, event, effects)
+        for effect in effects:
+            match effect:
+                case coordinator.ToRanks(to_ranks):
+                    self._count(to_ranks)
+                    self._checks.broadcast(self, to_ranks)
+                    self._to_ranks(to_ranks)
+                case coordinator.ToFrontEnds(to_front_ends):
+                    self._count(to_front_ends)
+                    self._checks.broadcast(self, to_front_ends)
+                    self._to_front_ends(to_front_ends)
+        self._arrange_tick()
+
+    def _count(self, message: ToRank | ToFrontEnd) -> None:
+        self.sent[type(message).__name__] += 1
+        if isinstance(message, StartDPWave):
+            self.wakes_repeated += message.wave == self.last_wake
+            self.last_wake = message.wave
+
+    def _arrange_tick(self) -> None:
+        deadline = self.machine.deadline
+        if deadline < self._tick_at:
+            self._tick_at = deadline
+            self.world.at(deadline, lambda: self._tick(deadline))
+
+    def _tick(self, at: float) -> None:
+        if at != self._tick_at:
+            return
+        self._tick_at = float("inf")
+        if self.world.now >= self.machine.deadline:
+            self.feed(coordinator.Tick())
+        elif self.alive:
+            self._arrange_tick()

@@ -1,0 +1,309 @@
+"""A whole deployment of the real machines on one virtual clock: lives that begin and end, and their links."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Set
+from functools import partial
+from typing import Any
+
+from msgspec import Struct
+
+from paceline.engines.timed import CostModel
+from paceline.protocol import codec, frontend_events, rank_events
+from paceline.protocol import coordinator_events as coordinator
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.messages import Member, ToFrontEnd, ToRank
+from paceline.protocol.rank import Rank
+from paceline.protocol.routing import LeastLoad
+from paceline.simulate.checks import Checks
+from paceline.simulate.collectives import Groups
+from paceline.simulate.coordinator_party import CoordinatorParty
+from paceline.simulate.engine import VirtualEngine
+from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.network import STEADY, Delays, Link
+from paceline.simulate.rank_party import RankParty
+from paceline.simulate.world import Seeds, World
+
+
+class Shape(Struct, frozen=True):
+    """What a deployment is made of.
+
+    `grouped`: whether lockstep ranks form generations; else their engines have collectives of their own, and a
+    rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
+    messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
+    lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
+    a collective a little apart.
+    """
+
+    ranks: int = 2
+    front_ends: int = 1
+    lockstep: bool = True
+    grouped: bool = True
+    external: bool = False
+    sync_interval: int = 16
+    interval_s: float = 0.1
+    costs: CostModel = CostModel()
+    slots: int = 16
+    budget: int = 512
+    links: Delays = STEADY
+    connecting: Delays = STEADY
+    encode: bool = True
+    loss: float = 0.0
+    same_address: bool = False
+    scatter: bool = False
+
+
+class Deployment:
+    """All parties, by number; `start` begins them. A party that has died is replaced by its next life, or by none."""
+
+    def __init__(
+        self, shape: Shape, seeds: Seeds | None = None, checks: Checks | None = None, without: Set[str] = frozenset()
+    ) -> None:
+        self.shape = shape
+        self.seeds = seeds or Seeds(0)
+        self.checks = checks or Checks()
+        self.world = World()
+        self.loss = shape.loss
+        self.without = without
+        scatter = self.seeds.stream("scatter") if shape.scatter else None
+        self.groups = Groups(self.world, scatter)
+        self._fixed = self.groups.fixed(shape.ranks) if shape.lockstep and not shape.grouped else None
+        self.coordinator: CoordinatorParty | None = None
+        self.coordinators: list[CoordinatorParty] = []
+        self.ranks: dict[int, RankParty] = {}
+        self.checks.watch(self.ranks)
+        self.front_ends: dict[int, FrontEndParty] = {}
+        self.retired: list[FrontEndParty] = []
+        """Front-ends that have died, with what their clients got."""
+        self._links: list[Link] = []
+        self._backs: dict[tuple[int, int], tuple[FrontEndParty, Link]] = {}
+        self._lives = itertools.count(1)
+        self._connecting = self.seeds.stream("connecting")
+
+    def start(self) -> Deployment:
+        """Begin a coordinator, all front-ends and all ranks."""
+        self.start_coordinator()
+        for index in range(self.shape.front_ends):
+            self.start_front_end(index)
+        for number in range(self.shape.ranks):
+            self.start_rank(number)
+        return self
+
+    # Lives --------------------------------------------------------------------------------------
+
+    def start_coordinator(self) -> CoordinatorParty:
+        """A new life of the coordinator, empty; all others' connections come up in their time."""
+        shape = self.shape
+        machine = Coordinator(
+            shape.ranks, next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
+            publish_loads=not shape.external, without=self.without,
+        )  # fmt: skip
+        party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
+        self.coordinator = party
+        self.coordinators.append(party)
+        party.feed(coordinator.Tick())
+        for front_end in self.front_ends.values():
+            self._connect_front_end(front_end)
+        for rank in self.ranks.values():
+            self._connect_rank(rank)
+        return party
+
+    def crash_coordinator(self) -> None:
+        """It is gone. What others send it waits at their side for the next one, but for what was on the wire."""
+        if self.coordinator is not None:
+            self.coordinator.kill()
+        self.coordinator = None
+        parties: list[RankParty | FrontEndParty] = [*self.ranks.values(), *self.front_ends.values()]
+        for party in parties:
+            party.connected = False
+            party.to_coordinator.cut()
+            party.to_coordinator.hold()
+
+    def start_rank(self, number: int) -> RankParty:
+        """A new life of a rank, its engine loaded."""
+        shape, life = self.shape, next(self._lives)
+        address = f"tcp://rank-{number}" if shape.same_address else f"tcp://rank-{number}-{life}"
+        machine = Rank(
+            number, life, address, lockstep=shape.lockstep, report_loads=not shape.external,
+            sync_interval=shape.sync_interval, without=self.without,
+            group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
+        )  # fmt: skip
+        engine = VirtualEngine(shape.costs, shape.slots, shape.budget)
+        party = RankParty(
+            self.world, machine, engine, shape.lockstep, self.groups, self.checks, self._back, self._fixed
+        )
+        party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_rank(), self._from_rank)
+        party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_rank(), party.hear)
+        party.to_coordinator.hold()
+        self.ranks[number] = party
+        self._connect_rank(party)
+        party.start()
+        return party
+
+    def crash_rank(self, number: int) -> None:
+        """The rank's process is gone without a word."""
+        party = self.ranks[number]
+        self.world.journal.record(self.world.now, party.name, "crashes")
+        party.kill()
+        party.broadcasts.close()
+
+    def start_front_end(self, index: int) -> FrontEndParty:
+        """A new life of a front-end."""
+        shape = self.shape
+        machine = FrontEnd(
+            1_000_000 + next(self._lives), LeastLoad(index, shape.front_ends),
+            ranks=frozenset({index}) if shape.external else None,
+            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
+        )  # fmt: skip
+        party = FrontEndParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
+        party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_front_end(), self._from_front_end)
+        party.to_coordinator.loss = self.loss
+        party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_front_end(), party.hear)
+        party.to_coordinator.hold()
+        self.front_ends[index] = party
+        self._connect_front_end(party)
+        party.feed(frontend_events.Connected())
+        return party
+
+    def crash_front_end(self, index: int) -> None:
+        """The front-end's process is gone; the coordinator sees its connection end, ranks when they next send to it."""
+        party = self.front_ends[index]
+        self.world.journal.record(self.world.now, party.name, "crashes")
+        party.kill()
+        party.broadcasts.close()
+        self.retired.append(party)
+        gone = coordinator.FrontEndGone(party.machine.identity)
+        self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(self.coordinator, gone))
+
+    def lose_no_more(self) -> None:
+        """From now on everything sent arrives."""
+        self.loss = 0.0
+        for link in self._links:
+            link.lose_no_more()
+
+    # Waiting ------------------------------------------------------------------------------------
+
+    def ready(self, limit_s: float = 30.0) -> Deployment:
+        """Run until every front-end knows every rank that it serves."""
+        each = 1 if self.shape.external else self.shape.ranks
+        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
+        self.world.run_until(known, limit_s, "that every front-end knows every rank")
+        return self
+
+    def living_front_end(self, index: int) -> FrontEndParty | None:
+        """This front-end, or the next one that lives; None where none does."""
+        count = len(self.front_ends)
+        parties = [self.front_ends[(index + further) % count] for further in range(count)]
+        return next((party for party in parties if party.alive), None)
+
+    def controlled(self) -> bool:
+        """Whether no operator waits."""
+        return all(call.over for front_end in self.front_ends.values() for call in front_end.calls.values())
+
+    def finish(self, limit_s: float = 30.0) -> float:
+        """Run until every request is answered; returns how many seconds that took."""
+        return self.world.run_until(self.finished, limit_s, "that every request is answered")
+
+    def finished(self) -> bool:
+        """Whether no client waits."""
+        return all(front_end.finished() for front_end in self.front_ends.values())
+
+    # Connections --------------------------------------------------------------------------------
+
+    def _connect_rank(self, party: RankParty) -> None:
+        """A rank has two connections, and either may come up first."""
+        life = self.coordinator
+        if life is None:
+            return
+
+        def subscribe() -> None:
+            if party.alive and life is self.coordinator and not party.connected:
+                party.connected = True
+                life.feed(coordinator.RankSubscribed())
+
+        self.world.after(self._draw_connecting(), subscribe)
+        self.world.after(self._draw_connecting(), partial(self._release, party.to_coordinator, life))
+
+    def _connect_front_end(self, party: FrontEndParty) -> None:
+        life = self.coordinator
+        if life is None:
+            return
+
+        def subscribe() -> None:
+            if party.alive and life is self.coordinator and not party.connected:
+                party.connected = True
+                life.feed(coordinator.FrontEndSubscribed())
+                party.to_coordinator.release()
+
+        self.world.after(self._draw_connecting(), subscribe)
+
+    def _release(self, link: Link, life: CoordinatorParty) -> None:
+        if life is self.coordinator:
+            link.release()
+
+    def _dial(self, front_end: FrontEndParty, member: Member) -> Link:
+        self.checks.connected(front_end, member)
+        identity, number = front_end.machine.identity, member.rank
+        name = f"{front_end.name} to rank {number}"
+
+        def deliver(message: Any) -> None:
+            target = self.ranks[number]
+            if target.alive and target.machine.address == member.address:
+                target.arrive(rank_events.FrontEndSaid(identity, message))
+
+        life = self.ranks[number].machine.incarnation
+        if (identity, life) not in self._backs:
+            back = self._link(f"rank {number} to {front_end.name}", codec.outputs(), partial(_outputs, front_end))
+            self._backs[identity, life] = (front_end, back)
+        return self._link(name, codec.request(), deliver)
+
+    def _back(self, rank: RankParty, identity: int) -> Link | None:
+        """The way back to a front-end; a life that answers at its predecessor's address has the same one."""
+        front_end, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
+        if front_end is None:
+            front_end = next((f for f in self.front_ends.values() if f.machine.identity == identity), None)
+            if front_end is None:
+                return None
+            link = self._link(f"{rank.name} to {front_end.name}", codec.outputs(), partial(_outputs, front_end))
+            self._backs[identity, rank.machine.incarnation] = (front_end, link)
+        return link if front_end.alive else None
+
+    def _link(self, name: str, decoder: codec.Decoder[Any], deliver: Callable[[Any], None]) -> Link:
+        decoder_used = decoder if self.shape.encode else None
+        stream = self.seeds.stream(f"link {name} {len(self._links)}")
+        link = Link(self.world, name, decoder_used, deliver, self.shape.links, stream)
+        self._links.append(link)
+        return link
+
+    def _draw_connecting(self) -> float:
+        return self.shape.connecting.draw(self._connecting)
+
+    # The coordinator's links --------------------------------------------------------------------
+
+    def _from_rank(self, message: Any) -> None:
+        self._tell(self.coordinator, coordinator.RankSaid(message))
+
+    def _from_front_end(self, message: Any) -> None:
+        self._tell(self.coordinator, coordinator.FrontEndSaid(message))
+
+    def _tell(self, life: CoordinatorParty | None, event: coordinator.Event) -> None:
+        if life is not None:
+            life.feed(event)
+
+    def _to_ranks(self, message: ToRank) -> None:
+        for rank in self.ranks.values():
+            if rank.connected and rank.alive:
+                rank.broadcasts.loss = self.loss
+                rank.broadcasts.send(message)
+
+    def _to_front_ends(self, message: ToFrontEnd) -> None:
+        for front_end in self.front_ends.values():
+            if front_end.connected and front_end.alive:
+                front_end.broadcasts.loss = self.loss
+                front_end.broadcasts.send(message)
+
+
+def _outputs(front_end: FrontEndParty, message: Any) -> None:
+    front_end.feed(frontend_events.RankSaid(message))

@@ -1,0 +1,151 @@
+"""What goes wrong in a run, and when: drawn from the seed before it begins."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Literal
+
+from msgspec import Struct
+
+from paceline.protocol.messages import StartDPWave
+from paceline.protocol.sampling import ControlAction
+from paceline.simulate.deployment import Deployment
+
+FaultKind = Literal["coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "lost-wake"]
+MODES: tuple[ControlAction, ...] = ("keep", "wait", "abort")
+
+CRASHES: tuple[FaultKind, ...] = ("coordinator-crash", "rank-crash", "front-end-crash")
+TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "lost-wake")
+
+
+class Fault(Struct, frozen=True):
+    """One fault: when it begins and how long it lasts (seconds), at whom, how much longer a slow rank's steps last."""
+
+    at: float
+    kind: FaultKind
+    party: int
+    seconds: float
+    factor: float = 1.0
+
+
+class ControlCall(Struct, frozen=True):
+    """An operator's call: when (seconds), at which front-end, what."""
+
+    at: float
+    front_end: int
+    action: ControlAction
+
+
+def draw_calls(
+    stream: random.Random, suspensions: int, begin_s: float, duration_s: float, front_ends: int
+) -> list[ControlCall]:
+    """So many suspensions, each with a resume: some asked for twice at once, some crossing others."""
+    calls: list[ControlCall] = []
+    for _ in range(suspensions):
+        at, action = begin_s + stream.random() * duration_s, stream.choice(MODES)
+        end = at + stream.choice((0.0, 0.001, 0.02, 0.3, 1.0)) * (0.5 + stream.random())
+        for when, what in ((at, action), (end, "resume")):
+            for _ in range(stream.choice((1, 1, 2))):
+                calls.append(ControlCall(when + stream.random() * 0.005, stream.randrange(front_ends), what))
+    return sorted(calls, key=lambda call: call.at)
+
+
+def draw_faults(
+    stream: random.Random, *, crashes: int, troubles: int, begin_s: float, duration_s: float, ranks: int,
+    front_ends: int, ranks_may_die: bool,
+) -> list[Fault]:  # fmt: skip
+    """So many crashes and so many lesser troubles between `begin_s` and `begin_s + duration_s`."""
+    kinds = [kind for kind in CRASHES if kind != "rank-crash" or ranks_may_die]
+    faults = [_draw(stream, stream.choice(kinds), ranks, front_ends, begin_s, duration_s) for _ in range(crashes)]
+    faults += [_draw(stream, stream.choice(TROUBLES), ranks, front_ends, begin_s, duration_s) for _ in range(troubles)]
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def _draw(
+    stream: random.Random, kind: FaultKind, ranks: int, front_ends: int, begin_s: float, duration_s: float
+) -> Fault:
+    party = stream.randrange(front_ends if kind == "front-end-crash" else ranks)
+    at, seconds = begin_s + stream.random() * duration_s, stream.choice((0.3, 0.5, 1.0, 2.0)) + stream.random() * 0.2
+    return Fault(at, kind, party, seconds, stream.choice((2.0, 5.0, 20.0)))
+
+
+class Mishaps:
+    """Lets faults happen to a deployment. `happened`: how many of each kind did."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.happened: Counter[str] = Counter()
+        self._deployment = deployment
+        self._down: set[tuple[str, int]] = set()
+
+    def schedule(self, faults: list[Fault]) -> None:
+        """Put the faults on the agenda."""
+        for fault in faults:
+            self._deployment.world.at(fault.at, lambda fault=fault: self._begin(fault))  # type: ignore[misc]
+
+    def schedule_calls(self, calls: list[ControlCall]) -> None:
+        """Put operators' calls on the agenda."""
+        for call in calls:
+            self._deployment.world.at(call.at, lambda call=call: self._call(call))  # type: ignore[misc]
+
+    def _call(self, call: ControlCall) -> None:
+        front_end = self._deployment.living_front_end(call.front_end)
+        if front_end is not None:
+            self.happened["resume" if call.action == "resume" else f"suspend ({call.action})"] += 1
+            front_end.control(call.action)
+
+    def over(self) -> bool:
+        """Whether everybody is up."""
+        return not self._down
+
+    def _begin(self, fault: Fault) -> None:
+        what = ("coordinator", 0) if fault.kind == "coordinator-crash" else (_party(fault), fault.party)
+        if what in self._down or not self._strike(fault):
+            return
+        self.happened[fault.kind] += 1
+        if fault.kind != "lost-wake":
+            self._down.add(what)
+            self._deployment.world.after(fault.seconds, lambda: self._end(fault, what))
+
+    def _strike(self, fault: Fault) -> bool:
+        deployment, number = self._deployment, fault.party
+        deployment.world.journal.record(deployment.world.now, _party_name(fault), f"fault: {fault}")
+        match fault.kind:
+            case "coordinator-crash":
+                deployment.crash_coordinator()
+            case "rank-crash":
+                deployment.crash_rank(number)
+            case "front-end-crash":
+                deployment.crash_front_end(number)
+            case "slow-rank":
+                deployment.ranks[number].engine.slowness = fault.factor
+            case "cut-off":
+                deployment.ranks[number].broadcasts.hold()
+            case "lost-wake":
+                if not deployment.shape.lockstep:
+                    return False
+                deployment.ranks[number].broadcasts.lose(StartDPWave, times=1 + int(fault.seconds))
+        return True
+
+    def _end(self, fault: Fault, what: tuple[str, int]) -> None:
+        deployment, number = self._deployment, fault.party
+        self._down.discard(what)
+        match fault.kind:
+            case "coordinator-crash":
+                deployment.start_coordinator()
+            case "rank-crash":
+                deployment.start_rank(number)
+            case "front-end-crash":
+                deployment.start_front_end(number)
+            case "slow-rank":
+                deployment.ranks[number].engine.slowness = 1.0
+            case "cut-off":
+                deployment.ranks[number].broadcasts.release()
+
+
+def _party(fault: Fault) -> str:
+    return "front-end" if fault.kind == "front-end-crash" else "rank"
+
+
+def _party_name(fault: Fault) -> str:
+    return "coordinator" if fault.kind == "coordinator-crash" else f"{_party(fault)} {fault.party}"

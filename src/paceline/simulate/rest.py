@@ -1,0 +1,57 @@
+"""What must hold when the faults are over, every request has ended and time has gone on."""
+
+from __future__ import annotations
+
+from paceline.simulate.coordinator_party import NAME as COORDINATOR
+from paceline.simulate.deployment import Deployment
+from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.world import Violation
+
+PAUSE_LIMIT_S = 60.0
+SETTLE_S = 9.0
+"""Two heartbeats of the coordinator: what was lost has been said again."""
+IDLE_S = 8.0
+IDLE_EVENTS_A_PARTY = 8
+
+
+def check_rest(deployment: Deployment) -> None:
+    """All ranks pause and agree on the wave, all loads are known exactly, nothing keeps happening. Raises Violation."""
+    world, ranks = deployment.world, deployment.ranks
+    paused = lambda: not any(party.machine.running for party in ranks.values())  # noqa: E731
+    world.run_until(paused, PAUSE_LIMIT_S, "that all ranks pause")
+    world.run_for(SETTLE_S)
+    waves = {party.name: party.machine.wave for party in ranks.values()}
+    if deployment.shape.lockstep and len(set(waves.values())) > 1:
+        raise Violation(f"at rest the ranks' waves differ: {waves}", *waves, COORDINATOR)
+    for front_end in deployment.front_ends.values():
+        _check_front_end(deployment, front_end)
+    begin = world.journal.events
+    world.run_for(IDLE_S)
+    events = world.journal.events - begin
+    allowed = IDLE_EVENTS_A_PARTY * (len(deployment.front_ends) + 1)
+    if events > allowed:
+        raise Violation(f"at rest {events} events happen in {IDLE_S:g} s, {allowed} may")
+
+
+def _check_front_end(deployment: Deployment, party: FrontEndParty) -> None:
+    machine = party.machine
+    if deployment.shape.lockstep:
+        wave = max(rank.machine.wave for rank in deployment.ranks.values())
+        if (machine.wave, machine.running) != (wave, False):
+            said = f"wave {machine.wave}, {'running' if machine.running else 'paused'}"
+            raise Violation(
+                f"{party.name} believes {said}; all ranks are paused before {wave}", party.name, COORDINATOR
+            )
+    if deployment.shape.external:
+        return
+    for number, rank in deployment.ranks.items():
+        known, load = machine.believed(number), rank.engine.load()
+        finished = rank.machine.statistics()["finished"]
+        if (known.waiting, known.running, known.prefill_tokens, known.finished) != (
+            load.waiting, load.running, load.prefill_tokens, finished
+        ):  # fmt: skip
+            text = f"{party.name} believes of rank {number} {known}, which has {load} and has finished {finished}"
+            raise Violation(text, party.name, rank.name, COORDINATOR)
+    for rank in deployment.ranks.values():
+        if rank.engine.has_work():
+            raise Violation(f"{rank.name} still works for nobody", rank.name)

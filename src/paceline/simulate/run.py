@@ -1,0 +1,212 @@
+"""One simulated run from a seed: options, the run itself, what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Set
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from paceline.engines.timed import CostModel
+from paceline.simulate.checks import Checks
+from paceline.simulate.deployment import Deployment, Shape
+from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
+from paceline.simulate.front_end_party import Answer, FrontEndParty
+from paceline.simulate.network import Delays
+from paceline.simulate.rest import check_rest
+from paceline.simulate.workload import Arrival, drawn, from_trace
+from paceline.simulate.world import Seeds, Violation
+
+READY_LIMIT_S = 120.0
+FINISH_LIMIT_S = 600.0
+SHOWN_EVENTS = 40
+
+
+class Options(Struct, frozen=True):
+    """What to simulate. What is None is drawn from the seed.
+
+    `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
+    `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
+    messages travel as bytes. `trace`: a file of arrivals.
+    """
+
+    seed: int
+    ranks: int | None = None
+    front_ends: int | None = None
+    requests: int | None = None
+    losses: float | None = None
+    crashes: int | None = None
+    suspensions: int | None = None
+    duration: float | None = None
+    lockstep: bool | None = None
+    encode: bool = True
+    trace: str | None = None
+
+
+class Outcome(Struct, kw_only=True):
+    """What came of a run. `events`: machine calls and faults. Times in seconds; `virtual_s` by the simulated clock.
+
+    `verdict`: "ok", or what broke; then `event` and `when` say where, and `history` holds the last events there.
+    """
+
+    options: Options
+    events: int
+    virtual_s: float
+    real_s: float
+    requests: int
+    finished: int
+    aborted: int
+    refused: dict[str, int]
+    waves: int
+    wakes: int
+    wakes_repeated: int
+    faults: dict[str, int]
+    longest_wait_s: float
+    digest: str
+    verdict: str
+    event: int = 0
+    history: list[str] = []
+
+    @property
+    def ok(self) -> bool:
+        """Whether every invariant held."""
+        return self.verdict == "ok"
+
+
+def filled(options: Options) -> Options:
+    """The options with everything that was left out drawn from the seed."""
+    stream = Seeds(options.seed).stream("options")
+    # All are drawn in any case, so that giving one leaves the others as they were.
+    drawn_ones = {
+        "ranks": stream.randint(2, 8),
+        "front_ends": stream.randint(1, 3),
+        "requests": stream.randint(10, 60),
+        "losses": stream.choice((0.0, 0.0, 0.02, 0.1)),
+        "crashes": stream.choice((0, 1, 2, 4)),
+        "suspensions": stream.choice((0, 0, 1, 3, 8)),
+        "duration": stream.choice((0.5, 2.0, 6.0)),
+        "lockstep": stream.random() < 0.6,
+    }
+    return msgspec.structs.replace(
+        options, **{name: value for name, value in drawn_ones.items() if getattr(options, name) is None}
+    )
+
+
+def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
+    """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong.
+
+    `without`: rules (`protocol/rules.py`) that the machines lack.
+    """
+    return Run(filled(options), without).run()
+
+
+class Run:
+    """One run. `options`: all given (`filled`)."""
+
+    def __init__(self, options: Options, without: Set[str] = frozenset()) -> None:
+        self.options = options
+        self.seeds = Seeds(options.seed)
+        self.deployment = Deployment(self._shape(), self.seeds, Checks(), without)
+        self.mishaps = Mishaps(self.deployment)
+
+    def run(self) -> Outcome:
+        """All of it: start, load and faults, rest."""
+        begin = time.perf_counter()
+        try:
+            self._run()
+            verdict, event, history = "ok", 0, []
+        except Violation as violation:
+            journal = self.deployment.world.journal
+            verdict, event = violation.what, journal.events
+            history = [entry.text() for entry in journal.last(violation.parties, SHOWN_EVENTS)]
+        return self._outcome(verdict, event, history, time.perf_counter() - begin)
+
+    def _shape(self) -> Shape:
+        options, stream = self.options, self.seeds.stream("shape")
+        return Shape(
+            ranks=options.ranks or 1, front_ends=options.front_ends or 1, lockstep=bool(options.lockstep),
+            sync_interval=stream.choice((1, 4, 16)), grouped=stream.random() < 0.7,
+            costs=CostModel(step_ms=stream.choice((2.0, 6.0, 20.0))),
+            slots=stream.choice((2, 16)),
+            links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
+            connecting=Delays(0.005, 1.0, 0.1, 0.3),
+            encode=options.encode, loss=options.losses or 0.0,
+            same_address=stream.random() < 0.5, scatter=True,
+        )  # fmt: skip
+
+    def _run(self) -> None:
+        deployment, options = self.deployment, self.options
+        world, duration = deployment.world, options.duration or 0.0
+        deployment.start().ready(READY_LIMIT_S)
+        arrivals = self._arrivals()
+        begin, length = world.now, max([duration, *(arrival.at for arrival in arrivals)])
+        self._schedule_faults(begin, length)
+        for arrival in arrivals:
+            world.at(begin + arrival.at, self._submission(arrival))
+        world.run_for(length + 1.0)
+        world.run_until(self.mishaps.over, READY_LIMIT_S, "that everybody is up again")
+        deployment.lose_no_more()
+        deployment.ready(READY_LIMIT_S)
+        self._resume()
+        deployment.finish(FINISH_LIMIT_S)
+        check_rest(deployment)
+
+    def _resume(self) -> None:
+        """Whatever operators have left suspended goes on."""
+        deployment = self.deployment
+        wanted = "that every call to suspend or resume is answered"
+        deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
+        if self.options.suspensions:
+            deployment.front_ends[0].control("resume")
+            deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
+
+    def _schedule_faults(self, begin_s: float, duration_s: float) -> None:
+        shape, crashes = self.deployment.shape, self.options.crashes or 0
+        faults = draw_faults(
+            self.seeds.stream("faults"), crashes=crashes, troubles=crashes + 1, begin_s=begin_s, duration_s=duration_s,
+            ranks=shape.ranks, front_ends=shape.front_ends, ranks_may_die=not shape.lockstep or shape.grouped,
+        )  # fmt: skip
+        self.mishaps.schedule(faults)
+        stream, suspensions = self.seeds.stream("suspensions"), self.options.suspensions or 0
+        self.mishaps.schedule_calls(draw_calls(stream, suspensions, begin_s, duration_s, shape.front_ends))
+
+    def _arrivals(self) -> list[Arrival]:
+        options, shape = self.options, self.deployment.shape
+        requests = options.requests or 0
+        if options.trace is not None:
+            return from_trace(Path(options.trace), requests, shape.front_ends)
+        return drawn(self.seeds.stream("workload"), requests, options.duration or 0.0, shape.ranks, shape.front_ends)
+
+    def _submission(self, arrival: Arrival) -> Callable[[], None]:
+        def submit() -> None:
+            front_end = self.deployment.living_front_end(arrival.front_end)
+            if front_end is None:
+                return
+            request = front_end.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
+            if arrival.patience_s is not None:
+                self.deployment.world.after(arrival.patience_s, lambda: front_end.abandon(request))
+
+        return submit
+
+    def _outcome(self, verdict: str, event: int, history: list[str], real_s: float) -> Outcome:
+        deployment = self.deployment
+        front_ends: list[FrontEndParty] = [*deployment.retired, *deployment.front_ends.values()]
+        answers: list[Answer] = [answer for party in dict.fromkeys(front_ends) for answer in party.answers.values()]
+        waits = [answer.first - answer.asked for answer in answers if answer.first >= 0]
+        lives = deployment.coordinators
+        return Outcome(
+            options=self.options, events=deployment.world.journal.events, virtual_s=deployment.world.now,
+            real_s=real_s, requests=len(answers),
+            finished=sum(answer.finish_reason is not None for answer in answers),
+            aborted=sum(answer.abandoned for answer in answers),
+            refused=dict(Counter(answer.refused for answer in answers if answer.refused is not None)),
+            waves=max((party.machine.wave for party in deployment.ranks.values()), default=0),
+            wakes=sum(life.sent["StartDPWave"] for life in lives),
+            wakes_repeated=sum(life.wakes_repeated for life in lives),
+            faults=dict(sorted(self.mishaps.happened.items())),
+            longest_wait_s=max(waits, default=0.0), digest=deployment.world.journal.digest(),
+            verdict=verdict, event=event, history=history,
+        )  # fmt: skip
