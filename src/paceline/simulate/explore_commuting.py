@@ -7,7 +7,7 @@ tests hold against the walk without them.
 
 from __future__ import annotations
 
-from paceline.protocol.messages import RankHello, WaveComplete
+from paceline.protocol.messages import Identify, RankHello, WaveComplete
 from paceline.simulate.explore_coordinator import Coordinators
 from paceline.simulate.explore_rank import Blocks
 from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Common, State
@@ -36,7 +36,8 @@ class Commuting:
                 if known[rank] != hello or (hello and common.crashes):
                     break
                 answer = coordinators.said(coordinator, rank, message, up[0])
-                if answer.state != coordinator or answer.broadcasts:
+                # A question is for those that this one has not asked, and it asks whoever is connected.
+                if answer.state != coordinator or any(not isinstance(sent, Identify) for sent in answer.broadcasts):
                     break
                 number = numbers[rank] = blocks.said_read(number)
         return (coordinator, state[COMMON], *numbers)

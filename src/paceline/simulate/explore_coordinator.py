@@ -18,7 +18,7 @@ from paceline.protocol.coordinator_events import (
 from paceline.protocol.invariants import wave_never_falls
 from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
 from paceline.protocol.sampling import ControlAction
-from paceline.simulate.explore_parts import NOW, RankLabel, Register, freeze, renumber
+from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 from paceline.simulate.explore_rank import FRONT_END, Broken
 
 
@@ -175,7 +175,7 @@ def _key(machine: Coordinator) -> Hashable:
     # is to hear of the others later.
     introductions._asked = float("-inf")
     introductions._admitted = {}
-    if not machine._membership.missing():
-        # One more question to ranks that have all been heard brings nothing (`explore_rank`).
-        introductions._due = None
+    # One more question to ranks that have all been heard brings nothing (`explore_rank`); while some have not, the first
+    # that anybody is connected for is asked at once and then again.
+    introductions._due = LATER if introductions._asks and machine._membership.missing() else None
     return freeze(machine)

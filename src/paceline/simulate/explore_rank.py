@@ -171,8 +171,8 @@ class Blocks:
     def tidied(self, number: int, known: bool) -> int:
         """The block without wakes that change nothing, now or later.
 
-        Those of a wave that the rank has finished, and those of the wave that it runs in where the coordinator has
-        heard that or will: its answer would repeat its last word.
+        Those of a wave that the rank has finished. Where the coordinator knows the rank, so that it hears of every
+        change, those of the wave that the rank runs in, and questions too: the answer would repeat the last word.
         """
         key = (number, known)
         found = self._tidied.get(key)
@@ -186,6 +186,7 @@ class Blocks:
                     name
                     for name in block.down
                     if not (isinstance(message := self.messages[name], StartDPWave) and message.wave < least)
+                    and not (known and isinstance(message, Identify))
                 )
                 found = self.number(block._replace(down=down))
             self._tidied[key] = found
@@ -252,7 +253,7 @@ class Blocks:
         """
         block = self._blocks[number]._replace(connected=False, asked=False)
         variants: dict[int, int] = {}
-        for bits in range(8):
+        for bits in (3, 7):
             less = block._replace(
                 up=() if bits & 1 else block.up,
                 down=() if bits & 2 else block.down,
