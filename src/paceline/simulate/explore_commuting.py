@@ -29,13 +29,14 @@ class Commuting:
         blocks, coordinators, coordinator = self._blocks, self._coordinators, state[COORDINATOR]
         known = coordinators.known(coordinator)
         numbers = [blocks.tidied(number, known[rank]) for rank, number in enumerate(state[FIRST_BLOCK:])]
+        oldest = blocks.oldest
         for rank, number in enumerate(numbers):
-            while up := blocks[number].up:
-                message = blocks.from_rank(up[0])
+            while oldest[number] >= 0:
+                message = blocks.from_rank(oldest[number])
                 hello = isinstance(message, RankHello)
                 if known[rank] != hello or (hello and common.crashes):
                     break
-                answer = coordinators.said(coordinator, rank, message, up[0])
+                answer = coordinators.said(coordinator, rank, message, oldest[number])
                 # A question is for those that this one has not asked, and it asks whoever is connected.
                 if answer.state != coordinator or any(not isinstance(sent, Identify) for sent in answer.broadcasts):
                     break
@@ -48,9 +49,12 @@ class Commuting:
         numbers = state[FIRST_BLOCK:]
         known = coordinators.known(coordinator)
         for rank, number in enumerate(numbers):
-            up = blocks[number].up
-            if up and known[rank] and self._only_noted(coordinator, rank, blocks.from_rank(up[0]), common.crashes):
-                answer = coordinators.said(coordinator, rank, blocks.from_rank(up[0]), up[0])
+            name = blocks.oldest[number]
+            if name < 0 or not known[rank]:
+                continue
+            message = blocks.from_rank(name)
+            if self._only_noted(coordinator, rank, message, common.crashes):
+                answer = coordinators.said(coordinator, rank, message, name)
                 if not answer.broadcasts and answer.published <= common.published:
                     return "say", rank
         if common.unsent or common.crashes or not quiet:
@@ -60,7 +64,7 @@ class Commuting:
         for rank, number in enumerate(numbers):
             # All that can happen at this rank, and nothing else will come that could be read before it.
             moves = blocks.moves(number)
-            if len(moves) == 1 and moves[0].kind == "hear" and not blocks.life(number).machine.running:
+            if len(moves) == 1 and moves[0].kind == "hear" and not blocks.running[number]:
                 return "hear", rank
         still = all(blocks[number].connected and not blocks[number].down for number in numbers)
         if all(known) and still and not any(blocks[number].arriving for number in numbers):

@@ -15,14 +15,15 @@ be due, and a tick may come at any moment.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from enum import Enum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
 NOW = 1000.0
 LATER = 2000.0
+INFINITY = float("inf")
 
 DROPPED: Mapping[str, frozenset[str]] = {
     "Coordinator": frozenset(
@@ -58,54 +59,71 @@ class RankLabel(int):
     """
 
 
+ATOMS = frozenset({type(None), bool, int, str, bytes})
+
+_names: dict[type, tuple[str, ...]] = {}
+_kept: dict[type, tuple[str, ...]] = {}
+
+
 def freeze(value: Any) -> Hashable:
     """The value as something that can be hashed and compared; equal for states that behave alike."""
-    if isinstance(value, RankLabel):
+    kind = type(value)
+    if kind in ATOMS or kind is float:
+        return cast(Hashable, value)
+    if kind is RankLabel:
         return ("rank", int(value))
-    if value is None or isinstance(value, bool | int | float | str | bytes | Enum):
-        return value
-    if isinstance(value, dict):
+    if kind is dict:
         return ("dict", tuple(sorted(((freeze(key), freeze(one)) for key, one in value.items()), key=repr)))
-    if isinstance(value, set | frozenset):
+    if kind is set or kind is frozenset:
         return ("set", tuple(sorted((freeze(one) for one in value), key=repr)))
-    if isinstance(value, list | tuple | deque):
-        return tuple(freeze(one) for one in value)
-    kind = type(value).__name__
-    dropped = DROPPED.get(kind, frozenset())
-    return (kind, tuple((name, freeze(one)) for name, one in attributes(value) if name not in dropped))
+    if kind is list or kind is tuple or kind is deque:
+        return tuple([freeze(one) for one in value])
+    if isinstance(value, Enum):
+        return value
+    kept = _kept.get(kind)
+    if kept is None:
+        dropped = DROPPED.get(kind.__name__, frozenset())
+        kept = _kept[kind] = tuple(name for name in attributes(value) if name not in dropped)
+    return (kind.__name__, tuple([freeze(getattr(value, name)) for name in kept]))
 
 
-def attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    """An object's attributes, in an order that is the same for all of its class."""
-    if isinstance(thing, msgspec.Struct):
-        names: Any = thing.__struct_fields__
-    else:
-        slots = {name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())}
-        names = sorted(slots | set(getattr(thing, "__dict__", ())))
-    for name in names:
-        if hasattr(thing, name):
-            yield name, getattr(thing, name)
+def attributes(thing: Any) -> tuple[str, ...]:
+    """The names of an object's attributes: the same, and in the same order, for all of its class."""
+    kind = type(thing)
+    names = _names.get(kind)
+    if names is None:
+        if isinstance(thing, msgspec.Struct):
+            names = thing.__struct_fields__
+        else:
+            slots = {name for base in kind.__mro__ for name in getattr(base, "__slots__", ())}
+            names = tuple(sorted(slots | set(getattr(thing, "__dict__", ()))))
+        _names[kind] = names
+    return names
 
 
 def renumber(value: Any, ranks: Callable[[int], int] = lambda rank: rank) -> Any:
     """A deep copy in which rank `r` is `ranks(r)` and every timer that is set is due at `LATER`."""
-    if isinstance(value, RankLabel):
-        return RankLabel(ranks(value))
-    if isinstance(value, float):
-        return LATER if NOW <= value < float("inf") else value
-    if value is None or isinstance(value, bool | int | str | bytes | Enum) or callable(value):
+    kind = type(value)
+    if kind in ATOMS:
         return value
-    if isinstance(value, dict):
+    if kind is float:
+        return LATER if NOW <= value < INFINITY else value
+    if kind is RankLabel:
+        return RankLabel(ranks(value))
+    if kind is dict:
         return {renumber(key, ranks): renumber(one, ranks) for key, one in value.items()}
-    if isinstance(value, deque):
+    if kind is list or kind is tuple or kind is set or kind is frozenset:
+        return kind([renumber(one, ranks) for one in value]) if value else kind()
+    if kind is deque:
         return deque((renumber(one, ranks) for one in value), value.maxlen)
-    if isinstance(value, set | frozenset | list | tuple):
-        return type(value)(renumber(one, ranks) for one in value)
+    if isinstance(value, Enum) or callable(value):
+        return value
+    names = attributes(value)
     if isinstance(value, msgspec.Struct):
-        return type(value)(**{name: renumber(one, ranks) for name, one in attributes(value)})
-    copy = object.__new__(type(value))
-    for name, one in attributes(value):
-        setattr(copy, name, renumber(one, ranks))
+        return kind(*[renumber(getattr(value, name), ranks) for name in names])
+    copy = object.__new__(kind)
+    for name in names:
+        setattr(copy, name, renumber(getattr(value, name), ranks))
     return copy
 
 

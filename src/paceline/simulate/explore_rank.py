@@ -128,6 +128,11 @@ class Blocks:
         self.messages: Register[FromRank | ToRank] = Register()
         self._numbers: dict[Block, int] = {}
         self._blocks: list[Block] = []
+        self.oldest: list[int] = []
+        """By block, the message from the rank that the coordinator reads next; -1 where there is none."""
+        self.running: list[bool] = []
+        """By block, whether the rank runs."""
+        self._neutral: dict[tuple[ToRank, int], int | None] = {}
         self._moves: dict[int, list[BlockMove]] = {}
         self._heard: dict[tuple[int, int], int] = {}
         self._stepped: dict[int, int] = {}
@@ -147,6 +152,8 @@ class Blocks:
         if number is None:
             number = self._numbers[block] = len(self._blocks)
             self._blocks.append(block)
+            self.oldest.append(block.up[0] if block.up else -1)
+            self.running.append(self._lives[block.life].machine.running)
         return number
 
     def life(self, number: int) -> Life:
@@ -287,13 +294,14 @@ class Blocks:
 
     def neutral(self, message: ToRank, rank: int) -> int | None:
         """The message's number as rank `rank` reads it, None where it ignores it whatever its state."""
-        if isinstance(message, Admit) and message.rank != rank:
-            return None
-        if isinstance(message, StartDPWave):
-            if message.exclude == rank:
-                return None
-            message = StartDPWave(message.wave, None)
-        return self.messages.number(renumber(message, lambda _: 0))
+        key = (message, rank)
+        if key not in self._neutral:
+            ignored = isinstance(message, Admit) and message.rank != rank
+            if isinstance(message, StartDPWave):
+                ignored = message.exclude == rank
+                message = StartDPWave(message.wave, None)
+            self._neutral[key] = None if ignored else self.messages.number(renumber(message, lambda _: 0))
+        return self._neutral[key]
 
     # Steps ----------------------------------------------------------------------------------------
 

@@ -54,7 +54,6 @@ class World:
         self._merge = merge
         self._commons: dict[Common, int] = {}
         self._common: list[Common] = []
-        self._orders: dict[State, tuple[State, tuple[int, ...]]] = {}
         self._bound = Common(requests, (0, False), losses, crashes)
         # What commutes was shown for all rules together.
         self._commute = merge and not without
@@ -110,15 +109,15 @@ class World:
         if self._commute:
             state = self._commuting.tidied(state, self.common(state))
         blocks = state[FIRST_BLOCK:]
-        # Where all blocks differ there is one order; where some are equal, the coordinator's state decides.
-        key = (state[COORDINATOR], *blocks)
-        found = self._orders.get(key)
-        if found is None:
-            best = sorted(blocks)
-            orders = [order for order in permutations(identity) if [blocks[i] for i in order] == best]
-            coordinator, order = min((self.coordinators.renumbered(state[COORDINATOR], o), o) for o in orders)
-            found = self._orders[key] = ((coordinator, *best), order)
-        (coordinator, *best), order = found
+        best = tuple(sorted(blocks))
+        if len(set(best)) == self.ranks:
+            if best == blocks:
+                return state, identity
+            order = tuple(map(blocks.index, best))
+            return (self.coordinators.renumbered(state[COORDINATOR], order), state[COMMON], *best), order
+        # Where some are equal, the coordinator's state decides.
+        orders = [order for order in permutations(identity) if tuple(blocks[i] for i in order) == best]
+        coordinator, order = min((self.coordinators.renumbered(state[COORDINATOR], o), o) for o in orders)
         return (coordinator, state[COMMON], *best), order
 
     # Moves ----------------------------------------------------------------------------------------
@@ -243,9 +242,9 @@ class World:
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
         blocks = self.blocks
-        lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
-        if not all(life.machine.running for life in lives):
+        if not all(blocks.running[number] for number in state[FIRST_BLOCK:]):
             return
+        lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
         after: list[int] = list(state[FIRST_BLOCK:])
         agreeing = all(life.agree is not None for life in lives)
         if not agreeing:
