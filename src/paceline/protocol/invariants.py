@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from paceline.protocol.messages import StartDPWave
+from paceline.protocol.messages import Admit, Form, StartDPWave
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import Agree, DummyStep, Effect, Step, ToFrontEnd
 
@@ -62,6 +62,13 @@ def left_out_has_it(wake: StartDPWave, wave: int, running: bool, on_its_way: Ite
     if wave > wake.wave or (running and wave >= wake.wave) or any(stamp >= wake.wave for stamp in on_its_way):
         return None
     return f"the wake for wave {wake.wave} leaves out a rank that is paused and that no request of this wave will reach"
+
+
+def joiner_is_told(message: Admit | Form, wave: int) -> str | None:
+    """A rank that joins is told the wave before it is ready. `wave`: the coordinator's."""
+    if message.wave >= wave:
+        return None
+    return f"a rank that joins is told wave {message.wave}, and the coordinator knows of wave {wave}"
 
 
 def nothing_steps_while_suspended(settled: int, ranks: Mapping[str, tuple[bool, int]]) -> str | None:

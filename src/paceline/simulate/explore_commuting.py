@@ -27,7 +27,7 @@ class Commuting:
         what the rank said before; the next one, if there will be one, might not know that.
         """
         blocks, coordinators, coordinator = self._blocks, self._coordinators, state[COORDINATOR]
-        known = coordinators.known(coordinator)
+        known = self._known(state)
         numbers = [blocks.tidied(number, known[rank]) for rank, number in enumerate(state[FIRST_BLOCK:])]
         oldest = blocks.oldest
         for rank, number in enumerate(numbers):
@@ -47,7 +47,7 @@ class Commuting:
         """A move that is to come first, and its rank; an empty name where there is none. `quiet`: no calls will come."""
         blocks, coordinators, coordinator = self._blocks, self._coordinators, state[COORDINATOR]
         numbers = state[FIRST_BLOCK:]
-        known = coordinators.known(coordinator)
+        known = self._known(state)
         for rank, number in enumerate(numbers):
             name = blocks.oldest[number]
             if name < 0 or not known[rank]:
@@ -70,6 +70,11 @@ class Commuting:
         if all(known) and still and not any(blocks[number].arriving for number in numbers):
             return "round", -1
         return "", -1
+
+    def _known(self, state: State) -> list[bool]:
+        """By rank, whether the coordinator knows this life of it as ready."""
+        lives = self._coordinators.known(state[COORDINATOR])
+        return [life == self._blocks.incarnation[number] for life, number in zip(lives, state[FIRST_BLOCK:], strict=True)]
 
     def _only_noted(self, coordinator: int, rank: int, message: object, crashes: int) -> bool:
         """Whether the coordinator notes the message of a rank that it knows, and acts on it no otherwise if it is late.

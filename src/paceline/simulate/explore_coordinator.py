@@ -58,7 +58,7 @@ class Coordinators:
         self._states: Register[Coordinator] = Register(_key)
         self._answers: dict[tuple[int, Hashable], Answer] = {}
         self._timers: dict[int, list[tuple[str, list[int]]]] = {}
-        self._known: dict[int, tuple[bool, ...]] = {}
+        self._known: dict[int, tuple[int, ...]] = {}
         self._renumbered: dict[tuple[int, tuple[int, ...]], int] = {}
 
     def __len__(self) -> int:
@@ -76,12 +76,12 @@ class Coordinators:
         """The wave that it holds current."""
         return self._states[number]._group.wave
 
-    def known(self, number: int) -> tuple[bool, ...]:
-        """By rank, whether it is ready as far as this coordinator knows."""
+    def known(self, number: int) -> tuple[int, ...]:
+        """By rank, the life of it that is ready as far as this coordinator knows; 0 where it knows of none."""
         found = self._known.get(number)
         if found is None:
-            membership = self._states[number]._membership
-            found = self._known[number] = tuple(membership.is_ready(rank) for rank in range(self._size))
+            lives = {member.rank: member.incarnation for member in self._states[number]._membership.members()}
+            found = self._known[number] = tuple(lives.get(rank, 0) for rank in range(self._size))
         return found
 
     def timers(self, number: int) -> list[tuple[str, list[int]]]:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from paceline.protocol.invariants import answered_once, runs_only_when_ready, wave_never_falls
 from paceline.protocol.messages import AddRequest, Admit, FromRank, Identify, Load, RankHello, StartDPWave, ToRank
-from paceline.protocol.rank import Rank
+from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
     IN_MID_STEP,
     Again,
@@ -46,7 +46,7 @@ from paceline.protocol.rank_events import (
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_parts import NOW, RankLabel, Register, freeze, renumber
+from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 
 FRONT_END = 1
 
@@ -132,6 +132,8 @@ class Blocks:
         """By block, the message from the rank that the coordinator reads next; -1 where there is none."""
         self.running: list[bool] = []
         """By block, whether the rank runs."""
+        self.incarnation: list[int] = []
+        """By block, the rank's life."""
         self._neutral: dict[tuple[ToRank, int], int | None] = {}
         self._moves: dict[int, list[BlockMove]] = {}
         self._heard: dict[tuple[int, int], int] = {}
@@ -153,7 +155,9 @@ class Blocks:
             number = self._numbers[block] = len(self._blocks)
             self._blocks.append(block)
             self.oldest.append(block.up[0] if block.up else -1)
-            self.running.append(self._lives[block.life].machine.running)
+            machine = self._lives[block.life].machine
+            self.running.append(machine.running)
+            self.incarnation.append(machine.incarnation)
         return number
 
     def life(self, number: int) -> Life:
@@ -162,16 +166,26 @@ class Blocks:
 
     def fresh(self) -> int:
         """A rank that has just loaded its engine."""
+        return self._loaded(1, Block(0, (), (), True, False, (), ()))
+
+    def reborn(self, number: int) -> int:
+        """The block after the rank has died and its next life has loaded: what was on its way to or from it is lost."""
+        block = self._blocks[number]
+        nothing = block._replace(up=(), down=(), connected=False, asked=False, arriving=())
+        return self._loaded(self.incarnation[number] + 1, nothing)
+
+    def _loaded(self, incarnation: int, block: Block) -> int:
         rank = Rank(
-            RankLabel(0), 1, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval,
+            RankLabel(0), incarnation, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval,
             without=self._without,
         )  # fmt: skip
-        empty = Block(self._lives.number(Life(rank, {})), (), (), True, False, (), ())
-        return self._after(empty, Loaded())
+        return self._after(block._replace(life=self._lives.number(Life(rank, {}))), Loaded())
 
     def quiet(self, number: int) -> bool:
         """Whether nothing is under way at this rank: paused, without requests, its links empty."""
         block, life = self._blocks[number], self.life(number)
+        if life.machine.phase is not Phase.READY:
+            return False
         moving = block.up or block.down or block.arriving or block.notices
         return block.connected and not moving and not life.unfinished and not life.machine.running
 
@@ -221,6 +235,9 @@ class Blocks:
                 rest = block._replace(down=block.down[:place] + block.down[place + 1 :])
                 after = self._after(rest, CoordinatorSaid(message))  # type: ignore[arg-type]
                 moves.append(BlockMove("hear", message_number, after, life.machine.running and not at_once))
+        if life.machine.phase is Phase.JOINING and not block.up and not block.down and block.connected:
+            again = life.copy()
+            moves.append(BlockMove("hello", 0, self._put(block, again, self._handle(again, Turn(Load(), False), LATER)), False))
         for stamp in sorted(set(block.arriving)) if life.agree is None else ():
             rest = block._replace(arriving=_without(block.arriving, stamp))
             moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), life.machine.running))
@@ -362,10 +379,10 @@ class Blocks:
             effects += made
         return effects
 
-    def _handle(self, life: Life, event: Event) -> list[Effect]:
+    def _handle(self, life: Life, event: Event, now: float = NOW) -> list[Effect]:
         wave = life.machine.wave
         try:
-            effects = life.machine.handle(event, NOW)
+            effects = life.machine.handle(event, now)
         except Exception as error:
             raise Broken(f"a rank's machine failed: {type(error).__name__}: {error}") from error
         for effect in effects:

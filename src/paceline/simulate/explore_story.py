@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from paceline.protocol.invariants import join
-from paceline.protocol.messages import FromRank, Identify, RankHello, StartDPWave, StartWave, Suspension, ToRank, WaveComplete
+from paceline.protocol.messages import Admit, FromRank, Identify, RankHello, StartDPWave, StartWave, Suspension, ToRank, WaveComplete
 from paceline.simulate.explore_rank import Broken
 from paceline.simulate.explore_state import FIRST_BLOCK, Action, State
 from paceline.simulate.explore_world import World
@@ -33,6 +33,8 @@ def meaning(message: FromRank | ToRank) -> str:
             if message.number % 2:
                 return f"Suspension {message.number} ({message.mode}): start nothing by yourself"
             return f"Suspension {message.number}: " + ("go on" if message.released else "this is to end, say that you know")
+        case Admit():
+            return f"Admit: you may be ready, the wave is {message.wave}"
     return repr(message)
 
 
@@ -136,6 +138,10 @@ class _Teller:
                 return "All ranks take part in a step" + (" and agree whether any has work left" * bool(action.detail))
             case "agree":
                 return "All ranks agree whether any has work left"
+            case "die":
+                return f"{rank.capitalize()} dies while no rank runs, and its next life is loaded"
+            case "hello":
+                return f"{rank.capitalize()} waits to be admitted and says hello again"
             case "ask":
                 return f"The operator asks for: {self._world.calls[action.detail]}"
             case "call":

@@ -21,11 +21,13 @@ from itertools import permutations, product
 
 from paceline.protocol.invariants import (
     agree_at_rest,
+    joiner_is_told,
     left_out_has_it,
     nothing_steps_while_suspended,
     same_collective,
 )
-from paceline.protocol.messages import StartDPWave, ToRank
+from paceline.protocol.messages import Admit, Form, StartDPWave, ToRank
+from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_commuting import Commuting
@@ -97,7 +99,9 @@ class World:
             return False
         if self.coordinators.timers(state[COORDINATOR]):
             return False
-        waves = {f"rank {i}": self.blocks.life(b).machine.wave for i, b in enumerate(state[FIRST_BLOCK:])}
+        machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
+        # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
+        waves = {f"rank {i}": machine.wave for i, machine in enumerate(machines) if machine.incarnation == 1}
         _demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
         return True
 
@@ -141,6 +145,7 @@ class World:
             yield from self._call(state, common)
         if common.crashes:
             yield from self._crash(state, common)
+            yield from self._rank_crash(state, common)
 
     def _first(self, state: State, common: Common) -> tuple[Action, State] | None:
         over = common.calls == len(self.calls)
@@ -200,6 +205,9 @@ class World:
             yield action, state
             return
         self._check_left_out(state, answer.broadcasts)
+        for message in answer.broadcasts:
+            if isinstance(message, Admit | Form):
+                _demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
         told = self._told(state, answer.broadcasts, -1)
         yield action, told
         # What a question asks for, its answer, shows whether it was heard, and it follows a connection that is up.
@@ -235,6 +243,9 @@ class World:
             if isinstance(message, StartDPWave) and message.exclude is not None and "abort" not in self.calls:
                 number = state[FIRST_BLOCK + message.exclude]
                 machine = self.blocks.life(number).machine
+                if machine.incarnation > 1:
+                    # The request that the notice was about may have been lost with the life before.
+                    continue
                 # What it holds back it starts by itself, in whatever wave is current then.
                 coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
                 _demand(left_out_has_it(message, machine.wave, machine.running, coming))
@@ -269,13 +280,17 @@ class World:
         state = self._changed(state, common._replace(unsent=common.unsent - 1))
         for rank, (wave, running) in product(range(self.ranks), sorted(beliefs)):
             number = state[FIRST_BLOCK + rank]
+            life = self.blocks.life(number)
+            if life.machine.phase is not Phase.READY:
+                # No front-end is connected to this life yet.
+                continue
             stamp, notice = front_end_sends(wave, running)
             if notice is None:
-                if self.blocks.life(number).agree is None:
+                if life.agree is None:
                     after = self._with(state, rank, self.blocks.arrive(number, stamp))
                     yield Action("send", rank, stamp, fair=False), after
                 continue
-            if self.blocks.life(number).agree is None:
+            if life.agree is None:
                 arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
                 yield Action("send-first", rank, stamp, fair=False), self._with(state, rank, arrived)
             before = self._with(state, rank, self.blocks.sent(number, stamp))
@@ -295,6 +310,14 @@ class World:
         for chosen in product(*choices):
             lost = sum(bits << 3 * place for place, (bits, _) in enumerate(chosen))
             yield Action("crash", detail=lost, fair=False), (fresh, fewer, *(name for _, name in chosen))
+
+    def _rank_crash(self, state: State, common: Common) -> Moves:
+        """A rank dies while none runs, and is started again. Its requests are over: its front-ends see it end."""
+        if any(self.blocks.running[number] for number in state[FIRST_BLOCK:]):
+            return
+        before = self._changed(state, common._replace(crashes=common.crashes - 1))
+        for rank, number in enumerate(state[FIRST_BLOCK:]):
+            yield Action("die", rank, fair=False), self._with(before, rank, self.blocks.reborn(number))
 
     def _with(self, state: State, rank: int, block: int) -> State:
         place = FIRST_BLOCK + rank
