@@ -123,6 +123,7 @@ class Blocks:
     def __init__(self, steps: int, sync_interval: int, without: frozenset[str] = frozenset()) -> None:
         self._steps = steps
         self._without = without
+        self._answers_at_once = True
         self._sync_interval = sync_interval
         self._lives: Register[Life] = Register(Life.key)
         self.messages: Register[FromRank | ToRank] = Register()
@@ -306,7 +307,10 @@ class Blocks:
             question = isinstance(self.messages[message], Identify)
             if block.connected and message not in block.down and not (question and block.asked):
                 block = block._replace(down=(*block.down, message), asked=block.asked or question)
-            after = self._heard[key] = self.number(block)
+            after = self.number(block)
+            if question and self._answers_at_once and block.down == (message,):
+                after = self.moves(after)[0].block
+            self._heard[key] = after
         return after
 
     def neutral(self, message: ToRank, rank: int) -> int | None:

@@ -48,8 +48,10 @@ class World:
     def __init__(
         self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
         steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
+        backlog: int = 99,
     ) -> None:  # fmt: skip
         self.ranks = ranks
+        self._backlog = backlog
         self.calls = calls
         self.blocks = Blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
@@ -253,7 +255,7 @@ class World:
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
         blocks = self.blocks
-        if not all(blocks.running[number] for number in state[FIRST_BLOCK:]):
+        if not all(blocks.running[number] and len(blocks[number].up) < self._backlog for number in state[FIRST_BLOCK:]):
             return
         lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
         after: list[int] = list(state[FIRST_BLOCK:])
