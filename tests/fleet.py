@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -68,13 +69,22 @@ class Fleet:
         self.coordinator = DPCoordinator(ParallelConfig(data_parallel_size=size, data_parallel_size_local=size))
         self._statuses: list[Any] = []
         self._input, self._output = self.coordinator.get_engine_socket_addresses()
-        self.ranks = [self._rank(folder, rank, engine, options, sync_interval) for rank in range(size)]
+        self._settings = (folder, engine, options, sync_interval)
+        self._lives = itertools.count(1)
+        self.ranks = [self._rank(rank) for rank in range(size)]
 
-    def _rank(self, folder: Path, rank: int, engine: str, options: dict[str, str], sync_interval: int) -> Any:
+    def start_rank(self, rank: int) -> None:
+        """Another life of a rank, in place of one that has ended."""
+        self.ranks[rank].join()
+        self.ranks[rank] = self._rank(rank)
+
+    def _rank(self, rank: int) -> Any:
+        folder, engine, options, sync_interval = self._settings
+        life = next(self._lives)
         reader, writer = get_context("spawn").Pipe(duplex=False)
         settings = RankSettings(
-            engine, EngineSettings(rank=rank, dp_size=self.size, threads=1, options=options), f"ipc://{folder}/rank-{rank}",
-            self._input, self._output, group_bind=f"ipc://{folder}/group-{rank}", sync_interval=sync_interval,
+            engine, EngineSettings(rank=rank, dp_size=self.size, threads=1, options=options), f"ipc://{folder}/rank-{life}",
+            self._input, self._output, group_bind=f"ipc://{folder}/group-{life}", sync_interval=sync_interval,
         )  # fmt: skip
         process = spawn(f"rank {rank}", run_rank, {"settings": settings, "status": writer}, "warning")
         writer.close()

@@ -94,3 +94,33 @@ def test_300_waves_with_requests_aimed_at_the_pause(tmp_path: Path) -> None:
         assert cpu_used_s([process.pid for process in made.ranks], 1.0) <= 0.05
         hellos = made.hellos()
         assert [(hello.wave, hello.running, hello.generation) for hello in hellos] == [(wave, False, 1)] * RANKS
+
+
+async def kill_and_start_again(made: Fleet) -> tuple[Answer, Answer, Answer]:
+    async with front_ends(made, 1) as (client,):
+        kept, lost = ask(client, 300, rank=0), ask(client, 300, rank=2)
+        async with asyncio.timeout(DEADLINE_S):
+            while not (kept.tokens and lost.tokens):
+                await asyncio.sleep(0)
+        made.ranks[2].kill()
+        made.start_rank(2)
+        async with asyncio.timeout(DEADLINE_S):
+            await kept.done.wait()
+            await lost.done.wait()
+            while len(client.machine.ready_ranks()) < RANKS:
+                await client.wait_changed()
+        again = ask(client, 20, rank=2)
+        async with asyncio.timeout(DEADLINE_S):
+            await again.done.wait()
+        return kept, lost, again
+
+
+def test_the_group_is_formed_anew_with_a_killed_rank_s_next_life(tmp_path: Path) -> None:
+    """The survivors go on with their requests, token for token, and the new life serves."""
+    with fleet(tmp_path, RANKS, "paceline.engines.moe:MoeEngine", SMALL) as made:
+        kept, lost, again = asyncio.run(kill_and_start_again(made))
+        assert (kept.finish, len(kept.tokens)) == ("length", 300)
+        assert "rank 2 ended" in str(lost.error)
+        assert (again.finish, again.tokens) == ("length", kept.tokens[:20])
+        (generation,) = {hello.generation for hello in made.hellos()}
+        assert generation > 1

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add("--min-stats-update-interval-ms", type=int, default=100, metavar="MS", help="least time between load views")
     add("--no-wave-coordination", action="store_true", help="the ranks are independent: no waves")
     add("--no-loads", action="store_true", help="publish no loads, as in external mode")
+    add("--restarted", action="store_true", help="it takes the place of one that has ended: hear the ranks first")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"], help="what is logged")
     return made
 
@@ -47,6 +48,7 @@ def run_command(arguments: Sequence[str]) -> None:
             options.min_stats_update_interval_ms,
             not options.no_wave_coordination,
             not options.no_loads,
+            not options.restarted,
         )
         addresses = process.bind(
             options.front_publish_address, options.back_output_address, options.back_publish_address

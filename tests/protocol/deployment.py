@@ -67,7 +67,8 @@ class Deployment:
         self.front_ends: list[FrontEndShell] = []
         self.broadcast: list[Any] = []
         self._lives = itertools.count(1)
-        self._waves: dict[int, int] = {}
+        self._waves: dict[Any, int] = {}
+        self._had_coordinator = False
         self.start_coordinator()
         for index in range(front_ends):
             self.start_front_end(index, front_ends)
@@ -78,8 +79,9 @@ class Deployment:
         """A new life of the coordinator; what is connected subscribes anew."""
         self.coordinator = Coordinator(
             self.size, next(self._lives), 0.0 if self.external else 0.1, lockstep=self.lockstep,
-            publish_loads=not self.external,
+            publish_loads=not self.external, fresh=not self._had_coordinator,
         )  # fmt: skip
+        self._had_coordinator = True
         for _ in self.ranks:
             self.tell_coordinator(coordinator.RankSubscribed())
         self.tell_coordinator(coordinator.FrontEndSubscribed())
@@ -176,5 +178,5 @@ class Deployment:
         machines += [self.coordinator] if self.coordinator is not None else []
         for machine in machines:
             wave = machine.statistics()["wave"]
-            assert wave >= self._waves.get(id(machine), 0), "a wave number went down"
-            self._waves[id(machine)] = wave
+            assert wave >= self._waves.get(machine, 0), "a wave number went down"
+            self._waves[machine] = wave

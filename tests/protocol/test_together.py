@@ -154,7 +154,7 @@ def test_a_request_sent_while_there_is_no_coordinator_is_served_when_a_new_one_i
     deployment.rest()
 
 
-def test_a_rank_that_starts_again_while_a_new_coordinator_is_still_empty_does_not_stop_the_others() -> None:
+def test_a_rank_that_starts_again_is_not_admitted_before_a_new_coordinator_has_heard_the_others() -> None:
     deployment = Deployment(ranks=2).ready()
     deployment.front_ends[0].submit()
     deployment.rest()
@@ -164,10 +164,12 @@ def test_a_rank_that_starts_again_while_a_new_coordinator_is_still_empty_does_no
     deployment.start_coordinator()
     deployment.start_rank(1)
     newcomer = deployment.start_front_end(0, 1)
-    deployment.run_until(lambda: newcomer.machine.ready_ranks() == [1])
-    newcomer.submit()
-    deployment.world.run_for(0.02)
+    deployment.world.run_for(3.0)
+    assert newcomer.machine.ready_ranks() == []
     deployment.ranks[0].to_coordinator.release()
+    deployment.run_until(lambda: newcomer.machine.ready_ranks() == [0, 1])
+    assert deployment.ranks[1].machine.wave == deployment.ranks[0].machine.wave == 1
+    newcomer.submit()
     deployment.finish(limit_s=5.0)
 
 

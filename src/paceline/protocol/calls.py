@@ -13,8 +13,6 @@ from collections.abc import Callable
 from paceline.protocol.messages import ControlRequest
 from paceline.protocol.sampling import ControlAction
 
-ACQUAINTED_S = 1.0
-"""How long a call waits for ranks that do not say hello."""
 ANSWERS_KEPT = 4096
 
 
@@ -24,33 +22,24 @@ class Calls:
     def __init__(self) -> None:
         self._waiting: dict[tuple[int, int], ControlRequest] = {}
         self._answered: dict[tuple[int, int], int] = {}
-        self._due: float | None = None
 
-    @property
-    def due(self) -> float | None:
-        """When waiting calls are served, whoever has been heard; None while none waits."""
-        return self._due
-
-    def request(self, request: ControlRequest, now: float) -> None:
+    def request(self, request: ControlRequest) -> None:
         """A front-end asks, or repeats what it asked."""
         self._waiting[(request.front_end, request.call)] = request
-        if self._due is None:
-            self._due = now + ACQUAINTED_S
 
     def forget_front_end(self, front_end: int) -> None:
         """The front-end is gone; what it asked for stays asked for."""
         self._answered = {key: number for key, number in self._answered.items() if key[0] != front_end}
 
-    def serve(
-        self, acquainted: bool, ask: Callable[[ControlAction], int], current: int, now: float
-    ) -> list[tuple[int, int, int]]:
-        """The answers that are due, as (front-end, call, number). `acquainted`: all ranks have been heard.
+    def __len__(self) -> int:
+        """Calls that wait."""
+        return len(self._waiting)
+
+    def serve(self, ask: Callable[[ControlAction], int], current: int) -> list[tuple[int, int, int]]:
+        """The answers, as (front-end, call, number); to be called once the ranks were heard.
 
         `ask` does what is asked and returns the number for it; `current`: the suspension's number before.
         """
-        if self._due is None or not (acquainted or now >= self._due):
-            return []
-        self._due = None
         waiting, self._waiting = self._waiting, {}
         answers = []
         for key, request in waiting.items():

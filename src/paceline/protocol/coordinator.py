@@ -28,7 +28,7 @@ from paceline.protocol.coordinator_events import (
     ToRanks,
 )
 from paceline.protocol.generation import Generations, Position
-from paceline.protocol.introductions import Introductions
+from paceline.protocol.introductions import PATIENCE_S, Introductions
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -66,12 +66,13 @@ class Coordinator:
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `without`: rules (`rules.py`) left out, to show what breaks.
+    carry the wave and no loads. `fresh`: no other came before it. `without`: rules (`rules.py`) left out, to show
+    what breaks.
     """
 
     def __init__(
         self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
-        without: Set[str] = frozenset(),
+        fresh: bool = True, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
@@ -79,7 +80,8 @@ class Coordinator:
         self._membership = Membership(engine_count)
         self._without = checked(without)
         self._group = GroupWave(self._without)
-        self._introductions = Introductions(self._without)
+        patience_s = None if lockstep else PATIENCE_S
+        self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=self._without)
         self._generations = Generations(engine_count)
         self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
@@ -97,18 +99,13 @@ class Coordinator:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (
-            self._group.wake_due,
-            self._suspension.due,
-            self._generations.due,
-            self._introductions.due,
-            self._calls.due,
-        )
+        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
         return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
         effects: list[Effect] = []
+        self._introductions.acquainted(now)
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
@@ -188,6 +185,9 @@ class Coordinator:
             return
         if not was_current:
             self._forget_rank(hello.rank, now)
+        self._introductions.heard(hello.rank)
+        if self.lockstep:
+            self._group.told(hello.wave, now)
         grouped = self.lockstep and bool(hello.group_address)
         if grouped:
             position = Position(hello.incarnation, hello.group_address, hello.generation, hello.told)
@@ -201,7 +201,11 @@ class Coordinator:
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._members_changed(now)
-        elif not grouped and self._introductions.admits(hello.rank, hello.incarnation, now):
+        elif (
+            not grouped
+            and self._introductions.acquainted(now)
+            and self._introductions.admits(hello.rank, hello.incarnation, now)
+        ):
             told = self._suspension.told()
             effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
 
@@ -253,7 +257,7 @@ class Coordinator:
                 self._members_changed(now)
             case WakeNotice(_, rank, wave):
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
-                if self.lockstep and self._suspension.standing.free:
+                if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
                     self._group.noticed(rank, wave, now)
             case SendNotice(front_end, sends, told):
                 self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
@@ -262,7 +266,7 @@ class Coordinator:
                         self._board.sent(front_end, send)
                         self._loads_changed(now)
             case ControlRequest():
-                self._calls.request(message, now)
+                self._calls.request(message)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
@@ -293,13 +297,11 @@ class Coordinator:
     # What is due ------------------------------------------------------------------------------
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
-        if self._calls.due is None:
+        if not len(self._calls) or not self._introductions.acquainted(now):
             return
-        acquainted = all(self._suspension.has_heard(rank) for rank in self._expected())
         number = self._suspension.standing.number
-        answers = self._calls.serve(acquainted, lambda action: self._suspension.ask(action, now), number, now)
-        if answers:
-            self._suspension_changed(now)
+        answers = self._calls.serve(lambda action: self._suspension.ask(action, now), number)
+        self._suspension_changed(now)
         effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:

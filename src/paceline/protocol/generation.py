@@ -52,6 +52,11 @@ class Generations:
         self._give_up_at = float("inf")
 
     @property
+    def ended(self) -> bool:
+        """Whether there is none, and not all ranks have spoken yet who are to form the next."""
+        return self._spoken is not None
+
+    @property
     def due(self) -> float | None:
         """When members must be told (again), or None."""
         return self._due

@@ -4,6 +4,10 @@ A question is a broadcast that every rank answers, and a new coordinator is subs
 milliseconds: those subscriptions share one question. A question can be lost to a rank whose connection was not up
 yet, and a paused rank says nothing by itself, so while ranks are missing it is asked again. A message from a life
 that is not known is a reason to ask too: only an answer introduces it.
+
+Until a coordinator that has taken another's place has heard the ranks, it does not know whether they are suspended.
+So it admits nobody, wakes nobody for a front-end and answers no call, before it is acquainted: with all ranks where
+they run in lockstep, and otherwise with those that answer within a second, since one of them may be dead.
 """
 
 from __future__ import annotations
@@ -14,14 +18,23 @@ GATHER_S = 0.01
 """Subscriptions within this time share a question."""
 FIRST_REPEAT_S = 0.1
 LONGEST_REPEAT_S = 4.0
+PATIENCE_S = 1.0
+"""How long independent ranks are waited for that may be dead."""
 ADMIT_AGAIN_S = 0.05
 """A rank asks for admission ten times a second and at each question; one answer serves them all."""
 
 
 class Introductions:
-    """What is to be asked, and who was answered when."""
+    """What is to be asked, who was answered when, and whether the ranks were heard.
 
-    def __init__(self, without: Set[str] = frozenset()) -> None:
+    `size`: ranks in the deployment. `fresh`: there was no coordinator before, so there is nothing to learn.
+    `patience_s`: how long to wait for a rank that says nothing, None for ever.
+    """
+
+    def __init__(self, size: int, *, fresh: bool, patience_s: float | None, without: Set[str] = frozenset()) -> None:
+        self._unheard = set() if fresh else set(range(size))
+        self._patience_s = patience_s
+        self._begun: float | None = None
         self._asks = "new-coordinator-asks" not in without
         self._due: float | None = None
         self._asked = float("-inf")
@@ -30,8 +43,24 @@ class Introductions:
 
     @property
     def due(self) -> float | None:
-        """When to ask, or None."""
+        """When to ask, or when patience ends, or None."""
+        if self._unheard and self._begun is not None and self._patience_s is not None:
+            return min(self._due or float("inf"), self._begun + self._patience_s)
         return self._due
+
+    def heard(self, rank: int) -> None:
+        """The rank has said hello."""
+        self._unheard.discard(rank)
+
+    def acquainted(self, now: float) -> bool:
+        """Whether it is known how the ranks stand."""
+        if not self._unheard:
+            return True
+        if self._begun is None:
+            self._begun = now
+        if self._patience_s is not None and now >= self._begun + self._patience_s:
+            self._unheard.clear()
+        return not self._unheard
 
     def wanted(self, now: float) -> None:
         """Somebody is there who has not been heard: ask, soon and again."""

@@ -14,6 +14,7 @@ from paceline.protocol.messages import (
     Identify,
     Load,
     Outputs,
+    StartDPWave,
     Suspension,
     ToRank,
 )
@@ -128,9 +129,11 @@ Event = (
     | Leave
 )
 
-IN_MID_STEP = (Identify, Suspension)
-"""What the coordinator says that is handled at once, also in mid-step: a rank that waits for the others in a
-collective must be heard, or nobody wakes them. The effects of such an event only send. All else waits its turn."""
+IN_MID_STEP = (Identify, Suspension, StartDPWave)
+"""What the coordinator says that is handled at once, also in mid-step, in the order in which it was said: a rank that
+waits for the others in a collective must be heard, or nobody wakes them; and a rank that said that it holds a
+suspension must have taken in every wake from before. Their effects only send. All else waits its turn."""
+
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -69,10 +69,6 @@ class GroupSuspension:
         if number > self.standing.number:
             self._begin(number, mode, now)
 
-    def has_heard(self, rank: int) -> bool:
-        """Whether the rank has said what it knows."""
-        return rank in self._said
-
     def forget(self, rank: int) -> None:
         """The rank is gone."""
         self._said.pop(rank, None)

@@ -112,6 +112,11 @@ class GroupWave:
         self._stranded.discard(rank)
         self._settle(now)
 
+    def told(self, wave: int, now: float) -> None:
+        """A rank that is not ready knows this wave, from a coordinator before this one."""
+        self._advance(wave)
+        self._settle(now)
+
     def joined(self, rank: int, now: float) -> None:
         """A rank is ready. It has said nothing of waves yet but what its hello said."""
         if rank not in self._observed:

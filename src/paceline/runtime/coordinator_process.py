@@ -103,7 +103,7 @@ class DPCoordinator:
             reader.close()
         self._front_publish, self._back_output, self._back_publish = addresses
         names = ("front_publish_address", "back_output_address", "back_publish_address")
-        self._arguments |= dict(zip(names, addresses, strict=True))
+        self._arguments |= dict(zip(names, addresses, strict=True)) | {"fresh": False}
 
     def get_stats_publish_address(self) -> str:
         """Where front-ends connect."""
@@ -128,6 +128,7 @@ class DPCoordinatorProc:
         min_stats_update_interval_ms: int = 100,
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
+        fresh: bool = True,
     ) -> None:
         self._machine = Coordinator(
             engine_count,
@@ -135,6 +136,7 @@ class DPCoordinatorProc:
             interval_s=min_stats_update_interval_ms / 1000,
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,
+            fresh=fresh,
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._from_rank = codec.from_rank()
@@ -154,13 +156,15 @@ class DPCoordinatorProc:
         min_stats_update_interval_ms: int = 100,
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
+        fresh: bool = True,
     ) -> None:
         """Bind, report the bound addresses through the pipe, and run until SIGTERM.
 
         The pipe gets `(front_publish, back_output, back_publish)` once all three are bound, or a string
-        that says why they cannot be.
+        that says why they cannot be. `fresh`: False where it takes the place of one that has ended.
         """
-        process = DPCoordinatorProc(engine_count, min_stats_update_interval_ms, enable_wave_coordination, publish_loads)
+        interval_ms, waves = min_stats_update_interval_ms, enable_wave_coordination
+        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh)
         process.stop_on_signals()
         try:
             addresses = process.bind(front_publish_address, back_output_address, back_publish_address)

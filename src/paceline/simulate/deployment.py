@@ -98,7 +98,7 @@ class Deployment:
         shape = self.shape
         machine = Coordinator(
             shape.ranks, next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
-            publish_loads=not shape.external, without=self.without,
+            publish_loads=not shape.external, fresh=not self.coordinators, without=self.without,
         )  # fmt: skip
         party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
         self.coordinator = party
