@@ -10,24 +10,6 @@ from paceline.simulate.explore import Bound, Progress, walk
 from paceline.simulate.explore_state import COORDINATOR, FIRST_BLOCK, State
 from paceline.simulate.explore_world import World
 
-FIND = {
-    "acknowledged-wakes": Bound(crashes=0),
-    "own-report": Bound(crashes=0, losses=0),
-    "stale-notice-leaves-nobody-out": Bound(crashes=0, losses=0),
-    "finished-waves-ignored": Bound(crashes=0, losses=0),
-    "suspension-number": Bound(ranks=2, requests=1, crashes=0, losses=0, suspensions=1),
-    "new-coordinator-asks": Bound(losses=0, requests=1),
-    "joiner-told-the-wave": Bound(losses=0, requests=1),
-}
-"""Rule to a bound within which its absence is found."""
-
-
-def without(rule: str, **changes: object) -> Bound:
-    from msgspec.structs import replace
-
-    return replace(FIND[rule], without=frozenset({rule}), **changes)
-
-
 @pytest.mark.parametrize(
     "bound",
     [
@@ -53,26 +35,13 @@ def test_nothing_is_wrong_within_the_default_bound() -> None:
     assert result.seconds < 60
 
 
-def test_every_rule_has_a_bound() -> None:
-    assert FIND.keys() == RULES.keys()
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_that_is_left_out_is_found(rule: str) -> None:
-    result = walk(without(rule))
+    result = walk(Bound(without=frozenset({rule})))
     assert result.violations, f"nothing breaks without {rule}"
     assert result.trace[0].startswith("1. ")
     assert result.trace[-1] == result.violations[0]
-    assert result.seconds < 60
-    assert walk(FIND[rule]).violations == []
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_story_is_a_shortest_one(rule: str) -> None:
-    merged, plain = walk(without(rule, ranks=2)), walk(without(rule, ranks=2, merge=False))
-    # A state of a violation is at the same depth, however many others are one with it.
-    assert merged.depth == plain.depth
-    assert merged.states <= plain.states
+    assert result.seconds < 20
 
 
 def test_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,6 @@ TIMERS = {
     "wake": ("_group", "_wake_due"),
     "question": ("_introductions", "_due"),
     "suspension": ("_suspension", "_due"),
-    "call": ("_calls", "_due"),
 }
 """What the coordinator repeats, and where its machine keeps when."""
 
@@ -69,7 +68,9 @@ class Coordinators:
 
     def fresh(self, identity: int) -> int:
         """One that knows nothing."""
-        machine = Coordinator(self._size, identity, 0.0, lockstep=True, publish_loads=False, without=self._without)
+        machine = Coordinator(
+            self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self._without
+        )  # fmt: skip
         return self._states.number(renumber(machine))
 
     def wave(self, number: int) -> int:
@@ -93,7 +94,6 @@ class Coordinators:
                 "wake": machine._group.lagging(),
                 "question": machine._membership.missing(),
                 "suspension": machine._suspension.state(range(self._size)).waiting_for,
-                "call": [rank for rank in range(self._size) if not machine._suspension.has_heard(rank)],
             }
             due = [name for name, (part, field) in TIMERS.items() if getattr(getattr(machine, part), field) is not None]
             found = self._timers[number] = [(name, waiting[name]) for name in due]

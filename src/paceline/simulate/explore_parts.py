@@ -42,7 +42,7 @@ DROPPED: Mapping[str, frozenset[str]] = {
     "GroupWave": frozenset({"_repeat_s"}),
     "GroupSuspension": frozenset({"_repeat_s"}),
     "Generations": frozenset({"_repeat_s"}),
-    "Introductions": frozenset({"_repeat_s"}),
+    "Introductions": frozenset({"_repeat_s", "_begun"}),
     # Loads, counters and averages go into reports, which the walk turns off. The requests' names stand in `Life` as
     # what is left to do of each. `_mid_step` is read of independent ranks only.
     "Rank": frozenset({"step", "requests", "_reporter", "_mid_step"}),

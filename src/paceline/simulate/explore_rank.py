@@ -15,6 +15,7 @@ What the walk does not tell apart, and why it may not matter:
 - A life of the coordinator asks a rank once: the rank has told all that changed since its first answer, so another
   would repeat its last word. Nor is a wake of the same wave put twice into the link, nor a hello that is equal to the
   message before it in the other direction.
+- A question is answered when it is sent, if nothing is before it in the link: a rank answers in mid-step too.
 - What a rank hears in mid-step too may overtake what it does not.
 """
 
@@ -49,9 +50,6 @@ from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 
 FRONT_END = 1
-
-AT_ONCE = (*IN_MID_STEP, StartDPWave)
-"""What a rank hears in mid-step too; in the order in which it was sent."""
 
 
 class Broken(Exception):
@@ -123,7 +121,6 @@ class Blocks:
     def __init__(self, steps: int, sync_interval: int, without: frozenset[str] = frozenset()) -> None:
         self._steps = steps
         self._without = without
-        self._answers_at_once = True
         self._sync_interval = sync_interval
         self._lives: Register[Life] = Register(Life.key)
         self.messages: Register[FromRank | ToRank] = Register()
@@ -229,8 +226,8 @@ class Blocks:
         moves: list[BlockMove] = []
         for place, message_number in enumerate(block.down):
             message = self.messages[message_number]
-            at_once = isinstance(message, AT_ONCE)
-            if at_once and any(isinstance(self.messages[name], AT_ONCE) for name in block.down[:place]):
+            at_once = isinstance(message, IN_MID_STEP)
+            if at_once and any(isinstance(self.messages[name], IN_MID_STEP) for name in block.down[:place]):
                 continue
             if at_once or (place == 0 and life.agree is None):
                 rest = block._replace(down=block.down[:place] + block.down[place + 1 :])
@@ -308,7 +305,7 @@ class Blocks:
             if block.connected and message not in block.down and not (question and block.asked):
                 block = block._replace(down=(*block.down, message), asked=block.asked or question)
             after = self.number(block)
-            if question and self._answers_at_once and block.down == (message,):
+            if question and block.down == (message,):
                 after = self.moves(after)[0].block
             self._heard[key] = after
         return after

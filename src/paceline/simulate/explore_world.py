@@ -42,13 +42,14 @@ class World:
     """`ranks`, `requests`, `losses`, `crashes`: how much of each. `calls`: what the operator asks for, one by one.
 
     `steps`: engine steps of a request. `sync_interval`: steps between agreements. `without`: rules left out.
+    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
     `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
     """
 
     def __init__(
         self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
         steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
-        backlog: int = 99,
+        backlog: int = 3,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self._backlog = backlog
@@ -195,7 +196,7 @@ class World:
             return
         for timer, waiting in self.coordinators.timers(state[COORDINATOR]):
             silent = [rank for rank in waiting if reach[rank].connected and not reach[rank].down]
-            if silent and (timer != "call" or len(silent) == len(waiting)):
+            if silent:
                 answer = self.coordinators.tick(state[COORDINATOR], timer)
                 yield from self._answered(state, answer, Action("tick"))
 
