@@ -23,15 +23,16 @@ FOUND, NOT_DECIDED = 1, 2
 
 def check(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 3,
-    front_ends: Annotated[int, typer.Option(min=1, help="Front-ends.")] = 2,
+    front_ends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
     requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 2,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
-    crashes: Annotated[int, typer.Option(min=0, help="Crashes of the coordinator.")] = 1,
+    crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,
     suspensions: Annotated[int, typer.Option(min=0, help="Suspensions, each resumed afterwards.")] = 0,
     mode: Annotated[str, typer.Option(help="Of the suspensions: keep, wait or abort.")] = "keep",
     without: Annotated[list[str] | None, typer.Option(help="A rule to leave out; may be repeated.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Engine steps of a request.")] = 1,
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
+    backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
 ) -> None:
@@ -39,6 +40,7 @@ def check(
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
+        backlog=backlog,
     )  # fmt: skip
     with progress() as report:
         result = walk(bound, report)
@@ -87,7 +89,7 @@ def lines(result: Result, bound: Bound) -> Iterator[str]:
     elif result.decided:
         yield "No violation: every invariant holds in every state, and from every state all can still be finished."
     else:
-        yield f"Not decided: more than {bound.max_memory_mb} MB (--max-memory-mb) would be needed; a smaller bound may do."
+        yield f"Not decided: this needs more than {bound.max_memory_mb} MB (--max-memory-mb); a smaller bound may do."
 
 
 @contextmanager

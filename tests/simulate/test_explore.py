@@ -10,6 +10,7 @@ from paceline.simulate.explore import Bound, Progress, walk
 from paceline.simulate.explore_state import COORDINATOR, FIRST_BLOCK, State
 from paceline.simulate.explore_world import World
 
+
 @pytest.mark.parametrize(
     "bound",
     [
@@ -17,7 +18,10 @@ from paceline.simulate.explore_world import World
         Bound(ranks=2, requests=1, losses=1, crashes=1),
         Bound(ranks=3, requests=2, losses=1, crashes=0),
         Bound(ranks=2, requests=2, losses=0, crashes=0, steps=2, sync_interval=2),
-        *(Bound(ranks=2, requests=1, losses=0, crashes=0, suspensions=1, mode=mode) for mode in ("keep", "wait", "abort")),
+        *(
+            Bound(ranks=2, requests=1, losses=0, crashes=0, suspensions=1, mode=mode)
+            for mode in ("keep", "wait", "abort")
+        ),
     ],
 )
 def test_nothing_is_wrong(bound: Bound) -> None:

@@ -19,17 +19,19 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.protocol.sampling import ControlAction, SuspendMode
+from paceline.simulate.explore_block import Broken
 from paceline.simulate.explore_liveness import first_stuck
-from paceline.simulate.explore_rank import Broken
-from paceline.simulate.explore_story import tell
 from paceline.simulate.explore_state import State
+from paceline.simulate.explore_story import tell
 from paceline.simulate.explore_world import World
 
 LOOK_EVERY = 4096
 
 
 class Bound(Struct, frozen=True):
-    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator.
+    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
+
+    `front_ends` changes nothing: what is walked is any number of them (`explore_world`).
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states

@@ -1,8 +1,8 @@
 """What may as well come now: moves whose order with all others makes no difference.
 
 Two things that happen at different parties, or that a party only notes, lead to the same state in either order, so one
-order is walked in place of both. Here are the only moves for which that is claimed, each with the reason, which the
-tests hold against the walk without them.
+order is walked in place of both. Here are the only moves for which that is claimed, each with the reason. The tests
+hold the walk against one that does without them (`test_merging_hides_nothing`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ class Commuting:
         return (coordinator, state[COMMON], *numbers)
 
     def first(self, state: State, common: Common, quiet: bool) -> tuple[str, int]:
-        """A move that is to come first, and its rank; an empty name where there is none. `quiet`: no calls will come."""
+        """A move that is to come first, and its rank; an empty name where there is none.
+
+        `quiet`: no calls will come.
+        """
         blocks, coordinators, coordinator = self._blocks, self._coordinators, state[COORDINATOR]
         numbers = state[FIRST_BLOCK:]
         known = self._known(state)
@@ -74,7 +77,9 @@ class Commuting:
     def _known(self, state: State) -> list[bool]:
         """By rank, whether the coordinator knows this life of it as ready."""
         lives = self._coordinators.known(state[COORDINATOR])
-        return [life == self._blocks.incarnation[number] for life, number in zip(lives, state[FIRST_BLOCK:], strict=True)]
+        return [
+            life == self._blocks.incarnation[number] for life, number in zip(lives, state[FIRST_BLOCK:], strict=True)
+        ]
 
     def _only_noted(self, coordinator: int, rank: int, message: object, crashes: int) -> bool:
         """Whether the coordinator notes the message of a rank that it knows, and acts on it no otherwise if it is late.

@@ -18,8 +18,8 @@ from paceline.protocol.coordinator_events import (
 from paceline.protocol.invariants import wave_never_falls
 from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
 from paceline.protocol.sampling import ControlAction
+from paceline.simulate.explore_block import FRONT_END, Broken
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
-from paceline.simulate.explore_rank import FRONT_END, Broken
 
 
 class Answer(NamedTuple):
@@ -153,10 +153,12 @@ class Coordinators:
             raise Broken(why)
         published, answered = (0, False), 0
         for effect in effects:
-            if isinstance(effect, ToFrontEnds) and isinstance(effect.message, ControlAnswer):
-                answered = effect.message.number
-            elif isinstance(effect, ToFrontEnds):
-                published = max(published, (effect.message.wave, effect.message.running))
+            if isinstance(effect, ToFrontEnds):
+                message = effect.message
+                if isinstance(message, ControlAnswer):
+                    answered = message.number
+                else:
+                    published = max(published, (message.wave, message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
         state = machine._suspension.state(range(self._size))
         settled = state.number if state.settled else 0
@@ -175,7 +177,7 @@ def _key(machine: Coordinator) -> Hashable:
     # is to hear of the others later.
     introductions._asked = float("-inf")
     introductions._admitted = {}
-    # One more question to ranks that have all been heard brings nothing (`explore_rank`); while some have not, the first
-    # that anybody is connected for is asked at once and then again.
+    # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
+    # asked as soon as anybody is connected, and then again.
     introductions._due = LATER if introductions._asks and machine._membership.missing() else None
     return freeze(machine)

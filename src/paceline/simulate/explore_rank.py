@@ -21,9 +21,6 @@ What the walk does not tell apart, and why it may not matter:
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import NamedTuple
-
 from paceline.protocol.invariants import answered_once, runs_only_when_ready, wave_never_falls
 from paceline.protocol.messages import AddRequest, Admit, FromRank, Identify, Load, RankHello, StartDPWave, ToRank
 from paceline.protocol.rank import Phase, Rank
@@ -40,76 +37,15 @@ from paceline.protocol.rank_events import (
     FrontEndSaid,
     Loaded,
     Step,
-    Stepped,
     StepOutput,
+    Stepped,
     Take,
     ToCoordinator,
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
-
-FRONT_END = 1
-
-
-class Broken(Exception):
-    """An invariant does not hold, or a machine failed. The text says why."""
-
-
-class Life:
-    """A rank's machine and, by the machine's keys, the steps that its engine has left for each request.
-
-    `agree`: what it has said to the agreement that it is in, None while it is in none.
-    """
-
-    def __init__(self, machine: Rank, left: dict[int, int], agree: Agree | None = None) -> None:
-        self.machine = machine
-        self.left = left
-        self.agree = agree
-
-    def copy(self) -> Life:
-        """One that can be changed."""
-        return Life(renumber(self.machine), dict(self.left), self.agree)
-
-    @property
-    def unfinished(self) -> int:
-        """Requests that the rank has, with the engine or held back."""
-        return len(self.left) + self.machine.requests.held
-
-    def key(self) -> Hashable:
-        """Equal for lives that behave alike."""
-        machine = self.machine
-        if not machine.running:
-            machine._steps_in_wave = 0
-        if machine._wanted_wave <= machine.wave:
-            # Asked for only when this wave has ended, and then it is over.
-            machine._wanted_wave = -1
-        return (freeze(machine), tuple(sorted(self.left.values())), machine.requests.held, freeze(self.agree))
-
-
-class Block(NamedTuple):
-    """Numbers of the rank's life and of the messages in its links, oldest first; stamps of what front-ends sent.
-
-    `connected`: it hears broadcasts. `asked`: this life of the coordinator has asked it who it is.
-    `arriving`: requests on their way. `notices`: notices on their way to the coordinator, that name this rank.
-    """
-
-    life: int
-    up: tuple[int, ...]
-    down: tuple[int, ...]
-    connected: bool
-    asked: bool
-    arriving: tuple[int, ...]
-    notices: tuple[int, ...]
-
-
-class BlockMove(NamedTuple):
-    """What can happen at one rank alone. `waits`: not to a rank that is in the barrier."""
-
-    kind: str
-    detail: int
-    block: int
-    waits: bool
+from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life
+from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, renumber
 
 
 class Blocks:
@@ -139,9 +75,6 @@ class Blocks:
         self._agreed: dict[tuple[int, bool, int, int], int] = {}
         self._tidied: dict[tuple[int, bool], int] = {}
         self._arrived: dict[tuple[int, int], int] = {}
-
-    def __len__(self) -> int:
-        return len(self._blocks)
 
     def __getitem__(self, number: int) -> Block:
         return self._blocks[number]
@@ -235,7 +168,9 @@ class Blocks:
                 moves.append(BlockMove("hear", message_number, after, life.machine.running and not at_once))
         if life.machine.phase is Phase.JOINING and not block.up and not block.down and block.connected:
             again = life.copy()
-            moves.append(BlockMove("hello", 0, self._put(block, again, self._handle(again, Turn(Load(), False), LATER)), False))
+            moves.append(
+                BlockMove("hello", 0, self._put(block, again, self._handle(again, Turn(Load(), False), LATER)), False)
+            )
         for stamp in sorted(set(block.arriving)) if life.agree is None else ():
             rest = block._replace(arriving=_without(block.arriving, stamp))
             moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), life.machine.running))
@@ -270,8 +205,7 @@ class Blocks:
     def after_crash(self, number: int) -> list[tuple[int, int]]:
         """The blocks that a crash of the coordinator may leave, each with bits that say what was lost.
 
-        1: what the rank had said; 2: what it was told; 4: the notices that name it. All of a link, or nothing: what was
-        said and read before the crash is the same as lost.
+        1: what the rank had said; 2: what it was told; 4: the notices that name it.
         """
         block = self._blocks[number]._replace(connected=False, asked=False)
         variants: dict[int, int] = {}

@@ -10,8 +10,8 @@ from paceline.protocol.frontend_events import CoordinatorSaid, Submit, ToCoordin
 from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, LoadView, Member, Members, WakeNotice
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
+from paceline.simulate.explore_block import FRONT_END
 from paceline.simulate.explore_parts import NOW
-from paceline.simulate.explore_rank import FRONT_END
 
 State = tuple[int, ...]
 """`(coordinator, common, block of rank 0, block of rank 1, ...)`, each a number."""
@@ -54,7 +54,7 @@ class Action(NamedTuple):
 
 @cache
 def front_end_sends(wave: int, running: bool) -> tuple[int, int | None]:
-    """What a front-end with this belief sends with a request: the request's stamp and, if it sends one, its notice's."""
+    """What a front-end with this belief sends: the request's stamp and, where it sends a notice too, the notice's."""
     machine = FrontEnd(FRONT_END, LeastLoad(0, 1), lockstep=True)
     members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 1, "rank")])
     machine.handle(CoordinatorSaid(members), NOW)

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from paceline.protocol.invariants import join
-from paceline.protocol.messages import Admit, FromRank, Identify, RankHello, StartDPWave, StartWave, Suspension, ToRank, WaveComplete
-from paceline.simulate.explore_rank import Broken
+from paceline.protocol.messages import (
+    Admit,
+    FromRank,
+    Identify,
+    RankHello,
+    StartDPWave,
+    StartWave,
+    Suspension,
+    ToRank,
+    WaveComplete,
+)
+from paceline.simulate.explore_block import Broken
 from paceline.simulate.explore_state import FIRST_BLOCK, Action, State
 from paceline.simulate.explore_world import World
 
@@ -32,7 +42,9 @@ def meaning(message: FromRank | ToRank) -> str:
         case Suspension():
             if message.number % 2:
                 return f"Suspension {message.number} ({message.mode}): start nothing by yourself"
-            return f"Suspension {message.number}: " + ("go on" if message.released else "this is to end, say that you know")
+            return f"Suspension {message.number}: " + (
+                "go on" if message.released else "this is to end, say that you know"
+            )
         case Admit():
             return f"Admit: you may be ready, the wave is {message.wave}"
     return repr(message)
@@ -86,7 +98,9 @@ class _Teller:
             life = self._world.blocks.life(self._state[FIRST_BLOCK + place])
             machine, held = life.machine, life.unfinished
             state = "runs in" if machine.running else "is paused before"
-            parts.append(f"rank {self._names[place]} {state} wave {machine.wave} with {held or 'no'} request{'s' * (held != 1)}")
+            parts.append(
+                f"rank {self._names[place]} {state} wave {machine.wave} with {held or 'no'} request{'s' * (held != 1)}"
+            )
         coordinator = self._world.coordinators[self._state[0]].statistics()
         known = f"the coordinator holds wave {coordinator['wave']}, " + (
             "knows ranks that run" if coordinator["running"] else "knows of no rank that runs"

@@ -10,6 +10,11 @@ request and its notice travel on two links, so either comes first, and from the 
 first of them comes nothing else can tell that it was sent: both are one move. Since a request may wait on its link for
 ever, requests of one front-end are not kept in order either; what is walked is any number of front-ends.
 
+A lost broadcast is lost to one receiver, whole: all that one event made the coordinator say. When the coordinator dies,
+what was on its way to and from it is lost; that some of it had come through is the walk in which it was read before.
+Front-ends' notices may also reach the next one. A rank dies between waves only; its next life is started at once, and
+connects and joins as late as one likes. (In a wave its death ends the generation, which is not walked.)
+
 Ranks are alike. States that differ only in which rank is which are one: `canonical` puts the blocks in order and
 renumbers the coordinator's state to match.
 """
@@ -26,13 +31,14 @@ from paceline.protocol.invariants import (
     nothing_steps_while_suspended,
     same_collective,
 )
-from paceline.protocol.messages import Admit, Form, StartDPWave, ToRank
+from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
 from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
+from paceline.simulate.explore_block import Broken
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Answer, Coordinators
-from paceline.simulate.explore_rank import Blocks, Broken
+from paceline.simulate.explore_rank import Blocks
 from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, State, front_end_sends
 
 Moves = Iterator[tuple[Action, State]]
@@ -213,8 +219,8 @@ class World:
                 _demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
         told = self._told(state, answer.broadcasts, -1)
         yield action, told
-        # What a question asks for, its answer, shows whether it was heard, and it follows a connection that is up.
-        if common.losses and any(isinstance(message, StartDPWave) for message in answer.broadcasts):
+        # A question follows a connection that is up: what was lost before is why it is asked.
+        if common.losses and any(not isinstance(message, Identify) for message in answer.broadcasts):
             fewer = self._number(common._replace(losses=common.losses - 1))
             for rank in range(self.ranks):
                 less = self._told(state, answer.broadcasts, rank)
