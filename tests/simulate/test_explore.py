@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from paceline.protocol.rules import RULES
@@ -33,10 +35,12 @@ def test_nothing_is_wrong(bound: Bound) -> None:
 
 @pytest.mark.slow
 def test_nothing_is_wrong_within_the_default_bound() -> None:
+    # Of the processor's time: other processes are no part of what is measured.
+    begin = time.process_time()
     result = walk(Bound())
+    assert time.process_time() - begin < 60
     assert result.decided
     assert result.trace == []
-    assert result.seconds < 60
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import RankSaid
 from paceline.protocol.messages import RankHello, StartDPWave, StartWave
+from paceline.simulate.explore_coordinator import Coordinators
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 
 
@@ -55,6 +58,18 @@ def test_a_machine_does_the_same_by_other_numbers() -> None:
     others = after.handle(renumber(event, swapped), NOW)
     assert freeze(renumber(effects, swapped)) == freeze(others)
     assert freeze(renumber(before, swapped)) == freeze(renumber(after))
+
+
+@pytest.mark.parametrize("identity", [1, 2])
+def test_a_coordinator_hears_one_rank_as_it_hears_another(identity: int) -> None:
+    coordinators = Coordinators(2)
+    begin = coordinators.fresh(identity)
+    first, second = (coordinators.said(begin, rank, hello(0).message, 0).state for rank in range(2))
+    assert first != second
+    assert coordinators.renumbered(first, (1, 0)) == second
+    both = [coordinators.said(first, 1, hello(0).message, 0), coordinators.said(second, 0, hello(0).message, 0)]
+    assert both[0].state == both[1].state
+    assert coordinators[both[0].state]._introductions.acquainted(NOW)
 
 
 def test_a_copy_is_a_copy() -> None:

@@ -71,6 +71,8 @@ class Coordinators:
         machine = Coordinator(
             self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self._without
         )  # fmt: skip
+        # The only ranks' numbers that the machine makes itself; all others come with messages.
+        machine._introductions._unheard = {RankLabel(rank) for rank in machine._introductions._unheard}
         return self._states.number(renumber(machine))
 
     def wave(self, number: int) -> int:
