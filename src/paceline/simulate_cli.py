@@ -112,11 +112,12 @@ def summary(outcome: Outcome) -> str:
     """What came of a run, for a person."""
     options = outcome.options
     kind = "lockstep" if options.lockstep else "independent"
+    arrive = f"of {options.trace}" if options.trace else f"in {options.duration:g} s"
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
     faults = ", ".join(f"{count} {kind}" for kind, count in outcome.faults.items()) or "none"
     lines = [
         f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
-        f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
+        f" {options.requests} requests {arrive}, {options.losses:.0%} of broadcasts lost",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''}",

@@ -146,7 +146,7 @@ def test_answers_to_others_are_not_ours() -> None:
 
 
 def test_a_call_that_another_coordinator_numbered_is_numbered_anew() -> None:
-    machine, views = fresh()
+    machine, _ = fresh()
     ask(machine, 7, "keep")
     answer(machine, 7, 5)
     members(machine, coordinator=2)
@@ -154,7 +154,14 @@ def test_a_call_that_another_coordinator_numbered_is_numbered_anew() -> None:
     assert later.state(3, True) == []
     ask(machine, 7, "keep")
     assert answer(machine, 7, 3) == [Controlled(7, 3, False)]
-    assert views.state(1, True) == []
+
+
+def test_a_coordinator_that_knows_less_is_told_the_number_that_perhaps_nobody_else_knows() -> None:
+    machine, views = fresh()
+    assert views.state(3, True, "wait") == []
+    later = Views(machine, coordinator=2)
+    assert one(said(later.state(0, True), FrontEndHello)) == FrontEndHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert later.state(3, False, "wait") == []
 
 
 # The number -----------------------------------------------------------------------------------

@@ -117,3 +117,18 @@ def test_ranks_stop_at_once_but_to_wait(mode: SuspendMode) -> None:
     assert stops(standing(1, mode).packed) == (mode != "wait")
     assert not stops(standing(2, mode).packed)
     assert not stops(Standing().packed)
+
+
+def test_what_is_begun_may_be_finished_unless_it_had_been_stopped_already() -> None:
+    free = Standing()
+    free.learn(1, "wait", False)
+    assert free.draining
+    free.learn(3, "wait", False)
+    assert free.draining, "the same suspension under another number"
+    stopped = Standing()
+    stopped.learn(1, "keep", False)
+    stopped.learn(5, "wait", False)
+    assert not stopped.draining, "it was resumed and suspended again without a word to this one"
+    stopped.learn(6, "wait", True)
+    stopped.learn(7, "wait", False)
+    assert stopped.draining

@@ -56,6 +56,14 @@ def test_one_seed_is_one_run_in_any_process() -> None:
     assert first["digest"] != simulate(Options(8)).digest
 
 
+@pytest.mark.slow
+def test_256_ranks_pass() -> None:
+    outcome = simulate(Options(7, ranks=256, lockstep=True, encode=False))
+    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
+    assert outcome.waves > 0
+    assert outcome.finished > 100
+
+
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:
     assert simulate(Options(3, encode=True)).digest == simulate(Options(3, encode=False)).digest
 
@@ -106,6 +114,10 @@ def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("paceline.protocol.board.HEARTBEAT_S", 0.05)
 
 
+def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RankRequests, "drop", lambda self, front_end, requests: {}["a machine's own mistake"])
+
+
 @pytest.mark.parametrize(
     ("breakage", "found"),
     [
@@ -114,6 +126,7 @@ def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
         (a_token_sent_twice, "in place of"),
         (a_report_that_is_not_true, "reports Load"),
         (a_timer_that_never_rests, "at rest"),
+        (a_machine_that_raises, 'KeyError: "a machine\'s own mistake" (test_simulate.py, line'),
     ],
 )
 def test_a_breakage_is_found(breakage: Any, found: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,9 @@ class FrontEnd:
         # A new coordinator knows of no suspension until the ranks have told it: the number never goes down.
         if view.suspension.number >= self.suspension.number:
             self.suspension = view.suspension
-        return self._calls_served()
+            return self._calls_served()
+        # It may be that nobody but this front-end knows that number any more.
+        return [self._hello(), *self._calls_served()]
 
     def _on_answer(self, front_end: int, call: int, number: int) -> list[Effect]:
         if front_end == self.identity and call in self._calls:

@@ -204,7 +204,7 @@ class Rank:
     def _may_step(self) -> bool:
         if self._lockstep:
             return self.running and bool(self.generation or not self._group_address)
-        return self.standing.free or (self.standing.suspended and self.standing.mode == "wait")
+        return self.standing.free or self.standing.draining
 
     def _catch_up(self) -> list[Effect]:
         """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""

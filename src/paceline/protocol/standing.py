@@ -19,6 +19,9 @@ class Standing:
         self.number = 0
         self.mode: SuspendMode = "keep"
         self.released = True
+        self.draining = False
+        """Whether what is begun may be finished, as `wait` says. Not where there was a suspension in force already:
+        to finish would mean to go on."""
 
     @property
     def suspended(self) -> bool:
@@ -38,7 +41,9 @@ class Standing:
     def learn(self, number: int, mode: SuspendMode, released: bool) -> bool:
         """Take in somebody's word. Returns whether it was news."""
         if number > self.number:
+            going = self.free or self.draining
             self.number, self.mode = number, mode
+            self.draining = going and self.suspended and mode == "wait"
             self.released = released and not self.suspended
             return True
         if number == self.number and released and not self.released and not self.suspended:

@@ -100,9 +100,7 @@ class Checks:
         """A rank begins a step only while it runs."""
         if party.lockstep and not party.machine.running:
             raise Violation(f"{party.name} steps while paused", party.name)
-        standing = party.machine.standing
-        if self._settled <= self._resumed or (standing.mode == "wait" and not party.lockstep):
-            # Independent ranks that are asked to wait, after `keep`, go on at once.
+        if self._settled <= self._resumed:
             return
         if not party.lockstep and party.machine.incarnation not in self._settled_lives:
             # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
@@ -152,7 +150,9 @@ class Checks:
         if answer.superseded:
             return
         for rank in self._ready():
-            if rank.machine.standing.number < answer.number:
+            standing = rank.machine.standing
+            # A life that has come since the resumption need not know its number, if it is free all the same.
+            if standing.number < answer.number and not (answer.number % 2 == 0 and standing.free):
                 text = f"{party.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
                 raise Violation(text, party.name, rank.name, COORDINATOR)
 

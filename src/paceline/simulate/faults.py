@@ -12,11 +12,14 @@ from paceline.protocol.messages import StartDPWave
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.deployment import Deployment
 
-FaultKind = Literal["coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "lost-wake"]
+FaultKind = Literal[
+    "coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "unheard", "lost-wake"
+]
+"""`cut-off`: a rank hears the coordinator late. `unheard`: the coordinator hears a rank late."""
 MODES: tuple[ControlAction, ...] = ("keep", "wait", "abort")
 
 CRASHES: tuple[FaultKind, ...] = ("coordinator-crash", "rank-crash", "front-end-crash")
-TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "lost-wake")
+TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake")
 
 
 class Fault(Struct, frozen=True):
@@ -121,6 +124,8 @@ class Mishaps:
                 deployment.ranks[number].engine.slowness = fault.factor
             case "cut-off":
                 deployment.ranks[number].broadcasts.hold()
+            case "unheard":
+                deployment.ranks[number].to_coordinator.hold()
             case "lost-wake":
                 if not deployment.shape.lockstep:
                     return False
@@ -141,6 +146,8 @@ class Mishaps:
                 deployment.ranks[number].engine.slowness = 1.0
             case "cut-off":
                 deployment.ranks[number].broadcasts.release()
+            case "unheard" if deployment.coordinator is not None:
+                deployment.ranks[number].to_coordinator.release()
 
 
 def _party(fault: Fault) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Set
 from pathlib import Path
@@ -11,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
+from paceline.errors import ConfigError
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
@@ -80,15 +82,17 @@ def filled(options: Options) -> Options:
     """The options with everything that was left out drawn from the seed."""
     stream = Seeds(options.seed).stream("options")
     # All are drawn in any case, so that giving one leaves the others as they were.
+    ranks = stream.randint(2, 8)
+    scale = max(1, (options.ranks or ranks) // 8)
     drawn_ones = {
-        "ranks": stream.randint(2, 8),
+        "ranks": ranks,
         "front_ends": stream.randint(1, 3),
-        "requests": stream.randint(10, 60),
+        "requests": stream.randint(10, 60) * scale,
         "losses": stream.choice((0.0, 0.0, 0.02, 0.1)),
         "crashes": stream.choice((0, 1, 2, 4)),
         "suspensions": stream.choice((0, 0, 1, 3, 8)),
         "duration": stream.choice((0.5, 2.0, 6.0)),
-        "lockstep": stream.random() < 0.6,
+        "lockstep": Seeds(options.seed).stream("lockstep").random() < 0.7,
     }
     return msgspec.structs.replace(
         options, **{name: value for name, value in drawn_ones.items() if getattr(options, name) is None}
@@ -98,7 +102,7 @@ def filled(options: Options) -> Options:
 def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
     """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong.
 
-    `without`: rules (`protocol/rules.py`) that the machines lack.
+    Raises ConfigError where the trace cannot be read. `without`: rules (`protocol/rules.py`) that the machines lack.
     """
     return Run(filled(options), without).run()
 
@@ -115,13 +119,20 @@ class Run:
     def run(self) -> Outcome:
         """All of it: start, load and faults, rest."""
         begin = time.perf_counter()
+        journal = self.deployment.world.journal
+        verdict, event, parties = "ok", 0, None
         try:
             self._run()
-            verdict, event, history = "ok", 0, []
+        except ConfigError:
+            raise
         except Violation as violation:
-            journal = self.deployment.world.journal
-            verdict, event = violation.what, journal.events
-            history = [entry.text() for entry in journal.last(violation.parties, SHOWN_EVENTS)]
+            verdict, event, parties = violation.what, journal.events, violation.parties
+        except Exception as error:
+            # A machine that fails is a finding like any other, and must come with its seed.
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            verdict = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+            event, parties = journal.events, ()
+        history = [] if parties is None else [entry.text() for entry in journal.last(parties, SHOWN_EVENTS)]
         return self._outcome(verdict, event, history, time.perf_counter() - begin)
 
     def _shape(self) -> Shape:

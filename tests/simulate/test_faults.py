@@ -1,0 +1,121 @@
+"""Faults and operators' calls: drawn from the seed, and what they do to a deployment."""
+
+from __future__ import annotations
+
+import random
+
+from paceline.simulate.deployment import Deployment, Shape
+from paceline.simulate.faults import Fault, FaultKind, Mishaps, draw_calls, draw_faults
+from paceline.simulate.rest import check_rest
+from paceline.simulate.run import Options, simulate
+
+
+def faults(ranks_may_die: bool = True) -> list[Fault]:
+    return draw_faults(
+        random.Random(1), crashes=100, troubles=100, begin_s=5.0, duration_s=10.0, ranks=4, front_ends=2,
+        ranks_may_die=ranks_may_die,
+    )  # fmt: skip
+
+
+def test_faults_of_every_kind_are_drawn_within_the_time() -> None:
+    drawn = faults()
+    assert len(drawn) == 200
+    assert {fault.kind for fault in drawn} == set(FaultKind.__args__)  # type: ignore[attr-defined]
+    assert all(5.0 <= fault.at <= 15.0 for fault in drawn)
+    assert [fault.at for fault in drawn] == sorted(fault.at for fault in drawn)
+    assert "rank-crash" not in {fault.kind for fault in faults(ranks_may_die=False)}
+
+
+def test_every_suspension_has_a_resume_and_some_cross() -> None:
+    calls = draw_calls(random.Random(1), 50, 0.0, 10.0, 3)
+    actions = [call.action for call in calls]
+    assert set(actions) == {"keep", "wait", "abort", "resume"}
+    assert actions.count("resume") >= 50
+    suspended, crossed = 0, 0
+    for action in actions:
+        suspended += -1 if action == "resume" else 1
+        crossed += suspended > 1
+    assert crossed
+
+
+def struck(kind: FaultKind) -> tuple[Deployment, Mishaps]:
+    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
+    mishaps = Mishaps(deployment)
+    mishaps.schedule([Fault(deployment.world.now, kind, 1, 0.5, 4.0)])
+    deployment.world.run_for(0.1)
+    return deployment, mishaps
+
+
+def recovered(deployment: Deployment, mishaps: Mishaps) -> None:
+    deployment.world.run_until(mishaps.over)
+    deployment.world.run_for(2.0)
+    deployment.ready()
+    deployment.front_ends[1].submit(rank=1)
+    deployment.finish()
+    check_rest(deployment)
+
+
+def test_the_coordinator_crashes_and_returns_empty() -> None:
+    deployment, mishaps = struck("coordinator-crash")
+    assert deployment.coordinator is None
+    recovered(deployment, mishaps)
+    assert len(deployment.coordinators) == 2
+
+
+def test_a_rank_crashes_and_returns_as_another_life() -> None:
+    deployment, mishaps = struck("rank-crash")
+    before = deployment.ranks[1]
+    assert not before.alive
+    recovered(deployment, mishaps)
+    assert deployment.ranks[1].machine.incarnation > before.machine.incarnation
+
+
+def test_a_front_end_crashes_and_its_clients_are_counted_as_gone() -> None:
+    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
+    request = deployment.front_ends[1].submit(max_tokens=100)
+    mishaps = Mishaps(deployment)
+    mishaps.schedule([Fault(deployment.world.now, "front-end-crash", 1, 0.5)])
+    deployment.world.run_for(0.1)
+    assert deployment.retired[0].answers[request].abandoned
+    assert deployment.living_front_end(1) is deployment.front_ends[0]
+    recovered(deployment, mishaps)
+
+
+def test_a_slow_rank_slows_all_and_recovers() -> None:
+    deployment, mishaps = struck("slow-rank")
+    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    slow = deployment.finish()
+    deployment.world.run_until(mishaps.over)
+    deployment.world.run_for(1.0)
+    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    assert slow > 2 * deployment.finish()
+    recovered(deployment, mishaps)
+
+
+def test_a_rank_that_is_cut_off_hears_everything_later() -> None:
+    deployment, mishaps = struck("cut-off")
+    deployment.front_ends[0].submit(rank=0)
+    assert deployment.finish() > 0.3
+    recovered(deployment, mishaps)
+
+
+def test_a_rank_that_is_heard_late_is_woken_for_nothing_and_no_more() -> None:
+    deployment, mishaps = struck("unheard")
+    deployment.front_ends[0].submit(rank=0)
+    assert deployment.finish() < 0.3
+    recovered(deployment, mishaps)
+
+
+def test_two_crashes_of_one_party_at_once_are_one() -> None:
+    deployment = Deployment(Shape(ranks=2)).start().ready()
+    mishaps = Mishaps(deployment)
+    mishaps.schedule([Fault(deployment.world.now, "rank-crash", 1, 0.5)] * 3)
+    deployment.world.run_for(0.1)
+    assert mishaps.happened == {"rank-crash": 1}
+
+
+def test_a_run_counts_what_happened() -> None:
+    outcome = simulate(Options(3, ranks=4, crashes=5, suspensions=4, lockstep=False, duration=4.0))
+    assert outcome.ok, outcome.verdict
+    assert outcome.faults["resume"] >= 4
+    assert sum(count for kind, count in outcome.faults.items() if kind.endswith("crash")) >= 3

@@ -1,0 +1,95 @@
+"""Lives that end at the worst moment: each was found by a seed of `paceline simulate` and is told here on its own."""
+
+from __future__ import annotations
+
+from paceline.protocol.messages import Form, StartDPWave, Suspension
+from paceline.simulate.deployment import Deployment
+from paceline.simulate.rest import check_rest
+from tests.simulate.test_scenarios import deploy, run_a_wave, running
+from tests.simulate.test_scenarios_suspended import control, steps
+
+NONE: frozenset[str] = frozenset()
+
+
+def all_formed(deployment: Deployment) -> bool:
+    return len({rank.machine.generation for rank in deployment.ranks.values()} - {0}) == 1 and all(
+        rank.machine.generation for rank in deployment.ranks.values()
+    )
+
+
+def test_a_coordinator_that_dies_while_a_generation_is_formed_is_followed_by_a_higher_number() -> None:
+    """The new coordinator counted from 1, below what ranks had been told; they ignored it for 10 s a number."""
+    deployment = deploy(NONE, ranks=4)
+    for _ in range(3):
+        deployment.crash_rank(2)
+        deployment.start_rank(2)
+        deployment.world.run_until(lambda: all_formed(deployment))
+    deployment.crash_rank(2)
+    deployment.start_rank(2)
+    deployment.ranks[3].broadcasts.lose(Form, times=100)
+    deployment.world.run_for(0.1)
+    deployment.crash_coordinator()
+    deployment.ranks[3].broadcasts.lose_no_more()
+    deployment.start_coordinator()
+    took = deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0)
+    assert took < 5.0
+    run_a_wave(deployment)
+    check_rest(deployment)
+
+
+def test_survivors_do_not_wait_for_the_dead_life_of_a_rank() -> None:
+    """The survivors of a death in mid-wave were told to form a generation with the dead life, and waited for it."""
+    deployment = deploy(NONE, ranks=4)
+    front_end = deployment.front_ends[0]
+    requests = [front_end.submit(rank=number, max_tokens=100) for number in (0, 1, 3)]
+    deployment.world.run_for(0.1)
+    deployment.crash_rank(2)
+    deployment.world.run_for(0.1)
+    deployment.start_rank(2)
+    assert deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0) < 0.5
+    deployment.finish(limit_s=3.0)
+    assert [front_end.answers[request].tokens for request in requests] == [100] * 3
+    check_rest(deployment)
+
+
+def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all() -> None:
+    """Independent ranks: those that the new coordinator knew were held, so the call returned while another stepped."""
+    deployment = deploy(NONE, ranks=3, lockstep=False)
+    front_end, unheard = deployment.front_ends[0], deployment.ranks[2]
+    front_end.submit(rank=2, max_tokens=200)
+    deployment.world.run_for(0.1)
+    deployment.crash_coordinator()
+    deployment.start_coordinator()
+    unheard.broadcasts.hold()
+    call = front_end.calls[front_end.control("keep")]
+    deployment.world.run_for(0.5)
+    assert not call.over
+    unheard.broadcasts.release()
+    deployment.world.run_until(lambda: call.over, 3.0)
+    before = steps(deployment)
+    deployment.world.run_for(1.0)
+    assert steps(deployment) == before
+    control(deployment, front_end, "resume")
+    deployment.finish()
+    check_rest(deployment)
+
+
+def test_a_wake_and_a_suspension_that_reach_a_rank_together_leave_it_held() -> None:
+    """In the order of their sending: first the wake, then the suspension, and nobody else runs."""
+    deployment = deploy(NONE, ranks=3)
+    front_end, late = deployment.front_ends[0], deployment.ranks[1]
+    late.broadcasts.hold()
+    front_end.to_ranks[0].close()
+    front_end.submit(rank=0)
+    deployment.world.run_for(0.02)
+    call = front_end.calls[front_end.control("keep")]
+    deployment.world.run_for(0.2)
+    assert not call.over
+    late.broadcasts.release()
+    deployment.world.run_until(lambda: call.over, 3.0)
+    assert not running(deployment)
+    before = steps(deployment)
+    late.hear(Suspension(1, "keep", False))
+    late.hear(StartDPWave(0, None))
+    deployment.world.run_for(2.0)
+    assert steps(deployment) == before
