@@ -1,0 +1,112 @@
+"""`paceline check`: walk every interleaving of a small deployment and say whether anything can go wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from paceline.protocol.rules import checked
+from paceline.protocol.sampling import SuspendMode
+from paceline.protocol.standing import MODES
+from paceline.simulate.explore import Bound, Progress, Result, walk
+
+FOUND, NOT_DECIDED = 1, 2
+
+
+def check(
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 3,
+    front_ends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
+    requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 2,
+    losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
+    crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,
+    suspensions: Annotated[int, typer.Option(min=0, help="Suspensions, each resumed afterwards.")] = 0,
+    mode: Annotated[str, typer.Option(help="Of the suspensions: keep, wait or abort.")] = "keep",
+    without: Annotated[list[str] | None, typer.Option(help="A rule to leave out; may be repeated.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Engine steps of a request.")] = 1,
+    sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
+    backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
+    max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
+) -> None:
+    """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
+    bound = Bound(
+        ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
+        max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
+        backlog=backlog,
+    )  # fmt: skip
+    with progress() as report:
+        result = walk(bound, report)
+    print(json.dumps(document(result)) if as_json else "\n".join(lines(result, bound)))
+    if result.violations:
+        raise typer.Exit(FOUND)
+    if not result.decided:
+        raise typer.Exit(NOT_DECIDED)
+
+
+def _mode(name: str) -> SuspendMode:
+    for mode in MODES:
+        if mode == name:
+            return mode
+    raise typer.BadParameter(f"{name} is not one of {', '.join(MODES)}", param_hint="--mode")
+
+
+def _rules(names: list[str]) -> frozenset[str]:
+    try:
+        return checked(frozenset(names))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--without") from error
+
+
+def document(result: Result) -> dict[str, object]:
+    """The result as `--json` prints it."""
+    return {
+        "states": result.states,
+        "moves": result.moves,
+        "depth": result.depth,
+        "violations": result.violations,
+        "seconds": round(result.seconds, 3),
+        "trace": result.trace,
+        "decided": result.decided,
+    }
+
+
+def lines(result: Result, bound: Bound) -> Iterator[str]:
+    """The result for a person."""
+    yield from result.trace
+    if result.trace:
+        yield ""
+    yield f"{result.states:,} states, {result.moves:,} moves, depth {result.depth}, {result.seconds:.1f} s"
+    if result.violations:
+        yield "A violation was found; the story above is a shortest one."
+    elif result.decided:
+        yield "No violation: every invariant holds in every state, and from every state all can still be finished."
+    else:
+        yield f"Not decided: this needs more than {bound.max_memory_mb} MB (--max-memory-mb); a smaller bound may do."
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Progress], None]]:
+    """A line on a terminal's stderr that says how far the walk is; nothing anywhere else."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("walking", total=None)
+        begin = time.perf_counter()
+
+        def report(now: Progress) -> None:
+            rate = now.states / max(time.perf_counter() - begin, 0.001)
+            text = f"{now.states:,} states, {now.frontier:,} to look at, depth {now.depth}, {rate:,.0f} states/s"
+            bars.update(task, description=text)
+
+        yield report

@@ -1,0 +1,185 @@
+"""The coordinator as a number: its states, and what it does on each event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import (
+    Event,
+    FrontEndSaid,
+    RankSaid,
+    RankSubscribed,
+    Tick,
+    ToFrontEnds,
+    ToRanks,
+)
+from paceline.protocol.invariants import wave_never_falls
+from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
+from paceline.protocol.sampling import ControlAction
+from paceline.simulate.explore_block import FRONT_END, Broken
+from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
+
+
+class Answer(NamedTuple):
+    """What the coordinator makes of an event.
+
+    `state`: the one after it. `broadcasts`: to ranks. `published`: the newest wave that front-ends can hear of, and
+    whether it runs. `answered`: the number that a call is answered with, 0 for none. `settled`: the number of the
+    suspension that is in force at all ranks, as this coordinator says; 0 where it does not say that.
+    """
+
+    state: int
+    broadcasts: tuple[ToRank, ...]
+    published: tuple[int, bool]
+    answered: int
+    settled: int
+
+
+TIMERS = {
+    "wake": ("_group", "_wake_due"),
+    "question": ("_introductions", "_due"),
+    "suspension": ("_suspension", "_due"),
+}
+"""What the coordinator repeats, and where its machine keeps when."""
+
+
+class Coordinators:
+    """All states of the coordinator met, and its answers.
+
+    `size`: ranks in the deployment. `without`: rules left out.
+    """
+
+    def __init__(self, size: int, without: frozenset[str] = frozenset()) -> None:
+        self._size = size
+        self._without = without
+        self._states: Register[Coordinator] = Register(_key)
+        self._answers: dict[tuple[int, Hashable], Answer] = {}
+        self._timers: dict[int, list[tuple[str, list[int]]]] = {}
+        self._known: dict[int, tuple[int, ...]] = {}
+        self._renumbered: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, number: int) -> Coordinator:
+        return self._states[number]
+
+    def fresh(self, identity: int) -> int:
+        """One that knows nothing."""
+        machine = Coordinator(
+            self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self._without
+        )  # fmt: skip
+        # The only ranks' numbers that the machine makes itself; all others come with messages.
+        machine._introductions._unheard = {RankLabel(rank) for rank in machine._introductions._unheard}
+        return self._states.number(renumber(machine))
+
+    def wave(self, number: int) -> int:
+        """The wave that it holds current."""
+        return self._states[number]._group.wave
+
+    def known(self, number: int) -> tuple[int, ...]:
+        """By rank, the life of it that is ready as far as this coordinator knows; 0 where it knows of none."""
+        found = self._known.get(number)
+        if found is None:
+            lives = {member.rank: member.incarnation for member in self._states[number]._membership.members()}
+            found = self._known[number] = tuple(lives.get(rank, 0) for rank in range(self._size))
+        return found
+
+    def timers(self, number: int) -> list[tuple[str, list[int]]]:
+        """The timers that are set, each with the ranks whose answer it waits for."""
+        found = self._timers.get(number)
+        if found is None:
+            machine = self._states[number]
+            waiting = {
+                "wake": machine._group.lagging(),
+                "question": machine._membership.missing(),
+                "suspension": machine._suspension.state(range(self._size)).waiting_for,
+            }
+            due = [name for name, (part, field) in TIMERS.items() if getattr(getattr(machine, part), field) is not None]
+            found = self._timers[number] = [(name, waiting[name]) for name in due]
+        return found
+
+    def renumbered(self, number: int, order: Sequence[int]) -> int:
+        """The state in which rank `order[i]` is rank `i`."""
+        key = (number, tuple(order))
+        found = self._renumbered.get(key)
+        if found is None:
+            place = {rank: index for index, rank in enumerate(order)}
+            copy = renumber(self._states[number], lambda rank: place[rank])
+            found = self._renumbered[key] = self._states.number(copy)
+        return found
+
+    def said(self, number: int, rank: int, message: FromRank, name: int) -> Answer:
+        """A rank's message; `name` is the message's number."""
+        event = lambda: RankSaid(renumber(message, lambda _: rank))  # noqa: E731
+        return self._answer(number, ("said", rank, name), event)
+
+    def noticed(self, number: int, rank: int, stamp: int) -> Answer:
+        """A front-end's notice of a request to a rank."""
+        event = lambda: FrontEndSaid(WakeNotice(FRONT_END, RankLabel(rank), stamp))  # noqa: E731
+        return self._answer(number, ("noticed", rank, stamp), event)
+
+    def subscribed(self, number: int) -> Answer:
+        """A rank's connection has come up."""
+        return self._answer(number, "subscribed", RankSubscribed)
+
+    def called(self, number: int, call: int, action: ControlAction, answered: int) -> Answer:
+        """A front-end's call, or its repeat."""
+        event = lambda: FrontEndSaid(ControlRequest(FRONT_END, call, action, answered))  # noqa: E731
+        return self._answer(number, ("called", call, action, answered), event)
+
+    def tick(self, number: int, timer: str) -> Answer:
+        """One of the timers that are set is due."""
+        return self._answer(number, timer, Tick)
+
+    def _answer(self, number: int, name: Hashable, make: Callable[[], Event]) -> Answer:
+        found = self._answers.get((number, name))
+        if found is None:
+            found = self._answers[number, name] = self._handle(number, name, make())
+        return found
+
+    def _handle(self, number: int, name: Hashable, event: Event) -> Answer:
+        machine = renumber(self._states[number])
+        if isinstance(event, Tick):
+            part, field = TIMERS[str(name)]
+            setattr(getattr(machine, part), field, NOW)
+        before = self.wave(number)
+        try:
+            effects = machine.handle(event, NOW)
+        except Exception as error:
+            raise Broken(f"the coordinator's machine failed: {type(error).__name__}: {error}") from error
+        why = wave_never_falls("the coordinator", before, machine._group.wave)
+        if why is not None:
+            raise Broken(why)
+        published, answered = (0, False), 0
+        for effect in effects:
+            if isinstance(effect, ToFrontEnds):
+                message = effect.message
+                if isinstance(message, ControlAnswer):
+                    answered = message.number
+                else:
+                    published = max(published, (message.wave, message.running))
+        broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
+        state = machine._suspension.state(range(self._size))
+        settled = state.number if state.settled else 0
+        return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled)
+
+
+def _key(machine: Coordinator) -> Hashable:
+    group, introductions = machine._group, machine._introductions
+    if group._wake_due is None:
+        # Read only while a wake is due; set anew with the next one.
+        group._prompt_wake = False
+    if group._noticed_wave < group.wave:
+        # Compared with the wave alone, which does not come back.
+        group._noticed_wave = -1
+    # The last question and the last admission are long ago: to put one off for milliseconds, so that several share it,
+    # is to hear of the others later.
+    introductions._asked = float("-inf")
+    introductions._admitted = {}
+    # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
+    # asked as soon as anybody is connected, and then again.
+    introductions._due = LATER if introductions._asks and machine._membership.missing() else None
+    return freeze(machine)

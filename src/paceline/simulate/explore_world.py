@@ -1,0 +1,348 @@
+"""The whole deployment as a handful of numbers, and everything that can happen in it.
+
+A state is `(coordinator, common, block of rank 0, block of rank 1, ...)`. `common` is the number of a `Common`.
+
+Front-ends hold nothing that matters to waves but what they believe of the wave, and views reach them however late. So
+they have no state here: a request may be stamped with the newest wave that was published or with the oldest, wave 0
+(the coordinator compares a stamp with its wave once, when it reads the notice: what a stamp between the two would bring
+is brought by one of these), and its notice is sent where the production machine with such a belief sends one. A
+request and its notice travel on two links, so either comes first, and from the moment it is sent to the moment that the
+first of them comes nothing else can tell that it was sent: both are one move. Since a request may wait on its link for
+ever, requests of one front-end are not kept in order either; what is walked is any number of front-ends.
+
+A lost broadcast is lost to one receiver, whole: all that one event made the coordinator say. When the coordinator dies,
+what was on its way to and from it is lost; that some of it had come through is the walk in which it was read before.
+Front-ends' notices may also reach the next one. A rank dies between waves only; its next life is started at once, and
+connects and joins as late as one likes. (In a wave its death ends the generation, which is not walked.)
+
+Ranks are alike. States that differ only in which rank is which are one: `canonical` puts the blocks in order and
+renumbers the coordinator's state to match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations, product
+
+from paceline.protocol.invariants import (
+    agree_at_rest,
+    joiner_is_told,
+    left_out_has_it,
+    nothing_steps_while_suspended,
+    same_collective,
+)
+from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
+from paceline.protocol.rank import Phase
+from paceline.protocol.rank_events import Agree, Step
+from paceline.protocol.sampling import ControlAction
+from paceline.simulate.explore_block import Broken
+from paceline.simulate.explore_commuting import Commuting
+from paceline.simulate.explore_coordinator import Answer, Coordinators
+from paceline.simulate.explore_rank import Blocks
+from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, State, front_end_sends
+
+Moves = Iterator[tuple[Action, State]]
+
+
+class World:
+    """`ranks`, `requests`, `losses`, `crashes`: how much of each. `calls`: what the operator asks for, one by one.
+
+    `steps`: engine steps of a request. `sync_interval`: steps between agreements. `without`: rules left out.
+    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
+    """
+
+    def __init__(
+        self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
+        steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
+        backlog: int = 3,
+    ) -> None:  # fmt: skip
+        self.ranks = ranks
+        self._backlog = backlog
+        self.calls = calls
+        self.blocks = Blocks(steps, sync_interval, without)
+        self.coordinators = Coordinators(ranks, without)
+        self._merge = merge
+        self._commons: dict[Common, int] = {}
+        self._common: list[Common] = []
+        self._bound = Common(requests, (0, False), losses, crashes)
+        # What commutes was shown for all rules together.
+        self._commute = merge and not without
+        self._commuting = Commuting(self.blocks, self.coordinators)
+
+    def common(self, state: State) -> Common:
+        """What belongs to no one party."""
+        return self._common[state[COMMON]]
+
+    def initial(self) -> State:
+        """All ranks have joined, all front-ends know them, nothing is under way."""
+        first = self._number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
+        state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
+        while moves := [(action, after) for action, after in self._moves(state) if action.fair]:
+            state = moves[0][1]
+        bound = self._bound._replace(published=self.common(state).published)
+        return self.canonical((state[COORDINATOR], self._number(bound), *state[FIRST_BLOCK:]))[0]
+
+    def successors(self, state: State) -> Moves:
+        """Everything that can happen, and the canonical state after it. Raises Broken."""
+        for action, after in self._moves(state):
+            yield action, self.canonical(after)[0]
+
+    def story_successors(self, state: State) -> Iterator[tuple[Action, State, State, tuple[int, ...]]]:
+        """Likewise, with the state before it was made canonical, and the order.
+
+        Rank `order[i]` before is rank `i` after.
+        """
+        for action, after in self._moves(state):
+            canonical, order = self.canonical(after)
+            yield action, after, canonical, order
+
+    def at_rest(self, state: State) -> bool:
+        """Whether all that was sent is finished and nothing is under way. Raises Broken where it is wrong then."""
+        common = self.common(state)
+        if common.settled:
+            machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
+            known = {f"rank {i}": (machine.running, machine.standing.number) for i, machine in enumerate(machines)}
+            _demand(nothing_steps_while_suspended(common.settled, known))
+        if common.asking or not all(map(self.blocks.quiet, state[FIRST_BLOCK:])):
+            return False
+        if self.coordinators.timers(state[COORDINATOR]):
+            return False
+        machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
+        # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
+        waves = {f"rank {i}": machine.wave for i, machine in enumerate(machines) if machine.incarnation == 1}
+        _demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
+        return True
+
+    def canonical(self, state: State) -> tuple[State, tuple[int, ...]]:
+        """The one state of those that differ in the ranks' numbers, and the order that leads to it."""
+        identity = tuple(range(self.ranks))
+        if not self._merge:
+            return state, identity
+        if self._commute:
+            state = self._commuting.tidied(state, self.common(state))
+        blocks = state[FIRST_BLOCK:]
+        best = tuple(sorted(blocks))
+        if len(set(best)) == self.ranks:
+            if best == blocks:
+                return state, identity
+            order = tuple(map(blocks.index, best))
+            return (self.coordinators.renumbered(state[COORDINATOR], order), state[COMMON], *best), order
+        # Where some are equal, the coordinator's state decides.
+        orders = [order for order in permutations(identity) if tuple(blocks[i] for i in order) == best]
+        coordinator, order = min((self.coordinators.renumbered(state[COORDINATOR], o), o) for o in orders)
+        return (coordinator, state[COMMON], *best), order
+
+    # Moves ----------------------------------------------------------------------------------------
+
+    def _moves(self, state: State) -> Moves:
+        common = self.common(state)
+        if self._commute:
+            first = self._first(state, common)
+            if first is not None:
+                yield first
+                return
+        for rank in range(self.ranks):
+            for move in self.blocks.moves(state[FIRST_BLOCK + rank]):
+                yield Action(move.kind, rank, move.detail, fair=not move.waits), self._with(state, rank, move.block)
+        yield from self._coordinator_moves(state, common)
+        yield from self._timer_moves(state)
+        yield from self._round(state)
+        if common.unsent:
+            yield from self._submit(state, common)
+        if common.calls < len(self.calls):
+            yield from self._call(state, common)
+        if common.crashes:
+            yield from self._crash(state, common)
+            yield from self._rank_crash(state, common)
+
+    def _first(self, state: State, common: Common) -> tuple[Action, State] | None:
+        over = common.calls == len(self.calls)
+        kind, rank = self._commuting.first(state, common, over)
+        if kind == "say":
+            answer = self._said(state, rank)
+            after = self._with(state, rank, self.blocks.said_read(state[FIRST_BLOCK + rank]))
+            return Action("say", rank, self._oldest(state, rank)), (answer.state, *after[COMMON:])
+        if kind == "hear":
+            move = self.blocks.moves(state[FIRST_BLOCK + rank])[0]
+            return Action("hear", rank, move.detail), self._with(state, rank, move.block)
+        return next(self._round(state), None) if kind == "round" else None
+
+    def _oldest(self, state: State, rank: int) -> int:
+        return self.blocks[state[FIRST_BLOCK + rank]].up[0]
+
+    def _said(self, state: State, rank: int) -> Answer:
+        name = self._oldest(state, rank)
+        return self.coordinators.said(state[COORDINATOR], rank, self.blocks.from_rank(name), name)
+
+    def _coordinator_moves(self, state: State, common: Common) -> Moves:
+        coordinators, blocks, coordinator = self.coordinators, self.blocks, state[COORDINATOR]
+        for rank in range(self.ranks):
+            number = state[FIRST_BLOCK + rank]
+            block = blocks[number]
+            if block.up:
+                before = self._with(state, rank, blocks.said_read(number))
+                yield from self._answered(before, self._said(state, rank), Action("say", rank, block.up[0]))
+            for stamp in sorted(set(block.notices)):
+                before = self._with(state, rank, blocks.notice_read(number, stamp))
+                answer = coordinators.noticed(coordinator, rank, stamp)
+                yield from self._answered(before, answer, Action("notice", rank, stamp))
+            if not block.connected:
+                before = self._with(state, rank, blocks.number(block._replace(connected=True)))
+                yield from self._answered(before, coordinators.subscribed(coordinator), Action("connect", rank))
+        if common.asking and not common.told:
+            before = self._changed(state, common._replace(told=True))
+            answer = coordinators.called(coordinator, common.calls, self.calls[common.calls], common.answered)
+            yield from self._answered(before, answer, Action("call", detail=common.calls))
+
+    def _timer_moves(self, state: State) -> Moves:
+        """A timer is due once all that ranks have said is read: what is repeated is not repeated for them."""
+        reach = [self.blocks[number] for number in state[FIRST_BLOCK:]]
+        if any(block.up for block in reach):
+            return
+        for timer, waiting in self.coordinators.timers(state[COORDINATOR]):
+            silent = [rank for rank in waiting if reach[rank].connected and not reach[rank].down]
+            if silent:
+                answer = self.coordinators.tick(state[COORDINATOR], timer)
+                yield from self._answered(state, answer, Action("tick"))
+
+    def _answered(self, state: State, answer: Answer, action: Action) -> Moves:
+        common = self._after_answer(self.common(state), answer)
+        number = self._number(common)
+        state = (answer.state, number, *state[FIRST_BLOCK:])
+        if not answer.broadcasts:
+            yield action, state
+            return
+        self._check_left_out(state, answer.broadcasts)
+        for message in answer.broadcasts:
+            if isinstance(message, Admit | Form):
+                _demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
+        told = self._told(state, answer.broadcasts, -1)
+        yield action, told
+        # A question follows a connection that is up: what was lost before is why it is asked.
+        if common.losses and any(not isinstance(message, Identify) for message in answer.broadcasts):
+            fewer = self._number(common._replace(losses=common.losses - 1))
+            for rank in range(self.ranks):
+                less = self._told(state, answer.broadcasts, rank)
+                if less != told:
+                    yield action._replace(lost=rank, fair=False), (less[COORDINATOR], fewer, *less[FIRST_BLOCK:])
+
+    def _after_answer(self, common: Common, answer: Answer) -> Common:
+        if not self.calls:
+            return common if answer.published <= common.published else common._replace(published=answer.published)
+        answered = answer.answered or common.answered
+        common = common._replace(published=max(common.published, answer.published), answered=answered)
+        common = common._replace(settled=answer.settled if answer.settled % 2 else 0)
+        if common.asking and answered and answer.settled >= answered:
+            return common._replace(calls=common.calls + 1, asking=False, told=False, answered=0)
+        return common
+
+    def _told(self, state: State, messages: tuple[ToRank, ...], lost: int) -> State:
+        """The state after a broadcast. `lost`: the rank that misses it."""
+        numbers = list(state)
+        for message in messages:
+            for rank in range(self.ranks):
+                name = self.blocks.neutral(message, rank)
+                if rank != lost and name is not None:
+                    numbers[FIRST_BLOCK + rank] = self.blocks.broadcast(numbers[FIRST_BLOCK + rank], name)
+        return tuple(numbers)
+
+    def _check_left_out(self, state: State, messages: tuple[ToRank, ...]) -> None:
+        for message in messages:
+            if isinstance(message, StartDPWave) and message.exclude is not None and "abort" not in self.calls:
+                number = state[FIRST_BLOCK + message.exclude]
+                machine = self.blocks.life(number).machine
+                if machine.incarnation > 1:
+                    # The request that the notice was about may have been lost with the life before.
+                    continue
+                # What it holds back it starts by itself, in whatever wave is current then.
+                coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
+                _demand(left_out_has_it(message, machine.wave, machine.running, coming))
+
+    def _round(self, state: State) -> Moves:
+        """All ranks run and take part in a step, and in the agreement if one is due."""
+        blocks = self.blocks
+        if not all(blocks.running[number] and len(blocks[number].up) < self._backlog for number in state[FIRST_BLOCK:]):
+            return
+        lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
+        after: list[int] = list(state[FIRST_BLOCK:])
+        agreeing = all(life.agree is not None for life in lives)
+        if not agreeing:
+            after = [blocks.stepped(number) for number in after]
+        agrees = [blocks.life(number).agree for number in after]
+        _demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
+        agreements = [agree for agree in agrees if agree is not None]
+        # In an agreement a rank can hear of a suspension that it has not spoken of.
+        if agreements and (agreeing or not self.calls):
+            after = self._agreed(after, agreements)
+        yield Action("agree" if agreeing else "round", detail=len(agreements)), (*state[:FIRST_BLOCK], *after)
+
+    def _agreed(self, numbers: list[int], agreements: list[Agree]) -> list[int]:
+        any_work = any(agree.has_work for agree in agreements)
+        wave = max(agree.wave for agree in agreements)
+        suspension = max(agree.suspension for agree in agreements)
+        return [self.blocks.agreed(number, any_work, wave, suspension) for number in numbers]
+
+    def _submit(self, state: State, common: Common) -> Moves:
+        newest, runs = common.published
+        beliefs = {(0, False), (newest, False)} | ({(newest, True)} if runs else {(newest - 1, True)} - {(-1, True)})
+        state = self._changed(state, common._replace(unsent=common.unsent - 1))
+        for rank, (wave, running) in product(range(self.ranks), sorted(beliefs)):
+            number = state[FIRST_BLOCK + rank]
+            life = self.blocks.life(number)
+            if life.machine.phase is not Phase.READY:
+                # No front-end is connected to this life yet.
+                continue
+            stamp, notice = front_end_sends(wave, running)
+            if notice is None:
+                if life.agree is None:
+                    after = self._with(state, rank, self.blocks.arrive(number, stamp))
+                    yield Action("send", rank, stamp, fair=False), after
+                continue
+            if life.agree is None:
+                arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
+                yield Action("send-first", rank, stamp, fair=False), self._with(state, rank, arrived)
+            before = self._with(state, rank, self.blocks.sent(number, stamp))
+            answer = self.coordinators.noticed(state[COORDINATOR], rank, notice)
+            yield from self._answered(before, answer, Action("notice-first", rank, stamp, fair=False))
+
+    def _call(self, state: State, common: Common) -> Moves:
+        if not common.asking:
+            resumes = self.calls[common.calls] == "resume"
+            yield Action("ask", detail=common.calls, fair=resumes), self._changed(state, common._replace(asking=True))
+
+    def _crash(self, state: State, common: Common) -> Moves:
+        """The coordinator dies; another is up at once, and as late as one likes in reading. Links may lose all."""
+        fewer = self._number(common._replace(crashes=common.crashes - 1, told=False))
+        fresh = self.coordinators.fresh(self.coordinators[state[COORDINATOR]].identity + 1)
+        choices = [self.blocks.after_crash(number) for number in state[FIRST_BLOCK:]]
+        for chosen in product(*choices):
+            lost = sum(bits << 3 * place for place, (bits, _) in enumerate(chosen))
+            yield Action("crash", detail=lost, fair=False), (fresh, fewer, *(name for _, name in chosen))
+
+    def _rank_crash(self, state: State, common: Common) -> Moves:
+        """A rank dies while none runs, and is started again. Its requests are over: its front-ends see it end."""
+        if any(self.blocks.running[number] for number in state[FIRST_BLOCK:]):
+            return
+        before = self._changed(state, common._replace(crashes=common.crashes - 1))
+        for rank, number in enumerate(state[FIRST_BLOCK:]):
+            yield Action("die", rank, fair=False), self._with(before, rank, self.blocks.reborn(number))
+
+    def _with(self, state: State, rank: int, block: int) -> State:
+        place = FIRST_BLOCK + rank
+        return (*state[:place], block, *state[place + 1 :])
+
+    def _changed(self, state: State, common: Common) -> State:
+        return (state[COORDINATOR], self._number(common), *state[FIRST_BLOCK:])
+
+    def _number(self, common: Common) -> int:
+        number = self._commons.get(common)
+        if number is None:
+            number = self._commons[common] = len(self._common)
+            self._common.append(common)
+        return number
+
+
+def _demand(why: str | None) -> None:
+    if why is not None:
+        raise Broken(why)
