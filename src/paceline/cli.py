@@ -149,6 +149,14 @@ def simulate(context: typer.Context) -> None:
     simulate_app(context.args, prog_name="paceline simulate")
 
 
+@app.command(name="check", context_settings=_PASSED_ON)
+def check(context: typer.Context) -> None:
+    """Walk every interleaving of the machines in a small deployment."""
+    from paceline.check_cli import app as check_app
+
+    check_app(context.args, prog_name="paceline check")
+
+
 @app.command(context_settings=_PASSED_ON)
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
