@@ -1,7 +1,7 @@
 """The `llama` engine: real models by llama.cpp, with continuous batching and chunked prefill.
 
 One step is one `llama_decode` of one batch: a token of every request that is writing, and pieces of
-prompts (`llama_schedule.py` says which). Logits are asked for where a token is to be chosen and nowhere
+prompts (`schedule.py` says which). Logits are asked for where a token is to be chosen and nowhere
 else. `decode` and the samplers release the GIL, so the rank's other threads go on.
 
 A batch is filled in the order of slots. With one KV stream a slot, llama.cpp computes together what has
@@ -25,10 +25,10 @@ from paceline.engines.llama_context import make_context
 from paceline.engines.llama_library import library, load_model
 from paceline.engines.llama_memory import MemoryPlan, plan_memory
 from paceline.engines.llama_sampling import Sampler, read_logprobs
-from paceline.engines.llama_schedule import Schedule, Sequence
 from paceline.engines.llama_tokenizer import LlamaTokenizer
 from paceline.engines.llama_vocabulary import Vocabulary
 from paceline.engines.models import model_path
+from paceline.engines.schedule import Schedule, Sequence
 from paceline.protocol.messages import Load
 from paceline.protocol.rank_events import StepOutput
 from paceline.protocol.sampling import FinishReason, PositionLogprobs, TokenLogprob

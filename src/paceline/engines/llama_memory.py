@@ -16,7 +16,7 @@ pool it depends on who left which cell free.
 
 The price is that a stream has the length of the longest request allowed. So the default for that is
 moderate, and where `kv_cache_tokens` is too little for a stream a slot, all share one pool of that size.
-There a request starts when the pool has room for its prompt and its whole answer (`llama_schedule.py`).
+There a request starts when the pool has room for its prompt and its whole answer (`schedule.py`).
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ import time
 from typing import TYPE_CHECKING, ClassVar
 
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
-from paceline.engines.llama_schedule import Schedule, Sequence
 from paceline.engines.moe_options import Limits, MoeOptions, read_limits, read_options
 from paceline.engines.moe_sampling import Sampler
 from paceline.engines.moe_tokenizer import EOS, VOCABULARY, MoeTokenizer, piece
+from paceline.engines.schedule import Schedule, Sequence
 from paceline.protocol.messages import Load
 from paceline.protocol.sampling import FinishReason
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.engines.base import EngineRequest
-from paceline.engines.llama_schedule import Schedule, Sequence
+from paceline.engines.schedule import Schedule, Sequence
 from paceline.protocol.sampling import SamplingParams
 
 SLOTS, KV_TOKENS, BUDGET = 3, 40, 5
