@@ -297,7 +297,8 @@ def _process_arguments(config: ParallelConfig, folder: SocketFolder) -> dict[str
         "front_publish_address": address(front_local, "front-publish"),
         "back_output_address": address(back_local, "back-output"),
         "back_publish_address": address(back_local, "back-publish"),
-        "min_stats_update_interval_ms": 0 if external else 100,
+        # vLLM's configuration has no such field.
+        "min_stats_update_interval_ms": 0 if external else getattr(config, "min_stats_update_interval_ms", 100),
         "publish_loads": not external,
     }
 
