@@ -19,6 +19,7 @@ from typing import Any
 
 import zmq
 from freshness_feed import FRONT_ENDS, Feed, Ranks, feed, now_us
+from freshness_relay import Relay, Timer
 from freshness_report import Cell, Quiet, to_markdown
 
 from paceline.config import ParallelConfig
@@ -30,6 +31,7 @@ from paceline.runtime.sockets import open_socket
 RESULTS = Path(__file__).resolve().parent / "results" / "freshness.md"
 FEEDERS = 2
 WARM_UP_S = 0.5
+WARM_UP_ROUNDS = 5
 
 
 class Subscribers:
@@ -41,19 +43,29 @@ class Subscribers:
         self._sockets = [open_socket(self._context, zmq.XSUB, connect=address, max_bytes=limit) for _ in FRONT_ENDS]
         for socket in self._sockets:
             socket.send(b"\x01")
+        self.also_came: list[int] = []
         self.decode = codec.to_front_end().decode
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
 
+    def also(self, socket: zmq.Socket[bytes]) -> None:
+        """Note when something comes to this one, too."""
+        self._poller.register(socket, zmq.POLLIN)
+
     def read(self, until: float) -> list[tuple[int, bytes]]:
-        """What comes to the first of them up to this moment: (when, in microseconds, the frame)."""
+        """What comes to the first of them up to this moment: (when, in microseconds, the frame).
+
+        Of what comes to sockets that are no front-end's, the moments are added to `also_came`.
+        """
         found: list[tuple[int, bytes]] = []
         while (left_s := until - time.monotonic()) > 0:
             for socket, _ in self._poller.poll(left_s * 1000):
                 frame = socket.recv()
                 if socket is self._sockets[0]:
                     found.append((now_us(), frame))
+                elif socket not in self._sockets:
+                    self.also_came.append(now_us())
         return found
 
     def wait_members(self, count: int) -> None:
@@ -63,14 +75,15 @@ class Subscribers:
             if isinstance(message, Members) and len(message.members) == count:
                 return
 
-    def wait_step(self, step: int) -> int:
-        """Read until a view shows a rank at this step; returns when it came."""
+    def wait_step(self, step: int) -> tuple[int, bool]:
+        """Read until a view shows a rank at this step; returns when it came, and whether all are at one step."""
         while True:
             frame = self._sockets[0].recv()
             came = now_us()
             message = self.decode(frame)
-            if isinstance(message, LoadView) and any(entry.step >= step for entry in message.ranks or ()):
-                return came
+            steps = {entry.step for entry in message.ranks or ()} if isinstance(message, LoadView) else set()
+            if step in steps:
+                return came, len(steps) == 1
 
     def close(self) -> None:
         """Give the sockets back."""
@@ -108,10 +121,13 @@ def quiet(ranks: int, interval_ms: int, rounds: int, lockstep: bool) -> Quiet:
     """How long the first change after quiet takes to a front-end: one round of all ranks' reports at a time."""
     with running(ranks, interval_ms, lockstep) as (coordinator, subscribers):
         fed = Ranks(range(ranks), coordinator.get_engine_socket_addresses()[1])
+        bare = Relay()
         try:
             subscribers.wait_members(ranks)
             took_us: list[int] = []
-            for index in range(rounds + 5):
+            bare_us: list[int] = []
+            whole = 0
+            for index in range(rounds + WARM_UP_ROUNDS):
                 subscribers.read(time.monotonic() + interval_ms / 1000 + 0.015)
                 begin = now_us()
                 if lockstep:
@@ -119,12 +135,18 @@ def quiet(ranks: int, interval_ms: int, rounds: int, lockstep: bool) -> Quiet:
                     begin = now_us()
                 else:
                     fed.report_one()
-                came = subscribers.wait_step(fed.step)
-                if index >= 5:
+                came, one_step = subscribers.wait_step(fed.step)
+                # The same machine, a moment later.
+                subscribers.read(time.monotonic() + 0.015)
+                trip_us = bare.trip_us()
+                if index >= WARM_UP_ROUNDS:
                     took_us.append(came - begin)
+                    bare_us.append(trip_us)
+                    whole += one_step
         finally:
             fed.close()
-    return Quiet(ranks, interval_ms, lockstep, took_us)
+            bare.close()
+    return Quiet(ranks, interval_ms, lockstep, took_us, bare_us, whole / rounds)
 
 
 def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_second: float) -> Cell:
@@ -147,9 +169,12 @@ def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_
             order.recv()
         subscribers.wait_members(ranks)
         pid = coordinator.proc.pid or 0
+        timer = Timer(interval_ms / 1000)
+        subscribers.also(timer.socket)
         for order in orders:
             order.send("go")
         subscribers.read(time.monotonic() + WARM_UP_S)
+        subscribers.also_came.clear()
         cpu, begin = cpu_s(pid), time.monotonic()
         frames = subscribers.read(begin + seconds)
         cpu, took_s = cpu_s(pid) - cpu, time.monotonic() - begin
@@ -157,10 +182,13 @@ def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_
             order.send("stop")
         refused = sum(order.recv()[1] for order in orders)
         memory_mb = resident_mb(pid)
+        timer.close()
         views = [(came, view) for came, frame in frames if isinstance(view := subscribers.decode(frame), LoadView)]
         for process in processes:
             process.join(10)
-    return Cell.of(ranks, interval_ms, lockstep, per_second, views, took_s, cpu, memory_mb, refused)
+    return Cell.of(
+        ranks, interval_ms, lockstep, per_second, views, took_s, cpu, memory_mb, refused, subscribers.also_came
+    )
 
 
 def numbers(text: str) -> list[int]:

@@ -49,7 +49,7 @@ PROCESS_NAME = "coordinator"
 MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
 READ_S = 0.002
-"""As long may the ranks' reports be read, of which only each rank's last one is decoded and handled."""
+"""As long may the ranks' reports be read, of which only an independent rank's last is decoded and handled."""
 REPORTS_KEPT = 1000
 """Messages of a rank that wait here; the rank keeps what is beyond. Each costs a quarter of a kilobyte."""
 
@@ -240,21 +240,21 @@ class DPCoordinatorProc:
             take(frames)
 
     def _read_ranks(self) -> None:
-        """Read until nothing is there, or something is due. Of a rank's reports the last one says all."""
+        """Read until nothing is there, or something is due. Of independent ranks' reports the last one says all."""
         last: dict[bytes, bytes] = {}
         until = min(time.monotonic() + READ_S, self._machine.deadline)
         while True:
             try:
-                frames = self._back_in.recv_multipart(zmq.NOBLOCK)
+                frame = self._back_in.recv(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            if len(frames) != 1:
-                self._garbage_back.add("frames", f"{len(frames)} frames in place of one")
+            if self._back_in.getsockopt(zmq.RCVMORE):
+                frames = 1 + len(self._back_in.recv_multipart())
+                self._garbage_back.add("frames", f"{frames} frames in place of one")
                 continue
-            frame = frames[0]
             whose = codec.whose_report(frame)
-            if whose is None:
-                # What a rank says otherwise is heard in its place among its reports.
+            if whose is None or (self._machine.lockstep and whose in last):
+                # What else a rank says is heard in its place. In lockstep a view wants one step: none is left out.
                 self._on_rank_frames([*last.values(), frame])
                 last.clear()
             else:
