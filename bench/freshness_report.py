@@ -130,7 +130,8 @@ class Cell:
             f"{self.ranks} ranks, {named(self.lockstep)}, interval {self.interval_ms},"
             f" {self.per_second or 'all'}/s: p50 {self.p50:.1f}"
             f" p99 {self.p99:.1f} max {self.most:.1f} ms (bare timer p99 {self.bare_p99:.1f});"
-            f" {self.messages_a_second:,.0f}/s, {self.messages_a_cpu_second:,.0f}/cpu s, {self.cores:.2f} cores, {self.memory_mb:.0f} MB,"
+            f" {self.messages_a_second:,.0f}/s, {self.messages_a_cpu_second:,.0f}/cpu s, {self.cores:.2f} cores,"
+            f" {self.memory_mb:.0f} MB,"
             f" age {self.age_ms:.1f} ms, one step {self.one_step:.0%}, refused {self.refused}"
         )
 
@@ -157,8 +158,8 @@ def _first_rows(firsts: Sequence[Quiet]) -> list[str]:
 def _cell_rows(cells: Sequence[Cell], *, paced: bool) -> list[str]:
     last = "one step" if paced else "p99 within interval + 5 ms"
     rows = [
-        "| ranks | | interval ms | gap p50 | p99 | most | bare timer: p99 | taken a second | a CPU second | cores | MB |"
-        f" age ms | {last} |",
+        "| ranks | | interval ms | gap p50 | p99 | most | bare timer: p99 | taken a second | a CPU second | cores |"
+        f" MB | age ms | {last} |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]  # fmt: skip
     for cell in cells:
