@@ -14,7 +14,7 @@ import zmq
 
 from paceline.config import ParallelConfig
 from paceline.protocol import codec
-from paceline.protocol.messages import LoadView, RankLeaving
+from paceline.protocol.messages import PROTOCOL_VERSION, LoadView, RankHello, RankLeaving
 from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.processes import spawn, stop
 from tests.runtime.feeding import Ranks, feed
@@ -138,6 +138,14 @@ def test_of_many_reports_the_last_counts_and_other_messages_keep_their_place() -
             ranks.report()
         view = subscriber.view_of(2, 3000)
         assert {entry.load.waiting for entry in view.ranks or ()} <= set(range(2900, 3001))
+        # What a rank reports before it says something else, and says no more after that, counts.
+        hello = RankHello(PROTOCOL_VERSION, 0, 1, "ipc:///rank", True)
+        for _ in range(5):
+            frames = [ranks.frames()[0] for _ in range(100)]
+            for frame in [*frames, codec.encode(hello)]:
+                ranks.sockets[0].send(frame)
+            while (subscriber.view().ranks or [])[0].step != ranks.step:
+                pass
         # A rank that reports and leaves at once is gone; its reports do not come after its leave.
         for _ in range(100):
             ranks.sockets[0].send(ranks.frames()[0])
