@@ -51,7 +51,7 @@ MESSAGES_A_TURN = 256
 READ_S = 0.002
 """As long may the ranks' reports be read, of which only an independent rank's last is decoded and handled."""
 REPORTS_KEPT = 1000
-"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs a quarter of a kilobyte."""
+"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
 
 
 class DPCoordinator:
