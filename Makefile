@@ -56,7 +56,10 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	@$(BIN)/python bench/collective.py $(ARGS)
 
+bench-freshness: $(STAMP) ## how fresh the published loads are, idle and under as many reports as there can be
+	@$(BIN)/python bench/freshness.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective clean
+.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-freshness clean

@@ -23,6 +23,7 @@ from paceline.errors import ConfigError
         ({"data_parallel_rpc_port": 0}, "--data-parallel-rpc-port"),
         ({"api_server_count": 0}, "--api-server-count"),
         ({"headless": True, "data_parallel_size_local": 0}, "--headless"),
+        ({"min_stats_update_interval_ms": 4}, "--min-stats-update-interval-ms"),
     ],
 )  # fmt: skip
 def test_parallel_settings_that_cannot_be(settings: dict[str, Any], flag: str) -> None:

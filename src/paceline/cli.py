@@ -77,6 +77,9 @@ DataParallelHybridLbFlag = Annotated[
 DpSyncIntervalFlag = Annotated[
     int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
 ]
+MinStatsUpdateIntervalMsFlag = Annotated[
+    int, _option(_PARALLEL, "Least milliseconds between two load views.", "--min-stats-update-interval-ms")
+]
 HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
 ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
 HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
@@ -116,6 +119,7 @@ def serve(
     data_parallel_external_lb: DataParallelExternalLbFlag = False,
     data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
     dp_sync_interval: DpSyncIntervalFlag = 16,
+    min_stats_update_interval_ms: MinStatsUpdateIntervalMsFlag = 100,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
     host: HostFlag = "127.0.0.1",
@@ -241,6 +245,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
         headless=given["headless"],
         dp_sync_interval=given["dp_sync_interval"],
+        min_stats_update_interval_ms=given["min_stats_update_interval_ms"],
         api_server_count=given["api_server_count"],
     )
 

@@ -32,6 +32,7 @@ class ParallelConfig(Struct, frozen=True):
     headless: bool = False
     api_server_count: int = 1
     dp_sync_interval: int = 16
+    min_stats_update_interval_ms: int = 100
 
     def __post_init__(self) -> None:
         size, local = self.data_parallel_size, self.data_parallel_size_local
@@ -49,6 +50,11 @@ class ParallelConfig(Struct, frozen=True):
         _require(0 < self.data_parallel_rpc_port < 65536, "--data-parallel-rpc-port", "must be 1 to 65535")
         _require(1 <= self.api_server_count <= 256, "--api-server-count", "must be 1 to 256")
         _require(self.dp_sync_interval >= 1, "--dp-sync-interval", "must be at least 1")
+        _require(
+            5 <= self.min_stats_update_interval_ms <= 3_600_000,
+            "--min-stats-update-interval-ms",
+            f"must be 5 to 3600000, not {self.min_stats_update_interval_ms}",
+        )
         _require(not self.headless or local > 0, "--headless", "a headless node needs at least one local rank")
 
     @property

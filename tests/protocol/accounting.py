@@ -1,8 +1,9 @@
 """A random walk over real front-ends, a coordinator and ranks, beside a model of what each front-end must believe.
 
 The walk goes through every order of events that links which are first in first out allow: reports and views that
-come late, views that come twice, aborts, ranks that start again. The model remembers of every report what the rank
-had really taken in when it was made; it never looks into a ledger.
+come late, views that come twice or out of order, aborts, finishes, and ranks, front-ends and coordinators that end and
+start again, with some of what was on its way to them lost. The model remembers of every report what the rank's engine
+really held and what the rank had really taken in when it was made; it never looks into a ledger.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 from paceline.protocol import coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import Load, Members, RankHello, RankReport
+from paceline.protocol.messages import Load, LoadView, Members, RankHello, RankReport
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
@@ -39,9 +40,15 @@ class Life:
     def __init__(self, number: int, incarnation: int) -> None:
         self.machine = Rank(number, incarnation, f"tcp://rank-{number}")
         self.engine = TinyEngine(slots=4)
+        self.ended = 0
         self.taken: dict[int, int] = {}
         self.heard: deque[Any] = deque()
         self.said: deque[tuple[Any, Report | None]] = deque()
+
+    def truth(self, report: RankReport) -> Report:
+        """What is so while `report` is made: of it only the speeds, which are measured, are taken over."""
+        rates = {"prefill_rate": report.load.prefill_rate, "decode_rate": report.load.decode_rate}
+        return Report(replace(self.engine.load(), finished=self.ended, **rates), dict(self.taken))
 
 
 class Known:
@@ -60,15 +67,23 @@ class Known:
         return replace(load, waiting=load.waiting + requests, prefill_tokens=load.prefill_tokens + tokens)
 
 
+def lose_last(queue: deque[Any], count: int) -> None:
+    """Up to `count` of what was said last is lost."""
+    for _ in range(min(count, len(queue))):
+        queue.pop()
+
+
 class Walk:
     """Ranks, front-ends and a coordinator. `act` lets one thing happen; what may change a belief is checked."""
 
     def __init__(self, ranks: int = 3, front_ends: int = 3) -> None:
         self.now = 0.0
+        self.events = 0
         self.lives_begun = 0
         self.requests = 0
-        self.front_ends = [FrontEnd(100 + i, LeastLoad(i, front_ends), share_sends=True) for i in range(front_ends)]
-        self.to_coordinator: list[deque[Any]] = [deque() for _ in self.front_ends]
+        self.finished = 0
+        self.front_ends = [self._new_front_end(index, front_ends) for index in range(front_ends)]
+        self.to_coordinator: list[deque[coordinator.Event]] = [deque() for _ in self.front_ends]
         self.to_front_end: list[deque[tuple[Any, dict[int, tuple[int, Report]]]]] = [deque() for _ in self.front_ends]
         self.requests_sent: dict[tuple[int, int], deque[Any]] = {}
         self.outputs: list[deque[Any]] = [deque() for _ in self.front_ends]
@@ -76,6 +91,7 @@ class Walk:
         self.known: list[dict[int, Known]] = [{} for _ in self.front_ends]
         self.lives: list[Life] = []
         self.size = ranks
+        self.machine: Coordinator | None = None
         self.restart_coordinator()
         for number in range(ranks):
             self.lives.append(self._new_life(number))
@@ -89,6 +105,8 @@ class Walk:
             assert front_end.believed(number) == link.expected(front_end.identity)
 
     def _coordinator(self, event: coordinator.Event, truth: Report | None = None) -> None:
+        assert self.machine is not None
+        self.events += 1
         message = getattr(event, "message", None)
         if isinstance(message, RankHello):
             # A later life has the larger number here, and a hello of an earlier one is void.
@@ -127,6 +145,10 @@ class Walk:
         assert view is not None
         return view[0].coordinator, view[0].number
 
+    def _new_front_end(self, index: int, count: int) -> FrontEnd:
+        self.lives_begun += 1
+        return FrontEnd(1000 + self.lives_begun, LeastLoad(index, count), share_sends=True)
+
     # What machines do ---------------------------------------------------------------------------
 
     def _new_life(self, number: int) -> Life:
@@ -136,6 +158,7 @@ class Walk:
         return life
 
     def _rank(self, life: Life, event: rank_events.Event) -> None:
+        self.events += 1
         for effect in life.machine.handle(event, self.now):
             match effect:
                 case rank_events.Take(key, request):
@@ -143,25 +166,37 @@ class Walk:
                     life.taken[event.front_end] = life.taken.get(event.front_end, 0) + 1  # type: ignore[union-attr]
                 case rank_events.Drop(key):
                     life.engine.abort(key)
+                    life.ended += 1
                 case rank_events.ToCoordinator(RankReport() as report):
-                    life.said.append((report, Report(report.load, dict(life.taken))))
+                    life.said.append((report, life.truth(report)))
                 case rank_events.ToCoordinator(message):
                     life.said.append((message, None))
-                case rank_events.ToFrontEnd(front_end, outputs):
-                    self.outputs[front_end - 100].append(outputs)
+                case rank_events.ToFrontEnd(identity, outputs):
+                    for index, front_end in enumerate(self.front_ends):
+                        if front_end.identity == identity:
+                            self.outputs[index].append(outputs)
                 case rank_events.Step():
-                    self._rank(life, life.engine.step())
+                    stepped = life.engine.step()
+                    finished = sum(1 for output in stepped.outputs if output.finish_reason)
+                    life.ended += finished
+                    self.finished += finished
+                    self._rank(life, stepped)
+        if isinstance(event, rank_events.FrontEndGone):
+            life.taken.pop(event.front_end, None)
 
     def _front_end(self, index: int, event: frontend_events.Event) -> None:
+        self.events += 1
+        identity = self.front_ends[index].identity
         for effect in self.front_ends[index].handle(event, self.now):
             match effect:
                 case frontend_events.ToRank(number, message):
-                    self.requests_sent.setdefault((index, number), deque()).append(message)
+                    arrival = rank_events.FrontEndSaid(identity, message)
+                    self.requests_sent.setdefault((index, number), deque()).append(arrival)
                     if isinstance(event, frontend_events.Submit):
                         sums = self.known[index][number].tokens_after
                         sums.append(sums[-1] + len(event.prompt_token_ids))
                 case frontend_events.ToCoordinator(message):
-                    self.to_coordinator[index].append(message)
+                    self.to_coordinator[index].append(coordinator.FrontEndSaid(message))
         self.check(index)
 
     # What may happen ----------------------------------------------------------------------------
@@ -185,7 +220,7 @@ class Walk:
     def deliver_request(self, index: int, number: int, salt: int) -> None:
         queue = self.requests_sent.get((index, number))
         if queue:
-            self._rank(self.lives[number], rank_events.FrontEndSaid(100 + index, queue.popleft()))
+            self._rank(self.lives[number], queue.popleft())
 
     def turn(self, index: int, number: int, salt: int) -> None:
         life = self.lives[number]
@@ -200,7 +235,7 @@ class Walk:
 
     def deliver_notice(self, index: int, number: int, salt: int) -> None:
         if self.to_coordinator[index]:
-            self._coordinator(coordinator.FrontEndSaid(self.to_coordinator[index].popleft()))
+            self._coordinator(self.to_coordinator[index].popleft())
 
     def deliver_broadcast(self, index: int, number: int, salt: int) -> None:
         if self.lives[number].heard:
@@ -215,6 +250,14 @@ class Walk:
         if last is not None:
             old = replace(last[0], number=max(1, last[0].number - salt % 3), ranks=None if salt % 2 else last[0].ranks)
             self._take_view(index, old, {})
+
+    def reorder_views(self, index: int, number: int, salt: int) -> None:
+        waiting = self.to_front_end[index]
+        if len(waiting) > 1:
+            (first, _), (second, _) = waiting[-1], waiting[-2]
+            both = isinstance(first, LoadView) and isinstance(second, LoadView)
+            if both and first.coordinator == second.coordinator:
+                waiting[-1], waiting[-2] = waiting[-2], waiting[-1]
 
     def deliver_outputs(self, index: int, number: int, salt: int) -> None:
         if self.outputs[index]:
@@ -232,9 +275,30 @@ class Walk:
         self.lives[number] = self._new_life(number)
         self._coordinator(coordinator.RankSubscribed())
 
-    def restart_coordinator(self, *_: int) -> None:
+    def restart_front_end(self, index: int, number: int, salt: int) -> None:
+        """It ends, with some of what it said last, and the next begins before all hear of that."""
+        gone = self.front_ends[index].identity
+        for rank in range(self.size):
+            queue = self.requests_sent.setdefault((index, rank), deque())
+            lose_last(queue, salt % 4)
+            if (salt + rank) % 3:
+                # A rank hears of it when it sends something, or never.
+                queue.append(rank_events.FrontEndGone(gone))
+        lose_last(self.to_coordinator[index], salt % 3)
+        self.to_front_end[index].clear()
+        self.outputs[index].clear()
+        self.seen[index] = None
+        self.known[index] = {}
+        self.front_ends[index] = self._new_front_end(index, len(self.front_ends))
+        self.to_coordinator[index] += [coordinator.FrontEndGone(gone), coordinator.FrontEndSubscribed()]
+
+    def restart_coordinator(self, index: int = 0, number: int = 0, salt: int = 0) -> None:
+        """What was in the old one's hands, some of what was said first, is lost with it."""
         self.lives_begun += 1
-        self.machine = Coordinator(self.size, self.lives_begun, 0.05, lockstep=False)
+        for life in self.lives:
+            for _ in range(min(salt % 4, len(life.said))):
+                life.said.popleft()
+        self.machine = Coordinator(self.size, self.lives_begun, 0.05, lockstep=False, fresh=self.machine is None)
         self.current: dict[int, int] = {}
         self.reports: dict[int, tuple[int, Report]] = {}
         self.dead: list[Life] = []
@@ -262,4 +326,5 @@ DELIVERIES = [
     "deliver_request", "turn", "deliver_report", "deliver_notice", "deliver_broadcast", "deliver_view",
     "deliver_outputs", "tick",
 ]  # fmt: skip
-ORDINARY = [*DELIVERIES, "submit", "submit", "turn", "deliver_request", "repeat_view", "abandon"]
+ORDINARY = [*DELIVERIES, "submit", "submit", "turn", "deliver_request", "repeat_view", "reorder_views", "abandon"]
+RARE = ["restart_rank", "restart_rank", "restart_front_end", "restart_coordinator"]

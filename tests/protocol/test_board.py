@@ -120,6 +120,47 @@ def test_one_step_is_that_of_all_ready_ranks_that_have_reported() -> None:
     assert board.one_step(MEMBERS)
 
 
+def test_one_step_follows_every_report_and_every_change_of_the_members() -> None:
+    chance, board = random.Random(3), Board()
+    members = [Member(rank, 10 + rank, "a") for rank in range(4)]
+    steps: dict[int, int] = {}
+    for _ in range(3000):
+        rank = chance.randrange(4)
+        if chance.random() < 0.03:
+            board.forget_rank(rank)
+            steps.pop(rank, None)
+        elif chance.random() < 0.03:
+            members = [Member(rank, 10 + rank, "a") for rank in range(4) if chance.random() < 0.8]
+        else:
+            steps[rank] = max(steps.get(rank, 0) + chance.randrange(2), max(steps.values(), default=0) - 1)
+            assert board.report(report(rank, steps[rank]))
+        shown = {steps[member.rank] for member in members if member.rank in steps}
+        assert board.one_step(members) == (len(shown) <= 1)
+
+
+def test_who_was_behind_in_a_view_is_not_waited_for_until_it_reports() -> None:
+    members = [Member(rank, 10 + rank, "a") for rank in range(3)]
+    board = Board()
+    for rank in range(3):
+        board.report(report(rank, 5))
+    board.report(report(0, 6))
+    board.report(report(1, 6))
+    assert not board.one_step(members)
+    board.pass_over()
+    # Rank 2 has nothing to say; the other two are waited for as ever.
+    board.report(report(0, 7))
+    assert not board.one_step(members)
+    board.report(report(1, 7))
+    assert board.one_step(members)
+    board.pass_over()
+    board.report(report(2, 7))
+    board.report(report(0, 8))
+    board.report(report(1, 8))
+    assert not board.one_step(members)
+    board.report(report(2, 8))
+    assert board.one_step(members)
+
+
 # The clock ------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,8 @@ Publishing has a deadline that no input delays: the first change after a quiet t
 later ones one interval after the last view, and without any change a view goes out every few seconds.
 In lockstep a view waits a few milliseconds at most for the ranks that have not reported the same step
 yet, so that it holds one step's loads: the ranks report within microseconds of one another, and a view
-of half a step shows differences between ranks that are not there.
+of half a step shows differences between ranks that are not there. A rank reports what has changed, so one that was
+waited for in vain, or was behind in an urgent view, is not waited for again until it reports.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ class Board:
     def __init__(self) -> None:
         self._reports: dict[int, RankReport] = {}
         self._ledgers: dict[tuple[int, int, int], Ledger] = {}
+        # Ranks by the step of their reports: those that a view waits for. The question comes with every message
+        # while a view is held, so it must not cost more with more ranks.
+        self._at_step: dict[int, set[int]] = {}
+        self._counted: list[Member] | None = None
+        self._counted_ranks: set[int] = set()
         self.heard: dict[int, int] = {}
         """Per front-end, how many of its sends it has told of."""
 
@@ -31,6 +37,10 @@ class Board:
         if before is not None and before.incarnation == report.incarnation and report.step < before.step:
             return False
         self._reports[report.rank] = report
+        if before is None or before.incarnation != report.incarnation:
+            self._counted = None
+        elif self._counted is not None and report.rank in self._counted_ranks:
+            self._count(report.rank, before.step, report.step)
         for front_end, taken in report.taken.items():
             ledger = self._ledgers.get((front_end, report.rank, report.incarnation))
             if ledger is not None:
@@ -51,6 +61,7 @@ class Board:
     def forget_rank(self, rank: int) -> None:
         """The rank is gone or has begun a new life."""
         self._reports.pop(rank, None)
+        self._counted = None
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[1] != rank}
 
     def forget_front_end(self, front_end: int) -> None:
@@ -78,9 +89,29 @@ class Board:
         return views
 
     def one_step(self, members: list[Member]) -> bool:
-        """Whether all ready ranks have reported the same step."""
-        steps = {self._reports[member.rank].step for member in members if member.rank in self._reports}
-        return len(steps) <= 1
+        """Whether all ready ranks have reported the same step, but for those that the last view passed over."""
+        if members is not self._counted:
+            self._counted = members
+            self._counted_ranks = {member.rank for member in members}
+            self._at_step = {}
+            for member in members:
+                if member.rank in self._reports:
+                    self._at_step.setdefault(self._reports[member.rank].step, set()).add(member.rank)
+        return len(self._at_step) <= 1
+
+    def pass_over(self) -> None:
+        """A view goes out: whoever is behind in it is not waited for until it reports again."""
+        if len(self._at_step) > 1:
+            last = max(self._at_step)
+            self._at_step = {last: self._at_step[last]}
+
+    def _count(self, rank: int, before: int, step: int) -> None:
+        there = self._at_step.get(before)
+        if there is not None:
+            there.discard(rank)
+            if not there:
+                del self._at_step[before]
+        self._at_step.setdefault(step, set()).add(rank)
 
 
 class PublishClock:

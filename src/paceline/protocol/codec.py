@@ -100,6 +100,24 @@ def _check_values(message: object) -> None:
         raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
 
 
+# A report's frame begins with its tag; the rank and the incarnation follow it.
+_REPORT_TAG = b"\xabrank-report"
+_REPORT_RANK = 1 + len(_REPORT_TAG)
+# The bytes that a msgpack integer of this first byte takes: what is no unsigned one is taken for one byte.
+_INTEGER_BYTES = bytes({0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9}.get(first, 1) for first in range(256))
+
+
+def whose_report(frame: bytes) -> bytes | None:
+    """What all reports of one life of a rank begin with, without decoding them; None for any other frame."""
+    if frame[1:_REPORT_RANK] != _REPORT_TAG:
+        return None
+    try:
+        incarnation = _REPORT_RANK + _INTEGER_BYTES[frame[_REPORT_RANK]]
+        return frame[: incarnation + _INTEGER_BYTES[frame[incarnation]]]
+    except IndexError:
+        return None
+
+
 def from_rank() -> Decoder[FromRank]:
     """What the coordinator reads from ranks."""
     return Decoder(FromRank, MAX_CONTROL_BYTES)

@@ -343,6 +343,7 @@ class Coordinator:
         self._published_state = state
         self._view_number += 1
         ranks = self._board.views(members) if self._publish_loads else None
+        self._board.pass_over()
         heard = dict(self._board.heard) if self._publish_loads else {}
         effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, suspension)))
         self._clock.published(now)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import select
 import signal
 import time
 import weakref
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,10 @@ logger = logging.getLogger("paceline.coordinator")
 PROCESS_NAME = "coordinator"
 MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
+READ_S = 0.002
+"""As long may the ranks' reports be read, of which only an independent rank's last is decoded and handled."""
+REPORTS_KEPT = 1000
+"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
 
 
 class DPCoordinator:
@@ -182,7 +188,7 @@ class DPCoordinatorProc:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
         self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
-        self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit)
+        self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=REPORTS_KEPT)
         self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
@@ -203,16 +209,19 @@ class DPCoordinatorProc:
         for socket in (self._front, self._back_in, self._back_out):
             poller.register(socket, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
+        files: list[Any] = [self._front.fd, self._back_in.fd, self._back_out.fd, self._wakeup.fileno()]
         while not self._stopping:
-            wait_s = max(0.0, self._machine.deadline - time.monotonic())
-            # Rounded up: rounded down, the loop would spin through the last millisecond.
-            ready = dict(poller.poll(int(wait_s * 1000) + 1 if wait_s > 0 else 0))
+            ready = dict(poller.poll(0))
+            if not ready and (wait_s := self._machine.deadline - time.monotonic()) > 0:
+                # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
+                select.select(files, (), (), wait_s)
+                ready = dict(poller.poll(0))
             if self._back_out in ready:
                 self._read(self._back_out, self._on_rank_subscription)
             if self._front in ready:
                 self._read(self._front, self._on_front_end_frame)
             if self._back_in in ready:
-                self._read(self._back_in, self._on_rank_frame)
+                self._read_ranks()
             self._handle(Tick())
         self._wakeup.close()
         self._context.destroy(linger=0)
@@ -230,16 +239,36 @@ class DPCoordinatorProc:
                 return
             take(frames)
 
-    def _on_rank_frame(self, frames: list[bytes]) -> None:
-        if len(frames) != 1:
-            self._garbage_back.add("frames", f"{len(frames)} frames in place of one")
-            return
-        try:
-            message = self._from_rank.decode(frames[0])
-        except codec.BadMessage as error:
-            self._garbage_back.add(error.kind, error.detail)
-            return
-        self._handle(RankSaid(message))
+    def _read_ranks(self) -> None:
+        """Read until nothing is there, or something is due. Of independent ranks' reports the last one says all."""
+        last: dict[bytes, bytes] = {}
+        until = min(time.monotonic() + READ_S, self._machine.deadline)
+        while True:
+            try:
+                frame = self._back_in.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if self._back_in.getsockopt(zmq.RCVMORE):
+                frames = 1 + len(self._back_in.recv_multipart())
+                self._garbage_back.add("frames", f"{frames} frames in place of one")
+                continue
+            whose = codec.whose_report(frame)
+            if whose is None or (self._machine.lockstep and whose in last):
+                # What else a rank says is heard in its place. In lockstep a view wants one step: none is left out.
+                self._on_rank_frames([*last.values(), frame])
+                last.clear()
+            else:
+                last[whose] = frame
+            if time.monotonic() >= until:
+                break
+        self._on_rank_frames(last.values())
+
+    def _on_rank_frames(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            try:
+                self._handle(RankSaid(self._from_rank.decode(frame)))
+            except codec.BadMessage as error:
+                self._garbage_back.add(error.kind, error.detail)
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
@@ -297,7 +326,8 @@ def _process_arguments(config: ParallelConfig, folder: SocketFolder) -> dict[str
         "front_publish_address": address(front_local, "front-publish"),
         "back_output_address": address(back_local, "back-output"),
         "back_publish_address": address(back_local, "back-publish"),
-        "min_stats_update_interval_ms": 0 if external else 100,
+        # vLLM's configuration has no such field.
+        "min_stats_update_interval_ms": 0 if external else getattr(config, "min_stats_update_interval_ms", 100),
         "publish_loads": not external,
     }
 
@@ -311,8 +341,8 @@ def _read_addresses(reader: Connection, timeout_s: float) -> tuple[str, str, str
         raise StartupError("the coordinator ended before it was up") from None
     if isinstance(answer, str):
         raise StartupError(f"coordinator: {answer}")
-    front_publish, back_output, back_publish = answer
-    return front_publish, back_output, back_publish
+    addresses: tuple[str, str, str] = answer
+    return addresses
 
 
 def _end(processes: list[SpawnProcess], folder: SocketFolder, timeout_s: float | None = None) -> None:

@@ -54,15 +54,18 @@ def open_socket(
     bind: str | None = None,
     connect: str | None = None,
     routing_id: bytes | None = None,
+    kept: int = RECEIVE_QUEUE_MESSAGES,
 ) -> zmq.Socket[bytes]:
     """A socket of `kind`, bound or connected. Frames over `max_bytes` end the sender's connection.
+
+    `kept`: received messages of one peer that wait to be read; the peer keeps what is beyond.
 
     Raises StartupError, naming the address, where it cannot be bound or is no address.
     """
     socket = context.socket(kind)
     socket.linger = 0
     socket.sndhwm = SEND_QUEUE_MESSAGES
-    socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
+    socket.rcvhwm = kept
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     if routing_id is not None:
         socket.setsockopt(zmq.ROUTING_ID, routing_id)

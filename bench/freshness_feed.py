@@ -1,0 +1,91 @@
+"""A process that stands in for many ranks: one PUSH socket a rank, and reports as fast as they go, or none.
+
+Each report's `prefill_tokens` is the time at which it was made, in microseconds of the monotonic clock, so that whoever
+sees it in a view knows its age, and its `step` counts the reports of its rank.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import zmq
+
+from paceline.protocol import codec
+from paceline.protocol.messages import PROTOCOL_VERSION, Load, RankHello, RankReport
+from paceline.runtime.sockets import open_socket
+
+FRONT_ENDS = (101, 102)
+
+
+def now_us() -> int:
+    """The monotonic clock, which all processes of a machine share."""
+    return time.monotonic_ns() // 1000
+
+
+@dataclass
+class Feed:
+    """What a feeding process is to do. `per_second`: rounds a second, 0 for as many as there can be."""
+
+    ranks: range
+    address: str
+    per_second: float = 0.0
+
+
+class Ranks:
+    """Several ranks of one process, said to be ready when made."""
+
+    def __init__(self, ranks: range, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        limit = codec.MAX_CONTROL_BYTES
+        self._sockets = {rank: open_socket(self._context, zmq.PUSH, connect=address, max_bytes=limit) for rank in ranks}
+        self.step = 0
+        self.refused = 0
+        for rank, socket in self._sockets.items():
+            # Blocks until there is a connection.
+            socket.send(codec.encode(RankHello(PROTOCOL_VERSION, rank, 1 + rank, "ipc:///nobody", True)))
+
+    def report(self) -> None:
+        """One report of every rank, of one step."""
+        self.step += 1
+        for rank in self._sockets:
+            self._send(rank)
+
+    def report_one(self) -> None:
+        """One report of one rank, each rank's turn coming round."""
+        self.step += 1
+        self._send([*self._sockets][self.step % len(self._sockets)])
+
+    def _send(self, rank: int) -> None:
+        taken = dict.fromkeys(FRONT_ENDS, self.step)
+        load = Load(self.step % 64, 16, 16, now_us(), self.step, 65536, 1234.0, 567.0, self.step)
+        try:
+            self._sockets[rank].send(
+                codec.encode(RankReport(rank, 1 + rank, self.step, 0, False, load, taken)), zmq.NOBLOCK
+            )
+        except zmq.Again:
+            self.refused += 1
+
+    def close(self) -> None:
+        """Drop what is not sent yet."""
+        self._context.destroy(linger=0)
+
+
+def feed(job: Feed, orders: Connection) -> None:
+    """Say hello, wait for the order to go, feed until the next order; answers (sent or refused, refused)."""
+    ranks = Ranks(job.ranks, job.address)
+    # Real ranks have cores of their own; these must not take the coordinator's.
+    os.nice(19)
+    orders.send("here")
+    orders.recv()
+    period_s = 1 / job.per_second if job.per_second else 0.0
+    due = time.monotonic()
+    while not orders.poll():
+        ranks.report()
+        if period_s:
+            due += period_s
+            time.sleep(max(0.0, due - time.monotonic()))
+    orders.send((ranks.step * len(job.ranks), ranks.refused))
+    ranks.close()

@@ -1,0 +1,200 @@
+"""What `freshness.py` measured, as tables."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from paceline.protocol.messages import LoadView
+
+MEASURED = """\
+## What is measured
+
+A coordinator process as a deployment starts it, on ipc sockets. Processes of the lowest priority stand in for the
+ranks, with a socket for each rank and reports of real size; the measuring process subscribes as two front-ends do.
+
+- **First change after quiet**: from just before a rank's report is encoded and sent to just after the view that shows
+  it has come to a front-end, with an interval of 20 ms and 35 ms of quiet between. In lockstep all ranks report one
+  step, and the time is from when the last of them was sent. **Bare relay**: in turn with it, a frame goes through a
+  process that passes it from one such socket on to the other and does nothing else: what the machine itself takes.
+- **gap**: between two views as they come to a front-end, in milliseconds.
+  **Bare timer**: at the same time, a process that does nothing but send a frame every interval: what the machine itself
+  takes.
+- **taken**: reports whose content a view shows or a later one of the same rank replaced, by the rank's own count.
+  **a CPU second**: over the coordinator's whole CPU time, ZeroMQ's thread and the views included.
+- **MB**: the most that the coordinator's process had in memory. **age**: how old a rank's load was when a view with it
+  came, the median over all ranks of all views, from before the report was encoded: the sender's queue, the
+  coordinator's, its turn, the interval's rest and the way to the front-end.
+- **one step**: views in which all ranks show the same step.
+
+On a shared machine of few cores the ranks' stand-ins, ZeroMQ's threads, both front-ends and the coordinator wait for
+one another's time slices of some milliseconds, and the far ends of the distributions show that and nothing else.
+"""
+GOAL_FIRST_MS = 2.0
+GOAL_OVER_MS = 5.0
+
+
+def named(lockstep: bool) -> str:
+    """What the ranks are called."""
+    return "lockstep" if lockstep else "independent"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def gaps_ms(came_us: Sequence[int]) -> list[float]:
+    """What lies between each and the next, in milliseconds."""
+    return [(after - before) / 1000 for before, after in itertools.pairwise(came_us)]
+
+
+def within_goal(took_us: Sequence[int]) -> float:
+    """The share that took no longer than the goal for a first change."""
+    return sum(1 for took in took_us if took <= GOAL_FIRST_MS * 1000) / len(took_us)
+
+
+@dataclass
+class Quiet:
+    """How long the first change after quiet took to a front-end, in microseconds."""
+
+    ranks: int
+    interval_ms: int
+    lockstep: bool
+    took_us: list[int]
+    bare_us: list[int]
+    one_step: float
+
+    def ms(self, share: float) -> float:
+        """A percentile, in milliseconds."""
+        return percentile(self.took_us, share) / 1000
+
+    def __str__(self) -> str:
+        who = f"{self.ranks} ranks, {named(self.lockstep)}"
+        return f"first change, {who}: p50 {self.ms(0.5):.2f} ms, p99 {self.ms(0.99):.2f} ms"
+
+
+@dataclass
+class Cell:
+    """Views and cost under input. Times in milliseconds."""
+
+    ranks: int
+    interval_ms: int
+    lockstep: bool
+    per_second: float
+    p50: float
+    p99: float
+    most: float
+    messages_a_second: float
+    messages_a_cpu_second: float
+    cores: float
+    memory_mb: float
+    age_ms: float
+    one_step: float
+    refused: int
+    bare_p99: float
+
+    @staticmethod
+    def of(
+        ranks: int, interval_ms: int, lockstep: bool, per_second: float, views: Sequence[tuple[int, LoadView]],
+        seconds: float, cpu_s: float, memory_mb: float, refused: int,
+        bare_came: Sequence[int],
+    ) -> Cell:  # fmt: skip
+        """From the views: when each came, in microseconds, and what it said."""
+        came = [when for when, _ in views]
+        gaps, bare = gaps_ms(came), gaps_ms(bare_came)
+        taken = sum(entry.step for entry in views[-1][1].ranks or ()) - sum(
+            entry.step for entry in views[0][1].ranks or ()
+        )
+        messages = taken / ((came[-1] - came[0]) / 1e6)
+        ages = [when - entry.load.prefill_tokens for when, view in views for entry in view.ranks or ()]
+        whole = [len({entry.step for entry in view.ranks or ()}) == 1 for _, view in views]
+        return Cell(
+            ranks, interval_ms, lockstep, per_second, percentile(gaps, 0.5), percentile(gaps, 0.99), max(gaps),
+            messages, messages * seconds / cpu_s, cpu_s / seconds, memory_mb,
+            statistics.median(ages) / 1000, sum(whole) / len(whole), refused,
+            percentile(bare, 0.99),
+        )  # fmt: skip
+
+    @property
+    def kept(self) -> bool:
+        """Whether the publish deadline was kept."""
+        return self.p99 <= self.interval_ms + GOAL_OVER_MS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks} ranks, {named(self.lockstep)}, interval {self.interval_ms},"
+            f" {self.per_second or 'all'}/s: p50 {self.p50:.1f}"
+            f" p99 {self.p99:.1f} max {self.most:.1f} ms (bare timer p99 {self.bare_p99:.1f});"
+            f" {self.messages_a_second:,.0f}/s, {self.messages_a_cpu_second:,.0f}/cpu s, {self.cores:.2f} cores,"
+            f" {self.memory_mb:.0f} MB,"
+            f" age {self.age_ms:.1f} ms, one step {self.one_step:.0%}, refused {self.refused}"
+        )
+
+
+def _first_rows(firsts: Sequence[Quiet]) -> list[str]:
+    rows = [
+        "| ranks | | p50 ms | p99 ms | most ms | within 2 ms | p50, p99 | one step |"
+        " bare relay: p50 | p99 | within 2 ms |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for first in firsts:
+        soon, bare = within_goal(first.took_us), within_goal(first.bare_us)
+        whole = f"{first.one_step:.0%}" if first.lockstep else ""
+        verdicts = ", ".join("met" if first.ms(share) <= GOAL_FIRST_MS else "missed" for share in (0.5, 0.99))
+        rows.append(
+            f"| {first.ranks} | {named(first.lockstep)} | {first.ms(0.5):.2f} | {first.ms(0.99):.2f} |"
+            f" {first.ms(1):.2f} | {soon:.1%} | {verdicts} | {whole} |"
+            f" {percentile(first.bare_us, 0.5) / 1000:.2f} | {percentile(first.bare_us, 0.99) / 1000:.2f} |"
+            f" {bare:.1%} |"
+        )
+    return rows
+
+
+def _cell_rows(cells: Sequence[Cell], *, paced: bool) -> list[str]:
+    last = "one step" if paced else "p99 within interval + 5 ms"
+    rows = [
+        "| ranks | | interval ms | gap p50 | p99 | most | bare timer: p99 | taken a second | a CPU second | cores |"
+        f" MB | age ms | {last} |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]  # fmt: skip
+    for cell in cells:
+        verdict = f"{cell.one_step:.0%}" if paced else "met" if cell.kept else "missed"
+        rows.append(
+            f"| {cell.ranks} | {named(cell.lockstep)} | {cell.interval_ms} | {cell.p50:.1f} | {cell.p99:.1f} |"
+            f" {cell.most:.1f} | {cell.bare_p99:.1f} |"
+            f" {cell.messages_a_second:,.0f} | {cell.messages_a_cpu_second:,.0f} | {cell.cores:.2f} |"
+            f" {cell.memory_mb:.0f} | {cell.age_ms:.1f} | {verdict} |"
+        )
+    return rows
+
+
+def to_markdown(arguments: str, cores: int, seconds: float, firsts: Sequence[Quiet], cells: Sequence[Cell]) -> str:
+    """`results/freshness.md`."""
+    command = f'make bench-freshness ARGS="{arguments}"'
+    parts = [
+        "# How fresh the loads are",
+        "",
+        f"    {command}    # {seconds / 60:.1f} minutes",
+        "",
+        f"Machine: {cores} cores, shared with other work. Load average over the run: {os.getloadavg()[1]:.1f}.",
+        "",
+        "## First change after quiet",
+        "",
+        *_first_rows(firsts),
+        "",
+        "## All ranks report as fast as they can",
+        "",
+        *_cell_rows([cell for cell in cells if not cell.per_second], paced=False),
+        "",
+        "## Lockstep ranks at 100 steps a second",
+        "",
+        *_cell_rows([cell for cell in cells if cell.per_second], paced=True),
+        "",
+        MEASURED,
+    ]
+    return "\n".join(parts)
