@@ -1,9 +1,9 @@
 """What choosing a rank costs, by policy and number of ranks: `python -m bench.routing_cost`.
 
 Between two choices some ranks change, as they do in a front-end: the chosen one has one request more, and two others
-finish one. Taking that in is part of what is timed (`choose`, with its share above the goal's quantile in p99).
-`whole view` is what a front-end pays once, as a view with every rank changed is taken in. `reference` looks at every
-rank for every choice, as least-load did before; its candidates are made already. Microseconds, the least of five rounds.
+finish one. Taking that in is part of what is timed. `whole view` is what a front-end pays once, as a view with every
+rank changed is taken in. `reference` looks at every rank for every choice, as least-load did before; its candidates
+are made already. Microseconds, the least of five rounds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import statistics
 import time
 from collections.abc import Callable
 
+from tests.protocol import routing_reference
+
 from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import Policy, Query
 from paceline.protocol.routing import POLICIES
-from tests.protocol import routing_reference
 
 GOALS_US = {64: 20, 1024: 60}
 ROUNDS = 5

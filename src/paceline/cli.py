@@ -157,6 +157,14 @@ def simulate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
+def loads(context: typer.Context) -> None:
+    """Show what every rank of a running deployment has to do."""
+    from paceline.loads_cli import app as loads_app
+
+    loads_app(context.args, prog_name="paceline loads")
+
+
+@app.command(context_settings=_PASSED_ON)
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
     from paceline.coordinator_cli import run_command

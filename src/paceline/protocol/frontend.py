@@ -62,8 +62,8 @@ NOBODY = -1
 class FrontEnd:
     """One life of one front-end.
 
-    `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None for all
-    (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
+    `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None
+    for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
     all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
     and are told of this one's sends.
     """

@@ -79,7 +79,8 @@ class Session(Policy):
 
     def homes(self, session: str) -> list[int]:
         """The ranks that a key belongs to, the first one first; fewer than HOMES only where there are fewer."""
-        circle, found = self._circle, []
+        circle = self._circle
+        found: list[int] = []
         most = min(HOMES, len(self._ranks))
         at = bisect_left(circle, point_of(session))
         while len(found) < most:
