@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
+from typing import overload
 
 from msgspec import Struct
 
@@ -138,7 +139,11 @@ class Candidates:
     def __iter__(self) -> Iterator[Candidate]:
         return iter(self._candidates)
 
-    def __getitem__(self, place: int) -> Candidate:
+    @overload
+    def __getitem__(self, place: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Candidate]: ...
+    def __getitem__(self, place: int | slice) -> Candidate | list[Candidate]:
         return self._candidates[place]
 
     def place(self, rank: int) -> int | None:

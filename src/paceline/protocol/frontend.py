@@ -171,8 +171,10 @@ class FrontEnd:
         tokens = len(submit.prompt_token_ids)
         query = Query(tokens, submit.prompt_token_ids, submit.session, submit.priority)
         rank = submit.rank if submit.rank is not None else self._router.choose(query)
+        link = self._links.get(rank)
+        if link is None:
+            return [Refuse(submit.request, "misrouted", f"the policy chose rank {rank!r}, which is not there")]
         decision = self._router.explain(rank, query, submit.rank is not None) if submit.explain else None
-        link = self._links[rank]
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
         link.in_flight.add(submit.request)

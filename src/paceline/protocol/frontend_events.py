@@ -81,7 +81,7 @@ Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | Co
 
 # Effects --------------------------------------------------------------------------------------
 
-RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost"]
+RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost", "misrouted"]
 
 
 class Connect(Struct, frozen=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from importlib.metadata import entry_points
+from inspect import isabstract
 
 from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import REQUEST_TOKENS, Policy, Query
@@ -66,4 +67,6 @@ def find_policy(name: str) -> type[Policy]:
         raise PolicyError(f"{name}: cannot import {target}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise PolicyError(f"{name}: {target} is not a subclass of paceline.protocol.policy.Policy")
+    if isabstract(found):
+        raise PolicyError(f"{name}: {target} does not say how to choose")
     return found

@@ -90,10 +90,12 @@ class Client:
         """
         request = self._next_request
         self._next_request += 1
+        submit = Submit(request, prompt_token_ids, params, rank, priority, session, decisions is not None)
+        effects = self.machine.handle(submit, time.monotonic())
+        # After the machine, which may ask a policy of somebody else's: what that raises must leave nothing behind.
         self._sinks[request] = sink
         placed = -1
-        submit = Submit(request, prompt_token_ids, params, rank, priority, session, decisions is not None)
-        for effect in self.machine.handle(submit, time.monotonic()):
+        for effect in effects:
             match effect:
                 case Placed(_, placed_rank, decision):
                     placed = placed_rank
