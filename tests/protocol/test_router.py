@@ -107,6 +107,9 @@ class World:
 
     def _handle(self, event: frontend_events.Event) -> list[frontend_events.Effect]:
         effects = self.front_end.handle(event, 1.0)
+        if self.chance.random() < 0.5:
+            # Asking brings what is kept up to date, so not every time.
+            return effects
         loads = [self.front_end.believed(rank) for rank in self.front_end.ready_ranks()]
         assert self.front_end.waiting() == sum(map(waiting_for_a_slot, loads))
         return effects
@@ -119,6 +122,29 @@ def test_the_policy_sees_what_the_front_end_knows(seed: int) -> None:
         act = world.chance.choice([world.submit] * 4 + [world.view, world.finish, world.finish, world.abandon])
         (world.members if world.chance.random() < 0.03 else act)()
     assert len(world.policy.queries) > 20
+
+
+class Since(LeastLoad):
+    """Keeps what it saw of the sends that no view knows."""
+
+    def choose(self, candidates: Candidates, query: Query) -> int:
+        self.seen = [(one.since_view_requests, one.since_view_tokens) for one in candidates]
+        return candidates.ranks[0]
+
+
+def test_the_policy_sees_which_sends_no_view_knows() -> None:
+    policy = Since(0, 2)
+    front_end = FrontEnd(1, policy, share_sends=True)
+    members = [Member(rank, 10 + rank, "tcp://a") for rank in range(2)]
+    front_end.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, 1, 0, False, members)), 1.0)
+    for request, seen in enumerate([(0, 0), (1, 4), (2, 8)]):
+        front_end.handle(Submit(request, [1] * 4, PARAMS), 1.0)
+        assert policy.seen == [seen, (0, 0)]
+    # The views say nothing of the ranks, only that the coordinator knows none, then two of the three sends.
+    for number, heard in enumerate((0, 2), start=1):
+        front_end.handle(CoordinatorSaid(LoadView(1, number, 0, False, [], heard={1: heard})), 1.0)
+    front_end.handle(Submit(9, [1] * 4, PARAMS), 1.0)
+    assert policy.seen == [(1, 4), (0, 0)]
 
 
 def five_ranks(policy: Policy, routing: str = "") -> FrontEnd:

@@ -78,6 +78,15 @@ def test_front_ends_agree_whatever_they_saw_before() -> None:
     assert homes(late, candidates) == homes(Session(0, 4), idle(1, 2, 3, 5))
 
 
+def test_a_session_has_two_ranks_that_are_there_however_many_have_gone() -> None:
+    policy, candidates = Session(), idle(*range(8))
+    homes(policy, candidates)
+    for rank in (0, 2, 3, 5, 7):
+        candidates.remove(rank)
+    homes(policy, candidates)
+    assert all(len(set(policy.homes(key)) & {1, 4, 6}) == 2 for key in KEYS[:500])
+
+
 def test_an_overloaded_rank_is_passed_over_for_the_next_of_the_session() -> None:
     policy, candidates = Session(), idle(*range(8))
     first, second = policy.choose(candidates, Query(1, session="a")), policy.homes("a")[1]
