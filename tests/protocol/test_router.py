@@ -61,7 +61,7 @@ class World:
         self.chance = random.Random(seed)
         self.policy = Watching(seed)
         self.front_end = self.policy.front_end = FrontEnd(1, self.policy)
-        self.lives = dict.fromkeys(range(6), 0)
+        self.lives = dict.fromkeys(range(40 if seed % 2 else 6), 0)
         self.requests: dict[int, int] = {}
         self.views = self.steps = 0
         self.members()

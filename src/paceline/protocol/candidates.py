@@ -186,6 +186,13 @@ class Candidates:
             if ordering.changed is not None:
                 ordering.changed.add(place)
 
+    def all_changed(self) -> None:
+        """Any candidate may say something else than before."""
+        self._finished = [candidate.finished for candidate in self._candidates]
+        self.finished = sum(self._finished)
+        for ordering in self._orderings.values():
+            ordering.changed = None
+
     def settle(self) -> None:
         """Bring all orderings up to date now, so that the next choice need not."""
         for ordering in self._orderings.values():

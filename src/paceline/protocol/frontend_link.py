@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from paceline.protocol.candidates import Candidate
-from paceline.protocol.load import Ledger, believed, waiting_for_a_slot
+from paceline.protocol.load import Ledger, believed
 from paceline.protocol.messages import Load, RankView
 
 
@@ -55,7 +55,10 @@ class RankLink:
         candidate.since_view_requests = self.unheard.requests
         candidate.since_view_tokens = self.unheard.tokens
         candidate.finished = load.finished
-        before, self.waiting = self.waiting, waiting_for_a_slot(self.believed())
+        # As `waiting_for_a_slot(self.believed())`, without making a Load of it.
+        free = load.slots - load.running
+        waiting = load.waiting + ledger.requests - (free if free > 0 else 0)
+        before, self.waiting = self.waiting, waiting if waiting > 0 else 0
         return self.waiting - before
 
     def take_view(self, entry: RankView, front_end: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heapq import nsmallest
 
-from paceline.protocol.candidates import Candidates
+from paceline.protocol.candidates import RESORT_SHARE, Candidates
 from paceline.protocol.frontend_link import RankLink
 from paceline.protocol.policy import Decision, Policy, Query, belief
 from paceline.protocol.routing_least import work
@@ -24,6 +24,7 @@ class Router:
         # Those that say something else than their candidates do. A link tells of itself many times between two choices.
         self._stale: set[RankLink] = set()
         self._waiting = 0
+        self._asked = False
 
     def joined(self, link: RankLink) -> None:
         """A rank has come."""
@@ -41,9 +42,13 @@ class Router:
         self._stale.add(link)
 
     def settle(self) -> None:
-        """Take in all changes now, after an event that changed many ranks: the next choice is not to pay for it."""
-        self._refresh()
-        self._candidates.settle()
+        """An event has changed many ranks. Take it in now, so that the next choice need not pay for it; but not where
+        nobody has asked for one since the last time: an idle front-end shall not sort each view that it is sent.
+        """
+        if self._asked:
+            self._asked = False
+            self._refresh()
+            self._candidates.settle()
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot, over all ranks."""
@@ -52,6 +57,7 @@ class Router:
 
     def choose(self, query: Query) -> int:
         """The rank for a request. There must be one."""
+        self._asked = True
         self._refresh()
         return self._policy.choose(self._candidates, query)
 
@@ -70,7 +76,14 @@ class Router:
         )  # fmt: skip
 
     def _refresh(self) -> None:
-        for link in self._stale:
+        stale = self._stale
+        if not stale:
+            return
+        for link in stale:
             self._waiting += link.refresh()
-            self._candidates.changed(link.rank)
-        self._stale.clear()
+        if len(stale) * RESORT_SHARE > len(self._candidates):
+            self._candidates.all_changed()
+        else:
+            for link in stale:
+                self._candidates.changed(link.rank)
+        stale.clear()

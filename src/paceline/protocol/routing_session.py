@@ -20,27 +20,28 @@ from paceline.protocol.routing_affinity import guard
 from paceline.protocol.routing_least import LeastLoad
 
 POINTS = 128
-RANK_BITS = 16
-RANK_MASK = (1 << RANK_BITS) - 1
 HOMES = 2
 """A session whose rank has too much to do goes to the next one on the circle: always the same, while that lasts."""
+
+MANY_GONE = 16
+"""Beyond so many ranks gone at once, the circle is made anew."""
 
 _EIGHT = struct.Struct("<8Q")
 
 
-def points_of(rank: int) -> list[int]:
-    """A rank's points: a 64-bit place on the circle, and the rank in the lowest bits."""
-    points: list[int] = []
+def points_of(rank: int) -> list[float]:
+    """A rank's points: places on the circle, from 0 to 1. Floats, because Python sorts them quickest."""
+    points: list[float] = []
     for part in range(POINTS // 8):
         words = _EIGHT.unpack(blake2b(b"rank %d %d" % (rank, part)).digest())
-        points += [word << RANK_BITS | rank for word in words]
+        points += [word / 2**64 for word in words]
     return points
 
 
-def point_of(session: str) -> int:
+def point_of(session: str) -> float:
     """Where a key is on the circle."""
     digest = blake2b(session.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") << RANK_BITS
+    return int.from_bytes(digest, "little") / 2**64
 
 
 class Session(Policy):
@@ -54,7 +55,8 @@ class Session(Policy):
         self._least = LeastLoad(front_end_index, front_end_count)
         self._membership: tuple[Candidates, int] | None = None
         self._ranks: set[int] = set()
-        self._circle: list[int] = []
+        self._circle: list[float] = []
+        self._owners: dict[float, int] = {}
         self._reason = ""
 
     def choose(self, candidates: Candidates, query: Query) -> int:
@@ -79,12 +81,12 @@ class Session(Policy):
 
     def homes(self, session: str) -> list[int]:
         """The ranks that a key belongs to, the first one first; fewer than HOMES only where there are fewer."""
-        circle = self._circle
+        circle, owners = self._circle, self._owners
         found: list[int] = []
         most = min(HOMES, len(self._ranks))
         at = bisect_left(circle, point_of(session))
         while len(found) < most:
-            rank = circle[at % len(circle)] & RANK_MASK
+            rank = owners[circle[at % len(circle)]]
             if rank not in found:
                 found.append(rank)
             at += 1
@@ -92,11 +94,16 @@ class Session(Policy):
 
     def _take_members(self, candidates: Candidates) -> None:
         ranks = set(candidates.ranks)
-        gone, come = self._ranks - ranks, ranks - self._ranks
-        if gone:
-            self._circle = [point for point in self._circle if point & RANK_MASK not in gone]
-        for rank in come:
-            self._circle += points_of(rank)
+        gone = self._ranks - ranks
+        if len(gone) > MANY_GONE:
+            self._ranks, self._circle, self._owners, gone = set(), [], {}, set()
+        for rank in gone:
+            for point in points_of(rank):
+                del self._circle[bisect_left(self._circle, point)], self._owners[point]
+        for rank in sorted(ranks - self._ranks):
+            points = points_of(rank)
+            self._owners.update(dict.fromkeys(points, rank))
+            self._circle += points
         # Quick, as all but the new ones are sorted already.
         self._circle.sort()
         self._ranks = ranks
