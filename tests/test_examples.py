@@ -24,6 +24,19 @@ def test_echo_engine() -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "abc"
 
 
+@pytest.mark.slow
+def test_split_policy() -> None:
+    arguments = ["--routing", "examples.split_policy:SplitByLength", "--engine", "timed", "-dp", "2"]
+    with deployment(*arguments, "--max-model-len", "8192") as running:
+        for length, rank, reason in ((10, "0", "a short prompt"), (3000, "1", "a long prompt")):
+            answer = running.http.post(
+                "/v1/completions", json={"prompt": "a" * length, "max_tokens": 1}, headers={"X-Paceline-Routing": "1"}
+            )
+            assert answer.headers["x-data-parallel-rank"] == rank
+            assert f'"reason":"{reason}"' in answer.headers["x-paceline-routing"]
+            assert '"policy":"examples.split_policy:SplitByLength"' in answer.headers["x-paceline-routing"]
+
+
 def test_echo_engine_is_short() -> None:
     lines = (ROOT / "examples" / "echo_engine.py").read_text().splitlines()
     assert len(lines) <= 60

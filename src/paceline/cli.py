@@ -84,7 +84,14 @@ HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "
 ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
 HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
 PortFlag = Annotated[int, _option(_SERVER, "Port to listen on; 0 finds one.", "--port")]
-RoutingFlag = Annotated[str, _option(_SERVER, "least-load, least-requests or round-robin.", "--routing")]
+RoutingFlag = Annotated[
+    str,
+    _option(
+        _SERVER,
+        "least-load, least-requests, power-of-two, round-robin, prefix, session, lockstep, or module:Class.",
+        "--routing",
+    ),
+]
 MaxWaitingFlag = Annotated[int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")]
 MaxBodyBytesFlag = Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")]
 StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")]
@@ -159,6 +166,14 @@ def check(context: typer.Context) -> None:
     from paceline.check_cli import app as check_app
 
     check_app(context.args, prog_name="paceline check")
+
+
+@app.command(context_settings=_PASSED_ON)
+def loads(context: typer.Context) -> None:
+    """Show what every rank of a running deployment has to do."""
+    from paceline.loads_cli import app as loads_app
+
+    loads_app(context.args, prog_name="paceline loads")
 
 
 @app.command(context_settings=_PASSED_ON)

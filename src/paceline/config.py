@@ -124,10 +124,13 @@ class ServerConfig(Struct, frozen=True):
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        from paceline.protocol.routing import POLICIES
+        from paceline.protocol.routing import PolicyError, find_policy
 
         _require(0 <= self.port < 65536, "--port", f"must be 0 to 65535, not {self.port}")
-        _require(self.routing in POLICIES, "--routing", f"must be one of {', '.join(POLICIES)}, not {self.routing!r}")
+        try:
+            find_policy(self.routing)
+        except PolicyError as error:
+            raise ConfigError(f"--routing: {error}") from None
         _require((self.max_waiting or 1) >= 1, "--max-waiting", "must be at least 1")
         _require(self.max_body_bytes >= 1024, "--max-body-bytes", "must be at least 1024")
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")

@@ -63,6 +63,10 @@ class Control:
         """
         return self._ask("health", "GET", 10.0, also=(503,))
 
+    def loads(self) -> dict[str, object]:
+        """What `GET /loads` says: under `ranks` an entry a rank, as a front-end believes it. Raises ControlError."""
+        return self._ask("loads", "GET", 10.0)
+
     @contextlib.contextmanager
     def paused(self, mode: str = "keep", timeout_s: float = 60.0) -> Iterator[None]:
         """Pause, and resume at the end, also after an error."""

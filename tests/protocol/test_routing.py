@@ -16,7 +16,7 @@ from paceline.protocol.coordinator import Coordinator, FrontEndSaid, RankSaid, T
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid, Placed, Submit, ToCoordinator, ToRank
 from paceline.protocol.messages import PROTOCOL_VERSION, Load, Output, Outputs, RankHello, RankReport
-from paceline.protocol.routing import POLICIES, Candidate, LeastLoad, LeastRequests, Policy, RoundRobin
+from paceline.protocol.routing import POLICIES, Candidate, Candidates, LeastLoad, LeastRequests, Query, RoundRobin
 from paceline.protocol.sampling import SamplingParams
 from tests.protocol.harness import find, one
 
@@ -186,32 +186,34 @@ def test_front_ends_begin_at_ranks_of_their_own() -> None:
 # Policies -------------------------------------------------------------------------------------
 
 
-def ranks(*loads: tuple[int, int], in_flight: int = 0) -> list[Candidate]:
+def ranks(*loads: tuple[int, int], in_flight: int = 0) -> Candidates:
     """Candidates with so many requests and prompt tokens each, numbered from 5."""
-    return [Candidate(5 + i, requests, tokens, in_flight, 0, 0, 0) for i, (requests, tokens) in enumerate(loads)]
+    return Candidates(
+        Candidate(5 + i, requests, tokens, in_flight, 0, 0, 0) for i, (requests, tokens) in enumerate(loads)
+    )
 
 
 def test_a_difference_larger_than_the_slack_is_followed() -> None:
     for busy in range(4):
         loads = [(20, 2_000) if place == busy else (2, 200) for place in range(4)]
         for index in range(4):
-            chosen = {LeastLoad(index, 4).choose(ranks(*loads), 64) for _ in range(8)}
+            chosen = {LeastLoad(index, 4).choose(ranks(*loads), Query(64)) for _ in range(8)}
             assert 5 + busy not in chosen
     alone = [(20, 2_000), (20, 2_000), (1, 100), (20, 2_000)]
-    assert {LeastLoad(index, 4).choose(ranks(*alone), 64) for index in range(4)} == {7}
+    assert {LeastLoad(index, 4).choose(ranks(*alone), Query(64)) for index in range(4)} == {7}
 
 
 def test_a_difference_within_the_slack_is_left_to_the_order() -> None:
     # With four front-ends one request more is nothing: the others are about to send as much.
     nearly = ranks((1, 64), (0, 0), (0, 0), (0, 0))
-    assert LeastLoad(0, 4).choose(nearly, 64) == 5
-    assert LeastLoad(0, 1).choose(nearly, 64) == 6
+    assert LeastLoad(0, 4).choose(nearly, Query(64)) == 5
+    assert LeastLoad(0, 1).choose(nearly, Query(64)) == 6
 
 
 def test_a_long_prompt_counts_for_more_than_a_short_one() -> None:
     loads = ranks((1, 30_000), (4, 400))
-    assert LeastLoad().choose(loads, 64) == 6
-    assert LeastRequests().choose(loads, 64) == 5
+    assert LeastLoad().choose(loads, Query(64)) == 6
+    assert LeastRequests().choose(loads, Query(64)) == 5
 
 
 def test_long_prompts_are_spread_by_their_tokens() -> None:
@@ -227,21 +229,21 @@ def test_long_prompts_are_spread_by_their_tokens() -> None:
 def test_what_a_front_end_has_in_flight_decides_among_equals() -> None:
     candidates = ranks((3, 100), (3, 100), (3, 100))
     candidates[0].in_flight = candidates[1].in_flight = 2
-    assert LeastLoad().choose(candidates, 64) == 7
+    assert LeastLoad().choose(candidates, Query(64)) == 7
 
 
 def test_least_requests_counts_requests() -> None:
-    assert LeastRequests(1, 2).choose(ranks((3, 0), (2, 9_000), (3, 0)), 1) == 6
+    assert LeastRequests(1, 2).choose(ranks((3, 0), (2, 9_000), (3, 0)), Query(1)) == 6
     candidates = ranks((2, 0), (3, 0))
     candidates[0].since_view_requests = 2
     # With another front-end about, two sends since the view are taken to be four.
-    assert LeastRequests(0, 1).choose(candidates, 1) == 5
-    assert LeastRequests(0, 2).choose(candidates, 1) == 6
+    assert LeastRequests(0, 1).choose(candidates, Query(1)) == 5
+    assert LeastRequests(0, 2).choose(candidates, Query(1)) == 6
 
 
 def test_round_robin_goes_round_whatever_the_load() -> None:
     policy = RoundRobin(2, 4)
-    assert [policy.choose(ranks((9, 9), (0, 0), (5, 5)), 1) for _ in range(6)] == [7, 5, 6, 7, 5, 6]
+    assert [policy.choose(ranks((9, 9), (0, 0), (5, 5)), Query(1)) for _ in range(6)] == [7, 5, 6, 7, 5, 6]
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -251,9 +253,12 @@ def test_round_robin_goes_round_whatever_the_load() -> None:
 def test_every_policy_always_chooses_one_of_the_candidates(
     name: str, index: int, loads: list[tuple[int, ...]], tokens: int
 ) -> None:
-    policy: Policy = POLICIES[name](index, 3)
-    candidates = [Candidate(3 * place, *load) for place, load in enumerate(loads)]
-    assert policy.choose(candidates, tokens) in {candidate.rank for candidate in candidates}
+    policy = POLICIES[name](index, 3)
+    candidates = Candidates(Candidate(3 * place, *load) for place, load in enumerate(loads))
+    query = Query(tokens, [7] * min(tokens, 1000), f"session {tokens}")
+    # Twice: the second time some know the session or the prefix.
+    for _ in range(2):
+        assert policy.choose(candidates, query) in candidates.ranks
 
 
 def test_what_a_choice_among_64_ranks_costs() -> None:

@@ -34,7 +34,6 @@ from paceline.protocol.frontend_events import (
     ToRank,
 )
 from paceline.protocol.frontend_link import RankLink
-from paceline.protocol.load import waiting_for_a_slot
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -52,7 +51,8 @@ from paceline.protocol.messages import (
     SuspensionState,
     WakeNotice,
 )
-from paceline.protocol.routing import Policy
+from paceline.protocol.policy import Policy, Query
+from paceline.protocol.router import Router
 from paceline.protocol.stalls import describe
 
 NOBODY = -1
@@ -62,15 +62,15 @@ NOBODY = -1
 class FrontEnd:
     """One life of one front-end.
 
-    `identity`: this life's number. `policy`: routing. `ranks`: the ranks it balances over, None for all
-    (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
+    `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None
+    for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
     all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
     and are told of this one's sends.
     """
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
-        share_sends: bool = False, lockstep: bool = False,
+        share_sends: bool = False, lockstep: bool = False, routing: str = "",
     ) -> None:  # fmt: skip
         self.identity = identity
         self.wave = 0
@@ -78,7 +78,7 @@ class FrontEnd:
         self.missing: list[int] = []
         self.stalls: list[Stall] = []
         self.suspension = SuspensionState()
-        self._policy = policy
+        self._router = Router(policy, routing or type(policy).__name__)
         self._ranks = ranks
         self._max_waiting = max_waiting
         self._share_sends = share_sends
@@ -139,7 +139,7 @@ class FrontEnd:
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot, over this front-end's ranks."""
-        return sum(waiting_for_a_slot(link.believed()) for link in self._links.values())
+        return self._router.waiting()
 
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
@@ -169,8 +169,12 @@ class FrontEnd:
         if refusal is not None:
             return [refusal]
         tokens = len(submit.prompt_token_ids)
-        rank = submit.rank if submit.rank is not None else self._choose(tokens)
-        link = self._links[rank]
+        query = Query(tokens, submit.prompt_token_ids, submit.session, submit.priority)
+        rank = submit.rank if submit.rank is not None else self._router.choose(query)
+        link = self._links.get(rank)
+        if link is None:
+            return [Refuse(submit.request, "misrouted", f"the policy chose rank {rank!r}, which is not there")]
+        decision = self._router.explain(rank, query, submit.rank is not None) if submit.explain else None
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
         link.in_flight.add(submit.request)
@@ -178,7 +182,7 @@ class FrontEnd:
         add = AddRequest(
             submit.request, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority
         )
-        effects: list[Effect] = [ToRank(rank, add), Placed(submit.request, rank)]
+        effects: list[Effect] = [ToRank(rank, add), Placed(submit.request, rank, decision)]
         if self._lockstep and not self.running:
             effects.append(ToCoordinator(WakeNotice(self.identity, rank, self.wave)))
         if self._share_sends:
@@ -186,6 +190,7 @@ class FrontEnd:
             link.unheard.sent(self._told, tokens)
             send = Send(rank, link.incarnation, number, tokens)
             effects.append(ToCoordinator(SendNotice(self.identity, [send], self._told)))
+        self._router.touched(link)
         return effects
 
     def _refusal(self, submit: Submit) -> Refuse | None:
@@ -203,16 +208,13 @@ class FrontEnd:
             return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already")
         return None
 
-    def _choose(self, tokens: int) -> int:
-        candidates = [link.candidate() for _, link in sorted(self._links.items())]
-        return self._policy.choose(candidates, tokens)
-
     def _on_abandon(self, requests: Sequence[int]) -> list[Effect]:
         by_rank: dict[int, list[int]] = {}
         for request in requests:
             link = self._placed.pop(request, None)
             if link is not None:
                 link.in_flight.discard(request)
+                self._router.touched(link)
                 by_rank.setdefault(link.rank, []).append(request)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
@@ -230,6 +232,7 @@ class FrontEnd:
             if output.finish_reason is not None:
                 placed.pop(output.request, None)
                 link.in_flight.discard(output.request)
+                self._router.touched(link)
         return [Deliver(outputs)] if outputs else []
 
     # The coordinator ----------------------------------------------------------------------------
@@ -253,12 +256,14 @@ class FrontEnd:
                 effects += self._lose(link)
         for rank, member in members.items():
             if rank not in self._links and (rank, member.incarnation) not in self._unreachable:
-                self._links[rank] = RankLink(rank, member.incarnation)
+                self._links[rank] = link = RankLink(rank, member.incarnation)
+                self._router.joined(link)
                 effects.append(Connect(member))
         return effects
 
     def _lose(self, link: RankLink) -> list[Effect]:
         del self._links[link.rank]
+        self._router.lost(link)
         effects: list[Effect] = [Disconnect(link.rank)]
         for request in sorted(link.in_flight):
             del self._placed[request]
@@ -276,11 +281,15 @@ class FrontEnd:
             link = self._links.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:
                 link.take_view(entry, self.identity)
+                self._router.touched(link)
         # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
         # less loaded than those for which the others' sends are still guessed.
         heard = view.heard.get(self.identity, 0)
         for link in self._links.values():
+            if link.unheard.requests:
+                self._router.touched(link)
             link.unheard.reported(heard)
+        self._router.settle()
         # A new coordinator knows of no suspension until the ranks have told it: the number never goes down.
         if view.suspension.number >= self.suspension.number:
             self.suspension = view.suspension

@@ -15,19 +15,25 @@ from paceline.protocol.messages import (
     Outputs,
     ToFrontEnd,
 )
+from paceline.protocol.policy import Decision
 from paceline.protocol.sampling import ControlAction, SamplingParams
 
 # Events ---------------------------------------------------------------------------------------
 
 
 class Submit(Struct, frozen=True, gc=False):
-    """A client's request. `request`: a number not used before. `rank`: the rank it names, if any."""
+    """A client's request. `request`: a number not used before. `rank`: the rank it names, if any.
+
+    `session`: its session's key, if it has one. `explain`: whether to say what the choice of its rank was based on.
+    """
 
     request: int
     prompt_token_ids: list[int]
     params: SamplingParams
     rank: int | None = None
     priority: int = 0
+    session: str | None = None
+    explain: bool = False
 
 
 class Abandon(Struct, frozen=True):
@@ -75,7 +81,7 @@ Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | Co
 
 # Effects --------------------------------------------------------------------------------------
 
-RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost"]
+RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost", "misrouted"]
 
 
 class Connect(Struct, frozen=True):
@@ -104,10 +110,11 @@ class ToCoordinator(Struct, frozen=True):
 
 
 class Placed(Struct, frozen=True):
-    """The request went to this rank."""
+    """The request went to this rank. `decision`: what that was based on, where it was to be explained."""
 
     request: int
     rank: int
+    decision: Decision | None = None
 
 
 class Deliver(Struct, frozen=True, gc=False):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from paceline.protocol.candidates import Candidate
 from paceline.protocol.load import Ledger, believed
 from paceline.protocol.messages import Load, RankView
-from paceline.protocol.routing import Candidate
 
 
 class RankLink:
-    """One life of one rank, as this front-end knows it."""
+    """One life of one rank, as this front-end knows it.
+
+    `candidate`, and `waiting`, how many requests wait for a slot there, are as of the last `refresh`.
+    """
 
     __slots__ = (
+        "candidate",
         "in_flight",
         "incarnation",
         "ledger",
@@ -18,6 +22,7 @@ class RankLink:
         "rank",
         "step",
         "unheard",
+        "waiting",
         "wire_requests",
         "wire_tokens",
     )  # fmt: skip
@@ -34,22 +39,27 @@ class RankLink:
         self.wire_tokens = 0
         # This front-end's sends that the coordinator had not been told of when it made the latest view.
         self.unheard = Ledger()
+        self.candidate = Candidate(rank, 0, 0, 0, 0, 0, 0, incarnation)
+        self.waiting = 0
 
     def believed(self) -> Load:
         """What the rank has, plus what is on the wire from this front-end."""
         return believed(self.load, self.ledger.requests, self.ledger.tokens)
 
-    def candidate(self) -> Candidate:
-        load, ledger = self.load, self.ledger
-        return Candidate(
-            self.rank,
-            load.waiting + load.running + ledger.requests + self.wire_requests,
-            load.prefill_tokens + ledger.tokens + self.wire_tokens,
-            len(self.in_flight),
-            self.unheard.requests,
-            self.unheard.tokens,
-            load.finished,
-        )
+    def refresh(self) -> int:
+        """Bring `candidate` and `waiting` up to date; returns by how much `waiting` grew."""
+        load, ledger, candidate = self.load, self.ledger, self.candidate
+        candidate.requests = load.waiting + load.running + ledger.requests + self.wire_requests
+        candidate.prefill_tokens = load.prefill_tokens + ledger.tokens + self.wire_tokens
+        candidate.in_flight = len(self.in_flight)
+        candidate.since_view_requests = self.unheard.requests
+        candidate.since_view_tokens = self.unheard.tokens
+        candidate.finished = load.finished
+        # As `waiting_for_a_slot(self.believed())`, without making a Load of it.
+        free = load.slots - load.running
+        waiting = load.waiting + ledger.requests - (free if free > 0 else 0)
+        before, self.waiting = self.waiting, waiting if waiting > 0 else 0
+        return self.waiting - before
 
     def take_view(self, entry: RankView, front_end: int) -> None:
         """Take in what a view says of this rank; `front_end`: whose link this is. An older step changes nothing."""

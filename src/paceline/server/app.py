@@ -23,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
+from paceline.protocol.policy import Decision
 from paceline.server.client import Client
 from paceline.server.delivery import EventStream, WholeAnswer
 from paceline.server.errors import ApiError, Refused, error_response
@@ -35,6 +36,7 @@ from paceline.server.openai import (
 )
 from paceline.server.openapi import openapi_document
 from paceline.server.outlet import Outlet
+from paceline.server.routing_header import ROUTING_HEADER, asked_for, routing_value, session_of
 from paceline.server.suspend import suspension_routes
 
 logger = logging.getLogger("paceline.front-end")
@@ -111,8 +113,12 @@ class GenerationEndpoint(Generic[T]):
             body = await read_body(receive, headers, api.max_body_bytes)
             request = self._decode(body)
             api.check_model(request.model)
-            generation = Generation(api.client, api.models, api.new_id(), request, _rank_of(headers))
-            await self._answer(generation, request_id, receive, send)
+            session = session_of(headers, request.user)
+            decisions: list[Decision] | None = [] if asked_for(headers) else None
+            generation = Generation(
+                api.client, api.models, api.new_id(), request, _rank_of(headers), session, decisions
+            )
+            await self._answer(generation, request_id, receive, send, decisions)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -125,7 +131,9 @@ class GenerationEndpoint(Generic[T]):
         finally:
             api.leave()
 
-    async def _answer(self, generation: Generation, request_id: str, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, generation: Generation, request_id: str, receive: Receive, send: Send, decisions: list[Decision] | None
+    ) -> None:
         """Let the answer be sent; until it has been, wait for the client to go away. Raises ApiError."""
         task = asyncio.current_task()
         assert task is not None
@@ -134,7 +142,10 @@ class GenerationEndpoint(Generic[T]):
         ranks = ",".join(map(str, generation.start(answer)))
         self._api.answers.add(answer)
         try:
-            answer.open([(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER, ranks.encode())])
+            told = [(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER, ranks.encode())]
+            if decisions is not None:
+                told.append((ROUTING_HEADER, routing_value(decisions)))
+            answer.open(told)
             # The end of the answer is a disconnect too: this task has nothing else to do.
             while (await receive())["type"] != "http.disconnect":
                 pass

@@ -39,6 +39,7 @@ from paceline.protocol.frontend_events import (
     ToRank,
 )
 from paceline.protocol.messages import FrontEndLeaving, Output
+from paceline.protocol.policy import Decision
 from paceline.protocol.sampling import ControlAction, SamplingParams
 from paceline.runtime.sockets import Garbage, open_socket
 from paceline.server.delivery import Sink
@@ -81,20 +82,25 @@ class Client:
 
     def submit(
         self, sink: Sink, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
-        priority: int = 0,
+        priority: int = 0, session: str | None = None, decisions: list[Decision] | None = None,
     ) -> tuple[int, int]:  # fmt: skip
         """Send a request; its outputs go to `sink`. Returns its number and the rank that has it.
 
-        Raises Refused where no rank takes it.
+        `decisions`, where given, gets what the choice of the rank was based on. Raises Refused where no rank takes it.
         """
         request = self._next_request
         self._next_request += 1
+        submit = Submit(request, prompt_token_ids, params, rank, priority, session, decisions is not None)
+        effects = self.machine.handle(submit, time.monotonic())
+        # After the machine, which may ask a policy of somebody else's: what that raises must leave nothing behind.
         self._sinks[request] = sink
         placed = -1
-        for effect in self.machine.handle(Submit(request, prompt_token_ids, params, rank, priority), time.monotonic()):
+        for effect in effects:
             match effect:
-                case Placed(_, placed_rank):
+                case Placed(_, placed_rank, decision):
                     placed = placed_rank
+                    if decisions is not None and decision is not None:
+                        decisions.append(decision)
                 case Refuse(_, reason, text):
                     del self._sinks[request]
                     raise Refused(reason, text)

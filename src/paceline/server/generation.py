@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.base import Tokenizer
+from paceline.protocol.policy import Decision
 from paceline.protocol.sampling import SamplingParams
 from paceline.server import errors, openai
 from paceline.server.answers import ChatDialect, CompletionDialect, Dialect
@@ -92,15 +93,19 @@ def _plain(place: int, message: openai.ChatMessage) -> dict[str, Any]:
 class Generation:
     """One HTTP request under way: `start`, then its sink has the outputs; `abandon` when the client goes.
 
-    Raises ApiError where a field is wrong.
+    `rank`: the one that the client names, if any. `session`: its session's key. `decisions`: gets what each choice of
+    a rank was based on, where it is given. Raises ApiError where a field is wrong.
     """
 
     def __init__(
-        self, client: Client, models: Models, identity: str, request: GenerationRequest, rank: int | None
-    ) -> None:
+        self, client: Client, models: Models, identity: str, request: GenerationRequest, rank: int | None,
+        session: str | None = None, decisions: list[Decision] | None = None,
+    ) -> None:  # fmt: skip
         self._client = client
         self._request = request
         self._rank = rank
+        self._session = session
+        self._decisions = decisions
         self._places: dict[int, int] = {}
         openai.check_supported(request)
         self._copies = openai.choices_of(request)
@@ -135,8 +140,9 @@ class Generation:
                 for copy in range(self._copies):
                     params = self._choice_params(prompt, copy)
                     number, rank = self._client.submit(
-                        sink, prompt.token_ids, params, self._rank, self._request.priority
-                    )
+                        sink, prompt.token_ids, params, self._rank, self._request.priority, self._session,
+                        self._decisions,
+                    )  # fmt: skip
                     self._places[number] = place * self._copies + copy
                     if rank not in ranks:
                         ranks.append(rank)

@@ -34,6 +34,22 @@ _RANK_HEADER = {
     "schema": {"type": "integer", "minimum": 0},
 }
 
+_SESSION_HEADER = {
+    "name": "X-Session-Id",
+    "in": "header",
+    "required": False,
+    "description": "the session's key for --routing session; without it, `user` is",
+    "schema": {"type": "string"},
+}
+
+_ROUTING_HEADER = {
+    "name": "X-Paceline-Routing",
+    "in": "header",
+    "required": False,
+    "description": "1 asks for the response header of this name: what the choice of the rank was based on",
+    "schema": {"type": "string", "enum": ["1", "true"]},
+}
+
 _FAILURES = {
     "400": "a field is wrong; `param` names it",
     "404": "no such model",
@@ -74,13 +90,16 @@ def _failure(text: str) -> dict[str, Any]:
 def _generation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     answer = {
         "description": "the answer; with `stream`, server-sent events that end with `[DONE]`",
-        "headers": {"X-data-parallel-rank": {"schema": {"type": "string"}, "description": "the rank that served it"}},
+        "headers": {
+            "X-data-parallel-rank": {"schema": {"type": "string"}, "description": "the rank that served it"},
+            "X-Paceline-Routing": {"schema": {"type": "string"}, "description": "a JSON array, where asked for"},
+        },
         "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
     }
     return {
         "post": {
             "summary": summary,
-            "parameters": [_RANK_HEADER],
+            "parameters": [_RANK_HEADER, _SESSION_HEADER, _ROUTING_HEADER],
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
             "responses": {"200": answer} | {status: _failure(_FAILURES[status]) for status in _GENERATION_FAILURES},
         }

@@ -25,7 +25,7 @@ from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing import find_policy
 from paceline.runtime.processes import new_identity
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
@@ -77,11 +77,12 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     models = Models(settings.served_model_name or tokenizer.model_name, tokenizer, limit)
     machine = FrontEnd(
         new_identity(settings.index),
-        POLICIES[settings.routing](settings.index, settings.count),
+        find_policy(settings.routing)(settings.index, settings.count),
         ranks=settings.ranks,
         max_waiting=settings.max_waiting,
         share_sends=settings.count > 1,
         lockstep=engine_class.lockstep,
+        routing=settings.routing,
     )
     client = Client(machine, settings.coordinator)
     api = Api(client, models, int(time.time()), settings.max_body_bytes)

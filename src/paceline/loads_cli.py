@@ -1,0 +1,105 @@
+"""`paceline loads`: what a front-end of a running deployment believes that every rank has."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from paceline.control import Control, ControlError
+from paceline.errors import PacelineError
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "rank": lambda load: str(load["rank"]),
+    "waiting": lambda load: f"{load['waiting']:,}",
+    "running": lambda load: f"{load['running']}/{load['slots']}",
+    "prefill": lambda load: f"{load['prefill_tokens']:,}",
+    "in flight": lambda load: f"{load['in_flight']:,}",
+    "KV": lambda load: f"{load['kv_used'] / load['kv_total']:.0%}" if load["kv_total"] else "",
+    "prefill/s": lambda load: f"{load['prefill_rate']:,.0f}" if load["prefill_rate"] else "",
+    "decode/s": lambda load: f"{load['decode_rate']:,.0f}" if load["decode_rate"] else "",
+    "finished": lambda load: f"{load['finished']:,}",
+}
+"""Heading to what stands there, made from an entry of `GET /loads`. The whole fits 80 columns.
+
+Running requests stand with the slots there are; `prefill` is prompt tokens to compute, `in flight` this front-end's
+own requests, `KV` the used share, and rates are tokens a second.
+"""
+
+SUMS = ("waiting", "running", "slots", "prefill_tokens", "in_flight", "kv_used", "kv_total", "prefill_rate",
+        "decode_rate", "finished")  # fmt: skip
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def loads(
+    url: Annotated[str, typer.Option("--url", help="A front-end of the deployment.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="What the server says, one line each time.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show what every rank of a running deployment has to do, as one of its front-ends believes it."""
+
+    def ask() -> list[dict[str, Any]]:
+        return ranks_of(Control(url))
+
+    try:
+        if as_json:
+            _print_json(ask, watch, interval)
+        elif watch:
+            _show(ask, interval)
+        else:
+            Console(highlight=False).print(table(ask()))
+    except PacelineError as error:
+        print(f"paceline: error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def ranks_of(control: Control) -> list[dict[str, Any]]:
+    """An entry a rank. Raises ControlError."""
+    ranks = control.loads().get("ranks")
+    if not isinstance(ranks, list) or not all(_is_load(entry) for entry in ranks):
+        raise ControlError(f"{control.url} is no Paceline server")
+    return ranks
+
+
+def table(ranks: list[dict[str, Any]]) -> Table:
+    """The loads as a table, with a last row for all of more than one."""
+    made = Table(box=None, pad_edge=False)
+    for heading in COLUMNS:
+        made.add_column(heading, justify="right", no_wrap=True)
+    for load in ranks:
+        made.add_row(*(cell(load) for cell in COLUMNS.values()))
+    if len(ranks) > 1:
+        total = {name: sum(load[name] for load in ranks) for name in SUMS} | {"rank": "all"}
+        made.add_row(*(cell(total) for cell in COLUMNS.values()), style="bold")
+    return made
+
+
+def _is_load(entry: object) -> bool:
+    return isinstance(entry, dict) and "rank" in entry and all(isinstance(entry.get(n), int | float) for n in SUMS)
+
+
+def _print_json(ask: Callable[[], list[dict[str, Any]]], watch: bool, interval_s: float) -> None:
+    while True:
+        print(json.dumps({"ranks": ask()}), flush=True)
+        if not watch:
+            return
+        time.sleep(interval_s)
+
+
+def _show(ask: Callable[[], list[dict[str, Any]]], interval_s: float) -> None:
+    with Live(table(ask()), console=Console(highlight=False), auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            live.update(table(ask()), refresh=True)

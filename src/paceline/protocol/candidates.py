@@ -1,0 +1,204 @@
+"""The ranks that a request can go to, kept so that choosing among a thousand costs little more than among ten.
+
+Going through all ranks for every request costs a front-end more than the request's HTTP does once there are
+hundreds. What changes between two choices is little, though: the rank that was chosen, and those that have finished
+something. So a policy asks for an `Ordering` of the ranks by a number it makes of each, and gets it kept: a change
+moves one entry of a sorted list, and a whole new view sorts it again, which is quick where it is nearly sorted.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator
+from typing import overload
+
+from msgspec import Struct
+
+PLACE_BITS = 16
+PLACE_MASK = (1 << PLACE_BITS) - 1
+"""An entry of an ordering is `key << PLACE_BITS | place`, one int: comparing tuples takes three times as long."""
+
+RESORT_SHARE = 16
+"""Beyond one rank in so many changed, an ordering is sorted anew."""
+
+
+class Candidate(Struct, gc=False):
+    """One rank as the front-end believes it: reported, plus what is on the wire. Policies only read it.
+
+    `requests`, `prefill_tokens`: all of the rank's, every front-end's. `in_flight`: this front-end's own.
+    `since_view_requests`, `since_view_tokens`: those the coordinator had not been told of when it made the view.
+    `finished`: as in Load. `life`: another number is another process, whose caches are empty.
+    """
+
+    rank: int
+    requests: int
+    prefill_tokens: int
+    in_flight: int
+    since_view_requests: int
+    since_view_tokens: int
+    finished: int
+    life: int = 0
+
+
+Key = Callable[[Candidate], int]
+
+
+class Ordering:
+    """The places of all candidates by a key, least first; equal keys by place.
+
+    `keys`: each place's key. `entries`: sorted. `total`: the keys' sum. They hold once `Candidates.ordering` has
+    been asked, or `refresh` called, after the last change.
+    """
+
+    __slots__ = ("_candidates", "_key", "changed", "entries", "keys", "total")
+
+    def __init__(self, candidates: list[Candidate], key: Key) -> None:
+        self._candidates = candidates
+        self._key = key
+        self.keys: list[int] = []
+        self.entries: list[int] = []
+        self.total = 0
+        self.changed: set[int] | None = None
+
+    def refresh(self) -> None:
+        """Take in what has changed."""
+        changed = self.changed
+        if changed is None or len(changed) * RESORT_SHARE > len(self.keys):
+            self.keys = [self._key(candidate) for candidate in self._candidates]
+            self.total = sum(self.keys)
+            self.entries = [key << PLACE_BITS | place for place, key in enumerate(self.keys)]
+            self.entries.sort()
+            self.changed = set()
+        elif changed:
+            for place in changed:
+                self._move(place)
+            changed.clear()
+
+    def _move(self, place: int) -> None:
+        old, new = self.keys[place], self._key(self._candidates[place])
+        if new != old:
+            entries = self.entries
+            del entries[bisect_left(entries, old << PLACE_BITS | place)]
+            insort(entries, new << PLACE_BITS | place)
+            self.keys[place] = new
+            self.total += new - old
+
+    def least(self) -> int:
+        """The smallest key."""
+        return self.entries[0] >> PLACE_BITS
+
+    def most(self) -> int:
+        """The largest key."""
+        return self.entries[-1] >> PLACE_BITS
+
+    def up_to(self, limit: int) -> int:
+        """How many entries have a key of at most `limit`."""
+        return bisect_left(self.entries, (limit + 1) << PLACE_BITS)
+
+    def first(self, begin: int, keys: list[int], limit: int) -> int:
+        """The place with the least key here among those where `keys[place] <= limit`; there must be one.
+
+        Equal ones are taken in order of place from `begin` on, round past the end.
+        """
+        entries, size, at = self.entries, len(self.entries), 0
+        while at < size:
+            key = entries[at] >> PLACE_BITS
+            end = bisect_left(entries, (key + 1) << PLACE_BITS, at)
+            middle = bisect_left(entries, key << PLACE_BITS | begin, at, end)
+            # Without a slice where the first will do, as it mostly does.
+            if middle < end and keys[entries[middle] & PLACE_MASK] <= limit:
+                return entries[middle] & PLACE_MASK
+            for entry in entries[middle:end]:
+                if keys[entry & PLACE_MASK] <= limit:
+                    return entry & PLACE_MASK
+            for entry in entries[at:middle]:
+                if keys[entry & PLACE_MASK] <= limit:
+                    return entry & PLACE_MASK
+            at = end
+        raise ValueError("no candidate is within the limit")
+
+
+class Candidates:
+    """All candidates, in order of rank. The front-end changes it, policies read it.
+
+    `ranks`: the rank at each place. `membership`: another number once ranks have come or gone. `finished`: the
+    sum of what all have finished.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
+        self._candidates = sorted(candidates, key=lambda candidate: candidate.rank)
+        self.ranks = [candidate.rank for candidate in self._candidates]
+        self._finished = [candidate.finished for candidate in self._candidates]
+        self.finished = sum(self._finished)
+        self.membership = 0
+        self._orderings: dict[Key, Ordering] = {}
+
+    def __len__(self) -> int:
+        return len(self._candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self._candidates)
+
+    @overload
+    def __getitem__(self, place: int) -> Candidate: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Candidate]: ...
+    def __getitem__(self, place: int | slice) -> Candidate | list[Candidate]:
+        return self._candidates[place]
+
+    def place(self, rank: int) -> int | None:
+        """Where `rank` is, None if it is not among them."""
+        place = bisect_left(self.ranks, rank)
+        return place if place < len(self.ranks) and self.ranks[place] == rank else None
+
+    def ordering(self, key: Key) -> Ordering:
+        """The ordering by `key`, up to date. Kept for the next time: ask with the same function again."""
+        found = self._orderings.get(key)
+        if found is None:
+            found = self._orderings[key] = Ordering(self._candidates, key)
+        if found.changed is None or found.changed:
+            found.refresh()
+        return found
+
+    def add(self, candidate: Candidate) -> None:
+        """A rank has come. It must not be there already."""
+        place = bisect_left(self.ranks, candidate.rank)
+        self.ranks.insert(place, candidate.rank)
+        self._candidates.insert(place, candidate)
+        self._finished.insert(place, candidate.finished)
+        self.finished += candidate.finished
+        self._members_changed()
+
+    def remove(self, rank: int) -> None:
+        """A rank has gone. Raises ValueError where it is not there."""
+        place = self.ranks.index(rank)
+        del self.ranks[place], self._candidates[place]
+        self.finished -= self._finished.pop(place)
+        self._members_changed()
+
+    def changed(self, rank: int) -> None:
+        """The candidate of `rank` says something else than before."""
+        place = bisect_left(self.ranks, rank)
+        finished = self._candidates[place].finished
+        self.finished += finished - self._finished[place]
+        self._finished[place] = finished
+        for ordering in self._orderings.values():
+            if ordering.changed is not None:
+                ordering.changed.add(place)
+
+    def all_changed(self) -> None:
+        """Any candidate may say something else than before."""
+        self._finished = [candidate.finished for candidate in self._candidates]
+        self.finished = sum(self._finished)
+        for ordering in self._orderings.values():
+            ordering.changed = None
+
+    def settle(self) -> None:
+        """Bring all orderings up to date now, so that the next choice need not."""
+        for ordering in self._orderings.values():
+            ordering.refresh()
+
+    def _members_changed(self) -> None:
+        self.membership += 1
+        for ordering in self._orderings.values():
+            ordering.changed = None

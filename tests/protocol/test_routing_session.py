@@ -1,0 +1,140 @@
+"""Sessions keep their rank, whoever asks; as a rank comes or goes only its own share moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from paceline.protocol.candidates import Candidate, Candidates
+from paceline.protocol.policy import Query
+from paceline.protocol.routing import LeastLoad, Session
+from paceline.protocol.routing_affinity import GUARD_TOKENS
+from paceline.protocol.routing_session import POINTS, points_of
+
+KEYS = [f"user-{number}" for number in range(10_000)]
+
+
+def idle(*ranks: int) -> Candidates:
+    return Candidates(Candidate(rank, 0, 0, 0, 0, 0, 0) for rank in ranks)
+
+
+def homes(policy: Session, candidates: Candidates) -> dict[str, int]:
+    return {key: policy.choose(candidates, Query(10, session=key)) for key in KEYS}
+
+
+def load(candidates: Candidates, rank: int, tokens: int) -> None:
+    place = candidates.place(rank)
+    assert place is not None
+    candidates[place].prefill_tokens = tokens
+    candidates.changed(rank)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_a_share_of_the_sessions_moves_with_a_rank(size: int) -> None:
+    policy, candidates = Session(), idle(*range(size))
+    before = homes(policy, candidates)
+    shares = Counter(before.values())
+    assert len(shares) == size
+    # As even as points on a circle and ten thousand keys are.
+    assert max(shares.values()) < 1.5 * len(KEYS) / size
+
+    candidates.remove(1)
+    without = homes(policy, candidates)
+    moved = {key for key in KEYS if without[key] != before[key]}
+    assert moved == {key for key in KEYS if before[key] == 1}
+    assert len({without[key] for key in moved}) > min(size, 16) // 2
+
+    candidates.add(Candidate(1, 0, 0, 0, 0, 0, 0))
+    assert homes(policy, candidates) == before
+    candidates.add(Candidate(900, 0, 0, 0, 0, 0, 0))
+    joined = homes(policy, candidates)
+    moved = {key for key in KEYS if joined[key] != before[key]}
+    assert {joined[key] for key in moved} == {900}
+    assert len(moved) < 1.3 * len(KEYS) / (size + 1)
+
+
+def test_the_mean_share_that_moves_is_one_in_n() -> None:
+    # Each rank's leaving moves its own sessions and nobody else's, so the shares of all make one whole.
+    size, policy = 16, Session()
+    candidates = idle(*range(size))
+    before, moved = homes(policy, candidates), 0
+    for rank in range(size):
+        candidates.remove(rank)
+        after = homes(policy, candidates)
+        moved += sum(after[key] != before[key] for key in KEYS)
+        candidates.add(Candidate(rank, 0, 0, 0, 0, 0, 0))
+    assert moved == len(KEYS)
+
+
+def test_front_ends_agree_whatever_they_saw_before() -> None:
+    late = Session(3, 4)
+    candidates = idle(5, 7)
+    late.choose(candidates, Query(1, session="a"))
+    for rank in (1, 2, 3):
+        candidates.add(Candidate(rank, 0, 0, 0, 0, 0, 0))
+        late.choose(candidates, Query(1, session="a"))
+    candidates.remove(7)
+    assert homes(late, candidates) == homes(Session(0, 4), idle(1, 2, 3, 5))
+
+
+def test_many_ranks_may_go_at_once() -> None:
+    policy, candidates = Session(), idle(*range(40))
+    homes(policy, candidates)
+    for rank in range(30):
+        candidates.remove(rank)
+    assert homes(policy, candidates) == homes(Session(), idle(*range(30, 40)))
+
+
+def test_a_session_has_two_ranks_that_are_there_however_many_have_gone() -> None:
+    policy, candidates = Session(), idle(*range(8))
+    homes(policy, candidates)
+    for rank in (0, 2, 3, 5, 7):
+        candidates.remove(rank)
+    homes(policy, candidates)
+    assert all(len(set(policy.homes(key)) & {1, 4, 6}) == 2 for key in KEYS[:500])
+
+
+def test_an_overloaded_rank_is_passed_over_for_the_next_of_the_session() -> None:
+    policy, candidates = Session(), idle(*range(8))
+    first, second = policy.choose(candidates, Query(1, session="a")), policy.homes("a")[1]
+    assert policy.reason() == "the session's rank"
+    load(candidates, first, GUARD_TOKENS)
+    assert policy.choose(candidates, Query(1, session="a")) == first
+    load(candidates, first, 2 * GUARD_TOKENS)
+    assert policy.choose(candidates, Query(1, session="a")) == second
+    assert policy.reason() == "the session's next rank"
+    load(candidates, second, 2 * GUARD_TOKENS)
+    assert policy.choose(candidates, Query(1, session="a")) not in {first, second}
+    assert policy.reason() == "the session's ranks are overloaded"
+    load(candidates, first, 0)
+    assert policy.choose(candidates, Query(1, session="a")) == first
+
+
+def test_in_a_busy_deployment_loads_may_differ_by_a_share_of_the_mean() -> None:
+    policy, candidates = Session(), idle(*range(4))
+    home = policy.choose(candidates, Query(1, session="a"))
+    for rank in range(4):
+        load(candidates, rank, 100_000)
+    load(candidates, home, 145_000)
+    assert policy.choose(candidates, Query(1, session="a")) == home
+    load(candidates, home, 190_000)
+    assert policy.choose(candidates, Query(1, session="a")) != home
+
+
+def test_without_a_key_it_is_least_load() -> None:
+    candidates = idle(*range(6))
+    for rank, tokens in enumerate((900, 9_000, 0, 4_000, 9_000, 9_000)):
+        load(candidates, rank, tokens)
+    assert Session().choose(candidates, Query(64)) == LeastLoad().choose(candidates, Query(64)) == 2
+
+
+@pytest.mark.parametrize("key", ["", "\x00", "\ud800", "x" * 100_000, "ü"])
+def test_any_key_has_a_rank(key: str) -> None:
+    assert Session().choose(idle(0), Query(1, session=key)) == 0
+    assert Session().choose(idle(3, 65_535), Query(1, session=key)) in {3, 65_535}
+
+
+def test_points_are_different_ones() -> None:
+    points = [point for rank in range(64) for point in points_of(rank)]
+    assert len(points) == 64 * POINTS == len(set(points))
