@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from paceline.protocol.messages import AddRequest, Load
 from paceline.protocol.rank_events import Drop, Effect, StepOutput, Take, ToFrontEnd
-from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.rank_requests import FRONT_ENDS_KEPT, RankRequests
 from paceline.protocol.sampling import SamplingParams
 from tests.protocol.harness import find, one
 
@@ -111,7 +111,16 @@ def test_a_front_end_that_is_gone_takes_its_own_with_it() -> None:
         found.take(front_end, request(1))
         found.hold(front_end, request(2))
     assert len(find(found.drop_front_end(FIRST), Drop)) == 1
-    assert (len(found), found.held, found.taken) == (1, 1, {SECOND: 1})
+    assert (len(found), found.held, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
+
+
+def test_front_ends_that_are_gone_are_not_counted_for_ever() -> None:
+    found = fresh()
+    for front_end in range(1, FRONT_ENDS_KEPT + 100):
+        found.arrive(front_end, request(1))
+        found.drop_front_end(front_end)
+    assert len(found.taken) <= FRONT_ENDS_KEPT + 1
+    assert front_end in found.taken
 
 
 def test_abort_all_ends_held_and_taken_and_tells_whose_they_were() -> None:

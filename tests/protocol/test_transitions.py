@@ -62,13 +62,6 @@ def seen() -> dict[str, dict[Any, set[str]]]:
     return found
 
 
-def without_labels(table: Table) -> dict[str, set[str]]:
-    pairs: dict[str, set[str]] = defaultdict(set)
-    for (state, _), following in table.items():
-        pairs[state] |= following
-    return pairs
-
-
 RARE = {("joining", "Admit", "held"), ("paused", "Form", "held"), ("held", "Form", "paused")}
 """Where the message that says so first is lost or late; shown one by one below."""
 
@@ -104,7 +97,10 @@ def test_what_a_rank_is_told_with_a_generation_says_whether_it_is_held() -> None
 def test_the_coordinator_does_what_the_tables_say_and_nothing_else(
     seen: dict[str, dict[Any, set[str]]], name: str, table: Table
 ) -> None:
-    assert dict(seen[name]) == dict(without_labels(table))
+    happened = {(state, after) for state, states in seen[name].items() for after in states}
+    # That forming takes too long is rare; `test_generation.py` shows it.
+    rare = {("forming", "ended")} if name == "generation" else set()
+    assert happened | rare == {(state, after) for (state, _), states in table.items() for after in states}
 
 
 def test_a_rank_can_leave_whenever_it_has_loaded() -> None:

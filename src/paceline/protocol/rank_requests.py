@@ -17,6 +17,9 @@ from paceline.protocol.sampling import FinishReason
 Pair = tuple[int, int]
 """(front-end, its own id of the request)."""
 
+FRONT_ENDS_KEPT = 256
+"""Front-ends whose sends are counted, beyond those that are connected: lives that are over are never heard again."""
+
 
 class RankRequests:
     """All requests of one life of a rank."""
@@ -80,8 +83,15 @@ class RankRequests:
         return self._drop([(front_end, request) for request in requests])
 
     def drop_front_end(self, front_end: int) -> list[Effect]:
-        """Nobody waits for this front-end's requests any more."""
-        self.taken.pop(front_end, None)
+        """Nobody waits for this front-end's requests any more.
+
+        How many of its sends were taken is kept: it may be there all the same, and only its connection new.
+        """
+        if len(self.taken) > FRONT_ENDS_KEPT:
+            busy = {owner for owner, _ in (*self._keys, *self._held)}
+            idle = next((one for one in self.taken if one not in busy and one != front_end), None)
+            if idle is not None:
+                del self.taken[idle]
         return self._drop([pair for pair in (*self._keys, *self._held) if pair[0] == front_end])
 
     def abort_all(self) -> list[Effect]:

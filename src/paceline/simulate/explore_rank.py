@@ -1,8 +1,7 @@
 """One rank with its engine and links, as a number: a block.
 
-A block is all that is one rank's own: its machine, what its engine has left to do, the two links between it and the
-coordinator, and the requests and front-ends' notices on their way that name it. Ranks are alike, so a block does not
-hold its rank's number: inside, every rank is rank 0.
+A block is all that is one rank's own: its machine, what its engine has left to do, its two links to the coordinator,
+and the requests and notices on their way that name it. It does not hold its rank's number: inside, each is rank 0.
 
 What the walk does not tell apart, and why it may not matter:
 
@@ -272,6 +271,7 @@ class Blocks:
             life = self.life(number).copy()
             life.agree = None
             effects = self._handle(life, Agreed(any_work, wave, suspension))
+            effects += [] if life.machine.running else self._turn(life)
             after = self._agreed[key] = self._put(self._blocks[number], life, effects)
         return after
 
