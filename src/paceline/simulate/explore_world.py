@@ -13,7 +13,7 @@ ever, requests of one front-end are not kept in order either; what is walked is 
 A lost broadcast is lost to one receiver, whole: all that one event made the coordinator say. When the coordinator dies,
 what was on its way to and from it is lost; that some of it had come through is the walk in which it was read before.
 Front-ends' notices may also reach the next one. A rank dies between waves only; its next life is started at once, and
-connects and joins as late as one likes. (In a wave its death ends the generation, which is not walked.)
+connects and joins as late as one likes. (Its death in a wave: `explore_group`.)
 
 Ranks are alike. States that differ only in which rank is which are one: `canonical` puts the blocks in order and
 renumbers the coordinator's state to match.
@@ -52,6 +52,8 @@ class World:
     `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
     """
 
+    kind_of_blocks = Blocks
+
     def __init__(
         self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
         steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
@@ -60,7 +62,7 @@ class World:
         self.ranks = ranks
         self._backlog = backlog
         self.calls = calls
-        self.blocks = Blocks(steps, sync_interval, without)
+        self.blocks = self.kind_of_blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
         self._merge = merge
         self._commons: dict[Common, int] = {}
@@ -78,8 +80,10 @@ class World:
         """All ranks have joined, all front-ends know them, nothing is under way."""
         first = self._number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
         state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
-        while moves := [(action, after) for action, after in self._moves(state) if action.fair]:
-            state = moves[0][1]
+        seen = {state}
+        while ahead := [after for action, after in self._moves(state) if action.fair and after not in seen]:
+            state = ahead[0]
+            seen.add(state)
         bound = self._bound._replace(published=self.common(state).published)
         return self.canonical((state[COORDINATOR], self._number(bound), *state[FIRST_BLOCK:]))[0]
 
@@ -295,11 +299,11 @@ class World:
                 continue
             stamp, notice = front_end_sends(wave, running)
             if notice is None:
-                if life.agree is None:
+                if not life.busy:
                     after = self._with(state, rank, self.blocks.arrive(number, stamp))
                     yield Action("send", rank, stamp, fair=False), after
                 continue
-            if life.agree is None:
+            if not life.busy:
                 arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
                 yield Action("send-first", rank, stamp, fair=False), self._with(state, rank, arrived)
             before = self._with(state, rank, self.blocks.sent(number, stamp))
