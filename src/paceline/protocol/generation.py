@@ -70,7 +70,9 @@ class Generations:
             self._spoken = None
             return
         new_life = before is not None and before.incarnation != position.incarnation
-        fell_out = before is not None and before.generation > 0 and position.generation == 0
+        # Who says that it left one from before may be about to form this one, as it was told.
+        left = before is not None and before.generation >= max(self.number, 1)
+        fell_out = left and position.generation == 0
         if self._spoken is None and (new_life or fell_out or self._members.get(rank) != position.incarnation):
             self._end()
         if self._spoken is not None:
