@@ -90,9 +90,9 @@ class Coordinators:
             found = self._known[number] = tuple(lives.get(rank, 0) for rank in range(self._size))
         return found
 
-    def current(self, number: int, rank: int, incarnation: int) -> bool:
-        """Whether this life of the rank is the one that this coordinator knows."""
-        return self._states[number]._membership.is_current(rank, incarnation)
+    def retired(self, number: int, rank: int, incarnation: int) -> bool:
+        """Whether this coordinator knows that this life of the rank is over."""
+        return self._states[number]._membership.is_retired(rank, incarnation)
 
     def forming(self, number: int) -> Group:
         """The generation that is, or is to be, formed."""

@@ -46,12 +46,10 @@ class GroupedWorld(World):
         if self._merge:
             for rank, number in enumerate(numbers):
                 block = self.blocks[number]
-                if (
-                    block.gone
-                    and not block.late
-                    and not self.coordinators.current(state[COORDINATOR], rank, block.gone)
-                ):
-                    numbers[rank] = self.blocks.gone_read(number)
+                over = block.gone or self.blocks.incarnation[number] - 1
+                if (block.late or block.gone) and self.coordinators.retired(state[COORDINATOR], rank, over):
+                    # Whatever still comes from that life is void.
+                    numbers[rank] = self.blocks.number(block._replace(late=(), gone=0))
                 if self._tidies:
                     numbers[rank] = self.blocks.tidied(numbers[rank], False)
         return super().canonical((*state[:FIRST_BLOCK], *numbers))
