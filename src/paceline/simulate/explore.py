@@ -36,8 +36,9 @@ class Bound(Struct, frozen=True):
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states
-    that behave alike are one. `grouped`: whether ranks form generations, so that one may die in a wave. `backlog`: messages of one rank that the coordinator may leave unread while the ranks go
-    on to their next step. `max_memory_mb`: of this process, all in all.
+    that behave alike are one. `grouped`: whether ranks form generations, so that one may die in a wave. `backlog`:
+    messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `max_memory_mb`: of this process, all in all.
     """
 
     ranks: int = 3

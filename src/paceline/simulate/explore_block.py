@@ -20,6 +20,12 @@ class Broken(Exception):
     """An invariant does not hold, or a machine failed. The text says why."""
 
 
+def demand(why: str | None) -> None:
+    """Raises Broken where an invariant says why it does not hold."""
+    if why is not None:
+        raise Broken(why)
+
+
 class Life:
     """A rank's machine and, by the machine's keys, the steps that its engine has left for each request.
 

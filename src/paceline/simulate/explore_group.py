@@ -15,10 +15,10 @@ from typing import Any
 
 from paceline.protocol.invariants import same_generation
 from paceline.protocol.messages import Form
-from paceline.simulate.explore_block import Group
+from paceline.simulate.explore_block import Group, demand
 from paceline.simulate.explore_group_rank import GroupedBlocks
 from paceline.simulate.explore_state import COORDINATOR, FIRST_BLOCK, Action, Common, State
-from paceline.simulate.explore_world import Moves, World, _demand
+from paceline.simulate.explore_world import Moves, World
 
 
 class GroupedWorld(World):
@@ -158,7 +158,7 @@ class GroupedWorld(World):
         if group is None or not all(self.blocks.running[number] for number in state[FIRST_BLOCK:]):
             return
         machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
-        _demand(same_generation(group[0], {f"rank {i}": machine.generation for i, machine in enumerate(machines)}))
+        demand(same_generation(group[0], {f"rank {i}": machine.generation for i, machine in enumerate(machines)}))
         yield from super()._round(state)
 
     def _torn(self, state: State) -> set[tuple[int, ...]]:

@@ -13,7 +13,7 @@ told that it is over; who enters one of its collectives finds out (`ended`), at 
 
 from __future__ import annotations
 
-from paceline.protocol.messages import Form, GroupMember, ToRank
+from paceline.protocol.messages import Form, GroupMember, Identify, ToRank
 from paceline.protocol.rank_events import Effect, Event, Formed, FormGroup, GenerationEnded
 from paceline.simulate.explore_block import Block, BlockMove, Life
 from paceline.simulate.explore_parts import NOW, RankLabel
@@ -66,7 +66,10 @@ class GroupedBlocks(Blocks):
             told = isinstance(what, Form) and what.generation <= self.life(number).machine._forming
             if block.connected and message not in block.down and not told:
                 block = block._replace(down=(*block.down, message))
-            after = self._heard[key] = self.number(block)
+            after = self.number(block)
+            if isinstance(what, Identify) and block.down == (message,):
+                after = next(move.block for move in self.moves(after) if move.kind == "hear")
+            self._heard[key] = after
         return after
 
     def neutral(self, message: ToRank, rank: int) -> int | None:

@@ -44,7 +44,7 @@ from paceline.protocol.rank_events import (
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life
+from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life, demand
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, renumber
 
 
@@ -292,7 +292,7 @@ class Blocks:
         elif not any(isinstance(effect, DummyStep) for effect in effects):
             raise Broken("a rank that runs does not step")
         answers = self._handle(life, Stepped(outputs, Load(), bool(life.left)))
-        _demand(answered_once(names, answers))
+        demand(answered_once(names, answers))
         life.agree = next((effect for effect in answers if isinstance(effect, Agree)), None)
         return self._put(self._blocks[number], life, effects + answers)
 
@@ -326,8 +326,8 @@ class Blocks:
                 life.left[effect.key] = self._steps
             elif isinstance(effect, Drop):
                 del life.left[effect.key]
-        _demand(wave_never_falls("a rank", wave, life.machine.wave))
-        _demand(runs_only_when_ready(life.machine))
+        demand(wave_never_falls("a rank", wave, life.machine.wave))
+        demand(runs_only_when_ready(life.machine))
         return effects
 
     def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:
@@ -344,8 +344,3 @@ class Blocks:
 def _without(stamps: tuple[int, ...], stamp: int) -> tuple[int, ...]:
     place = stamps.index(stamp)
     return stamps[:place] + stamps[place + 1 :]
-
-
-def _demand(why: str | None) -> None:
-    if why is not None:
-        raise Broken(why)

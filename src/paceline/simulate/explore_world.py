@@ -35,7 +35,7 @@ from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRan
 from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
-from paceline.simulate.explore_block import Broken
+from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Answer, Coordinators
 from paceline.simulate.explore_rank import Blocks
@@ -82,8 +82,7 @@ class World:
         state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
         seen = {state}
         while ahead := [after for action, after in self._moves(state) if action.fair and after not in seen]:
-            state = ahead[0]
-            seen.add(state)
+            seen.add(state := ahead[0])
         bound = self._bound._replace(published=self.common(state).published)
         return self.canonical((state[COORDINATOR], self._number(bound), *state[FIRST_BLOCK:]))[0]
 
@@ -107,7 +106,7 @@ class World:
         if common.settled:
             machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
             known = {f"rank {i}": (machine.running, machine.standing.number) for i, machine in enumerate(machines)}
-            _demand(nothing_steps_while_suspended(common.settled, known))
+            demand(nothing_steps_while_suspended(common.settled, known))
         if common.asking or not all(map(self.blocks.quiet, state[FIRST_BLOCK:])):
             return False
         if self.coordinators.timers(state[COORDINATOR]):
@@ -115,7 +114,7 @@ class World:
         machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
         # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
         waves = {f"rank {i}": machine.wave for i, machine in enumerate(machines) if machine.incarnation == 1}
-        _demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
+        demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
         return True
 
     def canonical(self, state: State) -> tuple[State, tuple[int, ...]]:
@@ -220,7 +219,7 @@ class World:
         self._check_left_out(state, answer.broadcasts)
         for message in answer.broadcasts:
             if isinstance(message, Admit | Form):
-                _demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
+                demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
         told = self._told(state, answer.broadcasts, -1)
         yield action, told
         # A question follows a connection that is up: what was lost before is why it is asked.
@@ -261,7 +260,7 @@ class World:
                     continue
                 # What it holds back it starts by itself, in whatever wave is current then.
                 coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
-                _demand(left_out_has_it(message, machine.wave, machine.running, coming))
+                demand(left_out_has_it(message, machine.wave, machine.running, coming))
 
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
@@ -274,7 +273,7 @@ class World:
         if not agreeing:
             after = [blocks.stepped(number) for number in after]
         agrees = [blocks.life(number).agree for number in after]
-        _demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
+        demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
         agreements = [agree for agree in agrees if agree is not None]
         # In an agreement a rank can hear of a suspension that it has not spoken of.
         if agreements and (agreeing or not self.calls):
@@ -298,10 +297,12 @@ class World:
                 # No front-end is connected to this life yet.
                 continue
             stamp, notice = front_end_sends(wave, running)
+            if notice is None and not life.busy:
+                yield (
+                    Action("send", rank, stamp, fair=False),
+                    self._with(state, rank, self.blocks.arrive(number, stamp)),
+                )
             if notice is None:
-                if not life.busy:
-                    after = self._with(state, rank, self.blocks.arrive(number, stamp))
-                    yield Action("send", rank, stamp, fair=False), after
                 continue
             if not life.busy:
                 arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
@@ -345,8 +346,3 @@ class World:
             number = self._commons[common] = len(self._common)
             self._common.append(common)
         return number
-
-
-def _demand(why: str | None) -> None:
-    if why is not None:
-        raise Broken(why)
