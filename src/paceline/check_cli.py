@@ -33,6 +33,7 @@ def check(
     steps: Annotated[int, typer.Option(min=1, help="Engine steps of a request.")] = 1,
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
     backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
+    grouped: Annotated[bool, typer.Option(help="Ranks form generations, and one may die in a wave.")] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
 ) -> None:
@@ -40,7 +41,7 @@ def check(
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
-        backlog=backlog,
+        backlog=backlog, grouped=grouped,
     )  # fmt: skip
     with progress() as report:
         result = walk(bound, report)

@@ -110,6 +110,18 @@ def test_members_that_fall_out_make_one_next_generation_when_all_have_spoken() -
     assert (found.number, found.due) == (2, None)
 
 
+def test_who_is_asked_while_it_forms_has_not_fallen_out() -> None:
+    found = formed()
+    hear(found, 0, 0, life=99, now=1.0)
+    hear(found, 1, 1, now=1.0)
+    assert found.number == 2
+    hear(found, 1, 0, told=2, now=1.0)
+    assert not found.ended, "it has left the one before, as it was told"
+    hear(found, 1, 2, now=1.0)
+    hear(found, 1, 0, told=2, now=1.0)
+    assert found.ended, "it has left the new one"
+
+
 def test_a_forming_that_takes_too_long_gives_way_to_the_next() -> None:
     found = Generations(2)
     hear(found, 0)

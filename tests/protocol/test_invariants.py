@@ -42,6 +42,11 @@ def test_answered_once(finished: list[int], effects: list[Effect], broken: bool)
     assert (invariants.answered_once(finished, effects) is not None) == broken
 
 
+@pytest.mark.parametrize(("known", "broken"), [({"a": 2, "b": 2}, False), ({"a": 2, "b": 3}, True), ({"a": 0}, True)])
+def test_same_generation(known: dict[str, int], broken: bool) -> None:
+    assert (invariants.same_generation(2, known) is not None) == broken
+
+
 def test_only_a_ready_rank_runs() -> None:
     rank = Rank(0, 1, "rank", lockstep=True)
     assert invariants.runs_only_when_ready(rank) is None

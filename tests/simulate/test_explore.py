@@ -9,6 +9,7 @@ import pytest
 from paceline.protocol.rules import RULES
 from paceline.protocol.wave import GroupWave
 from paceline.simulate.explore import Bound, Progress, walk
+from paceline.simulate.explore_group import GroupedWorld
 from paceline.simulate.explore_state import COORDINATOR, FIRST_BLOCK, State
 from paceline.simulate.explore_world import World
 
@@ -83,6 +84,12 @@ def ends(world: World) -> tuple[set[object], set[object]]:
 @pytest.mark.parametrize(("requests", "losses", "crashes"), [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)])
 def test_merging_hides_nothing(requests: int, losses: int, crashes: int) -> None:
     merged, plain = (World(2, requests, losses, crashes, merge=merge) for merge in (True, False))
+    assert ends(merged) == ends(plain)
+
+
+@pytest.mark.parametrize(("requests", "losses", "crashes"), [(1, 1, 0), (0, 0, 1)])
+def test_merging_hides_nothing_of_generations(requests: int, losses: int, crashes: int) -> None:
+    merged, plain = (GroupedWorld(2, requests, losses, crashes, merge=merge) for merge in (True, False))
     assert ends(merged) == ends(plain)
 
 

@@ -26,6 +26,12 @@ def test_nothing_wrong_is_status_0(app: typer.Typer) -> None:
     assert "No violation" in done.output
 
 
+def test_ranks_with_generations_are_walked(app: typer.Typer) -> None:
+    done = CliRunner().invoke(app, [*SMALL, "--crashes", "1", "--requests", "0", "--grouped"])
+    assert done.exit_code == 0
+    assert "No violation" in done.output
+
+
 def test_a_violation_is_status_1_and_a_story(app: typer.Typer) -> None:
     done = CliRunner().invoke(app, [*SMALL, "--without", "finished-waves-ignored"])
     assert done.exit_code == 1

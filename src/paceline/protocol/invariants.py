@@ -32,6 +32,18 @@ def same_collective(entered: Mapping[str, Effect]) -> str | None:
     return f"ranks are in different collectives: {join(in_step)} in a step, {join(in_agreement)} in an agreement"
 
 
+def same_generation(group: int, known: Mapping[str, int]) -> str | None:
+    """Ranks whose collective completes are members of the same generation, and know it.
+
+    `group`: whose connections they hold. `known`: by party, the generation that its machine is in.
+    """
+    others = {party: generation for party, generation in sorted(known.items()) if generation != group}
+    if not others:
+        return None
+    parts = join(f"{party} believes to be in {generation}" for party, generation in others.items())
+    return f"a collective of generation {group} completes, and {parts}"
+
+
 def answered_once(finished: Iterable[int], effects: Sequence[Effect]) -> str | None:
     """What the engine finished in a step, the rank answers, each once.
 

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from paceline.protocol.sampling import ControlAction, SuspendMode
 from paceline.simulate.explore_block import Broken
+from paceline.simulate.explore_group import GroupedWorld
 from paceline.simulate.explore_liveness import first_stuck
 from paceline.simulate.explore_state import State
 from paceline.simulate.explore_story import tell
@@ -35,8 +36,9 @@ class Bound(Struct, frozen=True):
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states
-    that behave alike are one. `backlog`: messages of one rank that the coordinator may leave unread while the ranks go
-    on to their next step. `max_memory_mb`: of this process, all in all.
+    that behave alike are one. `grouped`: whether ranks form generations, so that one may die in a wave. `backlog`:
+    messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `max_memory_mb`: of this process, all in all.
     """
 
     ranks: int = 3
@@ -50,6 +52,7 @@ class Bound(Struct, frozen=True):
     mode: SuspendMode = "keep"
     without: frozenset[str] = frozenset()
     merge: bool = True
+    grouped: bool = False
     backlog: int = 3
     max_memory_mb: int = 4096
 
@@ -180,7 +183,7 @@ def smaller_bounds(bound: Bound) -> Iterator[Bound]:
 def _walk(bound: Bound, report: Callable[[Progress], None]) -> Result:
     begin = time.perf_counter()
     calls: tuple[ControlAction, ...] = (bound.mode, "resume") * bound.suspensions
-    world = World(
+    world = (GroupedWorld if bound.grouped else World)(
         bound.ranks, bound.requests, bound.losses, bound.crashes, calls=calls, steps=bound.steps,
         sync_interval=bound.sync_interval, without=bound.without, merge=bound.merge,
         backlog=bound.backlog,

@@ -11,25 +11,51 @@ from paceline.simulate.explore_parts import freeze, renumber
 
 FRONT_END = 1
 
+Group = tuple[int, int]
+"""A generation: its number, and the sum of its members' incarnations. Lives are counted up, so of the groups that were
+to be formed under one number, the one of the lives that there are now has the highest sum, and no other has that."""
+
 
 class Broken(Exception):
     """An invariant does not hold, or a machine failed. The text says why."""
 
 
+def demand(why: str | None) -> None:
+    """Raises Broken where an invariant says why it does not hold."""
+    if why is not None:
+        raise Broken(why)
+
+
 class Life:
     """A rank's machine and, by the machine's keys, the steps that its engine has left for each request.
 
-    `agree`: what it has said to the agreement that it is in, None while it is in none.
+    `agree`: what it has said to the agreement that it is in, None while it is in none. `group`: the generation whose
+    connections it holds, `forming`: the one that it waits to be told that it is formed; None where there is none.
     """
 
-    def __init__(self, machine: Rank, left: dict[int, int], agree: Agree | None = None) -> None:
+    def __init__(
+        self, machine: Rank, left: dict[int, int], agree: Agree | None = None, group: Group | None = None,
+        forming: Group | None = None,
+    ) -> None:  # fmt: skip
         self.machine = machine
         self.left = left
         self.agree = agree
+        self.group = group
+        self.forming = forming
 
     def copy(self) -> Life:
         """One that can be changed."""
-        return Life(renumber(self.machine), dict(self.left), self.agree)
+        return Life(renumber(self.machine), dict(self.left), self.agree, self.group, self.forming)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is in an agreement or forms a group: it reads then only what is read in mid-step."""
+        return self.agree is not None or self.forming is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether its next turn would begin nothing that others take part in."""
+        return not self.busy and not self.machine._may_step() and self.machine._to_form is None
 
     @property
     def unfinished(self) -> int:
@@ -44,7 +70,14 @@ class Life:
         if machine._wanted_wave <= machine.wave:
             # Asked for only when this wave has ended, and then it is over.
             machine._wanted_wave = -1
-        return (freeze(machine), tuple(sorted(self.left.values())), machine.requests.held, freeze(self.agree))
+        return (
+            freeze(machine),
+            tuple(sorted(self.left.values())),
+            machine.requests.held,
+            freeze(self.agree),
+            self.group,
+            self.forming,
+        )
 
 
 class Block(NamedTuple):
@@ -52,6 +85,8 @@ class Block(NamedTuple):
 
     `connected`: it hears broadcasts. `asked`: this life of the coordinator has asked it who it is.
     `arriving`: requests on their way. `notices`: notices on their way to the coordinator, that name this rank.
+    `late`: what the life before said that may still be read. `gone`: a life of which the coordinator may still hear
+    that its connection has ended, 0 for none.
     """
 
     life: int
@@ -61,6 +96,8 @@ class Block(NamedTuple):
     asked: bool
     arriving: tuple[int, ...]
     notices: tuple[int, ...]
+    late: tuple[int, ...] = ()
+    gone: int = 0
 
 
 class BlockMove(NamedTuple):

@@ -9,6 +9,7 @@ from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Event,
     FrontEndSaid,
+    RankGone,
     RankSaid,
     RankSubscribed,
     Tick,
@@ -18,7 +19,7 @@ from paceline.protocol.coordinator_events import (
 from paceline.protocol.invariants import wave_never_falls
 from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
 from paceline.protocol.sampling import ControlAction
-from paceline.simulate.explore_block import FRONT_END, Broken
+from paceline.simulate.explore_block import FRONT_END, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 
 
@@ -41,6 +42,8 @@ TIMERS = {
     "wake": ("_group", "_wake_due"),
     "question": ("_introductions", "_due"),
     "suspension": ("_suspension", "_due"),
+    "generation": ("_generations", "_due"),
+    "patience": ("_generations", "_give_up_at"),
 }
 """What the coordinator repeats, and where its machine keeps when."""
 
@@ -87,6 +90,15 @@ class Coordinators:
             found = self._known[number] = tuple(lives.get(rank, 0) for rank in range(self._size))
         return found
 
+    def retired(self, number: int, rank: int, incarnation: int) -> bool:
+        """Whether this coordinator knows that this life of the rank is over."""
+        return self._states[number]._membership.is_retired(rank, incarnation)
+
+    def forming(self, number: int) -> Group:
+        """The generation that is, or is to be, formed."""
+        generations = self._states[number]._generations
+        return generations.number, sum(generations._members.values())
+
     def timers(self, number: int) -> list[tuple[str, list[int]]]:
         """The timers that are set, each with the ranks whose answer it waits for."""
         found = self._timers.get(number)
@@ -94,11 +106,13 @@ class Coordinators:
             machine = self._states[number]
             waiting = {
                 "wake": machine._group.lagging(),
-                "question": machine._membership.missing(),
+                "question": [*machine._membership.missing(), *machine._generations.silent()],
+                "generation": [*machine._generations._members],
+                "patience": [],
                 "suspension": machine._suspension.state(range(self._size)).waiting_for,
             }
-            due = [name for name, (part, field) in TIMERS.items() if getattr(getattr(machine, part), field) is not None]
-            found = self._timers[number] = [(name, waiting[name]) for name in due]
+            set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in TIMERS.items()}
+            found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
         return found
 
     def renumbered(self, number: int, order: Sequence[int]) -> int:
@@ -125,6 +139,10 @@ class Coordinators:
         """A rank's connection has come up."""
         return self._answer(number, "subscribed", RankSubscribed)
 
+    def gone(self, number: int, rank: int, incarnation: int) -> Answer:
+        """The connection of this life of a rank has ended."""
+        return self._answer(number, ("gone", rank, incarnation), lambda: RankGone(RankLabel(rank), incarnation))
+
     def called(self, number: int, call: int, action: ControlAction, answered: int) -> Answer:
         """A front-end's call, or its repeat."""
         event = lambda: FrontEndSaid(ControlRequest(FRONT_END, call, action, answered))  # noqa: E731
@@ -145,6 +163,8 @@ class Coordinators:
         if isinstance(event, Tick):
             part, field = TIMERS[str(name)]
             setattr(getattr(machine, part), field, NOW)
+            # Patience is looked at where a repeat is due.
+            machine._generations._due = NOW if name == "patience" else machine._generations._due
         before = self.wave(number)
         try:
             effects = machine.handle(event, NOW)
@@ -168,7 +188,7 @@ class Coordinators:
 
 
 def _key(machine: Coordinator) -> Hashable:
-    group, introductions = machine._group, machine._introductions
+    group, introductions, generations = machine._group, machine._introductions, machine._generations
     if group._wake_due is None:
         # Read only while a wake is due; set anew with the next one.
         group._prompt_wake = False
@@ -179,7 +199,13 @@ def _key(machine: Coordinator) -> Hashable:
     # is to hear of the others later.
     introductions._asked = float("-inf")
     introductions._admitted = {}
+    unheard = machine._membership.missing() or generations.silent()
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
-    introductions._due = LATER if introductions._asks and machine._membership.missing() else None
+    introductions._due = LATER if introductions._asks and unheard else None
+    if generations._due is None:
+        generations._give_up_at = float("inf")
+    if generations._spoken is not None:
+        # Set anew with the next generation, and not read before.
+        generations._members = {}
     return freeze(machine)

@@ -43,7 +43,7 @@ from paceline.protocol.rank_events import (
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life
+from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life, demand
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, renumber
 
 
@@ -52,6 +52,8 @@ class Blocks:
 
     `steps`: engine steps that a request takes. `sync_interval`: steps between agreements. `without`: rules left out.
     """
+
+    group_address = ""
 
     def __init__(self, steps: int, sync_interval: int, without: frozenset[str] = frozenset()) -> None:
         self._steps = steps
@@ -64,7 +66,7 @@ class Blocks:
         self.oldest: list[int] = []
         """By block, the message from the rank that the coordinator reads next; -1 where there is none."""
         self.running: list[bool] = []
-        """By block, whether the rank runs."""
+        """By block, whether the rank takes part in steps: it runs, and has a group if it needs one."""
         self.incarnation: list[int] = []
         """By block, the rank's life."""
         self._neutral: dict[tuple[ToRank, int], int | None] = {}
@@ -84,9 +86,9 @@ class Blocks:
         if number is None:
             number = self._numbers[block] = len(self._blocks)
             self._blocks.append(block)
-            self.oldest.append(block.up[0] if block.up else -1)
             machine = self._lives[block.life].machine
-            self.running.append(machine.running)
+            self.oldest.append(block.up[0] if block.up else -1)
+            self.running.append(machine._may_step())
             self.incarnation.append(machine.incarnation)
         return number
 
@@ -107,7 +109,7 @@ class Blocks:
     def _loaded(self, incarnation: int, block: Block) -> int:
         rank = Rank(
             RankLabel(0), incarnation, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval,
-            without=self._without,
+            group_address=self.group_address, without=self._without,
         )  # fmt: skip
         return self._after(block._replace(life=self._lives.number(Life(rank, {}))), Loaded())
 
@@ -161,18 +163,17 @@ class Blocks:
             at_once = isinstance(message, IN_MID_STEP)
             if at_once and any(isinstance(self.messages[name], IN_MID_STEP) for name in block.down[:place]):
                 continue
-            if at_once or (place == 0 and life.agree is None):
+            if at_once or (place == 0 and not life.busy):
                 rest = block._replace(down=block.down[:place] + block.down[place + 1 :])
                 after = self._after(rest, CoordinatorSaid(message))  # type: ignore[arg-type]
-                moves.append(BlockMove("hear", message_number, after, life.machine.running and not at_once))
-        if life.machine.phase is Phase.JOINING and not block.up and not block.down and block.connected:
+                moves.append(BlockMove("hear", message_number, after, self.running[number] and not at_once))
+        if life.machine.phase is Phase.JOINING and life.idle and not block.up and not block.down and block.connected:
             again = life.copy()
-            moves.append(
-                BlockMove("hello", 0, self._put(block, again, self._handle(again, Turn(Load(), False), LATER)), False)
-            )
-        for stamp in sorted(set(block.arriving)) if life.agree is None else ():
+            after = self._put(block, again, self._handle(again, Turn(Load(), False), LATER))
+            moves.append(BlockMove("hello", 0, after, False))
+        for stamp in sorted(set(block.arriving)) if not life.busy else ():
             rest = block._replace(arriving=_without(block.arriving, stamp))
-            moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), life.machine.running))
+            moves.append(BlockMove("arrive", stamp, self.arrive(self.number(rest), stamp), self.running[number]))
         return moves
 
     def arrive(self, number: int, stamp: int) -> int:
@@ -206,7 +207,7 @@ class Blocks:
 
         1: what the rank had said; 2: what it was told; 4: the notices that name it.
         """
-        block = self._blocks[number]._replace(connected=False, asked=False)
+        block = self._blocks[number]._replace(connected=False, asked=False, late=(), gone=0)
         variants: dict[int, int] = {}
         for bits in (3, 7):
             less = block._replace(
@@ -291,7 +292,7 @@ class Blocks:
         elif not any(isinstance(effect, DummyStep) for effect in effects):
             raise Broken("a rank that runs does not step")
         answers = self._handle(life, Stepped(outputs, Load(), bool(life.left)))
-        _demand(answered_once(names, answers))
+        demand(answered_once(names, answers))
         life.agree = next((effect for effect in answers if isinstance(effect, Agree)), None)
         return self._put(self._blocks[number], life, effects + answers)
 
@@ -300,7 +301,7 @@ class Blocks:
     def _after(self, block: Block, event: Event) -> int:
         life = self._lives[block.life].copy()
         effects = self._handle(life, event)
-        if not life.machine.running:
+        if life.idle:
             effects += self._turn(life)
         return self._put(block, life, effects)
 
@@ -325,8 +326,8 @@ class Blocks:
                 life.left[effect.key] = self._steps
             elif isinstance(effect, Drop):
                 del life.left[effect.key]
-        _demand(wave_never_falls("a rank", wave, life.machine.wave))
-        _demand(runs_only_when_ready(life.machine))
+        demand(wave_never_falls("a rank", wave, life.machine.wave))
+        demand(runs_only_when_ready(life.machine))
         return effects
 
     def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:
@@ -343,8 +344,3 @@ class Blocks:
 def _without(stamps: tuple[int, ...], stamp: int) -> tuple[int, ...]:
     place = stamps.index(stamp)
     return stamps[:place] + stamps[place + 1 :]
-
-
-def _demand(why: str | None) -> None:
-    if why is not None:
-        raise Broken(why)

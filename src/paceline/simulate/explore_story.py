@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from paceline.protocol.invariants import join
 from paceline.protocol.messages import (
     Admit,
+    Form,
     FromRank,
     Identify,
     RankHello,
@@ -34,6 +35,7 @@ def meaning(message: FromRank | ToRank) -> str:
             state = "run in" if message.running else "am paused, next is"
             return f"RankHello: I am {'ready' if message.ready else 'joining'} and {state} wave {message.wave}" + (
                 f", know suspension {message.suspension}{' and keep it' * message.held}" * bool(message.suspension)
+                + f", am in generation {message.generation} and was told {message.told}" * bool(message.group_address)
             )
         case Identify():
             return "Identify: who are you?"
@@ -44,6 +46,10 @@ def meaning(message: FromRank | ToRank) -> str:
                 return f"Suspension {message.number} ({message.mode}): start nothing by yourself"
             return f"Suspension {message.number}: " + (
                 "go on" if message.released else "this is to end, say that you know"
+            )
+        case Form():
+            return (
+                f"Form: leave what group you are in, form generation {message.generation}; the wave is {message.wave}"
             )
         case Admit():
             return f"Admit: you may be ready, the wave is {message.wave}"
@@ -153,7 +159,23 @@ class _Teller:
             case "agree":
                 return "All ranks agree whether any has work left"
             case "die":
-                return f"{rank.capitalize()} dies while no rank runs, and its next life is loaded"
+                return f"{rank.capitalize()} dies, and its next life is loaded"
+            case "form":
+                return f"{rank.capitalize()} leaves its group and waits for the others to form the next"
+            case "formed":
+                return f"{rank.capitalize()} is told that generation {action.detail} is formed"
+            case "ended":
+                return f"{rank.capitalize()} enters a collective and finds that its generation is over"
+            case "gives-up":
+                return f"{rank.capitalize()} waits no longer for its generation to be formed"
+            case "torn":
+                return "A member leaves just as a collective completes, and not all get the outcome"
+            case "patience":
+                return "The coordinator waits no longer for the generation to be formed"
+            case "late":
+                return f"The coordinator reads what {rank}'s life before had said: {meaning(messages[action.detail])}"
+            case "gone":
+                return f"The coordinator hears that the connection of {rank}'s life before has ended"
             case "hello":
                 return f"{rank.capitalize()} waits to be admitted and says hello again"
             case "ask":

@@ -13,7 +13,7 @@ ever, requests of one front-end are not kept in order either; what is walked is 
 A lost broadcast is lost to one receiver, whole: all that one event made the coordinator say. When the coordinator dies,
 what was on its way to and from it is lost; that some of it had come through is the walk in which it was read before.
 Front-ends' notices may also reach the next one. A rank dies between waves only; its next life is started at once, and
-connects and joins as late as one likes. (In a wave its death ends the generation, which is not walked.)
+connects and joins as late as one likes. (Its death in a wave: `explore_group`.)
 
 Ranks are alike. States that differ only in which rank is which are one: `canonical` puts the blocks in order and
 renumbers the coordinator's state to match.
@@ -35,7 +35,7 @@ from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRan
 from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
-from paceline.simulate.explore_block import Broken
+from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Answer, Coordinators
 from paceline.simulate.explore_rank import Blocks
@@ -52,6 +52,8 @@ class World:
     `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
     """
 
+    kind_of_blocks = Blocks
+
     def __init__(
         self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
         steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
@@ -60,7 +62,7 @@ class World:
         self.ranks = ranks
         self._backlog = backlog
         self.calls = calls
-        self.blocks = Blocks(steps, sync_interval, without)
+        self.blocks = self.kind_of_blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
         self._merge = merge
         self._commons: dict[Common, int] = {}
@@ -78,8 +80,9 @@ class World:
         """All ranks have joined, all front-ends know them, nothing is under way."""
         first = self._number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
         state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
-        while moves := [(action, after) for action, after in self._moves(state) if action.fair]:
-            state = moves[0][1]
+        seen = {state}
+        while ahead := [after for action, after in self._moves(state) if action.fair and after not in seen]:
+            seen.add(state := ahead[0])
         bound = self._bound._replace(published=self.common(state).published)
         return self.canonical((state[COORDINATOR], self._number(bound), *state[FIRST_BLOCK:]))[0]
 
@@ -103,7 +106,7 @@ class World:
         if common.settled:
             machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
             known = {f"rank {i}": (machine.running, machine.standing.number) for i, machine in enumerate(machines)}
-            _demand(nothing_steps_while_suspended(common.settled, known))
+            demand(nothing_steps_while_suspended(common.settled, known))
         if common.asking or not all(map(self.blocks.quiet, state[FIRST_BLOCK:])):
             return False
         if self.coordinators.timers(state[COORDINATOR]):
@@ -111,7 +114,7 @@ class World:
         machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
         # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
         waves = {f"rank {i}": machine.wave for i, machine in enumerate(machines) if machine.incarnation == 1}
-        _demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
+        demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
         return True
 
     def canonical(self, state: State) -> tuple[State, tuple[int, ...]]:
@@ -216,7 +219,7 @@ class World:
         self._check_left_out(state, answer.broadcasts)
         for message in answer.broadcasts:
             if isinstance(message, Admit | Form):
-                _demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
+                demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
         told = self._told(state, answer.broadcasts, -1)
         yield action, told
         # A question follows a connection that is up: what was lost before is why it is asked.
@@ -257,7 +260,7 @@ class World:
                     continue
                 # What it holds back it starts by itself, in whatever wave is current then.
                 coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
-                _demand(left_out_has_it(message, machine.wave, machine.running, coming))
+                demand(left_out_has_it(message, machine.wave, machine.running, coming))
 
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
@@ -270,7 +273,7 @@ class World:
         if not agreeing:
             after = [blocks.stepped(number) for number in after]
         agrees = [blocks.life(number).agree for number in after]
-        _demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
+        demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
         agreements = [agree for agree in agrees if agree is not None]
         # In an agreement a rank can hear of a suspension that it has not spoken of.
         if agreements and (agreeing or not self.calls):
@@ -294,12 +297,14 @@ class World:
                 # No front-end is connected to this life yet.
                 continue
             stamp, notice = front_end_sends(wave, running)
+            if notice is None and not life.busy:
+                yield (
+                    Action("send", rank, stamp, fair=False),
+                    self._with(state, rank, self.blocks.arrive(number, stamp)),
+                )
             if notice is None:
-                if life.agree is None:
-                    after = self._with(state, rank, self.blocks.arrive(number, stamp))
-                    yield Action("send", rank, stamp, fair=False), after
                 continue
-            if life.agree is None:
+            if not life.busy:
                 arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
                 yield Action("send-first", rank, stamp, fair=False), self._with(state, rank, arrived)
             before = self._with(state, rank, self.blocks.sent(number, stamp))
@@ -341,8 +346,3 @@ class World:
             number = self._commons[common] = len(self._common)
             self._common.append(common)
         return number
-
-
-def _demand(why: str | None) -> None:
-    if why is not None:
-        raise Broken(why)
