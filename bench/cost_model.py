@@ -32,7 +32,7 @@ LOADS = {"light": 0.3, "medium": 0.7, "heavy": 1.3}
 """Load to its share of what the ranks can carry, by their own costs after warming up."""
 
 FEW_SLOTS = 2
-WARMING_UP = 12
+WARMING_UP = 6
 SEED = 4
 
 
@@ -142,7 +142,7 @@ def main() -> int:
     """Measure and show."""
     parser = argparse.ArgumentParser(prog="cost_model.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=25.0, help="how long each load lasts (default: 25)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long each load lasts (default: 20)")
     parser.add_argument("--engines", type=lambda text: text.split(","), default=["llama", "timed"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples there too")
     parser.add_argument("--write", action="store_true", help="write bench/results/cost_model.md and .png")

@@ -101,7 +101,8 @@ def to_markdown(samples: list[Sample], command: str) -> str:
 
     {command}
 
-{os.cpu_count()} cores ({platform.machine()}), shared with other work; one-minute load at the end {os.getloadavg()[0]:.1f}.
+{os.cpu_count()} cores ({platform.machine()}), shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at
+the end (one-minute load).
 
 {verdict}
 {table}

@@ -5,8 +5,8 @@ past its prompt one token. The wait is therefore the time for the prompt tokens 
 the answers cost that are written meanwhile. Where no slot or no KV memory is left there is a barrier before that: the
 request begins when enough others have ended.
 
-All is reckoned from what the rank itself says of its steps and of its requests (`Load`). Requests that come later
-and priorities are left out: they are not known, or are nobody's promise.
+All is reckoned from what the rank itself says of its steps and of its requests (`Load`). Priorities are left out, and
+of requests that come later only what they add to the step in which the prompt ends.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 
 from paceline.protocol.messages import Load
+
+ANY_NUMBER = 1 << 50
 
 
 def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -> float:
@@ -29,10 +31,10 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     busy = min(load.slots, load.running + load.waiting)
     # Requests ahead become writers one by one as their prompts are done.
     writers = (load.decoding + busy) / 2
-    room = max(1, load.step_tokens - load.decoding) if load.step_tokens else math.inf
+    room = max(1, (load.step_tokens or ANY_NUMBER) - load.decoding)
 
-    def steps_of(tokens: float) -> int:
-        return math.ceil(tokens / room)
+    def steps_of(tokens: int) -> int:
+        return -(-tokens // room)
 
     def seconds(steps: float, tokens: float, writing: float) -> float:
         return steps * (load.step_s + load.answer_token_s * writing) + load.prompt_token_s * tokens
@@ -46,7 +48,7 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     now_s = seconds(1, now, load.decoding)
     later = load.prefill_tokens - now
     ahead_s = now_s + seconds(steps_of(later), later, writers)
-    barrier = _steps_until_ended(load, starting, _ends_needed(load, starting, own))
+    barrier = _steps_until_ended(load, starting, _ends_needed(load, own))
     # Steps that only write, for want of a prompt that may begin.
     idle_steps = max(0.0, barrier - 1 - steps_of(later))
     idle_s = seconds(idle_steps, 0, busy)
@@ -54,12 +56,16 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     if done_s >= ahead_s + idle_s:
         # Older than all that it tells of: what runs now is a step that only writes.
         return seconds(0.5, 0, busy) + own_s
-    steps = 1 + steps_of(later + own) + idle_steps
-    all_s = now_s + seconds(steps - 1, later + own, writers if later else busy) + load.answer_token_s
+    steps = steps_of(later + own)
+    # A rank with a queue gets as much as it works off: the step that ends this prompt is filled up by whoever comes,
+    # as long as there are slots.
+    followers = min(steps * room - later - own, later) if load.step_tokens and not barrier else 0
+    all_s = now_s + seconds(steps + idle_steps, later + own + followers, writers if later else busy)
+    all_s += load.answer_token_s
     return all_s - done_s
 
 
-def _ends_needed(load: Load, starting: int, own: int) -> int:
+def _ends_needed(load: Load, own: int) -> int:
     """How many requests must end before the next one may begin, 0 where it may at once."""
     for_slot = load.waiting + 1 - max(0, load.slots - load.running)
     for_memory = 0

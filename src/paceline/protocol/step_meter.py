@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 SHAPE_HALF_LIFE_S = 60.0
-PACE_HALF_LIFE_S = 8.0
+PACE_HALF_LIFE_S = 3.0
 SCALES = (1.0, 64.0, 2.0)
 """What a step typically has of each: the unit in which a lack of knowledge is shared out."""
 
