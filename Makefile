@@ -56,7 +56,12 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
 	@$(BIN)/python bench/collective.py $(ARGS)
 
+# matplotlib draws the plot and is needed for nothing else.
+bench-cost-model: $(STAMP) ## predicted against measured time to first token (installs matplotlib)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
+	@$(BIN)/python bench/cost_model.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective clean
+.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-cost-model clean

@@ -14,11 +14,14 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cost_model_fleet import DatedFrontEnd, Fleet, connected
 from cost_model_report import Sample, plot, to_console, to_markdown
+from msgspec.structs import replace
 
 from paceline.protocol.cost import predicted_wait
 from paceline.protocol.messages import Load, Output
@@ -28,7 +31,7 @@ from paceline.server.client import Client
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPTS = (8, 600)
 ANSWERS = (8, 48)
-LOADS = {"light": 0.3, "medium": 0.7, "heavy": 1.3}
+LOADS = {"light": 0.5, "medium": 0.9, "heavy": 1.5}
 """Load to its share of what the ranks can carry, by their own costs after warming up."""
 
 FEW_SLOTS = 2
@@ -41,12 +44,16 @@ class Sink:
 
     def __init__(self) -> None:
         self.first: float | None = None
+        self.load: Load | None = None
+        self.now_believed: Callable[[], Load] | None = None
         self.done = asyncio.Event()
 
     def put(self, output: Output) -> None:
         if self.first is None and output.token_ids:
             self.first = time.monotonic()
         if output.finish_reason is not None:
+            # By now the report of the step that made the first token is there.
+            self.load = self.now_believed() if self.now_believed is not None else None
             self.done.set()
 
     def fail(self, error: Exception) -> None:
@@ -71,6 +78,7 @@ class Loader:
         sink = Sink()
         sent = time.monotonic()
         _, rank = self._client.submit(sink, tokens, params)  # type: ignore[arg-type]
+        sink.now_believed = partial(self._machine.believed, rank)
         known, age_s = believed[rank]
         predicted = predicted_wait(known, len(tokens), age_s)
         undated = predicted_wait(known, len(tokens))
@@ -99,9 +107,15 @@ class Loader:
             await sink.done.wait()
             if sink.first is not None:
                 sample.actual = sink.first - sample.sent
+                sample.hindsight = predicted_wait(self._with_costs_of(sample, sink), sample.prompt_tokens, sample.age_s)
         done = [sample for _, sample in self._open if sample.actual is not None]
         self._open = []
         return done
+
+    def _with_costs_of(self, sample: Sample, sink: Sink) -> Load:
+        later = sink.load or sample.known
+        costs = {name: getattr(later, name) for name in ("step_s", "prompt_token_s", "answer_token_s")}
+        return replace(sample.known, **costs)
 
     def capacity(self) -> float:
         """Requests a second that all ranks can carry, by their own measurement."""

@@ -18,7 +18,9 @@ GOAL = 0.25
 class Sample:
     """One request: what was predicted when it was sent, in seconds, and what came.
 
-    `undated`: predicted without the age of the report. `sent`: the clock. `known`: the load believed.
+    `undated`: predicted without the age of the report. `hindsight`: predicted with the costs a step that the rank
+    reported when the answer had come, in place of those it had reported before. `sent`: the clock.
+    `known`: the load believed.
     """
 
     part: str
@@ -31,6 +33,7 @@ class Sample:
     sent: float
     known: Load
     actual: float | None = None
+    hindsight: float = 0.0
 
     @property
     def measured(self) -> float:
@@ -47,6 +50,16 @@ class Sample:
     def undated_error(self) -> float:
         """The same, without the report's age."""
         return abs(self.undated - self.measured) / self.measured
+
+    @property
+    def hindsight_error(self) -> float:
+        """The same, with the costs that the rank had afterwards."""
+        return abs(self.hindsight - self.measured) / self.measured
+
+    @property
+    def pace(self) -> float:
+        """By what the time of a prompt token changed while the request was there: as many times as long."""
+        return self.hindsight / self.predicted
 
 
 def p90(values: list[float]) -> float:
@@ -70,6 +83,8 @@ def rows(samples: list[Sample]) -> list[list[str]]:
                     f"{max(sample.measured for sample in group):.2f} s",
                     f"{statistics.median(errors):.1%}", f"{p90(errors):.1%}", f"{bias:.2f}",
                     f"{statistics.median(sample.undated_error for sample in group):.1%}",
+                    f"{statistics.median(sample.hindsight_error for sample in group):.1%}",
+                    f"{min(sample.pace for sample in group):.2f} to {max(sample.pace for sample in group):.2f}",
                 ]
             )  # fmt: skip
     return found
@@ -78,6 +93,7 @@ def rows(samples: list[Sample]) -> list[list[str]]:
 HEAD = [
     "deployment", "load", "requests", "TTFT, median", "TTFT, most", "error, median", "error, p90",
     "predicted / actual, median", "error without the report's age, median",
+    "error with the speed measured afterwards, median", "change of speed meanwhile",
 ]  # fmt: skip
 
 
@@ -110,10 +126,15 @@ the end (one-minute load).
 ![predicted against measured time to first token](cost_model.png)
 
 Prompts of 8 to 600 random tokens, answers of at most 8 to 48, at random moments (Poisson). `light`, `medium` and
-`heavy` are 0.3, 0.7 and 1.3 of what the ranks can carry by their own measurement after warming up. Each rank has one
+`heavy` are 0.5, 0.9 and 1.5 of what the ranks can carry by their own measurement after warming up. Each rank has one
 thread. The prediction is `predicted_wait(load, prompt_tokens, age_s)` of `paceline.protocol.cost`, taken from what
 the front-end believes at the moment of sending, of the rank that least-load routing then chose. The error is
 |predicted - actual| / actual. With 2 slots most requests wait until others have ended.
+
+Where other work takes the cores away, a rank's speed changes while a request waits, and no prediction can know that.
+"Error with the speed measured afterwards" leaves this out: it is the same prediction, from the same moment, with the
+costs a step that the rank reported when the answer had come. "Change of speed meanwhile" is the second prediction over
+the first, least and most.
 """
 
 
