@@ -35,7 +35,7 @@ LOADS = {"light": 0.5, "medium": 0.9, "heavy": 1.5}
 """Load to its share of what the ranks can carry, by their own costs after warming up."""
 
 FEW_SLOTS = 2
-WARMING_UP = 6
+WARMING_UP = 4
 SEED = 4
 
 

@@ -40,8 +40,11 @@ class DatedFrontEnd(FrontEnd):
         return self.__dict__.setdefault("_reports", {})
 
     def age_s(self, rank: int, now: float) -> float | None:
-        """How old the latest report is."""
-        return now - self.reports[rank][1] if rank in self.reports else None
+        """How long the rank has worked since its latest report; none, where that said that it is idle."""
+        if rank not in self.reports:
+            return None
+        (_, load), since = self.reports[rank]
+        return now - since if load.waiting or load.running else 0.0
 
 
 class Fleet:

@@ -21,13 +21,13 @@ class LoadReporter:
         self._steps = StepMeter()
         self._last: RankReport | None = None
 
-    def measure(self, done: Stepped) -> None:
-        """Take in how long a step took."""
+    def measure(self, done: Stepped, now: float) -> None:
+        """Take in how long a step took that has just ended."""
         # A step that does both is split by tokens: a decoding request costs about what a prompt token does.
         tokens = done.prefilled_tokens + done.decoded_tokens
         if not tokens:
             return
-        self._steps.add(done.prefilled_tokens, done.decoded_tokens, done.seconds)
+        self._steps.add(done.prefilled_tokens, done.decoded_tokens, done.seconds, now)
         share = done.prefilled_tokens / tokens
         if done.prefilled_tokens:
             self._prefill.add(done.prefilled_tokens, done.seconds * share)

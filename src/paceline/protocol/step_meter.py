@@ -30,9 +30,9 @@ class StepCost(NamedTuple):
 
 
 class StepMeter:
-    """The costs of one rank's steps, in busy time of its own: what is old counts less, and idle time nothing."""
+    """The costs of one rank's steps. The proportions age with its steps, the pace with the clock."""
 
-    __slots__ = ("_costs", "_expected_s", "_moments", "_projections", "_spent_s")
+    __slots__ = ("_costs", "_expected_s", "_moments", "_projections", "_seen", "_spent_s")
 
     def __init__(self) -> None:
         self._costs: Triple = (0.0, 0.0, 0.0)
@@ -41,16 +41,18 @@ class StepMeter:
         self._projections = [0.0] * 3
         self._spent_s = 0.0
         self._expected_s = 0.0
+        self._seen = float("-inf")
 
-    def add(self, prefilled_tokens: int, decoded_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took `seconds`. A step of nothing, or no time, says nothing."""
+    def add(self, prefilled_tokens: int, decoded_tokens: int, seconds: float, now: float) -> None:
+        """A step of so many tokens took `seconds` and has just ended. A step of nothing, or no time, says nothing."""
         if seconds <= 0.0 or not (prefilled_tokens or decoded_tokens):
             return
         features = (1.0, float(prefilled_tokens), float(decoded_tokens))
         self._learn(features, seconds)
         # Against the new costs: the first step of a kind is then no surprise.
         expected = _product(self._costs, features)
-        keep = 0.5 ** (seconds / PACE_HALF_LIFE_S)
+        keep = 0.5 ** (max(seconds, now - self._seen) / PACE_HALF_LIFE_S)
+        self._seen = now
         self._spent_s = self._spent_s * keep + seconds
         self._expected_s = self._expected_s * keep + expected
 
