@@ -91,3 +91,13 @@ def test_a_dummy_step_is_no_measure() -> None:
     reporter.report(Load(), 0, 0, False)
     reporter.measure(Stepped((), Load(), False, seconds=3.0), 0.0)
     assert reporter.report(Load(), 1, 0, False) is None
+
+
+def test_what_a_step_costs_is_reported() -> None:
+    _, reporter = fresh()
+    for prefilled in (100, 400, 200, 300):
+        reporter.measure(Stepped((), Load(), False, prefilled, 1, 0.01 + prefilled / 1000), 0.0)
+    report = reporter.report(Load(), 1, 0, False)
+    assert report is not None
+    load = report.load
+    assert load.step_s + 250 * load.prompt_token_s + load.answer_token_s == pytest.approx(0.26, rel=0.01)
