@@ -135,6 +135,9 @@ Where other work takes the cores away, a rank's speed changes while a request wa
 "Error with the speed measured afterwards" leaves this out: it is the same prediction, from the same moment, with the
 costs a step that the rank reported when the answer had come. "Change of speed meanwhile" is the second prediction over
 the first, least and most.
+
+The speed measured afterwards includes the steps that the request itself waited for: it shows how much of the error is
+the machine's change of speed, and is no prediction that anybody could have made.
 """
 
 
