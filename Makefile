@@ -59,7 +59,13 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 bench-freshness: $(STAMP) ## how fresh the published loads are, idle and under as many reports as there can be
 	@$(BIN)/python bench/freshness.py $(ARGS)
 
+# matplotlib draws the plot and is needed for nothing else.
+bench-cost-model: $(STAMP) ## predicted against measured time to first token (installs matplotlib)
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
+	@$(BIN)/python bench/cost_model.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-freshness clean
+.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-freshness \
+	bench-cost-model clean

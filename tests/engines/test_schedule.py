@@ -119,3 +119,17 @@ def test_what_was_preempted_waits_until_somebody_leaves() -> None:
     schedule.remove(0)
     schedule.admit()
     assert (schedule.running, schedule.waiting, second.slot) == (1, 0, 0)
+
+
+def test_the_load_tells_what_a_prediction_needs() -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    for key, (prompt, room) in enumerate([(2, 6), (3, 10), (4, 20)], start=1):
+        schedule.add(sequence(key, Arrival(0, prompt, room, 0, 60)))
+    assert schedule.load().answer_tokens == 12
+    schedule.admit()
+    first = schedule.chunks()[0][0]
+    first.computed += 2
+    first.tokens += [7]
+    load = schedule.load()
+    assert (load.running, load.waiting, load.decoding, load.step_tokens) == (2, 1, 1, BUDGET)
+    assert (load.kv_reserved, load.answers_left, load.first_end) == (2 + 6 + 3 + 10, 5 + 10, 5)

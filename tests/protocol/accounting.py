@@ -319,8 +319,11 @@ class Walk:
             assert front_end.ready_ranks() == list(range(self.size))
             for number, life in enumerate(self.lives):
                 known = front_end.believed(number)
-                assert replace(known, finished=0, prefill_rate=0.0, decode_rate=0.0) == life.engine.load()
+                assert replace(known, finished=0, **UNMEASURED) == life.engine.load()
 
+
+UNMEASURED = dict.fromkeys(("prefill_rate", "decode_rate", "step_s", "prompt_token_s", "answer_token_s"), 0.0)
+"""What the rank adds to the engine's load by itself."""
 
 DELIVERIES = [
     "deliver_request", "turn", "deliver_report", "deliver_notice", "deliver_broadcast", "deliver_view",

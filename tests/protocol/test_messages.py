@@ -72,7 +72,10 @@ VERSION_1 = {
     "add": "request number incarnation wave prompt_token_ids params priority",
     "abort": "requests",
     "outputs": "rank incarnation outputs",
-    "Load": "waiting running slots prefill_tokens kv_used kv_total prefill_rate decode_rate finished",
+    "Load": (
+        "waiting running slots prefill_tokens kv_used kv_total prefill_rate decode_rate finished step_s prompt_token_s "
+        "answer_token_s step_tokens decoding kv_reserved answers_left first_end answer_tokens"
+    ),
     "Member": "rank incarnation address",
     "OnTheWire": "front_end last requests tokens",
     "Output": "request token_ids text finish_reason stop_reason logprobs error",

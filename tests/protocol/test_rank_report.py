@@ -75,12 +75,12 @@ def test_who_asks_anew_is_told_all() -> None:
 
 def test_speed_is_measured_by_kind_and_a_mixed_step_is_split_by_tokens() -> None:
     _, reporter = fresh()
-    reporter.measure(Stepped((), Load(), False, prefilled_tokens=100, seconds=0.5))
+    reporter.measure(Stepped((), Load(), False, prefilled_tokens=100, seconds=0.5), 0.0)
     report = reporter.report(Load(), 1, 0, False)
     assert report is not None
     assert (report.load.prefill_rate, report.load.decode_rate) == (pytest.approx(200), 0.0)
     _, reporter = fresh()
-    reporter.measure(Stepped((), Load(), True, prefilled_tokens=75, decoded_tokens=25, seconds=1.0))
+    reporter.measure(Stepped((), Load(), True, prefilled_tokens=75, decoded_tokens=25, seconds=1.0), 0.0)
     report = reporter.report(Load(), 1, 0, False)
     assert report is not None
     assert (report.load.prefill_rate, report.load.decode_rate) == (pytest.approx(100), pytest.approx(100))
@@ -89,5 +89,15 @@ def test_speed_is_measured_by_kind_and_a_mixed_step_is_split_by_tokens() -> None
 def test_a_dummy_step_is_no_measure() -> None:
     _, reporter = fresh()
     reporter.report(Load(), 0, 0, False)
-    reporter.measure(Stepped((), Load(), False, seconds=3.0))
+    reporter.measure(Stepped((), Load(), False, seconds=3.0), 0.0)
     assert reporter.report(Load(), 1, 0, False) is None
+
+
+def test_what_a_step_costs_is_reported() -> None:
+    _, reporter = fresh()
+    for prefilled in (100, 400, 200, 300):
+        reporter.measure(Stepped((), Load(), False, prefilled, 1, 0.01 + prefilled / 1000), 0.0)
+    report = reporter.report(Load(), 1, 0, False)
+    assert report is not None
+    load = report.load
+    assert load.step_s + 250 * load.prompt_token_s + load.answer_token_s == pytest.approx(0.26, rel=0.01)

@@ -105,15 +105,7 @@ class LlamaEngine(Engine):
         return StepResult(outputs, prefilled, decoded)
 
     def load(self) -> Load:
-        schedule = self._schedule
-        return Load(
-            schedule.waiting,
-            schedule.running,
-            self._plan.slots,
-            schedule.to_prefill,
-            schedule.kv_used,
-            self._plan.kv_tokens,
-        )
+        return self._schedule.load()
 
     def close(self) -> None:
         self._batch.close()

@@ -45,7 +45,6 @@ class MoeEngine(Engine):
         self._model = MoeModel.load(options, limits.max_model_len)
         self._group: RankGroup | None = Alone() if settings.dp_size == 1 else None
         self._limits = limits
-        self._slots = settings.max_num_seqs
         self._step_s = options.step_ms / 1000
         self._schedule = Schedule(settings.max_num_seqs, limits.kv_tokens, settings.max_num_batched_tokens)
         self._kv: dict[int, Floats] = {}
@@ -105,15 +104,7 @@ class MoeEngine(Engine):
         self._forward([])
 
     def load(self) -> Load:
-        schedule = self._schedule
-        return Load(
-            schedule.waiting,
-            schedule.running,
-            self._slots,
-            schedule.to_prefill,
-            schedule.kv_used,
-            self._limits.kv_tokens,
-        )
+        return self._schedule.load()
 
     def _why_never(self, request: EngineRequest) -> str | None:
         """Why the request can never be served, or None."""

@@ -19,8 +19,10 @@ from bisect import insort
 from heapq import heappop, heappush
 from typing import Any
 
+from paceline.engines.answers import AnswerLengths
 from paceline.engines.base import EngineRequest
 from paceline.engines.text import IncrementalText
+from paceline.protocol.messages import Load
 
 
 class Sequence:
@@ -66,6 +68,7 @@ class Schedule:
     """The waiting and the running, their slots and their room."""
 
     def __init__(self, slots: int, kv_tokens: int, budget: int) -> None:
+        self._slots = slots
         self._free_slots = list(range(slots))
         self._kv_tokens = kv_tokens
         self._kv_reserved = 0
@@ -75,6 +78,7 @@ class Schedule:
         self._running: list[Sequence] = []
         self._sequences: dict[int, Sequence] = {}
         self._held = False
+        self._lengths = AnswerLengths()
 
     @property
     def waiting(self) -> int:
@@ -96,6 +100,29 @@ class Schedule:
         """Prompt tokens not yet computed, of all."""
         return sum(sequence.to_prefill for sequence in self._sequences.values())
 
+    def load(self) -> Load:
+        """All that is queued."""
+        lengths, running = self._lengths, self._running
+        left = [lengths.left(one.request.params, one.room - one.made) for one in running]
+        # Of the whole answers, also of those half written: requests that wait are expected to be like these.
+        whole = sum(left) + sum(one.made for one in running)
+        whole += sum(lengths.left(one.request.params, one.room) for one in self._waiting)
+        count = len(running) + len(self._waiting)
+        return Load(
+            len(self._waiting),
+            len(running),
+            self._slots,
+            self.to_prefill,
+            self.kv_used,
+            self._kv_tokens,
+            step_tokens=self._budget,
+            decoding=sum(not one.to_prefill for one in running),
+            kv_reserved=self._kv_reserved,
+            answers_left=round(sum(left)),
+            first_end=round(min(left, default=0)),
+            answer_tokens=round(whole / count) if count else 0,
+        )
+
     def add(self, sequence: Sequence) -> None:
         """Queue it. It must fit into an empty memory."""
         self._arrivals += 1
@@ -108,6 +135,7 @@ class Schedule:
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return None
+        self._lengths.ended(sequence.request.params, sequence.made, sequence.room)
         if sequence.slot < 0:
             self._waiting.remove(sequence)
         else:

@@ -120,10 +120,17 @@ class TimedEngine(Engine):
         return StepResult(outputs, prefilled, len(decoding))
 
     def load(self) -> Load:
-        prefill = sum(sequence.to_prefill for sequence in self._running.values())
-        prefill += sum(sequence.to_prefill for sequence in self._waiting)
-        kv_used = sum(sequence.kv for sequence in self._running.values())
-        return Load(len(self._waiting), len(self._running), self._slots, prefill, kv_used, self._kv_total)
+        running = self._running.values()
+        prefill = sum(sequence.to_prefill for sequence in (*running, *self._waiting))
+        kv_used = sum(sequence.kv for sequence in running)
+        left = [sequence.request.params.max_tokens - sequence.made for sequence in running]
+        whole = [sequence.request.params.max_tokens for sequence in (*running, *self._waiting)]
+        return Load(
+            len(self._waiting), len(running), self._slots, prefill, kv_used, self._kv_total,
+            step_tokens=self._budget, decoding=sum(not sequence.to_prefill for sequence in running),
+            kv_reserved=self._kv_reserved, answers_left=sum(left), first_end=min(left, default=0),
+            answer_tokens=round(sum(whole) / len(whole)) if whole else 0,
+        )  # fmt: skip
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._slots:

@@ -17,6 +17,7 @@ from paceline.protocol.messages import (
     FromFrontEnd,
     FromFrontEndToRank,
     FromRank,
+    Load,
     LoadView,
     RankHello,
     RankReport,
@@ -76,6 +77,10 @@ class Decoder(Generic[T]):
         return message
 
 
+def _floats_of(load: Load) -> tuple[float, ...]:
+    return (load.prefill_rate, load.decode_rate, load.step_s, load.prompt_token_s, load.answer_token_s)
+
+
 def _check_values(message: object) -> None:
     """Refuse the numbers that a range in a type lets through: not-a-number and the infinities."""
     floats: tuple[float, ...]
@@ -84,10 +89,9 @@ def _check_values(message: object) -> None:
             raise BadMessage("value", f"rank {message.rank}: {message.address!r} is no address")
         return
     if isinstance(message, RankReport):
-        floats = (message.load.prefill_rate, message.load.decode_rate)
+        floats = _floats_of(message.load)
     elif isinstance(message, LoadView):
-        loads = [entry.load for entry in message.ranks or ()]
-        floats = tuple(rate for load in loads for rate in (load.prefill_rate, load.decode_rate))
+        floats = tuple(value for entry in message.ranks or () for value in _floats_of(entry.load))
     elif isinstance(message, AddRequest):
         params = message.params
         floats = (

@@ -56,7 +56,13 @@ class Load(Message, frozen=True):
     `waiting`, `running`: requests. `slots`: how many can run at once. `prefill_tokens`: prompt
     tokens not yet computed, of waiting and running requests. `kv_used`, `kv_total`: tokens.
     `prefill_rate`, `decode_rate`: tokens a second, the rank's own moving averages, 0 until known.
-    `finished`: requests this incarnation has ended, however they ended.
+    `finished`: requests this incarnation has ended, however they ended. `step_s`, `prompt_token_s`,
+    `answer_token_s`: what a step costs, by the rank's own measurement: so many seconds, and more for each prompt
+    token and for each token of an answer; all 0 until known. `step_tokens`: tokens that a step computes at most,
+    0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens of KV that the
+    running requests may come to need. `answers_left`: tokens that the running requests' answers are expected to lack,
+    together. `first_end`: tokens that the one lacks which ends first. `answer_tokens`: the expected length of one
+    answer, a mean over all requests there.
     """
 
     waiting: Count = 0
@@ -68,6 +74,15 @@ class Load(Message, frozen=True):
     prefill_rate: Annotated[float, Meta(ge=0)] = 0.0
     decode_rate: Annotated[float, Meta(ge=0)] = 0.0
     finished: Count = 0
+    step_s: Annotated[float, Meta(ge=0)] = 0.0
+    prompt_token_s: Annotated[float, Meta(ge=0)] = 0.0
+    answer_token_s: Annotated[float, Meta(ge=0)] = 0.0
+    step_tokens: Count = 0
+    decoding: Count = 0
+    kv_reserved: Count = 0
+    answers_left: Count = 0
+    first_end: Count = 0
+    answer_tokens: Count = 0
 
 
 # Rank -> coordinator (PUSH -> PULL) -----------------------------------------------------------

@@ -124,7 +124,7 @@ class Rank:
             case FrontEndSaid(front_end, AbortRequests(requests)):
                 return self.requests.drop(front_end, requests)
             case Stepped():
-                return self._on_stepped(event)
+                return self._on_stepped(event, now)
             case Turn(load, has_work):
                 return self._on_turn(load, has_work, now)
             case CoordinatorSaid(message):
@@ -217,10 +217,10 @@ class Rank:
             return effects
         return []
 
-    def _on_stepped(self, done: Stepped) -> list[Effect]:
+    def _on_stepped(self, done: Stepped, now: float) -> list[Effect]:
         self.step += 1
         self._mid_step = False
-        self._reporter.measure(done)
+        self._reporter.measure(done, now)
         effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
         if self._lockstep:

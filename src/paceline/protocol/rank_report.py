@@ -8,6 +8,7 @@ from paceline.protocol.load import SpeedMeter
 from paceline.protocol.messages import Load, RankReport
 from paceline.protocol.rank_events import Stepped
 from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.step_meter import StepMeter
 
 
 class LoadReporter:
@@ -17,14 +18,16 @@ class LoadReporter:
         self._requests = requests
         self._prefill = SpeedMeter()
         self._decode = SpeedMeter()
+        self._steps = StepMeter()
         self._last: RankReport | None = None
 
-    def measure(self, done: Stepped) -> None:
-        """Take in how long a step took."""
+    def measure(self, done: Stepped, now: float) -> None:
+        """Take in how long a step took that has just ended."""
         # A step that does both is split by tokens: a decoding request costs about what a prompt token does.
         tokens = done.prefilled_tokens + done.decoded_tokens
         if not tokens:
             return
+        self._steps.add(done.prefilled_tokens, done.decoded_tokens, done.seconds, now)
         share = done.prefilled_tokens / tokens
         if done.prefilled_tokens:
             self._prefill.add(done.prefilled_tokens, done.seconds * share)
@@ -34,8 +37,15 @@ class LoadReporter:
     def report(self, engine: Load, step: int, wave: int, running: bool) -> RankReport | None:
         """A report, where it would say anything that the last one did not. `engine`: the engine's own load."""
         requests = self._requests
-        rates = {"prefill_rate": self._prefill.rate, "decode_rate": self._decode.rate}
-        load = msgspec.structs.replace(requests.load(engine), **rates)
+        cost = self._steps.cost
+        load = msgspec.structs.replace(
+            requests.load(engine),
+            prefill_rate=self._prefill.rate,
+            decode_rate=self._decode.rate,
+            step_s=cost.step_s,
+            prompt_token_s=cost.prompt_token_s,
+            answer_token_s=cost.answer_token_s,
+        )
         taken = dict(requests.taken)
         last = self._last
         if last is not None and (last.load, last.taken, last.wave, last.running) == (load, taken, wave, running):
