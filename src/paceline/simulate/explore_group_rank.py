@@ -7,8 +7,10 @@ told that it is over; who enters one of its collectives finds out (`ended`), at 
 - To form is two moves. `form`: the rank turns, leaves the group it was in, and waits; when the last one has come, all
   hold the new group. `formed`: the rank is told so.
 - A rank is told a generation once; that it is told again changes nothing but that it repeats its last word.
-- A question is not answered when it is sent, as it is elsewhere: what a rank says of its generation changes when it
-  reads that it is to form the next, of which it does not tell.
+- A question is answered when it is sent, as elsewhere, if nothing is before it in the link. What is left out by that:
+  the same question read later, when the rank has been told to form a generation, of which it does not tell. Questions
+  that come then are walked, since they are repeated while a rank is missing or silent. (With questions of any age there
+  are two thirds more states, and nothing else was found.)
 """
 
 from __future__ import annotations
