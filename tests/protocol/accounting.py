@@ -47,7 +47,8 @@ class Life:
 
     def truth(self, report: RankReport) -> Report:
         """What is so while `report` is made: of it only the speeds, which are measured, are taken over."""
-        rates = {"prefill_rate": report.load.prefill_rate, "decode_rate": report.load.decode_rate}
+        # What the rank measures of itself, no engine can say.
+        rates = {name: getattr(report.load, name) for name in MEASURED}
         return Report(replace(self.engine.load(), finished=self.ended, **rates), dict(self.taken))
 
 
@@ -322,7 +323,8 @@ class Walk:
                 assert replace(known, finished=0, **UNMEASURED) == life.engine.load()
 
 
-UNMEASURED = dict.fromkeys(("prefill_rate", "decode_rate", "step_s", "prompt_token_s", "answer_token_s"), 0.0)
+MEASURED = ("prefill_rate", "decode_rate", "step_s", "prompt_token_s", "answer_token_s")
+UNMEASURED = dict.fromkeys(MEASURED, 0.0)
 """What the rank adds to the engine's load by itself."""
 
 DELIVERIES = [
