@@ -124,7 +124,7 @@ class ServerConfig(Struct, frozen=True):
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        from paceline.protocol.routing import PolicyError, find_policy
+        from paceline.runtime.policies import PolicyError, find_policy
 
         _require(0 <= self.port < 65536, "--port", f"must be 0 to 65535, not {self.port}")
         try:

@@ -25,14 +25,19 @@ def find_engine(name: str) -> type[Engine]:
         if not points:
             raise EngineError(f"--engine {name}: unknown; there are {', '.join(engine_names())}, or module:Class")
         target = points[0].value
-    module_name, _, class_name = target.partition(":")
-    # `--engine examples.echo:Echo` means a module of the folder where the user stands, as with python -m.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = load(target)
     except (ImportError, AttributeError, ValueError) as error:
         raise EngineError(f"--engine {name}: cannot import {target}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Engine)):
         raise EngineError(f"--engine {name}: {target} is not a subclass of paceline.engines.base.Engine")
     return found
+
+
+def load(target: str) -> object:
+    """What `module:Name` names. Raises ImportError, AttributeError or ValueError."""
+    module_name, _, name = target.partition(":")
+    # `examples.echo:Echo` means a module of the folder where the user stands, as with python -m.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    return getattr(importlib.import_module(module_name), name)

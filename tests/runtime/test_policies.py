@@ -12,7 +12,8 @@ from paceline.config import ServerConfig
 from paceline.errors import ConfigError
 from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import Query
-from paceline.protocol.routing import POLICIES, PolicyError, find_policy, policy_names
+from paceline.protocol.routing import POLICIES
+from paceline.runtime.policies import PolicyError, find_policy, policy_names
 
 MINE = """
 from paceline.protocol.policy import Policy
