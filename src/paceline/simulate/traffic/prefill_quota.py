@@ -66,9 +66,12 @@ class CommonQuota(PrefillQuota):
         pending = np.array([ranks[number].engine.startable(shape.budget) for number in busy], dtype=np.int64)
         together = np.minimum.outer(self._candidates, pending).sum(axis=1)
         decoding = sum(rank.engine.decoding for rank in ranks)
+        places = sum(
+            quota.places(shape.slots, rank.engine.decoding, rank.engine.kv_used, shape.kv_tokens) for rank in ranks
+        )
         decode_ns = round(len(ranks) * costs.step_ms * 1e-3 * NS + decoding * costs.decode_ms * 1e-3 * NS)
         return (
             quota.AUTO, quota.LARGEST - min(shape.budget, quota.LARGEST), self._outcome.waited, 0, 0,
-            len(ranks), decoding, shape.slots * len(ranks), decode_ns, round(len(ranks) * costs.prefill_ms * 1e-3 * NS),
+            len(ranks), decoding, places, decode_ns, round(len(ranks) * costs.prefill_ms * 1e-3 * NS),
             *(int(tokens) for tokens in together),
         )  # fmt: skip
