@@ -42,6 +42,7 @@ class Brokerage:
         self._told: dict[int, int] = {}
         self._due: float | None = None
         self._recalling = False
+        self._waited = False
 
     @property
     def due(self) -> float | None:
@@ -83,11 +84,22 @@ class Brokerage:
         self._pool_of[front_end] = pool
         pool.shares.join(front_end)
 
-    def ask(self, ask: Ask, now: float) -> None:
-        """A front-end's requests wait. A front-end that has not said hello says it again with the next Ask."""
-        pool = self._pool_of.get(ask.front_end)
+    def said(self, message: Ask | Withdraw | ReturnShares, now: float) -> None:
+        """A front-end that has not said hello says it before it asks again."""
+        pool = self._pool_of.get(message.front_end)
         if pool is None:
             return
+        match message:
+            case Ask():
+                self._ask(pool, message, now)
+            case Withdraw(front_end, told, requests):
+                self._count(front_end, told)
+                for request in requests:
+                    pool.broker.drop(front_end, request)
+            case ReturnShares(front_end, edition):
+                pool.shares.returned(front_end, edition, pool.broker.rooms)
+
+    def _ask(self, pool: Pool, ask: Ask, now: float) -> None:
         if ask.whole and ask.told > self._told.get(ask.front_end, 0):
             wanted = {(ask.front_end, descriptor.request) for descriptor in ask.descriptors}
             for key in [key for key in pool.broker.of_front_end(ask.front_end) if key not in wanted]:
@@ -97,20 +109,6 @@ class Brokerage:
         pool.shares.returned(ask.front_end, ask.edition, pool.broker.rooms)
         for descriptor in ask.descriptors:
             pool.broker.ask(ask.front_end, descriptor, now)
-
-    def withdraw(self, withdraw: Withdraw) -> None:
-        """Requests do not wait any more."""
-        pool = self._pool_of.get(withdraw.front_end)
-        if pool is not None:
-            self._count(withdraw.front_end, withdraw.told)
-            for request in withdraw.requests:
-                pool.broker.drop(withdraw.front_end, request)
-
-    def returned(self, returned: ReturnShares) -> None:
-        """A front-end gives its shares back."""
-        pool = self._pool_of.get(returned.front_end)
-        if pool is not None:
-            pool.shares.returned(returned.front_end, returned.edition, pool.broker.rooms)
 
     def sent(self, front_end: int, send: Send) -> None:
         """A front-end has sent a request: one that waited, or one of its share. The board has been told."""
@@ -131,6 +129,8 @@ class Brokerage:
             return
         pool.broker.drop_front_end(front_end)
         pool.shares.leave(front_end, pool.broker.rooms)
+        # What it had on the wire does not count any more.
+        pool.marked.update(room.rank for room in pool.broker.rooms)
         if not len(pool.shares):
             del self._pools[pool.ranks]
 
@@ -179,6 +179,11 @@ class Brokerage:
             self._due = now + REPEAT_S
         told = {front_end: self._told.get(front_end, 0) for front_end in asked}
         return Grants(self._identity, made, told, self.queued, recall)
+
+    def emptied(self) -> bool:
+        """Whether, since this was last asked, the last one that waited has been granted or has gone."""
+        before, self._waited = self._waited, self.queued > 0
+        return before and not self._waited
 
     def shares(self, board: Board, membership: Membership, free: bool) -> list[Shares]:
         """Everybody's shares, for a view; handed out anew where nobody waits."""

@@ -23,6 +23,7 @@ from paceline.protocol.coordinator_events import (
     Note,
     RankGone,
     RankSaid,
+    RanksReported,
     RankSubscribed,
     Tick,
     ToFrontEnds,
@@ -109,6 +110,12 @@ class Coordinator:
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
+            case RanksReported(reports):
+                for report in reports:
+                    # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
+                    if self._publisher.ripe(self._board, self._membership, now):
+                        self._say_what_is_due(now, effects)
+                    self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
@@ -122,10 +129,7 @@ class Coordinator:
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
-        self._answer_calls(now, effects)
-        self._tell_ranks(now, effects)
-        self._grant(now, effects)
-        effects += self._publish(now)
+        self._say_what_is_due(now, effects)
         return effects
 
     def statistics(self) -> dict[str, object]:
@@ -264,12 +268,8 @@ class Coordinator:
                         self._board.sent(front_end, send)
                         self._publisher.loads_changed(now)
                     self._broker.sent(front_end, send)
-            case Ask():
-                self._broker.ask(message, now)
-            case Withdraw():
-                self._broker.withdraw(message)
-            case ReturnShares():
-                self._broker.returned(message)
+            case Ask() | Withdraw() | ReturnShares():
+                self._broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -280,9 +280,6 @@ class Coordinator:
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
         self._broker.forget_front_end(front_end)
-        for member in self._membership.members():
-            # What it had on the wire does not count any more.
-            self._broker.mark(member.rank)
         self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
@@ -304,6 +301,20 @@ class Coordinator:
             self._publisher.changed(now)
 
     # What is due ------------------------------------------------------------------------------
+
+    def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
+        self._answer_calls(now, effects)
+        self._tell_ranks(now, effects)
+        free = self._suspension.standing.free
+        grants = self._broker.grants(self._board, self._membership, free, now)
+        if grants is not None:
+            effects.append(ToFrontEnds(grants))
+        if self._broker.emptied():
+            # Nobody waits any more: there are shares again.
+            self._publisher.loads_changed(now)
+        shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
+        stalls = self._stalls.found
+        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):
@@ -331,18 +342,3 @@ class Coordinator:
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
-
-    def _grant(self, now: float, effects: list[Effect]) -> None:
-        queued = self._broker.queued
-        grants = self._broker.grants(self._board, self._membership, self._suspension.standing.free, now)
-        if grants is not None:
-            effects.append(ToFrontEnds(grants))
-        if queued and not self._broker.queued:
-            # Nobody waits any more: there are shares again.
-            self._publisher.loads_changed(now)
-
-    def _publish(self, now: float) -> list[Effect]:
-        free = self._suspension.standing.free
-        shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
-        stalls = self._stalls.found
-        return self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
