@@ -1,7 +1,8 @@
 """Our routing against other systems' and a bound, on real traces in virtual time: `make bench-routing`.
 
 Every row serves the same requests with every way to choose ranks. The rate is set by what the oracle sustains: `steady`
-is 95% of that, `saturated` half as much again, `bursts` 70%, but with all requests of a period in its first half.
+is 95% of that and `saturated` half as much again, both at random moments (Poisson); `bursts` is 70%, at the trace's own
+moments, but with all requests of a period in its first half.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import msgspec
 from msgspec import Struct
@@ -31,6 +33,7 @@ STEADY, SATURATED, BURSTS = "steady", "saturated", "bursts"
 SHARES = {STEADY: 0.95, SATURATED: 1.5, BURSTS: 0.7}
 """Load to the share of what the oracle sustains."""
 
+SEED = 7
 PERIODS = 6
 BURST_SHARE = 0.5
 WARM_UP = 0.2
@@ -104,11 +107,10 @@ class Bench:
     def _arrivals(self, cell: Cell) -> list[Arrival]:
         requests = self._segment(cell)
         rate = SHARES[cell.load] * self._sustained(cell)
+        if cell.load != BURSTS:
+            return at_rate(at_random(requests), rate)
         arrivals = at_rate(requests, rate)
-        if cell.load == BURSTS:
-            period_s = (arrivals[-1].at + 1e-9) / PERIODS
-            arrivals = in_bursts(arrivals, period_s, BURST_SHARE)
-        return arrivals
+        return in_bursts(arrivals, (arrivals[-1].at + 1e-9) / PERIODS, BURST_SHARE)
 
     def _segment(self, cell: Cell) -> list[Arrival]:
         if cell.trace not in self._traces:
@@ -126,10 +128,19 @@ class Bench:
                 cell, "oracle", DEFAULT_BUDGET, at_rate(requests, 1e6 * cell.ranks)
             ).throughput_tokens_per_s
             for _ in range(2):
-                arrivals = at_rate(requests, SHARES[SATURATED] * known)
+                arrivals = at_rate(at_random(requests), SHARES[SATURATED] * known)
                 known = self._run(cell, "oracle", DEFAULT_BUDGET, arrivals).sustained_tokens_per_s
             self._rates[key] = known
         return self._rates[key]
+
+
+def at_random(requests: list[Arrival]) -> list[Arrival]:
+    """The same requests at random moments, one a second in the mean."""
+    chance, now, found = Random(SEED), 0.0, []
+    for one in requests:
+        now += chance.expovariate(1.0)
+        found.append(replace(one, at=now))
+    return found
 
 
 def at_rate(requests: list[Arrival], tokens_per_s: float) -> list[Arrival]:
