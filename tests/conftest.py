@@ -22,3 +22,7 @@ def llama_server() -> Iterator[Deployment]:
     """The default: Gemma 3 270M over two ranks."""
     with deployment("--max-model-len", "2048") as running:
         yield running
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vllm-full", action="store_true", help="make test-vllm: every case, not CI's choice")

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats
+from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats, read_front_end, read_rank
 from paceline.integrations.vllm_dialect import VllmDialect
 from paceline.integrations.vllm_events import FrontEndSaid, Memory, RankSaid, RankSubscribed, Remember, View, Wake
+from tests.integrations import vllm_frames as frames
 from tests.integrations.vllm_deployment import VllmDeployment, greetings, urgent_notes, views, wakes
 
 
@@ -295,6 +296,23 @@ def test_where_silence_means_nothing_nobody_is_named() -> None:
     deployment = VllmDeployment(3, dialect=VllmDialect(says_started=False, proof_step=32))
     deployment.report(1, waiting=1)
     assert not urgent_notes(deployment.wait(600.0))
+
+
+# As recorded --------------------------------------------------------------------------------------
+
+
+def test_a_recorded_wave() -> None:
+    deployment = VllmDeployment()
+    assert wakes(deployment.happen(FrontEndSaid(read_front_end(frames.NOTICE_OF_RANK_1)))) == [Wake(0, b"\x01\x00")]
+    for frame in (frames.RANK_1_WAITS, frames.RANK_1_RUNS, frames.RANK_0_STARTS):
+        deployment.happen(RankSaid(read_rank(frame)))
+    deployment.wait(0.02)
+    assert last_view(deployment) == View([[0, 0, 0.0], [0, 1, pytest.approx(3.05e-5, rel=0.01)]], 0, True)
+    for frame in (frames.RANK_1_IS_DONE, frames.RANK_0_COMPLETES):
+        deployment.happen(RankSaid(read_rank(frame)))
+    deployment.wait(0.02)
+    assert last_view(deployment) == View([[0, 0, 0.0], [0, 0, 0.0]], 1, False)
+    assert not wakes(deployment.wait(5.0))
 
 
 # Whatever they say --------------------------------------------------------------------------------

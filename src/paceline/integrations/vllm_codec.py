@@ -128,7 +128,7 @@ _NO_WAVE = _NIL * 4
 def whose_report(frame: bytes) -> bytes | None:
     """What a rank's load reports begin with, without decoding them; None for any other frame.
 
-    One that also speaks of a wave is none: it does not end in nothing said.
+    What speaks of a wave has no statistics in any version; to be sure, a report ends in nothing said.
     """
     try:
         if frame[0] not in _ARRAYS:

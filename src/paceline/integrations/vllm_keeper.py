@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import select
 import selectors
 import signal
 import socket
@@ -95,7 +96,10 @@ class Keeper:
         """A word of the coordinator, or its end."""
         assert self._channel is not None
         try:
-            packet = self._channel.recv(MOST_BYTES)
+            packet = self._channel.recv(MOST_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            # An answer of `/health` came in between and read it.
+            return
         except OSError:
             packet = b""
         if not packet:
@@ -195,7 +199,8 @@ class Keeper:
         try:
             self._channel.send(b"?")
             while (left_s := end - time.monotonic()) > 0:
-                self._channel.settimeout(left_s)
+                if not select.select([self._channel], (), (), left_s)[0]:
+                    return None
                 packet = self._channel.recv(MOST_BYTES)
                 if not packet:
                     return None
@@ -206,8 +211,6 @@ class Keeper:
                 self._take(said)
         except OSError:
             pass
-        finally:
-            self._channel.settimeout(None)
         return None
 
 

@@ -73,16 +73,17 @@ class VllmProcess:
     def bind(self) -> tuple[str, str, str]:
         """Bind the sockets; returns where each of the three can be reached. Raises StartupError."""
         settings = self._settings
-        limit = MAX_CONTROL_BYTES
-        self._front = open_socket(self._context, zmq.XPUB, bind=settings.front_publish_address, max_bytes=limit)
+        context, limit = self._context, MAX_CONTROL_BYTES
         # Each subscription is reported, not the first alone.
-        self._front.setsockopt(zmq.XPUB_VERBOSE, 1)
-        self._back_in = open_socket(
-            self._context, zmq.PULL, bind=settings.back_output_address, max_bytes=limit, kept=REPORTS_KEPT
-        )
-        self._back_out = open_socket(self._context, zmq.XPUB, bind=settings.back_publish_address, max_bytes=limit)
+        each = {zmq.XPUB_VERBOSE: 1}
         # A subscription holds once it is taken up here: a rank must hear nothing before it is greeted.
-        self._back_out.setsockopt(zmq.XPUB_MANUAL, 1)
+        taken_up = {zmq.XPUB_MANUAL: 1}
+        front, output, publish = (
+            settings.front_publish_address, settings.back_output_address, settings.back_publish_address,
+        )  # fmt: skip
+        self._front = open_socket(context, zmq.XPUB, bind=front, max_bytes=limit, options=each)
+        self._back_in = open_socket(context, zmq.PULL, bind=output, max_bytes=limit, kept=REPORTS_KEPT)
+        self._back_out = open_socket(context, zmq.XPUB, bind=publish, max_bytes=limit, options=taken_up)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
     def stop(self) -> None:

@@ -13,7 +13,9 @@ from paceline.integrations.vllm_events import Event, FrontEndSaid
 
 class DeafProcess(vllm_process.VllmProcess):
     def _handle(self, event: Event) -> None:
-        if not (isinstance(event, FrontEndSaid) and isinstance(event.message, Notice)):
+        if isinstance(event, FrontEndSaid) and isinstance(event.message, Notice):
+            vllm_process.logger.info("a notice is not heard")
+        else:
             super()._handle(event)
 
 
