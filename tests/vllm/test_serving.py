@@ -87,7 +87,7 @@ def test_the_text_is_the_same(case: Case) -> None:
 
 
 def test_it_is_our_coordinator(case: Case) -> None:
-    assert "Paceline's coordinator runs under its keeper" in case.server.text()
+    assert "Paceline's coordinator is up, for 2 ranks" in case.server.text()
     assert len(case.server.coordinator_pids()) == 1
 
 

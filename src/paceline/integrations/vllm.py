@@ -7,7 +7,6 @@ launcher makes a coordinator. Without the variable it does nothing and says noth
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import sys
 from pathlib import Path
@@ -18,8 +17,6 @@ import msgspec
 from paceline.errors import ConfigError
 from paceline.integrations.vllm_coordinator import VllmCoordinator
 from paceline.integrations.vllm_dialect import VllmDialect
-
-logger = logging.getLogger("paceline.vllm")
 
 COORDINATOR = "vllm.v1.engine.coordinator"
 USER = "vllm.v1.engine.utils"
@@ -35,7 +32,6 @@ class InstalledCoordinator(VllmCoordinator):
     ) -> None:
         self.dialect = installed_dialect(parallel_config)
         super().__init__(parallel_config, enable_wave_coordination, logging_config)
-        logger.info("Paceline's coordinator runs under its keeper, process %s", self.proc.pid)
 
 
 def register() -> None:

@@ -117,6 +117,7 @@ class Keeper:
             if self._report is not None:
                 self._report.send(tuple(said["addresses"]))
                 self._report = None
+                logger.info("Paceline's coordinator is up, for %s ranks", self._settings["memory"]["size"])
         if "failed" in said:
             if self._report is not None:
                 self._report.send(said["failed"])

@@ -9,6 +9,7 @@ reports wait, what front-ends say and what is due to be published come in betwee
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import select
 import signal
 import socket
@@ -216,6 +217,7 @@ def say(channel: socket.socket, said: Said) -> None:
 def main(arguments: list[str]) -> None:
     """Run one coordinator: `arguments` holds its Settings as JSON."""
     settings = msgspec.json.decode(arguments[0], type=Settings)
+    multiprocessing.current_process().name = "coordinator"
     set_up_log(settings.log_level)
     channel = socket.socket(fileno=settings.channel)
     process = VllmProcess(settings, channel)
