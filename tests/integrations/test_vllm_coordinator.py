@@ -19,9 +19,11 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from typer.testing import CliRunner
 
 from paceline.errors import ConfigError, StartupError
 from paceline.integrations.vllm_coordinator import VllmCoordinator
+from paceline.loads_cli import app as loads_app
 from paceline.runtime.processes import wait_gone
 from tests.runtime.peers import Context, context, send_garbage, shout_at
 
@@ -264,14 +266,17 @@ def test_health_and_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     with status(monkeypatch) as port, deployment(3) as running:
         running.greeted()
         wait_until(lambda: ask(port, "/health")["listening"] == 3)
-        assert ask(port, "/loads")["ranks"] == []
+        assert [load["waiting"] for load in ask(port, "/loads")["ranks"]] == [0, 0, 0]
         running.reports(1, 2, 3, wave=0)
         wait_until(lambda: bool(ask(port, "/health")["stalls"]))
         health = ask(port, "/health")
         assert health["unanswered"] == [0, 2]
         assert "rank 0 was woken for wave 0" in health["stalls"][0]
-        (load,) = ask(port, "/loads")["ranks"]
+        load = ask(port, "/loads")["ranks"][1]
         assert (load["rank"], load["waiting"], load["running"]) == (1, 2, 3)
+        shown = CliRunner().invoke(loads_app, ["--url", f"http://127.0.0.1:{port}"], env={"COLUMNS": "120"})
+        lines = [line.split() for line in shown.stdout.splitlines()]
+        assert lines[1:] == [["0", "0", "0"], ["1", "2", "3", "50%"], ["2", "0", "0"], ["all", "2", "3", "50%"]]
         running.reports(1, 0, 3, wave=0, step=1)
         wait_until(lambda: not ask(port, "/health")["stalls"])
         assert ask(port, "/nonsense")["error"]

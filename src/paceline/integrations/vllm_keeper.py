@@ -183,10 +183,10 @@ class Keeper:
         words = request.split(b" ", 2)
         path = words[1].partition(b"?")[0] if len(words) == 3 and words[0] == b"GET" else b""
         if path not in (b"/health", b"/loads"):
-            return _response("404 Not Found", {"error": "GET /health or /loads"})
+            return _response("404 Not Found", _error("GET /health or /loads"))
         known = self._ask()
         if known is None:
-            return _response("503 Service Unavailable", {"error": "the coordinator is being started again"})
+            return _response("503 Service Unavailable", _error("the coordinator is being started again"))
         if path == b"/loads":
             return _response("200 OK", {"ranks": known["loads"]})
         health = known["health"] | {"restarts": self._restarts}
@@ -219,6 +219,10 @@ def _response(status: str, content: dict[str, Any]) -> bytes:
     body = json.dumps(content).encode()
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
     return head.encode() + b"\r\n\r\n" + body
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message}}
 
 
 def run_keeper(settings: dict[str, Any], report: Connection) -> None:

@@ -147,25 +147,28 @@ class VllmTranslation:
     def statistics(self) -> dict[str, object]:
         """The machine's figures, for `/health` and tests."""
         known = self._coordinator.statistics()
+        stalls, all_listen = self._answers.describe(), self._subscribed >= self._memory.size
         return {
+            "status": "stalled" if stalls else "ready" if all_listen else "waiting",
             "ranks": self._memory.size,
             "listening": self._subscribed,
             "lockstep": self._lockstep,
             "wave": known["wave"],
             "running": known["running"],
             "unanswered": sorted(self._answers.awaited),
-            "stalls": self._answers.describe(),
+            "stalls": stalls,
             "views_published": known["views_published"],
             "void_messages": self._dropped + self._void,
         }
 
     def loads(self) -> list[dict[str, object]]:
-        """Every rank's last report, as `paceline loads` shows it."""
+        """Every rank's last report to this coordinator, as `paceline loads` shows it; zeros where there is none."""
+        none = RankReport(0, LIFE, 0, 0, False, Load())
+        said = ((rank, self._reports.get(rank, none)) for rank in range(self._memory.size))
         return [
-            {"rank": rank, "waiting": load.waiting, "running": load.running, "kv_used": load.kv_used,
-             "kv_total": load.kv_total, "wave": report.wave, "step": report.step & 0xFFFFFFFF}
-            for rank, report in sorted(self._reports.items())
-            for load in (report.load,)
+            {"rank": rank, "waiting": last.load.waiting, "running": last.load.running, "kv_used": last.load.kv_used,
+             "kv_total": last.load.kv_total, "wave": last.wave, "step": last.step & 0xFFFFFFFF}
+            for rank, last in said
         ]  # fmt: skip
 
     # Ranks ------------------------------------------------------------------------------------
