@@ -6,9 +6,10 @@ import socket
 from collections.abc import Callable
 
 from paceline.config import DeploymentConfig, threads_per_rank
-from paceline.engines.base import EngineError, EngineSettings
+from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.protocol.quota import setting_of
 from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
@@ -70,6 +71,7 @@ class Plan:
         try:
             self.engine_class = find_engine(config.engine.engine)
             self.settings = _engine_settings(config, 0)
+            _check_quota(config, self.engine_class)
             if not config.parallel.headless:
                 self._reserved = reserve_port(config.server.host, config.server.port)
                 self.port = self._reserved.getsockname()[1]
@@ -153,6 +155,7 @@ def rank_settings(plan: Plan, rank: int) -> RankSettings:
         group_bind=plan.group_address(rank),
         sync_interval=plan.config.parallel.dp_sync_interval,
         stall_timeout_s=plan.config.server.stall_timeout_s,
+        prefill_quota=setting_of(plan.config.parallel.prefill_quota),
     )
 
 
@@ -175,6 +178,13 @@ def front_end_settings(plan: Plan, index: int) -> FrontEndSettings:
         max_body_bytes=server.max_body_bytes,
         drain_timeout_s=server.drain_timeout_s,
     )
+
+
+def _check_quota(config: DeploymentConfig, engine: type[Engine]) -> None:
+    wanted = config.parallel.prefill_quota
+    if not engine.lockstep and wanted not in ("auto", "off"):
+        text = f"--prefill-quota {wanted}: only for engines in lockstep, which {config.engine.engine} is not"
+        raise EngineError(text)
 
 
 def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:

@@ -62,7 +62,10 @@ class Load(Message, frozen=True):
     0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens of KV that the
     running requests may come to need. `answers_left`: tokens that the running requests' answers are expected to lack,
     together. `first_end`: tokens that the one lacks which ends first. `answer_tokens`: the expected length of one
-    answer, a mean over all requests there.
+    answer, a mean over all requests there. `startable_tokens`: those of `prefill_tokens` that the next step could
+    compute, of running requests and of those for which there is a slot and memory; null where the engine does not
+    say. `prefill_quota`: prompt tokens that a lockstep step computed at most when this was reported, null for no
+    limit; that it has changed is no reason for a report.
     """
 
     waiting: Count = 0
@@ -83,6 +86,8 @@ class Load(Message, frozen=True):
     answers_left: Count = 0
     first_end: Count = 0
     answer_tokens: Count = 0
+    startable_tokens: Count | None = None
+    prefill_quota: Count | None = None
 
 
 # Rank -> coordinator (PUSH -> PULL) -----------------------------------------------------------
