@@ -129,7 +129,9 @@ class TimedEngine(Engine):
             len(self._waiting), len(running), self._slots, prefill, kv_used, self._kv_total,
             step_tokens=self._budget, decoding=sum(not sequence.to_prefill for sequence in running),
             kv_reserved=self._kv_reserved, answers_left=sum(left), first_end=min(left, default=0),
-            answer_tokens=round(sum(whole) / len(whole)) if whole else 0, startable_tokens=self._startable(),
+            answer_tokens=round(sum(whole) / len(whole)) if whole else 0,
+            kv_waiting=sum(sequence.kv_reserved for sequence in self._waiting),
+            startable_tokens=self._startable(),
         )  # fmt: skip
 
     def _startable(self) -> int:

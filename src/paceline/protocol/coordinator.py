@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.board import Board
+from paceline.protocol.brokerage import Brokerage
 from paceline.protocol.calls import Calls
 from paceline.protocol.coordinator_events import (
     Effect,
@@ -22,6 +23,7 @@ from paceline.protocol.coordinator_events import (
     Note,
     RankGone,
     RankSaid,
+    RanksReported,
     RankSubscribed,
     Tick,
     ToFrontEnds,
@@ -33,6 +35,7 @@ from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
+    Ask,
     ControlAnswer,
     ControlRequest,
     Form,
@@ -41,11 +44,10 @@ from paceline.protocol.messages import (
     FrontEndHello,
     FrontEndLeaving,
     Identify,
-    LoadView,
-    Members,
     RankHello,
     RankLeaving,
     RankReport,
+    ReturnShares,
     SendNotice,
     StallReport,
     StartDPWave,
@@ -53,7 +55,9 @@ from paceline.protocol.messages import (
     SuspensionState,
     WakeNotice,
     WaveComplete,
+    Withdraw,
 )
+from paceline.protocol.publishing import Publisher, Shown
 from paceline.protocol.rules import checked
 from paceline.protocol.stalls import Stalls, describe
 from paceline.protocol.suspension import GroupSuspension
@@ -76,7 +80,6 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
-        self._publish_loads = publish_loads
         self._membership = Membership(engine_count)
         self._without = checked(without)
         self._group = GroupWave(self._without)
@@ -88,19 +91,17 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self._clock = PublishClock(interval_s)
-        self._view_number = 0
+        self._broker = Brokerage(identity, self._without)
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
         self._dropped = 0
-        self._members_due = True
-        self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
-        self._published_state = (0, False, 0, True)
 
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
-        return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
+        waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
+        timers = (waking, suspending, forming, self._introductions.due, self._broker.due)
+        return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -109,6 +110,12 @@ class Coordinator:
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
+            case RanksReported(reports):
+                for report in reports:
+                    # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
+                    if self._publisher.ripe(self._board, self._membership, now):
+                        self._say_what_is_due(now, effects)
+                    self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
@@ -117,14 +124,12 @@ class Coordinator:
                 if self._membership.is_current(rank, incarnation):
                     self._unhear(rank, now)
             case FrontEndSubscribed():
-                self._members_changed(now)
+                self._publisher.members_changed(now)
             case FrontEndGone(front_end):
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
-        self._answer_calls(now, effects)
-        self._tell_ranks(now, effects)
-        self._publish(now, effects)
+        self._say_what_is_due(now, effects)
         return effects
 
     def statistics(self) -> dict[str, object]:
@@ -140,7 +145,8 @@ class Coordinator:
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
-            "views_published": self._view_number,
+            "queued": self._broker.queued,
+            "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
 
@@ -163,7 +169,7 @@ class Coordinator:
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
             case StallReport():
-                self._members_changed(now)
+                self._publisher.members_changed(now)
                 if self._stalls.report(message):
                     effects += self._stall_notes()
             case RankLeaving(rank, incarnation):
@@ -198,9 +204,10 @@ class Coordinator:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
             self._suspension_changed(now)
+            self._broker.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
-                self._members_changed(now)
+                self._publisher.members_changed(now)
         elif (
             not grouped
             and self._introductions.acquainted(now)
@@ -215,21 +222,18 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self._loads_changed(now)
+        self._broker.mark(report.rank)
+        self._publisher.loads_changed(now)
 
     def _stall_notes(self) -> list[Effect]:
         if not self._stalls.found:
             return [Note("no rank holds the group up any more", urgent=True)]
         return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
-    def _loads_changed(self, now: float) -> None:
-        if self._publish_loads:
-            self._clock.changed(now)
-
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
         self._unhear(rank, now)
-        self._members_changed(now)
+        self._publisher.members_changed(now)
 
     def _unhear(self, rank: int, now: float) -> None:
         """What the rank last said of waves, groups and suspensions does not hold any more."""
@@ -237,14 +241,11 @@ class Coordinator:
         self._generations.forget(rank)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
+        self._broker.lost(rank)
         self._suspension_changed(now)
 
     def _joiners_wave(self) -> int:
         return 0 if "joiner-told-the-wave" in self._without else self._group.wave
-
-    def _members_changed(self, now: float) -> None:
-        self._members_due = True
-        self._clock.changed(now)
 
     # Front-ends -------------------------------------------------------------------------------
 
@@ -252,9 +253,10 @@ class Coordinator:
         match message:
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
+                self._broker.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
-                self._members_changed(now)
+                self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
@@ -264,7 +266,10 @@ class Coordinator:
                 for send in sends:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
-                        self._loads_changed(now)
+                        self._publisher.loads_changed(now)
+                    self._broker.sent(front_end, send)
+            case Ask() | Withdraw() | ReturnShares():
+                self._broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -274,7 +279,8 @@ class Coordinator:
         self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._loads_changed(now)
+        self._broker.forget_front_end(front_end)
+        self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
 
@@ -292,9 +298,23 @@ class Coordinator:
             self._group.no_notice(now)
         before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
         if self._suspension_state != before:
-            self._clock.changed(now)
+            self._publisher.changed(now)
 
     # What is due ------------------------------------------------------------------------------
+
+    def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
+        self._answer_calls(now, effects)
+        self._tell_ranks(now, effects)
+        free = self._suspension.standing.free
+        grants = self._broker.grants(self._board, self._membership, free, now)
+        if grants is not None:
+            effects.append(ToFrontEnds(grants))
+        if self._broker.emptied():
+            # Nobody waits any more: there are shares again.
+            self._publisher.loads_changed(now)
+        shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
+        stalls = self._stalls.found
+        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):
@@ -322,28 +342,3 @@ class Coordinator:
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
-
-    def _publish(self, now: float, effects: list[Effect]) -> None:
-        suspension = self._suspension_state
-        state = (self._group.wave, self._group.running, suspension.number, suspension.settled)
-        # A change of the wave or of running is what front-ends act on: it does not wait.
-        if not self._members_due and state == self._published_state:
-            if not self._clock.due(now):
-                return
-            if self.lockstep and not self._board.one_step(self._membership.members()) and self._clock.hold(now):
-                return
-        members = self._membership.members()
-        if self._members_due or now >= self._members_sent + HEARTBEAT_S:
-            self._members_sent = now
-            missing, ended = self._membership.missing(), self._membership.ended()
-            stalls = list(self._stalls.found)
-            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
-            effects.append(ToFrontEnds(known))
-        self._members_due = False
-        self._published_state = state
-        self._view_number += 1
-        ranks = self._board.views(members) if self._publish_loads else None
-        self._board.pass_over()
-        heard = dict(self._board.heard) if self._publish_loads else {}
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, suspension)))
-        self._clock.published(now)

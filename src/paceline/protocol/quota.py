@@ -6,8 +6,8 @@ for anybody. A quota of x tokens is worth what all ranks together get done in th
 
     (fullness x decode time  +  token cost x mean of min(x, pending))  /  (decode time  +  token cost x x)
 
-where fullness is the share of slots in which an answer is written, the decode time is a step's without any prompt, and
-pending are the prompt tokens that a rank could compute now. The candidates are 0, powers of two from a 64th of the
+where fullness is the share of `places` in which an answer is written, the decode time is a step's without any prompt,
+and pending are the prompt tokens that a rank could compute now. The candidates are 0, powers of two from a 64th of the
 budget on, and the whole budget. Where many ranks have a prompt the worth hardly grows any more from some quota on, but
 steps do, and with them the time between two tokens of an answer: so of those that are worth nearly as much as the best,
 the smallest is taken. In a model (16 ranks, saturated) this has the throughput of the best and a third of its longest
@@ -70,8 +70,9 @@ class Part(NamedTuple):
 
     `budget`: tokens that its step computes at most, 0 for any number. `pending`: prompt tokens that it could compute
     in the next step were there no limit: of requests that run, or for which there is a slot and memory. `decoding`:
-    requests past their prompts. `decode_ns`: its step without any prompt; `token_ns`: what one token of a prompt adds;
-    both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its last step computed.
+    requests past their prompts. `slots`: `places`. `decode_ns`: its step without any prompt; `token_ns`: what one
+    token of a prompt adds; both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its
+    last step computed.
     """
 
     budget: int
@@ -89,10 +90,21 @@ class Part(NamedTuple):
         pending = self.pending
         budget = min(self.budget or LARGEST, LARGEST)
         return (
-            setting, LARGEST - budget, self.waited, self.prefilled, self.decoded, min(pending, LARGEST),
+            setting, LARGEST - budget, self.waited, self.prefilled, self.decoded, min(pending, budget),
             1, self.decoding, self.slots, self.decode_ns, self.token_ns,
             *[candidate if candidate < pending else pending for candidate in CANDIDATES[1:]],
         )  # fmt: skip
+
+
+def places(slots: int, decoding: int, kv_used: int, kv_total: int) -> int:
+    """How many requests a rank can write answers of at once: its slots, or fewer where memory is short.
+
+    A rank whose memory is full is as full as it can be, whatever slots it has left. `kv_total` is 0 where there is no
+    limit.
+    """
+    if not decoding or not kv_total or kv_used <= 0:
+        return slots
+    return min(slots, max(decoding, decoding * kv_total // kv_used))
 
 
 UNLIMITED = (OFF, *(0,) * (len(REDUCTIONS) - 1))

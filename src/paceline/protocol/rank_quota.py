@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.protocol.messages import Load
-from paceline.protocol.quota import AUTO, OFF, UNLIMITED, Outcome, Part, decide, made
+from paceline.protocol.quota import AUTO, OFF, UNLIMITED, Outcome, Part, decide, made, places
 from paceline.protocol.rank_events import Stepped
 from paceline.protocol.step_meter import StepMeter
 
@@ -52,7 +52,8 @@ class RankQuota:
         load, cost = done.load, self._steps.cost
         decode_s = cost.step_s + cost.answer_token_s * load.decoding
         part = Part(
-            load.step_tokens, pending(load), load.decoding, load.slots, round(decode_s * NS),
+            load.step_tokens, pending(load), load.decoding,
+            places(load.slots, load.decoding, load.kv_reserved or load.kv_used, load.kv_total), round(decode_s * NS),
             round(cost.prompt_token_s * NS), self._outcome.waited, done.prefilled_tokens, done.decoded_tokens,
         )  # fmt: skip
         return part.packed(self._setting)

@@ -28,10 +28,12 @@ INFINITY = float("inf")
 DROPPED: Mapping[str, frozenset[str]] = {
     "Coordinator": frozenset(
         {
-            # Counters for people.
-            "_view_number", "_dropped",
+            # A counter for people.
+            "_dropped",
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
-            "_clock", "_board", "_members_due", "_members_sent", "_published_state", "_front_ends", "_stalls",
+            "_publisher", "_board", "_front_ends", "_stalls",
+            # No front-end of the walk is brokered (`explore_binding.py` walks those that are).
+            "_broker",
             # Follows from `_suspension`.
             "_suspension_state",
         }
