@@ -1,22 +1,27 @@
 """`make bench-collective`: an all-reduce of two integers among local ranks, in the same processes.
 
-`paceline` is the group of sockets, `torch` the group of torch.distributed behind the same interface, `gloo` the plain
-torch call, which does not notice a member's end. Each rank is a process; blocks of each take turns, so that all see
-the same machine. Without torch only the first is measured.
+`agreement` is a lockstep step agreement in full: what a rank puts in for the common prefill quota, the all-reduce of
+it all, and the decision. `paceline` is the group of sockets, `torch` the group of torch.distributed behind the same
+interface, `gloo` the plain torch call, which does not notice a member's end. Each rank is a process; blocks of each
+take turns, so that all see the same machine. Without torch only the first two are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from paceline.engines.group import GenerationEnded, RankGroup
+from paceline.protocol.quota import REDUCTIONS, Part, decide
 from paceline.runtime.group_link import GroupListener, form_group, group_path
 
 BLOCK = 200
@@ -38,12 +43,22 @@ def timed(call: Any, rounds: int) -> list[float]:
     return times
 
 
+def agreement(group: RankGroup, rank: int) -> None:
+    """What ranks do when they agree: whether any has work, the wave, the suspension, the quota."""
+    part = Part(2048, 500 * rank, 100, 256, 8_000_000, 90_000)
+    agreed = group.all_reduce([1, 7, 0, *part.packed()], ["max", "max", "max", *REDUCTIONS])
+    decide(agreed[3:])
+
+
 def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, results: Connection) -> None:
     """One rank's process; rank 0 reports."""
     addresses = {peer: group_path(folder, peer) for peer in range(size)}
     listener = GroupListener(addresses[rank])
     group = form_group(listener, 1, rank, addresses, 60.0)
-    calls = {"paceline": lambda: group.all_reduce([rank, 1], "max")}
+    calls: dict[str, Callable[[], Any]] = {
+        "paceline": lambda: group.all_reduce([rank, 1], "max"),
+        "agreement": lambda: agreement(group, rank),
+    }
     if with_gloo:
         import torch
         from torch import distributed
@@ -65,7 +80,9 @@ def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, resu
             times[name] += timed(call, BLOCK)
     if rank == 0:
         results.send({name: percentiles(values) for name, values in times.items()})
-    group.barrier()
+    # Whoever is through first ends the group for the others.
+    with contextlib.suppress(GenerationEnded):
+        group.barrier()
     os._exit(0)
 
 
@@ -99,7 +116,8 @@ def main() -> None:
         for name in ("paceline", "torch"):
             print(f"  {name} to gloo: p50 {found[name]['p50'] / found['gloo']['p50']:.2f}, "
                   f"p99 {found[name]['p99'] / found['gloo']['p99']:.2f}")  # fmt: skip
-    else:
+    print(f"  agreement to paceline: p50 {found['agreement']['p50'] / found['paceline']['p50']:.2f}")
+    if not with_gloo:
         print("  gloo: not measured, torch is not installed")
 
 

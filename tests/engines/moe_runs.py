@@ -137,7 +137,7 @@ class Leaving(RankGroup):
         self._group = group
         self._left = at
 
-    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
         return self._group.all_reduce(values, reduction)
 
     def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:

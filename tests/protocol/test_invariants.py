@@ -50,7 +50,7 @@ def test_same_generation(known: dict[str, int], broken: bool) -> None:
 def test_only_a_ready_rank_runs() -> None:
     rank = Rank(0, 1, "rank", lockstep=True)
     assert invariants.runs_only_when_ready(rank) is None
-    rank.running = True
+    rank.waves.running = True
     assert invariants.runs_only_when_ready(rank) == "rank 0 runs while it is loading"
     rank.phase = Phase.READY
     assert invariants.runs_only_when_ready(rank) is None

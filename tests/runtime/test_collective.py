@@ -48,6 +48,8 @@ def test_all_reduce(four: Threads) -> None:
     assert four.each(lambda rank: groups[rank].all_reduce([rank, 10 - rank], "max")) == [[3, 10]] * 4
     assert four.each(lambda rank: groups[rank].all_reduce([rank, -1], "sum")) == [[6, -4]] * 4
     assert four.each(lambda rank: groups[rank].all_reduce([1, rank], "and")) == [[1, 0]] * 4
+    each = ["max", "sum", "and"]
+    assert four.each(lambda rank: groups[rank].all_reduce([rank, rank, rank], each)) == [[3, 6, 0]] * 4
 
 
 def test_barrier_waits_for_the_last(four: Threads) -> None:

@@ -40,9 +40,9 @@ def test_ranks_that_count_their_steps_on_in_the_next_generation_are_found(monkey
     formed = Rank._on_formed
 
     def count_on(rank: Rank, generation: int) -> Any:
-        steps = rank._steps_in_wave
+        steps = rank.waves.steps
         effects = formed(rank, generation)
-        rank._steps_in_wave = steps
+        rank.waves.steps = steps
         return effects
 
     monkeypatch.setattr(Rank, "_on_formed", count_on)

@@ -33,6 +33,14 @@ MAX_REDUCED = 64
 """Integers in one all-reduce."""
 
 
+def reduced(rows: Sequence[Sequence[int]], reduction: Reduction | Sequence[Reduction]) -> list[int]:
+    """The members' integers, one row each, reduced element by element. Raises ValueError where lengths differ."""
+    columns = list(zip(*rows, strict=True))
+    if isinstance(reduction, str):
+        return [REDUCTIONS[reduction](column) for column in columns]
+    return [REDUCTIONS[name](column) for name, column in zip(reduction, columns, strict=True)]
+
+
 class GenerationEnded(PacelineError):
     """A member has left or died, or this one was told to leave: no collective of this generation completes."""
 
@@ -73,8 +81,11 @@ class RankGroup(ABC):
         self.all_reduce([0], "max")
 
     @abstractmethod
-    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
-        """Reduce small integers (64-bit, at most 64 of them) element by element; all get the result."""
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
+        """Reduce small integers (64-bit, at most 64 of them) element by element; all get the result.
+
+        `reduction`: for all of them, or one for each, the same at all members.
+        """
 
     @abstractmethod
     def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:

@@ -32,7 +32,7 @@ class Alone(RankGroup):
         super().__init__(0, 0, [0])
         self._ended = False
 
-    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
         self._check()
         return list(values)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.board import Board
 from paceline.protocol.calls import Calls
 from paceline.protocol.coordinator_events import (
     Effect,
@@ -41,8 +41,6 @@ from paceline.protocol.messages import (
     FrontEndHello,
     FrontEndLeaving,
     Identify,
-    LoadView,
-    Members,
     RankHello,
     RankLeaving,
     RankReport,
@@ -54,6 +52,7 @@ from paceline.protocol.messages import (
     WakeNotice,
     WaveComplete,
 )
+from paceline.protocol.publishing import Publisher, Shown
 from paceline.protocol.rules import checked
 from paceline.protocol.stalls import Stalls, describe
 from paceline.protocol.suspension import GroupSuspension
@@ -76,7 +75,6 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
-        self._publish_loads = publish_loads
         self._membership = Membership(engine_count)
         self._without = checked(without)
         self._group = GroupWave(self._without)
@@ -88,19 +86,15 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self._clock = PublishClock(interval_s)
-        self._view_number = 0
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
         self._dropped = 0
-        self._members_due = True
-        self._members_sent = float("-inf")
         self._front_ends: set[int] = set()
-        self._published_state = (0, False, 0, True)
 
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         timers = (self._group.wake_due, self._suspension.due, self._generations.due, self._introductions.due)
-        return min(self._clock.deadline(), *(due for due in timers if due is not None), float("inf"))
+        return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -117,14 +111,15 @@ class Coordinator:
                 if self._membership.is_current(rank, incarnation):
                     self._unhear(rank, now)
             case FrontEndSubscribed():
-                self._members_changed(now)
+                self._publisher.members_changed(now)
             case FrontEndGone(front_end):
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
         self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
-        self._publish(now, effects)
+        shown = Shown(self._group.wave, self._group.running, self._suspension_state)
+        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, now)
         return effects
 
     def statistics(self) -> dict[str, object]:
@@ -140,7 +135,7 @@ class Coordinator:
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
-            "views_published": self._view_number,
+            "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
 
@@ -163,7 +158,7 @@ class Coordinator:
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
             case StallReport():
-                self._members_changed(now)
+                self._publisher.members_changed(now)
                 if self._stalls.report(message):
                     effects += self._stall_notes()
             case RankLeaving(rank, incarnation):
@@ -200,7 +195,7 @@ class Coordinator:
             self._suspension_changed(now)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
-                self._members_changed(now)
+                self._publisher.members_changed(now)
         elif (
             not grouped
             and self._introductions.acquainted(now)
@@ -215,21 +210,17 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self._loads_changed(now)
+        self._publisher.loads_changed(now)
 
     def _stall_notes(self) -> list[Effect]:
         if not self._stalls.found:
             return [Note("no rank holds the group up any more", urgent=True)]
         return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
-    def _loads_changed(self, now: float) -> None:
-        if self._publish_loads:
-            self._clock.changed(now)
-
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
         self._unhear(rank, now)
-        self._members_changed(now)
+        self._publisher.members_changed(now)
 
     def _unhear(self, rank: int, now: float) -> None:
         """What the rank last said of waves, groups and suspensions does not hold any more."""
@@ -242,10 +233,6 @@ class Coordinator:
     def _joiners_wave(self) -> int:
         return 0 if "joiner-told-the-wave" in self._without else self._group.wave
 
-    def _members_changed(self, now: float) -> None:
-        self._members_due = True
-        self._clock.changed(now)
-
     # Front-ends -------------------------------------------------------------------------------
 
     def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
@@ -254,7 +241,7 @@ class Coordinator:
                 self._front_ends.add(front_end)
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
-                self._members_changed(now)
+                self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
@@ -264,7 +251,7 @@ class Coordinator:
                 for send in sends:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
-                        self._loads_changed(now)
+                        self._publisher.loads_changed(now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -274,7 +261,7 @@ class Coordinator:
         self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._loads_changed(now)
+        self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
 
@@ -292,7 +279,7 @@ class Coordinator:
             self._group.no_notice(now)
         before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
         if self._suspension_state != before:
-            self._clock.changed(now)
+            self._publisher.changed(now)
 
     # What is due ------------------------------------------------------------------------------
 
@@ -322,28 +309,3 @@ class Coordinator:
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
-
-    def _publish(self, now: float, effects: list[Effect]) -> None:
-        suspension = self._suspension_state
-        state = (self._group.wave, self._group.running, suspension.number, suspension.settled)
-        # A change of the wave or of running is what front-ends act on: it does not wait.
-        if not self._members_due and state == self._published_state:
-            if not self._clock.due(now):
-                return
-            if self.lockstep and not self._board.one_step(self._membership.members()) and self._clock.hold(now):
-                return
-        members = self._membership.members()
-        if self._members_due or now >= self._members_sent + HEARTBEAT_S:
-            self._members_sent = now
-            missing, ended = self._membership.missing(), self._membership.ended()
-            stalls = list(self._stalls.found)
-            known = Members(PROTOCOL_VERSION, self.identity, *state[:2], members, missing, ended, stalls)
-            effects.append(ToFrontEnds(known))
-        self._members_due = False
-        self._published_state = state
-        self._view_number += 1
-        ranks = self._board.views(members) if self._publish_loads else None
-        self._board.pass_over()
-        heard = dict(self._board.heard) if self._publish_loads else {}
-        effects.append(ToFrontEnds(LoadView(self.identity, self._view_number, *state[:2], ranks, heard, suspension)))
-        self._clock.published(now)

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from paceline.protocol.frontend_calls import FrontEndCalls
 from paceline.protocol.frontend_events import (
     Abandon,
     Connect,
     Connected,
     Control,
     ControlGivenUp,
-    Controlled,
     CoordinatorSaid,
     Deliver,
     Disconnect,
@@ -39,7 +39,6 @@ from paceline.protocol.messages import (
     AbortRequests,
     AddRequest,
     ControlAnswer,
-    ControlRequest,
     FrontEndHello,
     Load,
     LoadView,
@@ -77,7 +76,6 @@ class FrontEnd:
         self.running = False
         self.missing: list[int] = []
         self.stalls: list[Stall] = []
-        self.suspension = SuspensionState()
         self._router = Router(policy, routing or type(policy).__name__)
         self._ranks = ranks
         self._max_waiting = max_waiting
@@ -91,8 +89,7 @@ class FrontEnd:
         self._view_number = 0
         self._void = 0
         self._told = 0
-        # What was asked for and is not so yet: the call, and the number at which it will be, once answered.
-        self._calls: dict[int, int | None] = {}
+        self._calls = FrontEndCalls(identity)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
@@ -105,13 +102,12 @@ class FrontEnd:
                 return self._on_abandon(requests)
             case CoordinatorSaid(LoadView() as view):
                 return self._on_view(view)
-            case CoordinatorSaid(ControlAnswer(_, front_end, call, number)):
-                return self._on_answer(front_end, call, number)
+            case CoordinatorSaid(ControlAnswer() as answer):
+                return self._calls.answered(answer)
             case Control(call, action):
-                answered = self._calls.setdefault(call, None)
-                return [ToCoordinator(ControlRequest(self.identity, call, action, answered or 0))]
+                return self._calls.ask(call, action)
             case ControlGivenUp(call):
-                self._calls.pop(call, None)
+                self._calls.give_up(call)
                 return []
             case CoordinatorSaid(Members() as members):
                 return self._on_members(members)
@@ -124,6 +120,11 @@ class FrontEnd:
         raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
 
     # What the machine knows ---------------------------------------------------------------------
+
+    @property
+    def suspension(self) -> SuspensionState:
+        """The suspension in force, or the last one."""
+        return self._calls.suspension
 
     def ready_ranks(self) -> list[int]:
         """The ranks that requests can go to."""
@@ -200,7 +201,7 @@ class FrontEnd:
             return Refuse(submit.request, "unknown-rank", text)
         if not self._links:
             return Refuse(submit.request, "no-rank", "no rank is ready")
-        if self.suspension.number % 2 and self.suspension.mode == "abort":
+        if self._calls.suspended and self.suspension.mode == "abort":
             return Refuse(
                 submit.request, "suspended", "the deployment is suspended; requests are refused until it resumes"
             )
@@ -290,30 +291,8 @@ class FrontEnd:
                 self._router.touched(link)
             link.unheard.reported(heard)
         self._router.settle()
-        # A new coordinator knows of no suspension until the ranks have told it: the number never goes down.
-        if view.suspension.number >= self.suspension.number:
-            self.suspension = view.suspension
-            return self._calls_served()
-        # It may be that nobody but this front-end knows that number any more.
-        return [self._hello(), *self._calls_served()]
-
-    def _on_answer(self, front_end: int, call: int, number: int) -> list[Effect]:
-        if front_end == self.identity and call in self._calls:
-            self._calls[call] = number
-        return self._calls_served()
-
-    def _calls_served(self) -> list[Effect]:
-        """What has become of the calls: so it is, or somebody has asked for the contrary meanwhile."""
-        state = self.suspension
-        effects: list[Effect] = []
-        for call, number in list(self._calls.items()):
-            if number is None or state.number < number:
-                continue
-            superseded = state.number % 2 != number % 2
-            if superseded or state.settled:
-                del self._calls[call]
-                effects.append(Controlled(call, state.number, superseded))
-        return effects
+        current, effects = self._calls.learn(view.suspension)
+        return effects if current else [self._hello(), *effects]
 
     def _hello(self) -> Effect:
         known = self.suspension

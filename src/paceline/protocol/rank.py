@@ -59,6 +59,7 @@ from paceline.protocol.rank_events import (
 from paceline.protocol.rank_phase import Phase as Phase
 from paceline.protocol.rank_report import LoadReporter
 from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.rank_waves import RankWaves
 from paceline.protocol.rules import checked
 from paceline.protocol.standing import Standing, stops
 
@@ -81,25 +82,31 @@ class Rank:
         self.incarnation = incarnation
         self.address = address
         self.phase = Phase.LOADING
-        self.wave = 0
-        self.running = False
+        self.waves = RankWaves(sync_interval)
         self.step = 0
         self.generation = 0
         self.standing = Standing()
         self.requests = RankRequests(rank, incarnation)
         self._lockstep = lockstep
         self._report_loads = report_loads
-        self._sync_interval = sync_interval
         self._group_address = group_address
         self._without = checked(without)
         self._forming = 0
         self._to_form: Form | None = None
-        self._steps_in_wave = 0
         self._mid_step = False
-        self._wanted_wave = -1
         self._hello_due: float | None = None
         self._reporter = LoadReporter(self.requests)
         self._said: tuple[int, bool] = (0, False)
+
+    @property
+    def wave(self) -> int:
+        """The wave that it runs in, or will run in next."""
+        return self.waves.wave
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs in a wave."""
+        return self.waves.running
 
     @property
     def held(self) -> bool:
@@ -223,12 +230,9 @@ class Rank:
         self._reporter.measure(done, now)
         effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
-        if self._lockstep:
-            due = done.urged or self._steps_in_wave % self._sync_interval == 0
-            self._steps_in_wave += 1
-            if due:
-                self._mid_step = True
-                effects.append(Agree(done.has_work, self.wave, self.standing.packed))
+        if self._lockstep and self.waves.stepped(done.urged):
+            self._mid_step = True
+            effects.append(Agree(done.has_work, self.wave, self.standing.packed))
         return effects
 
     def _report(self, load: Load) -> list[Effect]:
@@ -240,7 +244,7 @@ class Rank:
     # Waves --------------------------------------------------------------------------------------
 
     def _start_by_itself(self, wave: int) -> list[Effect]:
-        self._run(max(self.wave, wave))
+        self.waves.start(max(self.wave, wave))
         if "own-report" in self._without:
             return []
         return [ToCoordinator(StartWave(self.rank, self.incarnation, self.wave))]
@@ -273,7 +277,7 @@ class Rank:
             return []
         self.phase = Phase.READY
         self._hello_due = None
-        self.wave = max(self.wave, admit.wave)
+        self.waves.reach(admit.wave)
         self._learn(admit.suspension)
         return [self._hello()]
 
@@ -288,7 +292,7 @@ class Rank:
         if form.generation <= self._forming:
             return [self._hello()] if form.generation == self.generation else []
         if self.phase is Phase.JOINING:
-            self.wave = max(self.wave, form.wave)
+            self.waves.reach(form.wave)
         self._learn(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.generation = 0
@@ -299,7 +303,7 @@ class Rank:
     def _on_formed(self, generation: int) -> list[Effect]:
         self.generation = generation
         # The members left the one before at different steps: they count anew, together.
-        self._steps_in_wave = 0
+        self.waves.recount()
         self.phase = Phase.READY
         self._hello_due = None
         return [self._hello()]
@@ -309,32 +313,21 @@ class Rank:
             return []
         if wave < self.wave and "finished-waves-ignored" not in self._without:
             return []
-        if self.running:
-            # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
-            self._wanted_wave = max(self._wanted_wave, wave)
-        else:
-            self._run(wave)
+        self.waves.wake(wave)
         return [self._hello()]
-
-    def _run(self, wave: int) -> None:
-        self.wave = wave
-        self.running = True
-        self._steps_in_wave = 0
 
     def _on_agreed(self, any_work: bool, wave: int, suspension: int) -> list[Effect]:
         self._mid_step = False
-        self.wave = max(self.wave, wave)
+        self.waves.reach(wave)
         self.standing.learn_packed(suspension)
         # All decide by what they agreed on: what this rank has heard meanwhile is its own.
         if any_work and not stops(suspension):
             return []
-        complete = WaveComplete(self.rank, self.incarnation, self.wave)
-        self.wave += 1
-        self.running = False
-        effects: list[Effect] = [ToCoordinator(complete)]
-        if self._wanted_wave >= self.wave or (len(self.requests) and self.standing.free):
+        effects: list[Effect] = [ToCoordinator(WaveComplete(self.rank, self.incarnation, self.waves.complete()))]
+        overdue = self.waves.overdue
+        if overdue is not None or (len(self.requests) and self.standing.free):
             # A request came in after the agreement was under way, or the next wave has begun already.
-            effects += self._start_by_itself(max(self.wave, self._wanted_wave))
+            effects += self._start_by_itself(overdue or self.wave)
         return effects
 
     def _hello(self) -> ToCoordinator:

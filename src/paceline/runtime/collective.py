@@ -19,7 +19,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from paceline.engines.group import MAX_REDUCED, REDUCTIONS, Array, GenerationEnded, RankGroup, Reduction, Waiting
+from paceline.engines.group import MAX_REDUCED, Array, GenerationEnded, RankGroup, Reduction, Waiting, reduced
 from paceline.runtime.array_bytes import MAX_PAYLOAD_BYTES, array_parts, read_array
 
 # kind, number of the collective in its generation, bytes that follow
@@ -50,10 +50,10 @@ class SocketGroup(RankGroup):
     def barrier(self) -> None:
         self._reduce("barrier", [0], "max")
 
-    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
         return self._reduce("all_reduce", values, reduction)
 
-    def _reduce(self, name: str, values: Sequence[int], reduction: Reduction) -> list[int]:
+    def _reduce(self, name: str, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
         if not 1 <= len(values) <= MAX_REDUCED:
             raise ValueError(f"all_reduce takes 1 to {MAX_REDUCED} integers, not {len(values)}")
         if not self._peers:
@@ -67,7 +67,7 @@ class SocketGroup(RankGroup):
             return list(struct.unpack(layout, self._receive(RESULT, root, len(own))))
         gathered = self._exchange(GATHER, {}, self._peers)
         rows = [values, *(struct.unpack(layout, self._sized(gathered[peer], len(own))) for peer in self._peers)]
-        result = [REDUCTIONS[reduction](column) for column in zip(*rows, strict=True)]
+        result = reduced(rows, reduction)
         packed = struct.pack(layout, *result)
         self._exchange(RESULT, {peer: [packed] for peer in self._peers}, [])
         return result

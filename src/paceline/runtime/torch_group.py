@@ -29,7 +29,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from paceline.engines.group import MAX_REDUCED, REDUCTIONS, Array, GenerationEnded, RankGroup, Reduction, Waiting
+from paceline.engines.group import (
+    MAX_REDUCED,
+    REDUCTIONS,
+    Array,
+    GenerationEnded,
+    RankGroup,
+    Reduction,
+    Waiting,
+    reduced,
+)
 from paceline.runtime.array_bytes import ALIGNMENT_BYTES, MAX_PAYLOAD_BYTES, array_parts, read_array
 from paceline.runtime.collective import HANG_UP
 
@@ -39,7 +48,7 @@ NCCL_LOOK_S = 0.001
 SLOWEST_MEMBER = timedelta(days=7)
 """torch's time-out. A slow member is waited for; a dead one shows on its connection."""
 
-KINDS = ["barrier", *REDUCTIONS, "all_to_all"]
+KINDS = ["barrier", *REDUCTIONS, "mixed", "all_to_all"]
 HEAD = 3  # of a row: index in KINDS, number of the collective, how many integers follow
 STEP = struct.Struct("<Q")
 
@@ -74,11 +83,12 @@ class TorchGroup(RankGroup):
     def barrier(self) -> None:
         self._gather("barrier", "barrier", [])
 
-    def all_reduce(self, values: Sequence[int], reduction: Reduction) -> list[int]:
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
         if not 1 <= len(values) <= MAX_REDUCED:
             raise ValueError(f"all_reduce takes 1 to {MAX_REDUCED} integers, not {len(values)}")
-        rows = self._gather("all_reduce", reduction, values)
-        return [REDUCTIONS[reduction](column) for column in zip(*rows, strict=True)] if self._links else list(values)
+        kind = reduction if isinstance(reduction, str) else "mixed"
+        rows = self._gather("all_reduce", kind, values)
+        return reduced(rows, reduction) if self._links else list(values)
 
     def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:
         if len(arrays) != len(self.members):

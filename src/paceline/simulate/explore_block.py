@@ -66,10 +66,10 @@ class Life:
         """Equal for lives that behave alike."""
         machine = self.machine
         if not machine.running:
-            machine._steps_in_wave = 0
-        if machine._wanted_wave <= machine.wave:
+            machine.waves.recount()
+        if machine.waves.wanted <= machine.wave:
             # Asked for only when this wave has ended, and then it is over.
-            machine._wanted_wave = -1
+            machine.waves.wanted = -1
         return (
             freeze(machine),
             tuple(sorted(self.left.values())),

@@ -28,10 +28,10 @@ INFINITY = float("inf")
 DROPPED: Mapping[str, frozenset[str]] = {
     "Coordinator": frozenset(
         {
-            # Counters for people.
-            "_view_number", "_dropped",
+            # A counter for people.
+            "_dropped",
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
-            "_clock", "_board", "_members_due", "_members_sent", "_published_state", "_front_ends", "_stalls",
+            "_publisher", "_board", "_front_ends", "_stalls",
             # Follows from `_suspension`.
             "_suspension_state",
         }

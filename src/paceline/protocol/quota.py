@@ -1,0 +1,150 @@
+"""The common prefill quota: how many prompt tokens each lockstep rank may compute in a step.
+
+A lockstep step lasts as long as its slowest rank, so one rank's prompt of 2,048 tokens holds all the others up: those
+that write answers get one token each in the time of many. If all ranks prefill the same amount, or none, nobody waits
+for anybody. A quota of x tokens is worth what all ranks together get done in the time of such a step:
+
+    (fullness x decode time  +  token cost x mean of min(x, pending))  /  (decode time  +  token cost x x)
+
+where fullness is the share of slots in which an answer is written, the decode time is a step's without any prompt, and
+pending are the prompt tokens that a rank could compute now. Mostly that is 0 until prompts have gathered at many
+ranks, and much then. The candidates are 0, the powers of two, and the whole budget. So that nobody waits for ever, a
+step with an eighth of the budget comes after `PATIENCE` steps without any.
+
+While no rank has a prompt, the quota is what a single newcomer would be worth: it may begin with that at once, before
+the ranks have agreed anew.
+
+The numbers travel with the step agreement, as integers that are summed or of which the greatest counts
+(`REDUCTIONS`), and each rank decides by what came of them: the same integers, the same quota. Ranks' budgets may
+differ; none is asked for more than the smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+LARGEST = 1 << 16
+"""The largest budget that is told apart; what is more, or unlimited, counts as this."""
+
+CANDIDATES = (0, *(1 << power for power in range(17)))
+PATIENCE = 8
+"""Steps without any prompt token, while some rank has one pending, before a step has some in any case."""
+PATIENCE_SHARE = 8
+"""One part in so many of the budget is what it has then."""
+
+AUTO = 0
+OFF = LARGEST + 1
+"""How a rank is set: chosen from the costs, no quota at all, or `fixed`. The greatest of the ranks' counts."""
+
+Reduction = str
+_GREATEST = ("setting", "shortfall", "waited", "prefilled", "decoded")
+_SUMS = ("ranks", "decoding", "slots", "decode_ns", "token_ns", *(f"at {x}" for x in CANDIDATES[1:]))
+REDUCTIONS: tuple[Reduction, ...] = ("max",) * len(_GREATEST) + ("sum",) * len(_SUMS)
+"""How each integer of a contribution is reduced over the ranks."""
+
+
+class Outcome(NamedTuple):
+    """What the ranks have agreed on. `quota`: None for no limit. `pending`: whether any rank could prefill, so that
+    they should agree again after the next step. `waited`: steps, up to this, without any prompt token.
+    """
+
+    quota: int | None = None
+    pending: bool = False
+    waited: int = 0
+
+
+class Part(NamedTuple):
+    """What one rank puts in. Tokens and nanoseconds.
+
+    `budget`: tokens that its step computes at most, 0 for any number. `pending`: prompt tokens that it could compute
+    in the next step were there no limit: of requests that run, or for which there is a slot and memory. `decoding`:
+    requests past their prompts. `decode_ns`: its step without any prompt; `token_ns`: what one token of a prompt adds;
+    both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its last step computed.
+    """
+
+    budget: int
+    pending: int
+    decoding: int
+    slots: int
+    decode_ns: int
+    token_ns: int
+    waited: int = 0
+    prefilled: int = 0
+    decoded: int = 0
+
+    def packed(self, setting: int = AUTO) -> tuple[int, ...]:
+        """The integers that are reduced, as `REDUCTIONS` says."""
+        pending = self.pending
+        budget = min(self.budget or LARGEST, LARGEST)
+        return (
+            setting, LARGEST - budget, self.waited, self.prefilled, self.decoded,
+            1, self.decoding, self.slots, self.decode_ns, self.token_ns,
+            *[candidate if candidate < pending else pending for candidate in CANDIDATES[1:]],
+        )  # fmt: skip
+
+
+UNLIMITED = (OFF, *(0,) * (len(REDUCTIONS) - 1))
+"""What a rank puts in that has no quota, and lets nobody have one."""
+
+
+def fixed(tokens: int) -> int:
+    """The setting for always the same quota, 1 to `LARGEST`. Of several the smallest counts."""
+    if not 1 <= tokens <= LARGEST:
+        raise ValueError(f"a quota must be 1 to {LARGEST} tokens, not {tokens}")
+    return OFF - tokens
+
+
+def reduced(contributions: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """What the all-reduce makes of all ranks' integers."""
+    columns = zip(*contributions, strict=True)
+    return tuple(max(column) if how == "max" else sum(column) for column, how in zip(columns, REDUCTIONS, strict=True))
+
+
+def made(agreed: Sequence[int]) -> tuple[int, int]:
+    """The prompt and answer tokens of the rank that had the most, in the step that has just ended."""
+    return agreed[3], agreed[4]
+
+
+def decide(agreed: Sequence[int]) -> Outcome:
+    """The outcome of the ranks' reduced integers. It depends on nothing else."""
+    setting, shortfall, waited = agreed[:3]
+    budget = LARGEST - shortfall
+    if setting == OFF:
+        return Outcome()
+    if setting != AUTO:
+        return Outcome(min(OFF - setting, budget))
+    ranks, decoding, slots, decode_ns, token_ns = agreed[len(_GREATEST) : len(_GREATEST) + 5]
+    together = (0, *agreed[len(_GREATEST) + 5 :])
+    pending = together[1] > 0
+    if not decoding or not token_ns:
+        # Nobody is held up, or the costs are not known yet.
+        return Outcome(budget, pending)
+    if not pending:
+        together = CANDIDATES
+    # Both multiplied by slots x ranks: no division, so nothing is rounded.
+    best, best_work, best_ns = 0, decoding * decode_ns * ranks, decode_ns
+    for quota, tokens in _up_to(budget, together):
+        work = decoding * decode_ns * ranks + token_ns * tokens * slots
+        lasts_ns = decode_ns + token_ns * quota
+        # Of equals the largest: prompts are done sooner.
+        if work * best_ns >= best_work * lasts_ns:
+            best, best_work, best_ns = quota, work, lasts_ns
+    if best or not pending:
+        return Outcome(best, pending)
+    if waited < PATIENCE:
+        return Outcome(0, True, waited + 1)
+    return Outcome(max(1, budget // PATIENCE_SHARE), True)
+
+
+def _up_to(budget: int, together: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """Quotas above 0 and up to the budget, each with the prompt tokens that all ranks together would compute."""
+    rungs = list(zip(CANDIDATES, together, strict=True))
+    for (below, tokens_below), (quota, tokens) in pairwise(rungs):
+        if quota > budget:
+            # Between two candidates, what is computed lies on or above the line between theirs.
+            if budget > below:
+                yield budget, tokens_below + (tokens - tokens_below) * (budget - below) // (quota - below)
+            return
+        yield quota, tokens
