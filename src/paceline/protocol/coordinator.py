@@ -22,6 +22,7 @@ from paceline.protocol.coordinator_events import (
     Note,
     RankGone,
     RankSaid,
+    RanksReported,
     RankSubscribed,
     Tick,
     ToFrontEnds,
@@ -103,6 +104,12 @@ class Coordinator:
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
+            case RanksReported(reports):
+                for report in reports:
+                    # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
+                    if self._publisher.ripe(self._board, self._membership, now):
+                        self._say_what_is_due(now, effects)
+                    self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed():
@@ -116,10 +123,7 @@ class Coordinator:
                 self._forget_front_end(front_end, now)
             case Tick():
                 pass
-        self._answer_calls(now, effects)
-        self._tell_ranks(now, effects)
-        shown = Shown(self._group.wave, self._group.running, self._suspension_state)
-        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, now)
+        self._say_what_is_due(now, effects)
         return effects
 
     def statistics(self) -> dict[str, object]:
@@ -282,6 +286,12 @@ class Coordinator:
             self._publisher.changed(now)
 
     # What is due ------------------------------------------------------------------------------
+
+    def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
+        self._answer_calls(now, effects)
+        self._tell_ranks(now, effects)
+        shown = Shown(self._group.wave, self._group.running, self._suspension_state)
+        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import Struct
 
-from paceline.protocol.messages import FromFrontEnd, FromRank, ToFrontEnd, ToRank
+from paceline.protocol.messages import FromFrontEnd, FromRank, RankReport, ToFrontEnd, ToRank
 
 # Events ---------------------------------------------------------------------------------------
 
@@ -17,6 +19,12 @@ class RankSaid(Struct, frozen=True):
     """A message from a rank."""
 
     message: FromRank
+
+
+class RanksReported(Struct, frozen=True):
+    """Reports of ranks, in the order in which they came: as RankSaid one after the other, but for less."""
+
+    reports: Sequence[RankReport]
 
 
 class FrontEndSaid(Struct, frozen=True):
@@ -46,7 +54,7 @@ class FrontEndGone(Struct, frozen=True):
     front_end: int
 
 
-Event = Tick | RankSaid | FrontEndSaid | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
+Event = Tick | RankSaid | RanksReported | FrontEndSaid | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -55,6 +55,10 @@ class Publisher:
         self._members_due = True
         self._clock.changed(now)
 
+    def ripe(self, board: Board, membership: Membership, now: float) -> bool:
+        """Whether a view is due and nothing more is waited for."""
+        return self._clock.due(now) and (not self._one_step or board.one_step(membership.members()))
+
     def publish(
         self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], now: float
     ) -> list[Effect]:

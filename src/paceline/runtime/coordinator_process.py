@@ -13,7 +13,6 @@ import select
 import signal
 import time
 import weakref
-from collections.abc import Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
@@ -30,13 +29,13 @@ from paceline.protocol.coordinator_events import (
     FrontEndSubscribed,
     Note,
     RankGone,
-    RankSaid,
     RankSubscribed,
     Tick,
     ToFrontEnds,
     ToRanks,
 )
 from paceline.runtime.processes import new_identity, spawn, stop
+from paceline.runtime.rank_inbox import RankInbox, reports_kept
 from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
@@ -48,10 +47,6 @@ logger = logging.getLogger("paceline.coordinator")
 PROCESS_NAME = "coordinator"
 MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
-READ_S = 0.002
-"""As long may the ranks' reports be read, of which only an independent rank's last is decoded and handled."""
-REPORTS_KEPT = 1000
-"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
 
 
 class DPCoordinator:
@@ -144,8 +139,8 @@ class DPCoordinatorProc:
             publish_loads=publish_loads,
             fresh=fresh,
         )
+        self._engine_count = engine_count
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._from_rank = codec.from_rank()
         self._from_front_end = codec.from_front_end()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
@@ -188,7 +183,9 @@ class DPCoordinatorProc:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
         self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
-        self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=REPORTS_KEPT)
+        kept = reports_kept(self._engine_count)
+        self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
+        self._inbox = RankInbox(self._back_in, self._garbage_back, self._handle, every_report=self._machine.lockstep)
         self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
@@ -221,7 +218,7 @@ class DPCoordinatorProc:
             if self._front in ready:
                 self._read(self._front, self._on_front_end_frame)
             if self._back_in in ready:
-                self._read_ranks()
+                self._inbox.read(self._machine.deadline)
             self._handle(Tick())
         self._wakeup.close()
         self._context.destroy(linger=0)
@@ -238,37 +235,6 @@ class DPCoordinatorProc:
             except zmq.Again:
                 return
             take(frames)
-
-    def _read_ranks(self) -> None:
-        """Read until nothing is there, or something is due. Of independent ranks' reports the last one says all."""
-        last: dict[bytes, bytes] = {}
-        until = min(time.monotonic() + READ_S, self._machine.deadline)
-        while True:
-            try:
-                frame = self._back_in.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            if self._back_in.getsockopt(zmq.RCVMORE):
-                frames = 1 + len(self._back_in.recv_multipart())
-                self._garbage_back.add("frames", f"{frames} frames in place of one")
-                continue
-            whose = codec.whose_report(frame)
-            if whose is None or (self._machine.lockstep and whose in last):
-                # What else a rank says is heard in its place. In lockstep a view wants one step: none is left out.
-                self._on_rank_frames([*last.values(), frame])
-                last.clear()
-            else:
-                last[whose] = frame
-            if time.monotonic() >= until:
-                break
-        self._on_rank_frames(last.values())
-
-    def _on_rank_frames(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            try:
-                self._handle(RankSaid(self._from_rank.decode(frame)))
-            except codec.BadMessage as error:
-                self._garbage_back.add(error.kind, error.detail)
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
