@@ -101,6 +101,10 @@ DrainTimeoutFlag = Annotated[
 StallTimeoutFlag = Annotated[
     float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
 ]
+MaxRankRestartsFlag = Annotated[
+    int,
+    _option(_SERVER, "Restarts in a row before a rank that dies is given up.", "--max-rank-restarts"),
+]
 LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
 
@@ -137,6 +141,7 @@ def serve(
     startup_timeout: StartupTimeoutFlag = 300.0,
     drain_timeout: DrainTimeoutFlag = 30.0,
     stall_timeout: StallTimeoutFlag = 30.0,
+    max_rank_restarts: MaxRankRestartsFlag = 5,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -236,6 +241,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             startup_timeout_s=given["startup_timeout"],
             drain_timeout_s=given["drain_timeout"],
             stall_timeout_s=given["stall_timeout"],
+            max_rank_restarts=given["max_rank_restarts"],
             **server,
         ),
     )

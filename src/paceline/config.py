@@ -121,6 +121,7 @@ class ServerConfig(Struct, frozen=True):
     startup_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
+    max_rank_restarts: int = 5
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -135,6 +136,7 @@ class ServerConfig(Struct, frozen=True):
         _require(self.max_body_bytes >= 1024, "--max-body-bytes", "must be at least 1024")
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")
         _require(self.stall_timeout_s > 0, "--stall-timeout", "must be more than 0")
+        _require(self.max_rank_restarts >= 0, "--max-rank-restarts", "must be 0 or more")
         _require(self.drain_timeout_s >= 0, "--drain-timeout", "must be 0 or more")
         _require(
             self.log_level in LOG_LEVELS,

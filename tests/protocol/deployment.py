@@ -56,11 +56,13 @@ class Deployment:
     """All machines on one virtual clock, started; nothing has happened yet."""
 
     def __init__(
-        self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True
-    ) -> None:
+        self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True,
+        brokered: bool = False, slots: int = 8,
+    ) -> None:  # fmt: skip
         self.world = World()
         self.world.after_each = self._check
         self.size, self.lockstep, self.external = ranks, lockstep, external
+        self.brokered, self.slots = brokered, slots
         self.group = Group(self.world, ranks, STEP_S) if lockstep else None
         self.coordinator: Coordinator | None = None
         self.ranks: dict[int, RankShell] = {}
@@ -99,7 +101,7 @@ class Deployment:
         up = Link(
             self.world, codec.from_rank(), lambda m: self.tell_coordinator(coordinator.RankSaid(m)), DELAY_S
         )  # fmt: skip
-        shell = self.ranks[number] = RankShell(self.world, machine, TinyEngine(), self.group, STEP_S, up)
+        shell = self.ranks[number] = RankShell(self.world, machine, TinyEngine(self.slots), self.group, STEP_S, up)
         self.tell_coordinator(coordinator.RankSubscribed())
         shell.arrive(rank_events.Loaded())
         return shell
@@ -108,6 +110,7 @@ class Deployment:
         machine = FrontEnd(
             100 + next(self._lives), LeastLoad(index, count), ranks=frozenset({index}) if self.external else None,
             share_sends=count > 1 and not self.external, lockstep=self.lockstep,
+            brokered=self.brokered,
         )  # fmt: skip
         up = Link(
             self.world, codec.from_front_end(), lambda m: self.tell_coordinator(coordinator.FrontEndSaid(m)), DELAY_S

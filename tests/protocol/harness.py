@@ -274,15 +274,16 @@ class FrontEndShell:
         self.outputs: dict[int, list[Any]] = {}
         self.refused: dict[int, str] = {}
         self.placed: dict[int, int] = {}
+        self.placed_at: dict[int, float] = {}
         self.to_ranks: dict[int, Link] = {}
         self._dial = dial
         self._next = 1
 
-    def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None) -> int:
+    def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None, priority: int = 0) -> int:
         """One request of a client; returns its number."""
         request, self._next = self._next, self._next + 1
         self.outputs[request] = []
-        self.feed(frontend_events.Submit(request, [1] * tokens, SamplingParams(max_tokens), rank))
+        self.feed(frontend_events.Submit(request, [1] * tokens, SamplingParams(max_tokens), rank, priority))
         return request
 
     def abandon(self, *requests: int) -> None:
@@ -301,6 +302,13 @@ class FrontEndShell:
     def feed(self, event: frontend_events.Event) -> None:
         for effect in self.machine.handle(event, self.world.now):
             self._perform(effect)
+        if self.machine.deadline < float("inf"):
+            # Each event arranges a tick; one that was overtaken finds nothing due.
+            self.world.at(self.machine.deadline, self._tick)
+
+    def _tick(self) -> None:
+        if self.world.now >= self.machine.deadline:
+            self.feed(frontend_events.Tick())
 
     def _coordinator_said(self, message: Any) -> None:
         self.feed(frontend_events.CoordinatorSaid(message))
@@ -316,7 +324,9 @@ class FrontEndShell:
             case frontend_events.Disconnect(rank):
                 self.to_ranks.pop(rank).closed = True
             case frontend_events.Placed(request, rank):
+                assert request not in self.placed, f"request {request} is placed twice"
                 self.placed[request] = rank
+                self.placed_at[request] = self.world.now
             case frontend_events.Deliver(outputs):
                 for output in outputs:
                     self.outputs[output.request].append(output)

@@ -121,6 +121,7 @@ class Schedule:
             answers_left=round(sum(left)),
             first_end=round(min(left, default=0)),
             answer_tokens=round(whole / count) if count else 0,
+            kv_waiting=sum(one.reserved for one in self._waiting),
         )
 
     def add(self, sequence: Sequence) -> None:

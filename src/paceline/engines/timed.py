@@ -130,6 +130,7 @@ class TimedEngine(Engine):
             step_tokens=self._budget, decoding=sum(not sequence.to_prefill for sequence in running),
             kv_reserved=self._kv_reserved, answers_left=sum(left), first_end=min(left, default=0),
             answer_tokens=round(sum(whole) / len(whole)) if whole else 0,
+            kv_waiting=sum(sequence.kv_reserved for sequence in self._waiting),
         )  # fmt: skip
 
     def _admit(self) -> None:

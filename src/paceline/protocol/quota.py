@@ -6,8 +6,8 @@ for anybody. A quota of x tokens is worth what all ranks together get done in th
 
     (fullness x decode time  +  token cost x mean of min(x, pending))  /  (decode time  +  token cost x x)
 
-where fullness is the share of slots in which an answer is written, the decode time is a step's without any prompt, and
-pending are the prompt tokens that a rank could compute now. Mostly that is 0 until prompts have gathered at many
+where fullness is the share of `places` in which an answer is written, the decode time is a step's without any prompt,
+and pending are the prompt tokens that a rank could compute now. Mostly that is 0 until prompts have gathered at many
 ranks, and much then. The candidates are 0, the powers of two, and the whole budget. So that nobody waits for ever, a
 step with an eighth of the budget comes after `PATIENCE` steps without any.
 
@@ -60,7 +60,8 @@ class Part(NamedTuple):
 
     `budget`: tokens that its step computes at most, 0 for any number. `pending`: prompt tokens that it could compute
     in the next step were there no limit: of requests that run, or for which there is a slot and memory. `decoding`:
-    requests past their prompts. `decode_ns`: its step without any prompt; `token_ns`: what one token of a prompt adds;
+    requests past their prompts. `slots`: `places`. `decode_ns`: its step without any prompt; `token_ns`: what one
+    token of a prompt adds;
     both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its last step computed.
     """
 
@@ -83,6 +84,17 @@ class Part(NamedTuple):
             1, self.decoding, self.slots, self.decode_ns, self.token_ns,
             *[candidate if candidate < pending else pending for candidate in CANDIDATES[1:]],
         )  # fmt: skip
+
+
+def places(slots: int, decoding: int, kv_used: int, kv_total: int) -> int:
+    """How many requests a rank can write answers of at once: its slots, or fewer where memory is short.
+
+    A rank whose memory is full is as full as it can be, whatever slots it has left. `kv_total` is 0 where there is no
+    limit.
+    """
+    if not decoding or not kv_total or kv_used <= 0:
+        return slots
+    return min(slots, max(decoding, decoding * kv_total // kv_used))
 
 
 UNLIMITED = (OFF, *(0,) * (len(REDUCTIONS) - 1))

@@ -17,7 +17,16 @@ from paceline.protocol.coordinator_events import (
     ToRanks,
 )
 from paceline.protocol.invariants import wave_never_falls
-from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, StartDPWave, ToRank, WakeNotice
+from paceline.protocol.messages import (
+    ControlAnswer,
+    ControlRequest,
+    FromRank,
+    LoadView,
+    Members,
+    StartDPWave,
+    ToRank,
+    WakeNotice,
+)
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import FRONT_END, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
@@ -187,7 +196,7 @@ class Coordinators:
                 message = effect.message
                 if isinstance(message, ControlAnswer):
                     answered = message.number
-                else:
+                elif isinstance(message, Members | LoadView):
                     published = max(published, (message.wave, message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
         state = machine._suspension.state(range(self._size))

@@ -9,11 +9,12 @@ from msgspec.structs import asdict
 
 from paceline.errors import ConfigError
 from paceline.simulate.traffic.engine import Engine
+from paceline.simulate.traffic.peers_lockstep import LOCKSTEP_PEERS
 from paceline.simulate.traffic.run import Deployment, Run, routing_names, run
 from paceline.simulate.traffic.trace import Arrival
 from tests.simulate.traffic.deployments import drawn, finished
 
-ROUTINGS = [name for name in routing_names() if name != "session"]
+ROUTINGS = [name for name in routing_names() if name not in ("session", *LOCKSTEP_PEERS)]
 
 
 @dataclass
