@@ -70,8 +70,11 @@ bench-cost-model: $(STAMP) ## predicted against measured time to first token (in
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
 	@$(BIN)/python bench/cost_model.py $(ARGS)
 
+bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none, saturated; --trace FILE by ARGS
+	@$(BIN)/python bench/quota.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective bench-freshness \
-	bench-cost-model clean
+.PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
+	bench-freshness bench-cost-model bench-quota clean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 from collections.abc import Iterator
@@ -198,16 +197,6 @@ def test_children_end_with_their_killed_parent(running: Deployment) -> None:
     assert len(children) >= 5
     running.signal(signal.SIGKILL)
     wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended", 2.0)
-
-
-@pytest.mark.parametrize("name", ["rank 1", "front-end 0"])
-def test_child_that_dies_ends_the_deployment(running: Deployment, name: str) -> None:
-    children = running.children()
-    os.kill(running.pid_of(name), signal.SIGKILL)
-    assert running.wait_end(20) == 1
-    assert re.search(rf"{name} ended while serving \(killed by SIGKILL\)", running.output)
-    assert "Traceback" not in running.output
-    wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
 
 
 def test_killed_coordinator_is_not_noticed() -> None:

@@ -41,7 +41,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
 ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
-EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, or module:Class.", "--engine")]
+EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, timed-lockstep, or module:Class.", "--engine")]
 EngineOptionFlag = Annotated[
     list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
 ]
@@ -77,6 +77,9 @@ DataParallelHybridLbFlag = Annotated[
 DpSyncIntervalFlag = Annotated[
     int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
 ]
+PrefillQuotaFlag = Annotated[
+    str, _option(_PARALLEL, "Prompt tokens that a lockstep rank computes in a step: auto, off or N.", "--prefill-quota")
+]
 MinStatsUpdateIntervalMsFlag = Annotated[
     int, _option(_PARALLEL, "Least milliseconds between two load views.", "--min-stats-update-interval-ms")
 ]
@@ -100,6 +103,10 @@ DrainTimeoutFlag = Annotated[
 ]
 StallTimeoutFlag = Annotated[
     float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
+]
+MaxRankRestartsFlag = Annotated[
+    int,
+    _option(_SERVER, "Restarts in a row before a rank that dies is given up.", "--max-rank-restarts"),
 ]
 LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
@@ -126,6 +133,7 @@ def serve(
     data_parallel_external_lb: DataParallelExternalLbFlag = False,
     data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
     dp_sync_interval: DpSyncIntervalFlag = 16,
+    prefill_quota: PrefillQuotaFlag = "auto",
     min_stats_update_interval_ms: MinStatsUpdateIntervalMsFlag = 100,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
@@ -137,6 +145,7 @@ def serve(
     startup_timeout: StartupTimeoutFlag = 300.0,
     drain_timeout: DrainTimeoutFlag = 30.0,
     stall_timeout: StallTimeoutFlag = 30.0,
+    max_rank_restarts: MaxRankRestartsFlag = 5,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -244,6 +253,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             startup_timeout_s=given["startup_timeout"],
             drain_timeout_s=given["drain_timeout"],
             stall_timeout_s=given["stall_timeout"],
+            max_rank_restarts=given["max_rank_restarts"],
             **server,
         ),
     )
@@ -268,6 +278,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
         headless=given["headless"],
         dp_sync_interval=given["dp_sync_interval"],
+        prefill_quota=given["prefill_quota"],
         min_stats_update_interval_ms=given["min_stats_update_interval_ms"],
         api_server_count=given["api_server_count"],
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from paceline.config import DeploymentConfig, threads_per_rank
-from paceline.engines.base import EngineError, EngineSettings
+from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.protocol.quota import setting_of
 from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
@@ -34,11 +36,14 @@ def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan
         supervisor.at_end(plan.close)
         _start_coordinator(plan, supervisor)
         for rank in config.parallel.local_ranks:
-            supervisor.add(f"rank {rank}", run_rank, rank_settings(plan, rank))
+            supervisor.add(
+                f"rank {rank}", "rank", run_rank, partial(rank_settings, plan, rank),
+                max_restarts=server.max_rank_restarts,
+            )  # fmt: skip
         if not config.parallel.headless:
             for index in range(config.parallel.api_server_count):
-                settings = front_end_settings(plan, index)
-                supervisor.add(f"front-end {index}", run_front_end, settings, drains=True)
+                settings = partial(front_end_settings, plan, index)
+                supervisor.add(f"front-end {index}", "front-end", run_front_end, settings, drains=True)
 
     return supervisor.run(start, lambda: on_ready(plans[0]))
 
@@ -70,6 +75,7 @@ class Plan:
         try:
             self.engine_class = find_engine(config.engine.engine)
             self.settings = _engine_settings(config, 0)
+            _check_quota(config, self.engine_class)
             if not config.parallel.headless:
                 self._reserved = reserve_port(config.server.host, config.server.port)
                 self.port = self._reserved.getsockname()[1]
@@ -118,20 +124,23 @@ class Plan:
             self.config.server.startup_timeout_s,
         )
 
-    def rank_address(self, rank: int) -> str:
-        """Where a rank's front-ends reach it: on this node alone, or from others too."""
+    def rank_address(self, rank: int, life: int) -> str:
+        """Where a rank's front-ends reach it: on this node alone, or from others too.
+
+        Each life has an address of its own, so that what is meant for the one before reaches nobody.
+        """
         parallel = self.config.parallel
         if parallel.one_node or parallel.balanced_ranks is not None:
-            return self.folder.address(f"rank-{rank}")
+            return self.folder.address(f"rank-{rank}.{life}")
         return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
 
-    def group_address(self, rank: int) -> str:
+    def group_address(self, rank: int, life: int) -> str:
         """Where a rank's peers reach it for collectives; empty where there are none."""
         parallel = self.config.parallel
         if not self.lockstep:
             return ""
         if parallel.one_node:
-            return self.folder.address(f"group-{rank}")
+            return self.folder.address(f"group-{rank}.{life}")
         return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
 
     def close(self) -> None:
@@ -141,23 +150,24 @@ class Plan:
         self.folder.close()
 
 
-def rank_settings(plan: Plan, rank: int) -> RankSettings:
-    """What rank `rank` is started with."""
+def rank_settings(plan: Plan, rank: int, life: int) -> RankSettings:
+    """What the life number `life` of rank `rank` is started with."""
     return RankSettings(
         engine=plan.config.engine.engine,
         settings=_engine_settings(plan.config, rank),
-        bind=plan.rank_address(rank),
+        bind=plan.rank_address(rank, life),
         coordinator_input=plan.addresses.back_publish,
         coordinator_output=plan.addresses.back_output,
         report_loads=not plan.config.parallel.data_parallel_external_lb,
-        group_bind=plan.group_address(rank),
+        group_bind=plan.group_address(rank, life),
         sync_interval=plan.config.parallel.dp_sync_interval,
         stall_timeout_s=plan.config.server.stall_timeout_s,
+        prefill_quota=setting_of(plan.config.parallel.prefill_quota),
     )
 
 
-def front_end_settings(plan: Plan, index: int) -> FrontEndSettings:
-    """What front-end `index` of this node is started with."""
+def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
+    """What the life number `life` of front-end `index` of this node is started with."""
     config = plan.config
     parallel, server = config.parallel, config.server
     return FrontEndSettings(
@@ -174,7 +184,15 @@ def front_end_settings(plan: Plan, index: int) -> FrontEndSettings:
         max_waiting=server.max_waiting,
         max_body_bytes=server.max_body_bytes,
         drain_timeout_s=server.drain_timeout_s,
+        first_life=life == 0,
     )
+
+
+def _check_quota(config: DeploymentConfig, engine: type[Engine]) -> None:
+    wanted = config.parallel.prefill_quota
+    if not engine.lockstep and wanted not in ("auto", "off"):
+        text = f"--prefill-quota {wanted}: only for engines in lockstep, which {config.engine.engine} is not"
+        raise EngineError(text)
 
 
 def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:

@@ -22,6 +22,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "running": lambda load: f"{load['running']}/{load['slots']}" if "slots" in load else f"{load['running']}",
     "prefill": lambda load: f"{load['prefill_tokens']:,}" if "prefill_tokens" in load else "",
     "in flight": lambda load: f"{load['in_flight']:,}" if "in_flight" in load else "",
+    "quota": lambda load: "" if load.get("prefill_quota") is None else f"{load['prefill_quota']:,}",
     "KV": lambda load: f"{load['kv_used'] / load['kv_total']:.0%}" if load.get("kv_total") else "",
     "prefill/s": lambda load: f"{load['prefill_rate']:,.0f}" if load.get("prefill_rate") else "",
     "decode/s": lambda load: f"{load['decode_rate']:,.0f}" if load.get("decode_rate") else "",
@@ -30,7 +31,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 """Heading to what stands there, made from an entry of `GET /loads`. The whole fits 80 columns.
 
 Running requests stand with the slots there are; `prefill` is prompt tokens to compute, `in flight` this front-end's
-own requests, `KV` the used share, and rates are tokens a second. A vLLM rank says its requests and its KV alone.
+own requests, `quota` the prompt tokens that a lockstep step may compute (at the last report), `KV` the used share, and
+rates are tokens a second. A vLLM rank says its requests and its KV alone.
 """
 
 NEEDED = ("rank", "waiting", "running")

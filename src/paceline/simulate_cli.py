@@ -1,4 +1,4 @@
-"""`paceline simulate`: the machines in virtual time, from a seed, with delays, losses and crashes."""
+"""`paceline simulate`: the machines in virtual time, from a seed, with delays, losses and crashes; or on a trace."""
 
 from __future__ import annotations
 
@@ -11,6 +11,25 @@ import typer
 
 from paceline.errors import ConfigError, PacelineError
 from paceline.simulate.run import Options, Outcome, simulate
+from paceline.traffic_cli import (
+    BudgetFlag,
+    DecodeFlag,
+    DelayFlag,
+    IntervalFlag,
+    KvFlag,
+    PlotFlag,
+    PrefillFlag,
+    RateFlag,
+    RoutingFlag,
+    SharedFlags,
+    SlotsFlag,
+    StepFlag,
+    TraceFlag,
+    TraceFlags,
+    WarmUpFlag,
+    refuse_without_trace,
+    run_trace,
+)
 
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
@@ -45,34 +64,35 @@ LockstepFlag = Annotated[
 EncodeFlag = Annotated[
     bool, typer.Option("--encode/--no-encode", help="Whether messages travel as bytes; without, it is faster.")
 ]
-TraceFlag = Annotated[
-    str | None, typer.Option("--trace", help="A file of real arrivals (.csv or .jsonl) in place of drawn ones.")
-]
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object a run in place of text.")]
 
 
 def simulate_command(
-    seed: SeedFlag = 0,
-    seeds: SeedsFlag = None,
-    ranks: RanksFlag = None,
-    front_ends: FrontEndsFlag = None,
-    requests: RequestsFlag = None,
-    losses: LossesFlag = None,
-    crashes: CrashesFlag = None,
-    suspensions: SuspensionsFlag = None,
-    duration: DurationFlag = None,
-    lockstep: LockstepFlag = None,
-    encode: EncodeFlag = True,
-    trace: TraceFlag = None,
-    json: JsonFlag = False,
-) -> None:
-    """Run the real machines in virtual time and check the invariants at every event."""
-    options = Options(
-        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, trace
-    )
+    seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, front_ends: FrontEndsFlag = None,
+    requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
+    suspensions: SuspensionsFlag = None, duration: DurationFlag = None, lockstep: LockstepFlag = None,
+    encode: EncodeFlag = True, json: JsonFlag = False,
+    trace: TraceFlag = None, routing: RoutingFlag = None, rate_scale: RateFlag = None, slots: SlotsFlag = None,
+    token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
+    prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
+    interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
+) -> None:  # fmt: skip
+    """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
+    options = Options(seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode)
+    flags = TraceFlags(
+        trace, routing, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
+        interval_ms, warm_up, plot,
+    )  # fmt: skip
+    failed = False
     try:
-        _check(options)
-        failed = run_seeds(options, _read_seeds(seeds) if seeds is not None else iter([seed]), json, seeds is not None)
+        if trace is not None:
+            _refuse_faults(options, seeds)
+            run_trace(flags, SharedFlags(seed, ranks, front_ends, requests, lockstep), json)
+        else:
+            refuse_without_trace(flags)
+            _check(options)
+            chosen = _read_seeds(seeds) if seeds is not None else iter([seed])
+            failed = run_seeds(options, chosen, json, seeds is not None)
     except PacelineError as error:
         typer.echo(f"paceline: {error}", err=True)
         raise typer.Exit(2) from None
@@ -112,12 +132,11 @@ def summary(outcome: Outcome) -> str:
     """What came of a run, for a person."""
     options = outcome.options
     kind = "lockstep" if options.lockstep else "independent"
-    arrive = f"of {options.trace}" if options.trace else f"in {options.duration:g} s"
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
     faults = ", ".join(f"{count} {kind}" for kind, count in outcome.faults.items()) or "none"
     lines = [
         f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
-        f" {options.requests} requests {arrive}, {options.losses:.0%} of broadcasts lost",
+        f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''}",
@@ -136,7 +155,7 @@ def summary(outcome: Outcome) -> str:
 def replay(options: Options, seed: int) -> str:
     """The command line that runs this seed again: what was given, the rest is drawn anew from it."""
     words = ["paceline", "simulate", "--seed", str(seed)]
-    for name in ("ranks", "front_ends", "requests", "losses", "crashes", "suspensions", "duration", "trace"):
+    for name in ("ranks", "front_ends", "requests", "losses", "crashes", "suspensions", "duration"):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -152,6 +171,14 @@ def _check(options: Options) -> None:
         value = getattr(options, flag.replace("-", "_"))
         if value is not None and not least <= value <= greatest:
             raise ConfigError(f"--{flag}: must be between {least} and {greatest}, not {value}")
+
+
+def _refuse_faults(options: Options, seeds: str | None) -> None:
+    for name in ("losses", "crashes", "suspensions", "duration"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: not with --trace, which measures a run without faults")
+    if seeds is not None:
+        raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
 
 
 def _read_seeds(text: str) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -10,7 +11,7 @@ from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import Query
 from paceline.protocol.routing import LeastLoad, Session
 from paceline.protocol.routing_affinity import GUARD_TOKENS
-from paceline.protocol.routing_session import POINTS, points_of
+from paceline.protocol.routing_session import POINTS, points_of, probes_of
 
 KEYS = [f"user-{number}" for number in range(10_000)]
 
@@ -30,28 +31,45 @@ def load(candidates: Candidates, rank: int, tokens: int) -> None:
     candidates.changed(rank)
 
 
+UNEVEN = 0.05
+"""By so much a rank's share of the circle may be larger than the mean one."""
+
+
+def most(share: float) -> float:
+    """What a share of KEYS stays below: five standard deviations of a draw above its mean."""
+    share *= 1 + UNEVEN
+    return len(KEYS) * share + 5 * math.sqrt(len(KEYS) * share * (1 - share))
+
+
 @pytest.mark.parametrize("size", [4, 16, 64])
-def test_a_share_of_the_sessions_moves_with_a_rank(size: int) -> None:
+def test_one_in_n_of_the_sessions_moves_with_a_rank(size: int) -> None:
     policy, candidates = Session(), idle(*range(size))
     before = homes(policy, candidates)
     shares = Counter(before.values())
     assert len(shares) == size
-    # As even as points on a circle and ten thousand keys are.
-    assert max(shares.values()) < 1.5 * len(KEYS) / size
+    assert max(shares.values()) <= most(1 / size)
 
     candidates.remove(1)
     without = homes(policy, candidates)
     moved = {key for key in KEYS if without[key] != before[key]}
     assert moved == {key for key in KEYS if before[key] == 1}
     assert len({without[key] for key in moved}) > min(size, 16) // 2
+    assert max(Counter(without.values()).values()) <= most(1 / (size - 1))
 
     candidates.add(Candidate(1, 0, 0, 0, 0, 0, 0))
     assert homes(policy, candidates) == before
-    candidates.add(Candidate(900, 0, 0, 0, 0, 0, 0))
-    joined = homes(policy, candidates)
-    moved = {key for key in KEYS if joined[key] != before[key]}
-    assert {joined[key] for key in moved} == {900}
-    assert len(moved) < 1.3 * len(KEYS) / (size + 1)
+
+
+@pytest.mark.parametrize("joining", [64, 65, 100, 900])
+def test_a_rank_that_joins_takes_its_share_and_nothing_else_moves(joining: int) -> None:
+    policy, candidates = Session(), idle(*range(64))
+    before = homes(policy, candidates)
+    candidates.add(Candidate(joining, 0, 0, 0, 0, 0, 0))
+    after = homes(policy, candidates)
+    moved = {key for key in KEYS if after[key] != before[key]}
+    assert {after[key] for key in moved} == {joining}
+    assert len(moved) <= most(1 / 65)
+    assert max(Counter(after.values()).values()) <= most(1 / 65)
 
 
 def test_the_mean_share_that_moves_is_one_in_n() -> None:
@@ -138,3 +156,14 @@ def test_any_key_has_a_rank(key: str) -> None:
 def test_points_are_different_ones() -> None:
     points = [point for rank in range(64) for point in points_of(rank)]
     assert len(points) == 64 * POINTS == len(set(points))
+
+
+def test_a_key_belongs_to_the_rank_whose_point_is_closest_after_one_of_its_probes() -> None:
+    policy, candidates = Session(), idle(*range(5))
+    owners = {point: rank for rank in range(5) for point in points_of(rank)}
+    for key in KEYS[:200]:
+        by_distance = sorted((point - probe) % 1.0 for probe in probes_of(key) for point in owners)
+        closest = {
+            owners[point] for probe in probes_of(key) for point in owners if (point - probe) % 1.0 == by_distance[0]
+        }
+        assert {policy.choose(candidates, Query(1, session=key))} == closest

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -25,6 +27,22 @@ def test_folder_is_private_and_removed() -> None:
     folder.close()
     folder.close()
     assert not folder.path.exists()
+
+
+def test_a_folder_whose_process_was_killed_is_removed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = "import os; from paceline.runtime.sockets import SocketFolder; print(SocketFolder().path); os._exit(9)"
+    killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)},
+                            capture_output=True, text=True, check=False)  # fmt: skip
+    abandoned = Path(killed.stdout.strip())
+    assert abandoned.is_dir()
+    held = SocketFolder()
+    assert not abandoned.exists()
+    SocketFolder().close()
+    assert held.path.is_dir()
+    held.close()
 
 
 def test_path_too_long_for_a_socket_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -94,11 +94,11 @@ def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
 
 
 def a_wave_that_goes_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FrontEnd, "_wave_is", lambda self, wave, running: setattr(self, "wave", wave))
+    patch.setattr(FrontEnd, "_wave_is", lambda self, wave, running: setattr(self._flights, "wave", wave))
 
 
 def a_forgotten_send(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ledger, "sent", lambda self, number, tokens: setattr(self, "last", number))
+    patch.setattr(Ledger, "sent", lambda self, number, *_: setattr(self, "last", number))
 
 
 def a_token_sent_twice(patch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,7 @@ def test_seeds_are_counted() -> None:
     [
         ("--ranks", "0"), ("--front-ends", "65"), ("--losses", "1.5"), ("--crashes", "-1"), ("--suspensions", "-1"),
         ("--seeds", "9..1"), ("--seeds", "nine"), ("--seed", "-1"),
-        ("--trace", "no-such-file.csv"), ("--duration", "nan"),
+        ("--duration", "nan"),
     ],
 )  # fmt: skip
 def test_a_flag_that_cannot_be_is_named(flags: tuple[str, str]) -> None:

@@ -6,6 +6,8 @@ refuses frames that are too large before they are in memory.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -24,11 +26,24 @@ IPC_PATH_BYTES = 107
 """Longest path a Unix socket can have on Linux."""
 
 
+PREFIX = "paceline-"
+LOCK = ".lock"
+
+
 class SocketFolder:
-    """A private folder for the ipc sockets of one deployment, removed with it."""
+    """A private folder for the ipc sockets of one deployment, removed with it.
+
+    A process that is killed removes nothing. So its folder holds a lock as long as it lives, and whoever makes the next
+    folder removes those whose lock is nobody's.
+    """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="paceline-"))
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        # Locked before it has its name: one that is being made never looks abandoned.
+        self._lock = open(self.path / f"{LOCK}.new", "w")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.rename(self._lock.name, self.path / LOCK)
+        _remove_abandoned(self.path.parent)
 
     def address(self, name: str) -> str:
         """The ipc address of socket `name`."""
@@ -40,6 +55,15 @@ class SocketFolder:
     def close(self) -> None:
         """Remove the folder and what is in it. May be called twice."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+        # Another user's folder, or one that is going just now.
+        with contextlib.suppress(OSError), open(lock, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def tcp_address(host: str, port: int = 0) -> str:

@@ -2,28 +2,30 @@
 
     starting --all ready--> serving --SIGTERM--> draining --done--> ended
 
-At any time a child that ends, or a second signal, leads to the end of all of them; but while serving, a process
-whose state is soft (the coordinator) is started again instead. Nothing is left behind:
-children end with this process even when it is killed, because each watches for that itself.
+A child that ends before all are ready, or a second signal, leads to the end of all of them. While serving, whoever
+ends is started again: a rank with back-off, up to a number of times in a row, after which the deployment goes on
+without it, since the others serve; the node ends when none of its ranks is left. A front-end and the coordinator are
+started again for ever. Nothing is left behind: children end with this process even when it is killed, because each
+watches for that itself.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import multiprocessing.connection
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
 from msgspec import Struct
 
 from paceline.errors import StartupError
-from paceline.runtime.processes import spawn, stop
-from paceline.runtime.status import Failed, Progressed, Ready, Status, Waiting
+from paceline.runtime.child import Child, Settings, how
+from paceline.runtime.processes import stop
+from paceline.runtime.restarts import Restarts
+from paceline.runtime.status import Failed, Progressed, Ready, Waiting
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.supervisor")
@@ -41,21 +43,6 @@ class Reporter(Protocol):
 
     def ready(self, name: str) -> None:
         """`name` is ready."""
-
-
-class Child(Struct):
-    """One process and what it last said."""
-
-    name: str
-    process: SpawnProcess
-    status: Connection
-    drains: bool
-    state: Status = Progressed("starting", 0.0)
-
-    @property
-    def ready(self) -> bool:
-        """Whether it does its work."""
-        return isinstance(self.state, Ready)
 
 
 class Watched(Struct):
@@ -109,15 +96,19 @@ class Supervisor:
             self._starting = False
             self._end()
 
-    def add(self, name: str, target: Callable[..., None], settings: object, *, drains: bool = False) -> None:
+    def add(
+        self, name: str, kind: str, target: Callable[..., None], settings: Settings, *, drains: bool = False,
+        max_restarts: int | None = None,
+    ) -> None:  # fmt: skip
         """Start a child that runs `target(settings=…, status=pipe)` and says on the pipe when it is ready.
 
-        `drains`: it finishes its work on SIGTERM, and is told first.
+        `kind`: the node ends when all children of one kind are given up. `drains`: it finishes its work on SIGTERM,
+        and is told first. `max_restarts`: in a row, None for any number.
         """
-        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        process = spawn(name, target, {"settings": settings, "status": writer}, self._log_level)
-        writer.close()
-        self._children[name] = Child(name, process, reader, drains)
+        restarts = Restarts(max_restarts)
+        self._children[name] = Child(
+            name, kind, target, settings, restarts, drains=drains, log_level=self._log_level
+        )  # fmt: skip
 
     def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
         """Have `restart` called when this process ends while all is serving; who started it also stops it."""
@@ -162,13 +153,45 @@ class Supervisor:
         self._restarts = True
         while not self._signals:
             alive = self._alive()
-            try:
-                self._check_alive("while serving")
-            except StartupError as error:
-                logger.error("%s; ending the deployment", error)
+            waits = [wait_s for wait_s in (self._restart_ended(), self._restart_children()) if wait_s is not None]
+            lost = self._lost_kind()
+            if lost is not None:
+                logger.error("no %s of this node is left; ending it", lost)
                 return 1
-            self._wait(self._restart_ended(), alive)
+            self._wait(min(waits, default=None), alive)
         return self._drain()
+
+    def _restart_children(self) -> float | None:
+        """Start the children that are due. Returns after how many seconds to look again."""
+        waits: list[float] = []
+        for child in self._children.values():
+            if child.given_up or child.process.is_alive():
+                continue
+            if child.due is None:
+                self._note_end(child)
+            if child.due is not None:
+                wait_s = child.due - time.monotonic()
+                if wait_s > 0:
+                    waits.append(wait_s)
+                else:
+                    child.begin_again()
+                    # Whoever waits for the ends of children does not know of this one yet.
+                    waits.append(0.0)
+        return min(waits, default=None)
+
+    def _note_end(self, child: Child) -> None:
+        why = child.why()
+        wait_s = child.ended()
+        if wait_s is None:
+            text = "%s ended (%s) once too often (--max-rank-restarts); the deployment goes on without it"
+            logger.error(text, child.name, why)
+        else:
+            logger.warning("%s ended (%s); starting it again%s", child.name, why, f" in {wait_s:g} s" * (wait_s > 0))
+
+    def _lost_kind(self) -> str | None:
+        """Of which kind no child is left that lives or will, if there is one."""
+        left = {child.kind for child in self._children.values() if not child.given_up}
+        return next((child.kind for child in self._children.values() if child.kind not in left), None)
 
     def _restart_ended(self) -> float | None:
         """Start what has ended and can be started again. Returns after how many seconds to look again."""
@@ -179,7 +202,7 @@ class Supervisor:
             rest_s = watched.started + RESTART_INTERVAL_S - time.monotonic()
             if rest_s > 0:
                 return rest_s
-            logger.warning("%s ended (%s); starting it again", watched.process.name, _how(watched.process.exitcode))
+            logger.warning("%s ended (%s); starting it again", watched.process.name, how(watched.process.exitcode))
             try:
                 watched.started = time.monotonic()
                 watched.process = watched.restart()
@@ -241,12 +264,13 @@ class Supervisor:
                 self._read(child)
 
     def _read(self, child: Child) -> None:
-        try:
-            child.state = child.status.recv()
-        except (EOFError, OSError):
-            child.status.close()
+        state = child.read()
+        if self._restarts:
+            # The display of the start is gone.
+            if isinstance(state, Ready):
+                logger.info("%s is back", child.name)
             return
-        match child.state:
+        match state:
             case Progressed(what, share):
                 self._reporter.progress(child.name, what, share)
             case Waiting(ranks) if ranks:
@@ -259,17 +283,10 @@ class Supervisor:
         for child in self._children.values():
             if child.process.is_alive():
                 continue
-            while not child.status.closed and child.status.poll():
-                self._read(child)
+            why = child.why()
             if isinstance(child.state, Failed):
-                raise StartupError(f"{child.name}: {child.state.why}")
-            raise StartupError(f"{child.name} ended {when} ({_how(child.process.exitcode)})")
+                raise StartupError(f"{child.name}: {why}")
+            raise StartupError(f"{child.name} ended {when} ({why})")
         for watched in self._watched:
-            if not watched.process.is_alive() and not self._restarts:
-                raise StartupError(f"{watched.process.name} ended {when} ({_how(watched.process.exitcode)})")
-
-
-def _how(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return f"killed by {signal.Signals(-exit_code).name}"
-    return f"exit status {exit_code}"
+            if not watched.process.is_alive():
+                raise StartupError(f"{watched.process.name} ended {when} ({how(watched.process.exitcode)})")

@@ -43,6 +43,7 @@ class FrontEndSettings(Struct, frozen=True):
     """What one front-end's process needs to know.
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks.
+    `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
 
     index: int
@@ -58,6 +59,7 @@ class FrontEndSettings(Struct, frozen=True):
     max_waiting: int | None
     max_body_bytes: int
     drain_timeout_s: float
+    first_life: bool = True
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -90,17 +92,17 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     drain = Drain(api, server, settings.drain_timeout_s)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, drain.asked)
-    await _wait_ranks(client, settings.ranks, status)
+    await _wait_ranks(client, settings.ranks, len(settings.ranks) if settings.first_life else 1, status)
     listener = listen(settings.host, settings.port)
     status.send(Ready())
     await server.serve([listener])
     client.close()
 
 
-async def _wait_ranks(client: Client, ranks: frozenset[int], status: Connection) -> None:
-    """Until all of `ranks` are ready; tells `status` whom it waits for whenever that changes."""
-    while missing := sorted(ranks.difference(client.machine.ready_ranks())):
-        status.send(Waiting(missing))
+async def _wait_ranks(client: Client, ranks: frozenset[int], enough: int, status: Connection) -> None:
+    """Until `enough` of `ranks` are ready; tells `status` whom it waits for whenever that changes."""
+    while len(missing := ranks.difference(client.machine.ready_ranks())) > len(ranks) - enough:
+        status.send(Waiting(sorted(missing)))
         await client.wait_changed()
 
 

@@ -12,14 +12,14 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
-from paceline.errors import ConfigError
+from paceline.protocol.quota import AUTO, OFF, fixed
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
 from paceline.simulate.front_end_party import Answer, FrontEndParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
-from paceline.simulate.workload import Arrival, drawn, from_trace
+from paceline.simulate.workload import Arrival, drawn
 from paceline.simulate.world import Seeds, Violation
 
 READY_LIMIT_S = 120.0
@@ -32,7 +32,7 @@ class Options(Struct, frozen=True):
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
     `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
-    messages travel as bytes. `trace`: a file of arrivals.
+    messages travel as bytes.
     """
 
     seed: int
@@ -45,7 +45,6 @@ class Options(Struct, frozen=True):
     duration: float | None = None
     lockstep: bool | None = None
     encode: bool = True
-    trace: str | None = None
 
 
 class Outcome(Struct, kw_only=True):
@@ -102,7 +101,7 @@ def filled(options: Options) -> Options:
 def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
     """Run one deployment from its start until all is at rest again. Never raises for what the machines do wrong.
 
-    Raises ConfigError where the trace cannot be read. `without`: rules (`protocol/rules.py`) that the machines lack.
+    `without`: rules (`protocol/rules.py`) that the machines lack.
     """
     return Run(filled(options), without).run()
 
@@ -123,8 +122,6 @@ class Run:
         verdict, event, parties = "ok", 0, None
         try:
             self._run()
-        except ConfigError:
-            raise
         except Violation as violation:
             verdict, event, parties = violation.what, journal.events, violation.parties
         except Exception as error:
@@ -146,7 +143,13 @@ class Run:
             connecting=Delays(0.005, 1.0, 0.1, 0.3),
             encode=options.encode, loss=options.losses or 0.0,
             same_address=stream.random() < 0.5, scatter=True,
+            prefill_quota=self._quota(),
         )  # fmt: skip
+
+    def _quota(self) -> int:
+        if not self.options.lockstep:
+            return OFF
+        return self.seeds.stream("quota").choice((AUTO, AUTO, AUTO, fixed(3), fixed(100), OFF))
 
     def _run(self) -> None:
         deployment, options = self.deployment, self.options
@@ -186,10 +189,8 @@ class Run:
 
     def _arrivals(self) -> list[Arrival]:
         options, shape = self.options, self.deployment.shape
-        requests = options.requests or 0
-        if options.trace is not None:
-            return from_trace(Path(options.trace), requests, shape.front_ends)
-        return drawn(self.seeds.stream("workload"), requests, options.duration or 0.0, shape.ranks, shape.front_ends)
+        stream = self.seeds.stream("workload")
+        return drawn(stream, options.requests or 0, options.duration or 0.0, shape.ranks, shape.front_ends)
 
     def _submission(self, arrival: Arrival) -> Callable[[], None]:
         def submit() -> None:

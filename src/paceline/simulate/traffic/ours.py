@@ -1,0 +1,289 @@
+"""Paceline in the simulator: the production machines of the front-ends and the coordinator, over links with a delay.
+
+All messages between them are the real ones. What nobody would look at is not made: a front-end takes in what has come
+for it when it next decides, and of several load views then only the newest, since the newest is all that counts; and
+ranks that only decode are asked for their reports when the coordinator is about to publish, since until then the newest
+is all that it keeps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from msgspec import Struct
+
+from paceline.protocol import coordinator_events as at_coordinator
+from paceline.protocol import frontend_events as at_front_end
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    AddRequest,
+    Admit,
+    FrontEndHello,
+    LoadView,
+    Output,
+    Outputs,
+    RankHello,
+    RankReport,
+    StartDPWave,
+    StartWave,
+    ToFrontEnd,
+    WaveComplete,
+)
+from paceline.protocol.policy import Policy
+from paceline.protocol.sampling import SamplingParams
+from paceline.simulate.traffic.clock import Clock
+from paceline.simulate.traffic.plane import ControlPlane, Fleet
+from paceline.simulate.traffic.rank import SimulatedRank
+from paceline.simulate.traffic.sequence import Sequence
+from paceline.simulate.traffic.trace import BLOCK_TOKENS
+
+COORDINATOR = 1
+FIRST_RANK_LIFE = 1 << 20
+FIRST_FRONT_END = 1 << 21
+SOON_S = 1e-6
+"""How long before a view goes out the ranks' newest reports are at the coordinator."""
+
+MAX_TOKENS = 1 << 20
+"""Clients let answers end by themselves, so nobody is told how long they will be."""
+
+
+class Links(Struct, frozen=True):
+    """`delay_s`: how long a message is on its way. `interval_s`: least time between two load views."""
+
+    delay_s: float = 0.0002
+    interval_s: float = 0.1
+
+
+class Front:
+    """One front-end: its machine, and what has come for it that it has not looked at."""
+
+    __slots__ = ("inbox", "machine", "viewed")
+
+    def __init__(self, machine: FrontEnd) -> None:
+        self.machine = machine
+        self.viewed = 0.0
+        self.inbox: deque[tuple[float, at_front_end.Event]] = deque()
+
+
+class Paceline(ControlPlane):
+    """The control plane of this package.
+
+    `policies`: one a front-end. `contents`: whether they look at what the prompts are, not only at how long.
+    """
+
+    def __init__(
+        self, clock: Clock, policies: list[Policy], lockstep: bool, links: Links, contents: bool = False
+    ) -> None:  # fmt: skip
+        self._clock = clock
+        self._lockstep = lockstep
+        self._links = links
+        self._contents = contents
+        self._fronts = [
+            Front(FrontEnd(FIRST_FRONT_END + index, policy, share_sends=len(policies) > 1, lockstep=lockstep))
+            for index, policy in enumerate(policies)
+        ]
+        self._fleet: Fleet
+        self._coordinator: Coordinator
+        self._sequences: dict[int, Sequence] = {}
+        self._views: deque[tuple[float, at_front_end.Event]] = deque()
+        self._deadline = float("inf")
+        self._last_view = float("-inf")
+        self._reported: list[int] = []
+        self._wave = 0
+        self._running = False
+        self._params = SamplingParams(max_tokens=MAX_TOKENS)
+
+    # Bringing up --------------------------------------------------------------------------------
+
+    def start(self, fleet: Fleet) -> None:
+        """All are there and know of each other when the first request comes."""
+        self._fleet = fleet
+        count = len(fleet.ranks)
+        self._reported = [0] * count
+        self._coordinator = Coordinator(count, COORDINATOR, self._links.interval_s, lockstep=self._lockstep)
+        before = self._clock.now - 1.0
+        for rank in fleet.ranks:
+            for ready in (False, True):
+                for effect in self._coordinator.handle(at_coordinator.RankSaid(self._hello(rank, ready)), before):
+                    assert not isinstance(effect, at_coordinator.ToRanks) or isinstance(effect.message, Admit)
+            self._coordinator.handle(at_coordinator.RankSaid(self._report(rank, before)), before)
+        for front in self._fronts:
+            hello = FrontEndHello(PROTOCOL_VERSION, front.machine.identity)
+            said = at_coordinator.FrontEndSaid(hello)
+            for effect in self._coordinator.handle(said, before):
+                if isinstance(effect, at_coordinator.ToFrontEnds):
+                    for other in self._fronts:
+                        other.machine.handle(at_front_end.CoordinatorSaid(effect.message), before)
+        self._watch_deadline()
+
+    def _hello(self, rank: SimulatedRank, ready: bool) -> RankHello:
+        life = FIRST_RANK_LIFE + rank.number
+        address = f"tcp://rank:{rank.number + 1}"
+        return RankHello(PROTOCOL_VERSION, rank.number, life, address, ready, self._wave, self._running)
+
+    # Clients and front-ends ---------------------------------------------------------------------
+
+    def arrive(self, sequence: Sequence) -> None:
+        """A front-end's machine decides."""
+        front = self._fronts[sequence.front_end]
+        self._look(front)
+        self._sequences[sequence.number] = sequence
+        submit = at_front_end.Submit(sequence.number, prompt_of(sequence, self._contents), self._params)
+        self._perform(front, front.machine.handle(submit, self._clock.now))
+
+    def _look(self, front: Front) -> None:
+        """Take in what has come for a front-end; of the load views only the newest."""
+        now, inbox = self._clock.now, front.inbox
+        while inbox and inbox[0][0] <= now:
+            when, event = inbox.popleft()
+            self._perform(front, front.machine.handle(event, when))
+        # A view and what ranks say change different things in a front-end: their order does not matter.
+        for when, event in reversed(self._views):
+            if when <= now:
+                if when > front.viewed:
+                    front.viewed = when
+                    self._perform(front, front.machine.handle(event, when))
+                break
+
+    def _perform(self, front: Front, effects: Iterable[at_front_end.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case at_front_end.ToRank(rank, AddRequest() as add):
+                    sequence = self._sequences[add.request]
+                    sequence.send = add.number
+                    self._later(self._deliver, (rank, sequence))
+                case at_front_end.ToCoordinator(message):
+                    self._later(self._tell_coordinator, at_coordinator.FrontEndSaid(message))
+                case at_front_end.Refuse(request, _, text):
+                    raise AssertionError(f"request {request} was refused: {text}")
+
+    def _deliver(self, what: tuple[int, Sequence]) -> None:
+        self._fleet.deliver(*what)
+
+    def ended(self, rank: SimulatedRank, sequences: Iterable[Sequence]) -> None:
+        """The front-ends hear of it; nothing else of an answer changes anything in them."""
+        when = self._clock.now + self._links.delay_s
+        for sequence in sequences:
+            front = self._fronts[sequence.front_end]
+            output = Output(sequence.number, [0], finish_reason="stop")
+            said = at_front_end.RankSaid(Outputs(rank.number, FIRST_RANK_LIFE + rank.number, [output]))
+            front.inbox.append((when, said))
+            del self._sequences[sequence.number]
+
+    # Ranks --------------------------------------------------------------------------------------
+
+    def stepped(self, ranks: Iterable[SimulatedRank]) -> None:
+        """Lockstep: of those that only decoded the reports are needed where a view is due."""
+        if self._clock.now + self._links.delay_s >= self._last_view + self._links.interval_s:
+            for rank in ranks:
+                self.between_steps(rank)
+
+    def between_steps(self, rank: SimulatedRank) -> None:
+        """Its load has changed: it reports."""
+        self._later(self._tell_coordinator, at_coordinator.RankSaid(self._report(rank, self._clock.now)))
+
+    def _report(self, rank: SimulatedRank, when: float) -> RankReport:
+        load = rank.engine.load(rank.counts, self._fleet.grown(rank, when))
+        self._reported[rank.number] = step = rank.step + self._fleet.steps_done(rank, when)
+        taken = {FIRST_FRONT_END + index: number for index, number in rank.taken.items()}
+        return RankReport(rank.number, FIRST_RANK_LIFE + rank.number, step, self._wave, self._running, load, taken)
+
+    def woken(self, rank: SimulatedRank) -> None:
+        """It has taken a request while all were paused."""
+        self._running = True
+        start = StartWave(rank.number, FIRST_RANK_LIFE + rank.number, self._wave)
+        self._later(self._tell_coordinator, at_coordinator.RankSaid(start))
+
+    def paused(self) -> None:
+        """All say that their wave is over."""
+        for rank in self._fleet.ranks:
+            complete = WaveComplete(rank.number, FIRST_RANK_LIFE + rank.number, self._wave)
+            self._later(self._tell_coordinator, at_coordinator.RankSaid(complete))
+        self._wave += 1
+        self._running = False
+
+    # The coordinator ----------------------------------------------------------------------------
+
+    def _tell_coordinator(self, event: at_coordinator.Event) -> None:
+        for effect in self._coordinator.handle(event, self._clock.now):
+            match effect:
+                case at_coordinator.ToFrontEnds(message):
+                    self._tell_front_ends(message)
+                case at_coordinator.ToRanks(StartDPWave(wave)):
+                    self._later(self._wake_ranks, wave)
+        self._watch_deadline()
+
+    def _wake_ranks(self, wave: int) -> None:
+        if wave < self._wave:
+            return
+        self._fleet.wake()
+        self._running = True
+        for rank in self._fleet.ranks:
+            self._later(self._tell_coordinator, at_coordinator.RankSaid(self._hello(rank, True)))
+
+    def _tell_front_ends(self, message: ToFrontEnd) -> None:
+        when = self._clock.now + self._links.delay_s
+        said = at_front_end.CoordinatorSaid(message)
+        if isinstance(message, LoadView):
+            self._views.append((when, said))
+            while len(self._views) > 1 and self._views[1][0] <= self._clock.now:
+                self._views.popleft()
+            self._last_view = self._clock.now
+            self._clock.at(self._clock.now + self._links.interval_s - SOON_S, self._ask_ranks_of, self._last_view)
+            return
+        for front in self._fronts:
+            front.inbox.append((when, said))
+            self._clock.at(when, self._look, front)
+
+    def _ask_ranks(self, _: None) -> None:
+        """A view is due in a moment: what have ranks reported that are in the midst of many steps?"""
+        when = self._clock.now - self._links.delay_s
+        asked = [self._progress(rank, when) for rank in self._fleet.ranks]
+        if not any(asked):
+            # The next report, if there is one, will be the first change after quiet.
+            ends = [self._fleet.step_end(rank, when) for rank in self._fleet.ranks]
+            soonest = min((end for end in ends if end is not None), default=None)
+            if soonest is not None:
+                self._clock.at(soonest + self._links.delay_s + SOON_S, self._ask_ranks_of, self._last_view)
+
+    def _ask_ranks_of(self, view: float) -> None:
+        if view == self._last_view:
+            self._ask_ranks(None)
+
+    def _progress(self, rank: SimulatedRank, when: float) -> bool:
+        """Have its newest report at the coordinator, if it has made any since the last one."""
+        if (
+            self._fleet.grown(rank, when)
+            and rank.step + self._fleet.steps_done(rank, when) > self._reported[rank.number]
+        ):
+            self._tell_coordinator(at_coordinator.RankSaid(self._report(rank, when)))
+            return True
+        return False
+
+    def _watch_deadline(self) -> None:
+        deadline = self._coordinator.deadline
+        if deadline < self._deadline:
+            self._deadline = deadline
+            self._clock.at(max(deadline, self._clock.now), self._tick)
+
+    def _tick(self, _: None) -> None:
+        if self._clock.now >= self._deadline:
+            self._deadline = float("inf")
+            self._tell_coordinator(at_coordinator.Tick())
+
+    def _later(self, happening: Callable[[Any], None], argument: object) -> None:
+        self._clock.at(self._clock.now + self._links.delay_s, happening, argument)
+
+
+def prompt_of(sequence: Sequence, contents: bool) -> list[int]:
+    """Its tokens; equal ones for equal blocks of the trace. Without `contents` only their number is right."""
+    if not contents:
+        # As good as a list of so many tokens to whoever only counts them, and made at once.
+        return range(sequence.prompt)  # type: ignore[return-value]
+    blocks = sequence.blocks or (-1 - sequence.number,)
+    tokens = [block for block in blocks for _ in range(BLOCK_TOKENS)]
+    return (tokens + [blocks[-1]] * max(0, sequence.prompt - len(tokens)))[: sequence.prompt]
