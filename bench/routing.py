@@ -21,12 +21,12 @@ from routing_report import RESULTS, to_console, write
 
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.outcome import Outcome
-from paceline.simulate.traffic.run import Deployment, run
+from paceline.simulate.traffic.run import Deployment, Run
 from paceline.simulate.traffic.trace import Arrival, faster, in_bursts, read_trace
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRACES = {"azure": "azure_llm_2023_conv.csv", "mooncake": "mooncake_conversation.jsonl"}
-REQUESTS = {"azure": {8: 4000, 32: 9600, 128: 19366}, "mooncake": {8: 1000, 32: 3000, 128: 9600}}
+REQUESTS = {"azure": {8: 6000, 32: 12000, 128: 19366}, "mooncake": {8: 3000, 32: 6000, 128: 12031}}
 """How many requests of a trace are served, by ranks."""
 
 STEADY, SATURATED, BURSTS = "steady", "saturated", "bursts"
@@ -93,16 +93,15 @@ class Bench:
         """One run, or what it came to before."""
         key = (replace(cell, front_ends=1) if policy in ONCE else cell, policy, budget)
         if key not in self._kept:
-            self._kept[key] = self._run(key[0], policy, budget, self._arrivals(cell))
+            self._kept[key] = Run(self._deployment(key[0], policy, budget), self._arrivals(cell)).run()
         return self._kept[key]
 
-    def _run(self, cell: Cell, policy: str, budget: int, arrivals: list[Arrival]) -> Outcome:
+    def _deployment(self, cell: Cell, policy: str, budget: int) -> Deployment:
         routing = "least-load" if policy == OURS else policy
-        deployment = Deployment(
+        return Deployment(
             cell.ranks, cell.front_ends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
             warm_up=WARM_UP,
         )  # fmt: skip
-        return run(deployment, arrivals)
 
     def _arrivals(self, cell: Cell) -> list[Arrival]:
         requests = self._segment(cell)
@@ -119,18 +118,18 @@ class Bench:
         return self._traces[cell.trace][: int(self._scale * counts.get(cell.ranks, 100 * cell.ranks))]
 
     def _sustained(self, cell: Cell) -> float:
-        """Output tokens a second that the oracle sustains: half as much again as that must not change it."""
+        """Output tokens a second that the oracle sustains.
+
+        All requests come at once, and the queue is worked off: how long until the last one has its first token? What
+        follows is a shrinking batch, and says nothing of the rate.
+        """
         key = (cell.trace, cell.lockstep, cell.ranks)
         if key not in self._rates:
-            requests = self._segment(cell)
-            # All at once shows roughly what is possible; then a rate that is too high, but not by much.
-            known = self._run(
-                cell, "oracle", DEFAULT_BUDGET, at_rate(requests, 1e6 * cell.ranks)
-            ).throughput_tokens_per_s
-            for _ in range(2):
-                arrivals = at_rate(at_random(requests), SHARES[SATURATED] * known)
-                known = self._run(cell, "oracle", DEFAULT_BUDGET, arrivals).sustained_tokens_per_s
-            self._rates[key] = known
+            requests = [replace(one, at=0.0) for one in self._segment(cell)]
+            made = Run(self._deployment(cell, "oracle", DEFAULT_BUDGET), requests)
+            made.run()
+            begun_s = max(sequence.first for sequence in made.sequences)
+            self._rates[key] = sum(one.answer_tokens for one in requests) / begun_s
         return self._rates[key]
 
 

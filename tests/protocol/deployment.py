@@ -20,14 +20,16 @@ SYNC_INTERVAL = 4
 
 
 class TinyEngine:
-    """Computes whole prompts in one step, and makes one token a step for each of `slots` requests."""
+    """Computes whole prompts in one step, or the quota's part, and one token a step for each of `slots` requests."""
 
     def __init__(self, slots: int = 8) -> None:
         self.slots = slots
         self.requests: dict[int, tuple[AddRequest, int]] = {}
+        self.left: dict[int, int] = {}
 
     def add(self, key: int, request: AddRequest) -> None:
         self.requests[key] = (request, 0)
+        self.left[key] = len(request.prompt_token_ids)
 
     def abort(self, key: int) -> None:
         del self.requests[key]
@@ -35,10 +37,14 @@ class TinyEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def step(self) -> rank_events.Stepped:
+    def step(self, prefill_quota: int | None = None) -> rank_events.Stepped:
         outputs, prefilled = [], 0
         for key, (request, made) in list(self.requests.items())[: self.slots]:
-            prefilled += 0 if made else len(request.prompt_token_ids)
+            room = self.left[key] if prefill_quota is None else min(self.left[key], prefill_quota - prefilled)
+            self.left[key] -= room
+            prefilled += room
+            if self.left[key]:
+                continue
             finished = made + 1 >= request.params.max_tokens
             outputs.append(rank_events.StepOutput(key, [made], f" {made}", "length" if finished else None))
             self.requests[key] = (request, made + 1)
@@ -48,8 +54,11 @@ class TinyEngine:
 
     def load(self) -> Load:
         running = sum(1 for _, made in self.requests.values() if made)
-        prefill = sum(len(request.prompt_token_ids) for request, made in self.requests.values() if not made)
-        return Load(len(self.requests) - running, running, self.slots, prefill)
+        prefill = sum(self.left[key] for key in self.requests)
+        startable = sum(self.left[key] for key in list(self.requests)[: self.slots])
+        return Load(
+            len(self.requests) - running, running, self.slots, prefill, decoding=running, startable_tokens=startable
+        )
 
 
 class Deployment:
