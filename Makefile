@@ -37,6 +37,12 @@ test-torch: $(STAMP) ## the tests of the collectives, over torch.distributed too
 	@$(BIN)/python -m pytest tests/runtime/test_collective.py tests/runtime/test_waiting.py \
 	  tests/runtime/test_torch_group.py $(ARGS)
 
+# vLLM has an environment of its own, .vllm/VERSION: 3.4 GB, made once. ARGS="--vllm-full" runs all of it.
+VLLM ?= 0.32.0
+test-vllm: $(STAMP) ## real vLLM on Paceline's coordinator, on CPU (installs vLLM); another version by VLLM=0.20.2
+	@$(BIN)/python tests/vllm/environment.py $(VLLM)
+	@VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm $(ARGS)
+
 soak: $(STAMP) ## simulate seed after seed until stopped; a failing seed is printed with the command that replays it
 	@exec $(BIN)/paceline simulate --seeds 0.. $(ARGS)
 
@@ -70,5 +76,5 @@ bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-freshness \
-	bench-cost-model bench-quota clean
+.PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
+	bench-freshness bench-cost-model bench-quota clean

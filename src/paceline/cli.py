@@ -193,6 +193,14 @@ def coordinator(context: typer.Context) -> None:
     run_command(context.args)
 
 
+@app.command(context_settings=_PASSED_ON)
+def vllm(context: typer.Context) -> None:
+    """Run the vllm command with Paceline's coordinator: `paceline vllm serve MODEL --data-parallel-size 2`."""
+    from paceline.vllm_cli import run_command
+
+    run_command(context.args)
+
+
 UrlFlag = Annotated[str, typer.Option("--url", help="A front-end of the deployment.")]
 PauseTimeoutFlag = Annotated[float, typer.Option("--timeout", help="Seconds to wait until all ranks have.")]
 
