@@ -112,10 +112,13 @@ class Coordinator:
                     self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
-            case RankSubscribed():
+            case RankSubscribed(rank, incarnation):
+                self._membership.connected(rank, incarnation)
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
-                if self._membership.is_current(rank, incarnation):
+                if self._membership.lose(rank, incarnation, now):
+                    effects.append(Note(f"the connection of rank {rank} has ended"))
+                    self._publisher.members_changed(now)
                     self._unhear(rank, now)
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
@@ -149,6 +152,9 @@ class Coordinator:
         if isinstance(message, RankHello):
             self._on_hello(message, now, effects)
             return
+        if isinstance(message, RankLeaving):
+            self._on_leaving(message, now, effects)
+            return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
             if not self._membership.is_retired(message.rank, message.incarnation):
@@ -165,12 +171,16 @@ class Coordinator:
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
                     effects += self._stall_notes()
-            case RankLeaving(rank, incarnation):
-                self._membership.leave(rank, incarnation)
-                self._forget_rank(rank, now)
-                effects.append(Note(f"rank {rank} has left"))
             case _:
                 self._dropped += 1
+
+    def _on_leaving(self, leaving: RankLeaving, now: float, effects: list[Effect]) -> None:
+        # Its connection may have ended before this was read: the two come on different sockets.
+        if not self._membership.leave(leaving.rank, leaving.incarnation):
+            self._dropped += 1
+            return
+        self._forget_rank(leaving.rank, now)
+        effects.append(Note(f"rank {leaving.rank} has left"))
 
     def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
         if hello.rank >= self._membership.size:
@@ -229,7 +239,7 @@ class Coordinator:
     def _unhear(self, rank: int, now: float) -> None:
         """What the rank last said of waves, groups and suspensions does not hold any more."""
         self._group.forget(rank, now)
-        self._generations.forget(rank)
+        self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
         self._suspension_changed(now)
@@ -269,19 +279,20 @@ class Coordinator:
 
     # Suspension -------------------------------------------------------------------------------
 
-    def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have left.
+    def _expected(self, now: float) -> Iterable[int]:
+        """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
+        without, who are told when they come.
 
         A rank that was told of no suspension when it joined must not step either.
         """
-        gone = set() if self.lockstep else self._membership.gone()
+        gone = self._generations.absent if self.lockstep else self._membership.gone(now)
         return (rank for rank in range(self._membership.size) if rank not in gone)
 
     def _suspension_changed(self, now: float) -> None:
-        self._suspension.advance(self._expected(), now)
+        self._suspension.advance(self._expected(now), now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
-        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
+        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected(now))
         if self._suspension_state != before:
             self._publisher.changed(now)
 
@@ -303,6 +314,11 @@ class Coordinator:
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
+        if self._generations.absent:
+            # Nothing is to be learned from who is not there, and nobody waits for its word.
+            for rank in self._generations.absent:
+                self._introductions.heard(rank)
+            self._suspension_changed(now)
         if formed is not None:
             number, members = formed
             effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
@@ -315,7 +331,7 @@ class Coordinator:
         if wake is not None:
             effects.append(ToRanks(wake))
             self._suspension.woke(now)
-            self._suspension_state = self._suspension.state(self._expected())
+            self._suspension_state = self._suspension.state(self._expected(now))
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
