@@ -135,13 +135,15 @@ def test_before_the_first_generation_nobody_is_left_out() -> None:
     assert found.absent == set()
 
 
-def test_a_new_coordinator_takes_up_the_generation_of_those_that_answer() -> None:
+def test_a_new_coordinator_goes_on_with_those_that_answer() -> None:
     found = Generations(3)
     for rank in (0, 2):
         hear(found, rank, 4, now=1.0)
     assert (found.ended, found.due) == (True, 1.0 + SILENT_S)
-    assert found.form(1.0 + SILENT_S) is None
-    assert (found.ended, found.number, found.absent, found.due) == (False, 4, {1}, None)
+    told = found.form(1.0 + SILENT_S)
+    assert told is not None
+    # Not the one that they name: who says nothing may be a member of that.
+    assert (told[0], [member.rank for member in told[1]]) == (5, [0, 2])
 
 
 def test_the_last_survivor_goes_on_alone() -> None:

@@ -140,9 +140,7 @@ class Generations:
         for rank in ranks:
             self._ranks.pop(rank, None)
         self.absent |= ranks
-        # Where they were members, the others' group is broken, whether they have noticed or not.
-        if ranks.isdisjoint(self._members) and self._complete():
-            return
+        # A new one in any case, also where the others name one from before: whoever is left out may be in that.
         self._next_if_all_spoke(now)
 
     def _next_if_all_spoke(self, now: float) -> None:
