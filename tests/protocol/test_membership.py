@@ -106,6 +106,18 @@ def test_the_next_life_of_a_lost_rank_ends_it() -> None:
     assert membership.is_ready(0)
 
 
+def test_a_late_hello_of_the_dead_does_not_take_the_place_of_who_is_connected() -> None:
+    membership = Membership(1)
+    membership.connected(0, 9)
+    membership.hello(0, 9, "new", ready=True)
+    assert not membership.hello(0, 7, "dead", ready=True)
+    assert membership.is_current(0, 9)
+    # The next life: its connection is known first, or it says hello again.
+    assert not membership.hello(0, 11, "next", ready=False)
+    membership.connected(0, 11)
+    assert membership.hello(0, 11, "next", ready=False)
+
+
 def test_nobody_unknown_leaves() -> None:
     membership = Membership(2)
     assert not membership.leave(0, 7)

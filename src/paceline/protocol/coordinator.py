@@ -113,7 +113,8 @@ class Coordinator:
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
             case RankSubscribed(rank, incarnation):
-                self._membership.connected(rank, incarnation)
+                if rank >= 0:
+                    self._membership.connected(rank, incarnation)
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
                 if self._membership.lose(rank, incarnation, now):

@@ -6,7 +6,9 @@ ranks say. Three things make that safe:
 - Only a RankHello introduces a new life of a rank; any other message from a life that is not the
   current one is void.
 - A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
-  compared for equality only: clocks jump, so a larger one need not be the newer one.
+  compared for equality only: clocks jump, so a larger one need not be the newer one. So a new coordinator, which has
+  retired nobody, tells a late hello of the dead from a new life by the connection: nobody takes the place of a life
+  that is connected before it is connected itself.
 - A rank becomes ready by saying so, after it was told the wave.
 - A rank whose connection has ended is lost: no member, and what still arrives of it is void, until it has connected
   anew and says hello. It is not retired, since it need not be dead.
@@ -84,6 +86,7 @@ class Membership:
         self.size = size
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
+        self._connected: set[tuple[int, int]] = set()
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
@@ -94,6 +97,8 @@ class Membership:
         if entry is not None and entry.incarnation == incarnation and entry.lost_at is not None:
             return False
         if entry is not None and entry.incarnation != incarnation:
+            if (rank, entry.incarnation) in self._connected and (rank, incarnation) not in self._connected:
+                return False
             self._retire(entry)
             entry = None
         state = entry.state if entry else RankState.ABSENT
@@ -114,6 +119,7 @@ class Membership:
 
     def lose(self, rank: int, incarnation: int, now: float) -> bool:
         """The connection of a life has ended. Returns whether that is news of the current one."""
+        self._connected.discard((rank, incarnation))
         if not self.is_current(rank, incarnation):
             return False
         entry = self._entries[rank]
@@ -123,6 +129,8 @@ class Membership:
 
     def connected(self, rank: int, incarnation: int) -> None:
         """A life has connected, perhaps anew: from here on its hello counts."""
+        if rank < self.size:
+            self._connected.add((rank, incarnation))
         entry = self._entries.get(rank)
         if entry is not None and entry.incarnation == incarnation:
             entry.lost_at = None
