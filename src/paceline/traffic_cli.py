@@ -62,7 +62,7 @@ RateFlag = Annotated[
     float | None, typer.Option("--rate-scale", rich_help_panel=PANEL, help="So many times as many requests a second.")
 ]
 SlotsFlag = Annotated[
-    int | None, typer.Option("--slots", rich_help_panel=PANEL, help="Requests that run at once on a rank: 256.")
+    int | None, typer.Option("--slots", rich_help_panel=PANEL, help="Requests that run at once on a rank: 64.")
 ]
 BudgetFlag = Annotated[
     int | None, typer.Option("--token-budget", rich_help_panel=PANEL, help="Tokens of a step: 2048.")

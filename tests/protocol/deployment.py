@@ -20,14 +20,16 @@ SYNC_INTERVAL = 4
 
 
 class TinyEngine:
-    """Computes whole prompts in one step, and makes one token a step for each of `slots` requests."""
+    """Computes whole prompts in one step, or the quota's part, and one token a step for each of `slots` requests."""
 
     def __init__(self, slots: int = 8) -> None:
         self.slots = slots
         self.requests: dict[int, tuple[AddRequest, int]] = {}
+        self.left: dict[int, int] = {}
 
     def add(self, key: int, request: AddRequest) -> None:
         self.requests[key] = (request, 0)
+        self.left[key] = len(request.prompt_token_ids)
 
     def abort(self, key: int) -> None:
         del self.requests[key]
@@ -35,10 +37,14 @@ class TinyEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def step(self) -> rank_events.Stepped:
+    def step(self, prefill_quota: int | None = None) -> rank_events.Stepped:
         outputs, prefilled = [], 0
         for key, (request, made) in list(self.requests.items())[: self.slots]:
-            prefilled += 0 if made else len(request.prompt_token_ids)
+            room = self.left[key] if prefill_quota is None else min(self.left[key], prefill_quota - prefilled)
+            self.left[key] -= room
+            prefilled += room
+            if self.left[key]:
+                continue
             finished = made + 1 >= request.params.max_tokens
             outputs.append(rank_events.StepOutput(key, [made], f" {made}", "length" if finished else None))
             self.requests[key] = (request, made + 1)
@@ -48,19 +54,24 @@ class TinyEngine:
 
     def load(self) -> Load:
         running = sum(1 for _, made in self.requests.values() if made)
-        prefill = sum(len(request.prompt_token_ids) for request, made in self.requests.values() if not made)
-        return Load(len(self.requests) - running, running, self.slots, prefill)
+        prefill = sum(self.left[key] for key in self.requests)
+        startable = sum(self.left[key] for key in list(self.requests)[: self.slots])
+        return Load(
+            len(self.requests) - running, running, self.slots, prefill, decoding=running, startable_tokens=startable
+        )
 
 
 class Deployment:
     """All machines on one virtual clock, started; nothing has happened yet."""
 
     def __init__(
-        self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True
-    ) -> None:
+        self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True,
+        brokered: bool = False, slots: int = 8,
+    ) -> None:  # fmt: skip
         self.world = World()
         self.world.after_each = self._check
         self.size, self.lockstep, self.external = ranks, lockstep, external
+        self.brokered, self.slots = brokered, slots
         self.group = Group(self.world, ranks, STEP_S) if lockstep else None
         self.coordinator: Coordinator | None = None
         self.ranks: dict[int, RankShell] = {}
@@ -99,7 +110,7 @@ class Deployment:
         up = Link(
             self.world, codec.from_rank(), lambda m: self.tell_coordinator(coordinator.RankSaid(m)), DELAY_S
         )  # fmt: skip
-        shell = self.ranks[number] = RankShell(self.world, machine, TinyEngine(), self.group, STEP_S, up)
+        shell = self.ranks[number] = RankShell(self.world, machine, TinyEngine(self.slots), self.group, STEP_S, up)
         self.tell_coordinator(coordinator.RankSubscribed())
         shell.arrive(rank_events.Loaded())
         return shell
@@ -108,6 +119,7 @@ class Deployment:
         machine = FrontEnd(
             100 + next(self._lives), LeastLoad(index, count), ranks=frozenset({index}) if self.external else None,
             share_sends=count > 1 and not self.external, lockstep=self.lockstep,
+            brokered=self.brokered,
         )  # fmt: skip
         up = Link(
             self.world, codec.from_front_end(), lambda m: self.tell_coordinator(coordinator.FrontEndSaid(m)), DELAY_S

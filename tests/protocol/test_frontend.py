@@ -119,7 +119,7 @@ def test_sends_are_shared_only_where_others_balance_over_the_same_ranks() -> Non
     machine = front_end(share_sends=True)
     submit(machine, 1, rank=0)
     notice = one(said(submit(machine, 2, tokens=9, rank=0), SendNotice, front_end=IDENTITY))
-    assert notice.sends == [Send(0, 10, 2, 9)]
+    assert notice.sends == [Send(0, 10, 2, 9, 5)]
     assert not said(submit(front_end(), 1), SendNotice)
 
 

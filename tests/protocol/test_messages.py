@@ -11,6 +11,8 @@ from paceline.protocol import codec
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     UNIONS,
+    Descriptor,
+    Grant,
     GroupMember,
     Load,
     Member,
@@ -18,6 +20,8 @@ from paceline.protocol.messages import (
     Output,
     RankView,
     Send,
+    Share,
+    Shares,
     Stall,
     StartDPWave,
     StartWave,
@@ -27,6 +31,10 @@ from paceline.protocol.messages import (
 from paceline.protocol.sampling import Message, PositionLogprobs, SamplingParams, TokenLogprob
 
 PARTS = [
+    Descriptor,
+    Grant,
+    Share,
+    Shares,
     Load,
     Member,
     GroupMember,
@@ -67,6 +75,14 @@ VERSION_1 = {
     "wake-notice": "front_end rank wave",
     "send-notice": "front_end sends told",
     "front-end-leaving": "front_end",
+    "ask": "front_end told edition descriptors whole",
+    "withdraw": "front_end told requests",
+    "return-shares": "front_end edition",
+    "grants": "coordinator grants asked queued recall",
+    "Descriptor": "request tokens answer_tokens priority waited_ms",
+    "Grant": "front_end request rank incarnation",
+    "Share": "rank incarnation requests tokens kv_tokens",
+    "Shares": "front_end edition shares",
     "members": "version coordinator wave running members missing ended stalls",
     "load-view": "coordinator number wave running ranks heard suspension",
     "add": "request number incarnation wave prompt_token_ids params priority",

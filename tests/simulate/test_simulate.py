@@ -94,11 +94,11 @@ def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
 
 
 def a_wave_that_goes_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FrontEnd, "_wave_is", lambda self, wave, running: setattr(self, "wave", wave))
+    patch.setattr(FrontEnd, "_wave_is", lambda self, wave, running: setattr(self._flights, "wave", wave))
 
 
 def a_forgotten_send(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ledger, "sent", lambda self, number, tokens: setattr(self, "last", number))
+    patch.setattr(Ledger, "sent", lambda self, number, *_: setattr(self, "last", number))
 
 
 def a_token_sent_twice(patch: pytest.MonkeyPatch) -> None:

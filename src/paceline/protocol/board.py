@@ -11,7 +11,8 @@ waited for in vain, or was behind in an urgent view, is not waited for again unt
 from __future__ import annotations
 
 from paceline.protocol.load import Ledger
-from paceline.protocol.messages import Member, OnTheWire, RankReport, RankView, Send
+from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
+from paceline.protocol.rooms import Amount
 
 HEARTBEAT_S = 4.0
 STEP_WAIT_S = 0.003
@@ -22,7 +23,7 @@ class Board:
 
     def __init__(self) -> None:
         self._reports: dict[int, RankReport] = {}
-        self._ledgers: dict[tuple[int, int, int], Ledger] = {}
+        self._ledgers: dict[tuple[int, int], dict[int, Ledger]] = {}
         # Ranks by the step of their reports: those that a view waits for. The question comes with every message
         # while a view is held, so it must not cost more with more ranks.
         self._at_step: dict[int, set[int]] = {}
@@ -41,32 +42,46 @@ class Board:
             self._counted = None
         elif self._counted is not None and report.rank in self._counted_ranks:
             self._count(report.rank, before.step, report.step)
-        for front_end, taken in report.taken.items():
-            ledger = self._ledgers.get((front_end, report.rank, report.incarnation))
-            if ledger is not None:
-                ledger.reported(taken)
+        ledgers = self._ledgers.get((report.rank, report.incarnation))
+        if ledgers:
+            for front_end, taken in report.taken.items():
+                ledger = ledgers.get(front_end)
+                if ledger is not None:
+                    ledger.reported(taken)
         return True
 
     def sent(self, front_end: int, send: Send) -> None:
         """A front-end said that it sent a request to a rank."""
-        key = (front_end, send.rank, send.incarnation)
-        ledger = self._ledgers.get(key)
+        ledgers = self._ledgers.setdefault((send.rank, send.incarnation), {})
+        ledger = ledgers.get(front_end)
         if ledger is None:
-            ledger = self._ledgers[key] = Ledger()
+            ledger = ledgers[front_end] = Ledger()
             report = self._reports.get(send.rank)
             if report is not None and report.incarnation == send.incarnation:
                 ledger.reported(report.taken.get(front_end, 0))
-        ledger.sent(send.number, send.tokens)
+        ledger.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
+
+    def known(self, rank: int, incarnation: int) -> tuple[Load, Amount] | None:
+        """The latest report of this life of a rank, and what is on the wire to it; None where it has not reported."""
+        report = self._reports.get(rank)
+        if report is None or report.incarnation != incarnation:
+            return None
+        wire = Amount()
+        for ledger in self._ledgers.get((rank, incarnation), {}).values():
+            if ledger.requests:
+                wire.add(ledger.requests, ledger.tokens, ledger.kv)
+        return report.load, wire
 
     def forget_rank(self, rank: int) -> None:
         """The rank is gone or has begun a new life."""
         self._reports.pop(rank, None)
         self._counted = None
-        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[1] != rank}
+        self._ledgers = {life: ledgers for life, ledgers in self._ledgers.items() if life[0] != rank}
 
     def forget_front_end(self, front_end: int) -> None:
         """The front-end is gone; what it had on the wire is no longer known."""
-        self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key[0] != front_end}
+        for ledgers in self._ledgers.values():
+            ledgers.pop(front_end, None)
         self.heard.pop(front_end, None)
 
     def views(self, members: list[Member]) -> list[RankView]:
@@ -76,10 +91,11 @@ class Board:
         forget what the coordinator before had told them.
         """
         on_the_wire: dict[int, list[OnTheWire]] = {}
-        for (front_end, rank, _), ledger in self._ledgers.items():
-            if ledger.requests:
-                entry = OnTheWire(front_end, ledger.last, ledger.requests, ledger.tokens)
-                on_the_wire.setdefault(rank, []).append(entry)
+        for (rank, _), ledgers in self._ledgers.items():
+            for front_end, ledger in ledgers.items():
+                if ledger.requests:
+                    entry = OnTheWire(front_end, ledger.last, ledger.requests, ledger.tokens)
+                    on_the_wire.setdefault(rank, []).append(entry)
         views: list[RankView] = []
         for member in members:
             report = self._reports.get(member.rank)

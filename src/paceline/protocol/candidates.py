@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 from msgspec import Struct
 
@@ -41,18 +41,19 @@ class Candidate(Struct, gc=False):
 
 
 Key = Callable[[Candidate], int]
+T = TypeVar("T")
 
 
-class Ordering:
+class Ordering(Generic[T]):
     """The places of all candidates by a key, least first; equal keys by place.
 
     `keys`: each place's key. `entries`: sorted. `total`: the keys' sum. They hold once `Candidates.ordering` has
-    been asked, or `refresh` called, after the last change.
+    been asked, or `refresh` called, after the last change. `changed`: the places to look at anew; None: all.
     """
 
     __slots__ = ("_candidates", "_key", "changed", "entries", "keys", "total")
 
-    def __init__(self, candidates: list[Candidate], key: Key) -> None:
+    def __init__(self, candidates: list[T], key: Callable[[T], int]) -> None:
         self._candidates = candidates
         self._key = key
         self.keys: list[int] = []
@@ -131,7 +132,7 @@ class Candidates:
         self._finished = [candidate.finished for candidate in self._candidates]
         self.finished = sum(self._finished)
         self.membership = 0
-        self._orderings: dict[Key, Ordering] = {}
+        self._orderings: dict[Key, Ordering[Candidate]] = {}
 
     def __len__(self) -> int:
         return len(self._candidates)
@@ -151,7 +152,7 @@ class Candidates:
         place = bisect_left(self.ranks, rank)
         return place if place < len(self.ranks) and self.ranks[place] == rank else None
 
-    def ordering(self, key: Key) -> Ordering:
+    def ordering(self, key: Key) -> Ordering[Candidate]:
         """The ordering by `key`, up to date. Kept for the next time: ask with the same function again."""
         found = self._orderings.get(key)
         if found is None:

@@ -9,10 +9,12 @@ of a whole step pass through in one event; only endings change state here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 
 import msgspec
 
+from paceline.protocol.binding import Binding
+from paceline.protocol.flights import Flights
 from paceline.protocol.frontend_calls import FrontEndCalls
 from paceline.protocol.frontend_events import (
     Abandon,
@@ -21,37 +23,31 @@ from paceline.protocol.frontend_events import (
     Control,
     ControlGivenUp,
     CoordinatorSaid,
-    Deliver,
     Disconnect,
     Effect,
     Event,
     LinkFailed,
-    Placed,
     RankSaid,
-    Refuse,
     Submit,
+    Tick,
     ToCoordinator,
-    ToRank,
 )
-from paceline.protocol.frontend_link import RankLink
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
-    AbortRequests,
-    AddRequest,
     ControlAnswer,
     FrontEndHello,
+    Grants,
     Load,
     LoadView,
     Members,
-    Outputs,
-    Send,
-    SendNotice,
     Stall,
     SuspensionState,
-    WakeNotice,
 )
-from paceline.protocol.policy import Policy, Query
+from paceline.protocol.placement import Placement
+from paceline.protocol.policy import Policy
 from paceline.protocol.router import Router
+from paceline.protocol.routing_least import LeastLoad
+from paceline.protocol.rules import checked
 from paceline.protocol.stalls import describe
 
 NOBODY = -1
@@ -64,44 +60,46 @@ class FrontEnd:
     `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None
     for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
     all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
-    and are told of this one's sends.
+    and are told of this one's sends. `brokered`: whether requests wait in the coordinator's queue where it has one
+    (for LeastLoad alone: ValueError). `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
-        share_sends: bool = False, lockstep: bool = False, routing: str = "",
+        share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
+        without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
+        if brokered and not isinstance(policy, LeastLoad):
+            raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
         self.identity = identity
-        self.wave = 0
-        self.running = False
         self.missing: list[int] = []
         self.stalls: list[Stall] = []
         self._router = Router(policy, routing or type(policy).__name__)
+        self._flights = Flights(identity, self._router, share_sends=share_sends or brokered, lockstep=lockstep)
+        self._brokered = brokered
+        self._binding = Binding(identity, brokered, checked(without))
+        self._calls = FrontEndCalls(identity)
+        self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
         self._ranks = ranks
-        self._max_waiting = max_waiting
-        self._share_sends = share_sends
-        self._lockstep = lockstep
-        self._links: dict[int, RankLink] = {}
-        self._placed: dict[int, RankLink] = {}
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
         self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
-        self._told = 0
-        self._calls = FrontEndCalls(identity)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
         match event:
             case RankSaid(message):
-                return self._on_outputs(message)
+                return self._flights.outputs(message)
             case Submit():
-                return self._on_submit(event)
+                return self._placement.submit(event, now)
             case Abandon(requests):
-                return self._on_abandon(requests)
+                return [*self._flights.abandon(requests), *self._binding.drop(requests, now)]
             case CoordinatorSaid(LoadView() as view):
-                return self._on_view(view)
+                return self._on_view(view, now)
+            case CoordinatorSaid(Grants() as grants):
+                return self._on_grants(grants, now)
             case CoordinatorSaid(ControlAnswer() as answer):
                 return self._calls.answered(answer)
             case Control(call, action):
@@ -110,16 +108,34 @@ class FrontEnd:
                 self._calls.give_up(call)
                 return []
             case CoordinatorSaid(Members() as members):
-                return self._on_members(members)
+                return self._on_members(members, now)
             case LinkFailed(rank):
-                link = self._links[rank]
+                link = self._flights.links[rank]
                 self._unreachable.add((rank, link.incarnation))
-                return [effect for effect in self._lose(link) if not isinstance(effect, Disconnect)]
+                lost = [effect for effect in self._flights.lose(link) if not isinstance(effect, Disconnect)]
+                return [*lost, *self._placement.end_waiting(now), *self._bind_alone(now)]
             case Connected():
                 return [self._hello()]
+            case Tick():
+                return self._on_tick(now)
         raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
 
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, at the latest."""
+        return self._binding.deadline
+
     # What the machine knows ---------------------------------------------------------------------
+
+    @property
+    def wave(self) -> int:
+        """The wave that is believed current."""
+        return self._flights.wave
+
+    @property
+    def running(self) -> bool:
+        """Whether the ranks are believed to run in it."""
+        return self._flights.running
 
     @property
     def suspension(self) -> SuspensionState:
@@ -128,25 +144,25 @@ class FrontEnd:
 
     def ready_ranks(self) -> list[int]:
         """The ranks that requests can go to."""
-        return sorted(self._links)
+        return sorted(self._flights.links)
 
     def in_flight(self) -> int:
         """Requests sent and not finished."""
-        return len(self._placed)
+        return len(self._flights)
 
     def believed(self, rank: int) -> Load:
         """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
-        return self._links[rank].believed()
+        return self._flights.links[rank].believed()
 
     def waiting(self) -> int:
-        """Requests believed to wait for a slot, over this front-end's ranks."""
-        return self._router.waiting()
+        """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
+        return self._placement.waiting()
 
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         return [
             {"rank": rank, **msgspec.structs.asdict(link.believed()), "in_flight": len(link.in_flight)}
-            for rank, link in sorted(self._links.items())
+            for rank, link in sorted(self._flights.links.items())
         ]
 
     def statistics(self) -> dict[str, object]:
@@ -160,153 +176,83 @@ class FrontEnd:
             "suspension": msgspec.structs.asdict(self.suspension),
             "in_flight": self.in_flight(),
             "waiting": self.waiting(),
-            "void_messages": self._void,
+            "held": len(self._binding.held),
+            "void_messages": self._void + self._flights.void,
         }
-
-    # Requests -----------------------------------------------------------------------------------
-
-    def _on_submit(self, submit: Submit) -> list[Effect]:
-        refusal = self._refusal(submit)
-        if refusal is not None:
-            return [refusal]
-        tokens = len(submit.prompt_token_ids)
-        query = Query(tokens, submit.prompt_token_ids, submit.session, submit.priority)
-        rank = submit.rank if submit.rank is not None else self._router.choose(query)
-        link = self._links.get(rank)
-        if link is None:
-            return [Refuse(submit.request, "misrouted", f"the policy chose rank {rank!r}, which is not there")]
-        decision = self._router.explain(rank, query, submit.rank is not None) if submit.explain else None
-        number = link.ledger.last + 1
-        link.ledger.sent(number, tokens)
-        link.in_flight.add(submit.request)
-        self._placed[submit.request] = link
-        add = AddRequest(
-            submit.request, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority
-        )
-        effects: list[Effect] = [ToRank(rank, add), Placed(submit.request, rank, decision)]
-        if self._lockstep and not self.running:
-            effects.append(ToCoordinator(WakeNotice(self.identity, rank, self.wave)))
-        if self._share_sends:
-            self._told += 1
-            link.unheard.sent(self._told, tokens)
-            send = Send(rank, link.incarnation, number, tokens)
-            effects.append(ToCoordinator(SendNotice(self.identity, [send], self._told)))
-        self._router.touched(link)
-        return effects
-
-    def _refusal(self, submit: Submit) -> Refuse | None:
-        if submit.rank is not None and submit.rank not in self._links:
-            known = ", ".join(map(str, self.ready_ranks())) or "none"
-            text = f"rank {submit.rank} is not served here; ready ranks: {known}"
-            return Refuse(submit.request, "unknown-rank", text)
-        if not self._links:
-            return Refuse(submit.request, "no-rank", "no rank is ready")
-        if self._calls.suspended and self.suspension.mode == "abort":
-            return Refuse(
-                submit.request, "suspended", "the deployment is suspended; requests are refused until it resumes"
-            )
-        if self._max_waiting is not None and self.waiting() >= self._max_waiting:
-            return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already")
-        return None
-
-    def _on_abandon(self, requests: Sequence[int]) -> list[Effect]:
-        by_rank: dict[int, list[int]] = {}
-        for request in requests:
-            link = self._placed.pop(request, None)
-            if link is not None:
-                link.in_flight.discard(request)
-                self._router.touched(link)
-                by_rank.setdefault(link.rank, []).append(request)
-        return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
-
-    def _on_outputs(self, message: Outputs) -> list[Effect]:
-        link = self._links.get(message.rank)
-        if link is None or link.incarnation != message.incarnation:
-            self._void += 1
-            return []
-        placed = self._placed
-        outputs = message.outputs
-        # Outputs of an abandoned request may still be on their way; nobody waits for them.
-        if not all(output.request in placed for output in outputs):
-            outputs = [output for output in outputs if output.request in placed]
-        for output in outputs:
-            if output.finish_reason is not None:
-                placed.pop(output.request, None)
-                link.in_flight.discard(output.request)
-                self._router.touched(link)
-        return [Deliver(outputs)] if outputs else []
 
     # The coordinator ----------------------------------------------------------------------------
 
-    def _on_members(self, message: Members) -> list[Effect]:
-        effects: list[Effect] = []
-        if message.coordinator != self._coordinator and self._coordinator != NOBODY:
-            # A new coordinator does not know yet which front-ends there are.
-            effects.append(self._hello())
-        self._coordinator_is(message.coordinator)
+    def _on_members(self, message: Members, now: float) -> list[Effect]:
+        effects = self._coordinator_is(message.coordinator, now)
         self._wave_is(message.wave, message.running)
         self.stalls = message.stalls
         self.missing = [rank for rank in message.missing if self._serves(rank)]
         members = {member.rank: member for member in message.members if self._serves(member.rank)}
-        for rank, link in list(self._links.items()):
+        for rank, link in list(self._flights.links.items()):
             member = members.get(rank)
             # A coordinator that has just come back does not know all ranks yet, so a rank that it does
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
             ended = (rank, link.incarnation) in message.ended
             if ended or (member is not None and member.incarnation != link.incarnation):
-                effects += self._lose(link)
+                effects += self._flights.lose(link)
         for rank, member in members.items():
-            if rank not in self._links and (rank, member.incarnation) not in self._unreachable:
-                self._links[rank] = link = RankLink(rank, member.incarnation)
-                self._router.joined(link)
+            if rank not in self._flights.links and (rank, member.incarnation) not in self._unreachable:
+                self._flights.join(rank, member.incarnation)
                 effects.append(Connect(member))
-        return effects
+        return [*effects, *self._placement.end_waiting(now)]
 
-    def _lose(self, link: RankLink) -> list[Effect]:
-        del self._links[link.rank]
-        self._router.lost(link)
-        effects: list[Effect] = [Disconnect(link.rank)]
-        for request in sorted(link.in_flight):
-            del self._placed[request]
-            effects.append(Refuse(request, "rank-lost", f"rank {link.rank} ended while it served this request"))
-        return effects
-
-    def _on_view(self, view: LoadView) -> list[Effect]:
-        self._coordinator_is(view.coordinator)
+    def _on_view(self, view: LoadView, now: float) -> list[Effect]:
+        effects = self._coordinator_is(view.coordinator, now)
         if view.number <= self._view_number:
             self._void += 1
-            return []
+            return effects
         self._view_number = view.number
         self._wave_is(view.wave, view.running)
-        for entry in view.ranks or ():
-            link = self._links.get(entry.rank)
-            if link is not None and link.incarnation == entry.incarnation:
-                link.take_view(entry, self.identity)
-                self._router.touched(link)
-        # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
-        # less loaded than those for which the others' sends are still guessed.
-        heard = view.heard.get(self.identity, 0)
-        for link in self._links.values():
-            if link.unheard.requests:
-                self._router.touched(link)
-            link.unheard.reported(heard)
-        self._router.settle()
-        current, effects = self._calls.learn(view.suspension)
-        return effects if current else [self._hello(), *effects]
+        self._flights.take_view(view)
+        self._binding.take_view(view)
+        current, served = self._calls.learn(view.suspension)
+        if not current and not effects:
+            effects.append(self._hello())
+        return [*effects, *served, *self._placement.settle(now)]
+
+    def _on_grants(self, message: Grants, now: float) -> list[Effect]:
+        if message.coordinator != self._coordinator:
+            self._void += 1
+            return []
+        return self._placement.grants(message, now)
+
+    def _on_tick(self, now: float) -> list[Effect]:
+        if self._binding.away(now):
+            return self._placement.settle(now)
+        return [self._hello(), self._binding.ask_again(now)] if now >= self._binding.deadline else []
+
+    def _bind_alone(self, now: float) -> list[Effect]:
+        """The coordinator would go on granting a rank that cannot be reached from here: it is asked no more."""
+        if not self._brokered:
+            return []
+        self._brokered = False
+        return [self._hello(), *self._placement.stop(now)]
 
     def _hello(self) -> Effect:
         known = self.suspension
-        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, known.number, known.mode))
+        ranks = sorted(self._ranks) if self._brokered and self._ranks is not None else None
+        return ToCoordinator(
+            FrontEndHello(PROTOCOL_VERSION, self.identity, known.number, known.mode, self._brokered, ranks)
+        )
 
-    def _coordinator_is(self, coordinator: int) -> None:
-        if coordinator != self._coordinator:
-            self._coordinator = coordinator
-            self._view_number = 0
+    def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
+        if coordinator == self._coordinator:
+            return []
+        first, self._coordinator = self._coordinator == NOBODY, coordinator
+        self._view_number = 0
+        asks = self._binding.coordinator_is_new(now)
+        # A new coordinator does not know yet which front-ends there are, and what waits.
+        hello = [] if first else [self._hello()]
+        return [*hello, *([self._binding.ask_again(now)] if asks else [])]
 
     def _wave_is(self, wave: int, running: bool) -> None:
         if wave >= self.wave:
-            self.wave = wave
-            self.running = running
+            self._flights.wave, self._flights.running = wave, running
 
     def _serves(self, rank: int) -> bool:
         return self._ranks is None or rank in self._ranks

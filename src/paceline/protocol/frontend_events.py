@@ -77,7 +77,11 @@ class LinkFailed(Struct, frozen=True):
     rank: int
 
 
-Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | ControlGivenUp | LinkFailed
+class Tick(Struct, frozen=True):
+    """Time has passed."""
+
+
+Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | ControlGivenUp | LinkFailed | Tick
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -28,25 +28,30 @@ MAX_LEDGER_SENDS = 65536
 class Ledger:
     """The sends from one front-end to one life of a rank that its reports do not hold yet."""
 
-    __slots__ = ("_sends", "last", "requests", "taken", "tokens")
+    __slots__ = ("_sends", "kv", "last", "requests", "taken", "tokens")
 
     def __init__(self) -> None:
-        self._sends: deque[tuple[int, int]] = deque()
+        self._sends: deque[tuple[int, int, int]] = deque()
         self.last = 0
         self.taken = 0
         self.requests = 0
         self.tokens = 0
+        self.kv = 0
 
-    def sent(self, number: int, tokens: int) -> None:
-        """Send `number` with `tokens` prompt tokens is on its way. A number seen before changes nothing."""
+    def sent(self, number: int, tokens: int, kv: int = 0) -> None:
+        """Send `number` is on its way, with `tokens` prompt tokens, and may come to need `kv` tokens of KV.
+
+        A number seen before changes nothing.
+        """
         if number <= self.last:
             return
         self.last = number
         if number <= self.taken:
             return
-        self._sends.append((number, tokens))
+        self._sends.append((number, tokens, kv))
         self.requests += 1
         self.tokens += tokens
+        self.kv += kv
         if len(self._sends) > MAX_LEDGER_SENDS:
             self._drop_first()
 
@@ -59,9 +64,10 @@ class Ledger:
             self._drop_first()
 
     def _drop_first(self) -> None:
-        _, tokens = self._sends.popleft()
+        _, tokens, kv = self._sends.popleft()
         self.requests -= 1
         self.tokens -= tokens
+        self.kv -= kv
 
 
 def believed(load: Load, requests: int, tokens: int) -> Load:

@@ -151,6 +151,11 @@ class Membership:
         entry = self._entries.get(rank)
         return entry is not None and entry.state is RankState.READY
 
+    def ready_life(self, rank: int) -> int | None:
+        """The life of a rank that takes requests, None where it does not."""
+        entry = self._entries.get(rank)
+        return entry.incarnation if entry is not None and entry.state is RankState.READY else None
+
     def members(self) -> list[Member]:
         """The ready ranks in order of their numbers."""
         if self._members is None:

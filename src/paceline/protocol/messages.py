@@ -22,6 +22,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from paceline.protocol.binding_messages import Ask as Ask
+from paceline.protocol.binding_messages import Descriptor as Descriptor
+from paceline.protocol.binding_messages import Grant as Grant
+from paceline.protocol.binding_messages import Grants as Grants
+from paceline.protocol.binding_messages import ReturnShares as ReturnShares
+from paceline.protocol.binding_messages import Share as Share
+from paceline.protocol.binding_messages import Shares as Shares
+from paceline.protocol.binding_messages import Withdraw as Withdraw
 from paceline.protocol.control_messages import ControlAnswer as ControlAnswer
 from paceline.protocol.control_messages import ControlRequest as ControlRequest
 from paceline.protocol.control_messages import Stall as Stall
@@ -44,6 +52,12 @@ from paceline.protocol.sampling import (
     SuspendMode,
     Wave,
 )
+from paceline.protocol.to_rank_messages import Admit as Admit
+from paceline.protocol.to_rank_messages import Form as Form
+from paceline.protocol.to_rank_messages import GroupMember as GroupMember
+from paceline.protocol.to_rank_messages import Identify as Identify
+from paceline.protocol.to_rank_messages import StartDPWave as StartDPWave
+from paceline.protocol.to_rank_messages import ToRank as ToRank
 
 PROTOCOL_VERSION = 1
 
@@ -62,7 +76,11 @@ class Load(Message, frozen=True):
     0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens of KV that the
     running requests may come to need. `answers_left`: tokens that the running requests' answers are expected to lack,
     together. `first_end`: tokens that the one lacks which ends first. `answer_tokens`: the expected length of one
-    answer, a mean over all requests there.
+    answer, a mean over all requests there. `kv_waiting`: tokens of KV that the waiting requests may come to need.
+    `startable_tokens`: those of `prefill_tokens` that the next step could compute, of running requests and of those
+    for which there is a slot and memory; null where the engine does not say. `prefill_quota`: prompt tokens that a
+    lockstep step computed at most when this was reported, null for no limit; that it has changed is no reason for a
+    report.
     """
 
     waiting: Count = 0
@@ -83,6 +101,9 @@ class Load(Message, frozen=True):
     answers_left: Count = 0
     first_end: Count = 0
     answer_tokens: Count = 0
+    kv_waiting: Count = 0
+    startable_tokens: Count | None = None
+    prefill_quota: Count | None = None
 
 
 # Rank -> coordinator (PUSH -> PULL) -----------------------------------------------------------
@@ -154,67 +175,22 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
 FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving
 
 
-# Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
-
-
-class Identify(Message, frozen=True, tag="identify"):
-    """The coordinator asks every rank to say who it is; each answers with a RankHello."""
-
-    version: Count
-    coordinator: Identity
-
-
-class Admit(Message, frozen=True, tag="admit"):
-    """Tells one rank the wave and the suspension. From here on it may call itself ready."""
-
-    rank: RankNumber
-    incarnation: Identity
-    wave: Wave
-    suspension: Suspension | None = None
-
-
-class GroupMember(Message, frozen=True):
-    """One rank of a generation, and where the others reach it."""
-
-    rank: RankNumber
-    incarnation: Identity
-    address: Address
-
-
-class Form(Message, frozen=True, tag="form"):
-    """The ranks form this generation, in place of any before; a joining rank takes up the wave and may call itself
-    ready when it has. Each member answers with a RankHello that names the generation.
-    """
-
-    generation: Count
-    wave: Wave
-    members: list[GroupMember]
-    suspension: Suspension | None = None
-
-
-class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
-    """Every paused rank starts running in `wave`, but for `exclude`, which runs already."""
-
-    wave: Wave
-    exclude: RankNumber | None = None
-
-
-ToRank = Identify | Admit | Form | Suspension | StartDPWave
-
-
 # Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
 
 
 class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
     """A front-end says that it is there. The coordinator answers all with Members and LoadView.
 
-    `suspension`, `mode`: the highest number it knows (Suspension).
+    `suspension`, `mode`: the highest number it knows (Suspension). `brokered`: its requests wait in the coordinator's
+    queue, and it is given shares. `ranks`: those that it balances over, null for all.
     """
 
     version: Count
     front_end: Identity
     suspension: StampedWave = 0
     mode: SuspendMode = "keep"
+    brokered: bool = False
+    ranks: list[RankNumber] | None = None
 
 
 class WakeNotice(Message, frozen=True, tag="wake-notice"):
@@ -226,12 +202,17 @@ class WakeNotice(Message, frozen=True, tag="wake-notice"):
 
 
 class Send(Message, frozen=True):
-    """One request sent: to which rank and life of it, its number there, its prompt tokens."""
+    """One request sent: to which rank and life of it, its number there, its prompt tokens.
+
+    `answer_tokens`: that its answer may come to have. `request`: as in Descriptor, of a request that waited; else 0.
+    """
 
     rank: RankNumber
     incarnation: Identity
     number: Count
     tokens: Count
+    answer_tokens: Count = 0
+    request: Identity = 0
 
 
 class SendNotice(Message, frozen=True, tag="send-notice"):
@@ -251,7 +232,9 @@ class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
     front_end: Identity
 
 
-FromFrontEnd = FrontEndHello | WakeNotice | SendNotice | ControlRequest | FrontEndLeaving
+FromFrontEnd = (
+    FrontEndHello | WakeNotice | SendNotice | Ask | Withdraw | ReturnShares | ControlRequest | FrontEndLeaving
+)
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
@@ -310,7 +293,8 @@ class LoadView(Message, frozen=True, tag="load-view"):
     """All ranks' loads, the wave, and whether the ranks run. `ranks` is null where none are published.
 
     `number` grows by one with each view of one coordinator. `heard`: per front-end, the `told` of its last
-    SendNotice: the view knows that front-end's sends up to there, at every rank alike.
+    SendNotice: the view knows that front-end's sends up to there, at every rank alike. `shares`: of each front-end that
+    is brokered, null where this coordinator has no queue. `queued`: requests that wait in it.
     """
 
     coordinator: Identity
@@ -320,9 +304,11 @@ class LoadView(Message, frozen=True, tag="load-view"):
     ranks: list[RankView] | None = None
     heard: dict[Identity, Count] = {}
     suspension: SuspensionState = SuspensionState()
+    shares: list[Shares] | None = None
+    queued: Count = 0
 
 
-ToFrontEnd = Members | LoadView | ControlAnswer
+ToFrontEnd = Members | LoadView | Grants | ControlAnswer
 
 
 UNIONS: dict[str, object] = {

@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.brokerage import Brokerage
 from paceline.protocol.coordinator_events import Effect, ToFrontEnds
 from paceline.protocol.membership import Membership
 from paceline.protocol.messages import PROTOCOL_VERSION, LoadView, Members, Stall, SuspensionState
 
 
 class Shown(Struct, frozen=True):
-    """What a view says besides the loads. A change of it is what front-ends act on."""
+    """What a view says besides the loads; `free`: whether work may be started."""
 
     wave: int
     running: bool
     suspension: SuspensionState
+    free: bool
 
 
 class Publisher:
@@ -60,7 +62,7 @@ class Publisher:
         return self._clock.due(now) and (not self._one_step or board.one_step(membership.members()))
 
     def publish(
-        self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], now: float
+        self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], broker: Brokerage, now: float
     ) -> list[Effect]:
         """What is due now."""
         state = (shown.wave, shown.running, shown.suspension.number, shown.suspension.settled)
@@ -85,7 +87,11 @@ class Publisher:
         ranks = board.views(members) if self._with_loads else None
         board.pass_over()
         heard = dict(board.heard) if self._with_loads else {}
-        view = LoadView(self._identity, self.views, shown.wave, shown.running, ranks, heard, shown.suspension)
+        # Without loads nobody knows where there is room.
+        shares = broker.shares(board, membership, shown.free) if self._with_loads else None
+        view = LoadView(
+            self._identity, self.views, shown.wave, shown.running, ranks, heard, shown.suspension, shares, broker.queued
+        )
         effects.append(ToFrontEnds(view))
         self._clock.published(now)
         return effects

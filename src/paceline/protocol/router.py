@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from heapq import nsmallest
 
 from paceline.protocol.candidates import RESORT_SHARE, Candidates
 from paceline.protocol.frontend_link import RankLink
 from paceline.protocol.policy import Decision, Policy, Query, belief
-from paceline.protocol.routing_least import work
+from paceline.protocol.routing_least import LeastLoad, work
 
 MAX_ALTERNATIVES = 3
 NAMED = "named"
@@ -61,8 +62,18 @@ class Router:
         self._refresh()
         return self._policy.choose(self._candidates, query)
 
-    def explain(self, rank: int, query: Query, named: bool) -> Decision:
-        """What the choice of `rank` was based on; to be asked before anything else changes. Looks at all ranks."""
+    def choose_among(self, query: Query, ranks: Iterable[int]) -> int:
+        """The least loaded of these ranks, of which there must be one. For policies that are LeastLoad alone."""
+        assert isinstance(self._policy, LeastLoad)
+        self._refresh()
+        found = [place for rank in ranks if (place := self._candidates.place(rank)) is not None]
+        return self._policy.choose_among(self._candidates, query, found)
+
+    def explain(self, rank: int, query: Query, name: str = "", reason: str = "") -> Decision:
+        """What the choice of `rank` was based on; to be asked before anything else changes. Looks at all ranks.
+
+        `name`: who chose it, where that was not the policy; `reason`: why, where there is more to say.
+        """
         self._refresh()
         place = self._candidates.place(rank)
         assert place is not None
@@ -71,8 +82,8 @@ class Router:
             MAX_ALTERNATIVES, (one for one in self._candidates if one.rank != rank), lambda one: work(one, others)
         )
         return Decision(
-            NAMED if named else self._name, rank, query.prompt_tokens, len(self._candidates),
-            belief(self._candidates[place]), [belief(one) for one in least], "" if named else self._policy.reason(),
+            name or self._name, rank, query.prompt_tokens, len(self._candidates), belief(self._candidates[place]),
+            [belief(one) for one in least], reason or ("" if name else self._policy.reason()),
         )  # fmt: skip
 
     def _refresh(self) -> None:

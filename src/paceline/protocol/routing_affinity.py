@@ -11,20 +11,20 @@ they do without affinity too, and the third is what going there is worth.
 
 from __future__ import annotations
 
-from paceline.protocol.candidates import PLACE_MASK, Ordering
+from paceline.protocol.candidates import PLACE_MASK, Candidate, Ordering
 from paceline.protocol.policy import REQUEST_TOKENS
 
 GUARD_TOKENS = 8 * REQUEST_TOKENS
 GUARD_SHARE = 0.5
 
 
-def guard(works: Ordering, saved_tokens: int = 0) -> int:
+def guard(works: Ordering[Candidate], saved_tokens: int = 0) -> int:
     """The most work that a preferred rank may have queued, in prompt tokens."""
     mean = works.total / len(works.keys)
     return works.least() + GUARD_TOKENS + int(GUARD_SHARE * mean) + saved_tokens
 
 
-def least_loaded(works: Ordering, mask: int, ranks: list[int], limit: int, most: int) -> list[int]:
+def least_loaded(works: Ordering[Candidate], mask: int, ranks: list[int], limit: int, most: int) -> list[int]:
     """The places of the `most` least loaded ranks of `mask` (bit n for rank n) with work of at most `limit`."""
     found: list[int] = []
     for entry in works.entries[: works.up_to(limit)]:

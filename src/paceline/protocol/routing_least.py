@@ -95,7 +95,7 @@ class LeastLoad(Policy):
         )
         return candidates.ranks[place]
 
-    def works(self, candidates: Candidates) -> Ordering:
+    def works(self, candidates: Candidates) -> Ordering[Candidate]:
         """The ranks by their work."""
         return candidates.ordering(self._work)
 

@@ -17,7 +17,16 @@ from paceline.protocol.coordinator_events import (
     ToRanks,
 )
 from paceline.protocol.invariants import wave_never_falls
-from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, ToRank, WakeNotice
+from paceline.protocol.messages import (
+    ControlAnswer,
+    ControlRequest,
+    FromRank,
+    LoadView,
+    Members,
+    StartDPWave,
+    ToRank,
+    WakeNotice,
+)
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import FRONT_END, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
@@ -36,6 +45,14 @@ class Answer(NamedTuple):
     published: tuple[int, bool]
     answered: int
     settled: int
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """The rank that a wake among the broadcasts leaves out, and the wave; -1 where there is none."""
+        for message in self.broadcasts:
+            if isinstance(message, StartDPWave) and message.exclude is not None:
+                return message.exclude, message.wave
+        return -1, 0
 
 
 TIMERS = {
@@ -179,7 +196,7 @@ class Coordinators:
                 message = effect.message
                 if isinstance(message, ControlAnswer):
                     answered = message.number
-                else:
+                elif isinstance(message, Members | LoadView):
                     published = max(published, (message.wave, message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
         state = machine._suspension.state(range(self._size))

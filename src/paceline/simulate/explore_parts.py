@@ -32,6 +32,8 @@ DROPPED: Mapping[str, frozenset[str]] = {
             "_dropped",
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
             "_publisher", "_board", "_front_ends", "_stalls",
+            # No front-end of the walk is brokered (`explore_binding.py` walks those that are).
+            "_broker",
             # Follows from `_suspension`.
             "_suspension_state",
         }
@@ -45,7 +47,8 @@ DROPPED: Mapping[str, frozenset[str]] = {
     "Introductions": frozenset({"_repeat_s", "_begun"}),
     # Loads, counters and averages go into reports, which the walk turns off. The requests' names stand in `Life` as
     # what is left to do of each. `_mid_step` is read of independent ranks only.
-    "Rank": frozenset({"step", "requests", "_reporter", "_mid_step"}),
+    # The walk's ranks have no prefill quota.
+    "Rank": frozenset({"step", "requests", "_reporter", "_mid_step", "quota"}),
 }  # fmt: skip
 
 T = TypeVar("T")

@@ -38,7 +38,7 @@ class EngineShape(Struct, frozen=True):
     """What every engine is: its costs, slots, token budget, tokens of KV memory."""
 
     costs: CostModel = CostModel()
-    slots: int = 256
+    slots: int = 64
     budget: int = 2048
     kv_tokens: int = 131_072
 
@@ -92,6 +92,25 @@ class Engine:
     def wants_prefill(self) -> bool:
         """Whether a step with any budget for prompts would compute one."""
         return bool(self.prefilling) or self._may_begin()
+
+    def startable(self, limit: int) -> int:
+        """Prompt tokens that the next step could compute, were its budget `limit` or more: of requests that run, and of
+        those for which there are a slot and memory. At most `limit`.
+        """
+        tokens = sum(sequence.to_prefill for sequence in self.prefilling)
+        if tokens >= limit or not self._may_begin():
+            return min(tokens, limit)
+        slots, room = self.shape.slots - len(self.running), self._room - self.kv_used
+        for place, sequence in enumerate(self.waiting):
+            # What others share is not looked for beyond the first: that it may begin is known.
+            room -= sequence.to_prefill if place else 0
+            if place >= slots or room < 0:
+                break
+            tokens += sequence.to_prefill
+            room -= 0 if place else sequence.to_prefill
+            if tokens >= limit:
+                break
+        return min(tokens, limit)
 
     def counts(self) -> Counts:
         """What there is now; only between two steps."""

@@ -69,6 +69,9 @@ class IndependentFleet:
             return None
         return stepping.begin + stepping.step_s * min(stepping.steps, self._done(stepping, when) + 1)
 
+    def nudge(self) -> None:
+        """Nobody pulls in common here."""
+
     def wake(self) -> None:
         """Nobody pauses here."""
 

@@ -15,6 +15,7 @@ from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.independent import ROUNDING
 from paceline.simulate.traffic.plane import ControlPlane
+from paceline.simulate.traffic.prefill_quota import PrefillQuota
 from paceline.simulate.traffic.rank import SimulatedRank
 from paceline.simulate.traffic.recorder import Recorder
 from paceline.simulate.traffic.sequence import Sequence
@@ -29,12 +30,14 @@ class LockstepFleet:
     """All ranks, in one group. `wake_s`: from a request's arrival at a paused rank to the first step of all."""
 
     def __init__(
-        self, clock: Clock, count: int, shape: EngineShape, plane: ControlPlane, recorder: Recorder, wake_s: float
-    ) -> None:
+        self, clock: Clock, count: int, shape: EngineShape, plane: ControlPlane, recorder: Recorder, wake_s: float,
+        quota: PrefillQuota,
+    ) -> None:  # fmt: skip
         self.ranks = [SimulatedRank(number, shape) for number in range(count)]
         self.running = False
         self._clock, self._plane, self._recorder = clock, plane, recorder
         self._wake_s = wake_s
+        self._quota = quota
         costs = shape.costs
         self._step_s = costs.step_ms / 1e3
         self._prefill_s = costs.prefill_ms / 1e3
@@ -86,6 +89,14 @@ class LockstepFleet:
             return None
         return self._begin + self._length_s * min(self._steps, self._done(when) + 1)
 
+    def nudge(self) -> None:
+        """There is something to pull."""
+        if self._steady and self.running:
+            self._cut()
+        elif not self.running and not self._waking:
+            self._waking = True
+            self._clock.at(self._clock.now + self._wake_s, self._wake)
+
     def wake(self) -> None:
         """All run now, if they do not yet and are not about to."""
         if not self.running and not self._waking:
@@ -104,6 +115,7 @@ class LockstepFleet:
         self._waking = False
         self.running = True
         self._in_wave = 0
+        self._quota.begin()
         self._turn(set())
 
     def _done(self, when: float) -> int:
@@ -130,6 +142,7 @@ class LockstepFleet:
         self._recorder.tokens(self._begin, self._length_s, steps, made_tokens)
         self._recorder.barrier(self._length_s * len(self.ranks) * steps, self._lost_s * steps)
         self._made += steps
+        regular = (self._in_wave + steps - 1) // SYNC_INTERVAL > (self._in_wave - 1) // SYNC_INTERVAL
         self._in_wave += steps
         self._steps = 0
         changed = set(self._busy)
@@ -143,6 +156,7 @@ class LockstepFleet:
             if self._due[number] == due:
                 self._catch_up(number)
                 changed.add(number)
+        self._quota.agree(self.ranks, self._busy, regular)
         self._turn(changed)
 
     def _catch_up(self, number: int) -> None:
@@ -204,7 +218,7 @@ class LockstepFleet:
         self._work_s[number] = self._decode_s * engine.decoding
 
     def _begin_steps(self) -> None:
-        quota = self._plane.quota(self.ranks)
+        quota = self._quota.tokens(self.ranks, self._busy)
         for number in self._busy:
             engine = self.ranks[number].engine
             engine.begin(quota)

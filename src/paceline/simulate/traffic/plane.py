@@ -26,6 +26,9 @@ class Fleet(Protocol):
     def step_end(self, rank: SimulatedRank, when: float) -> float | None:
         """When the step that a rank is in at `when` is over, where it is one of many that only decode."""
 
+    def nudge(self) -> None:
+        """Lockstep: there is something to pull: all run if they do not, and pull after the step that runs now."""
+
     def wake(self) -> None:
         """Lockstep: all run now, if they do not yet."""
 
@@ -63,7 +66,3 @@ class ControlPlane:
 
     def paused(self) -> None:
         """Lockstep: all ranks have agreed to pause."""
-
-    def quota(self, ranks: list[SimulatedRank]) -> int | None:
-        """Lockstep: prompt tokens that each rank may compute in the step that begins now, None for its own budget."""
-        return None

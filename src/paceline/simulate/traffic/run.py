@@ -19,7 +19,9 @@ from paceline.simulate.traffic.oracle import Oracle
 from paceline.simulate.traffic.ours import Links, Paceline
 from paceline.simulate.traffic.outcome import Outcome, Who, outcome
 from paceline.simulate.traffic.peers import PEERS, PeerPlane
+from paceline.simulate.traffic.peers_lockstep import LOCKSTEP_PEERS, ContextGate
 from paceline.simulate.traffic.plane import ControlPlane
+from paceline.simulate.traffic.prefill_quota import CommonQuota, PrefillQuota
 from paceline.simulate.traffic.recorder import Recorder
 from paceline.simulate.traffic.sequence import Sequence
 from paceline.simulate.traffic.trace import Arrival
@@ -34,6 +36,7 @@ LEAST_SAMPLE_S = 0.1
 class Deployment(Struct, frozen=True):
     """What serves. `routing`: a name; `policy`: the class where it is one of the control plane's policies.
 
+    `quota`: whether lockstep ranks of ours, and the oracle's, have the common prefill quota; peers have theirs.
     `seed`: which front-end a request comes to. `warm_up`: the share of the arrivals' time that counts for no figure
     of time and no sustained throughput.
     """
@@ -47,11 +50,12 @@ class Deployment(Struct, frozen=True):
     links: Links = Links()
     seed: int = 0
     warm_up: float = 0.0
+    quota: bool = True
 
 
 def routing_names() -> list[str]:
     """What `--routing` takes beside a policy of somebody else's."""
-    return [*POLICIES, *PEERS, ORACLE]
+    return [*POLICIES, *PEERS, *LOCKSTEP_PEERS, ORACLE]
 
 
 def run(deployment: Deployment, arrivals: list[Arrival], progress: Callable[[int, int], None] | None = None) -> Outcome:
@@ -118,6 +122,10 @@ class Run:
         routing, links = deployment.routing, deployment.links
         if routing == ORACLE:
             return Oracle(clock)
+        if routing in LOCKSTEP_PEERS:
+            if not deployment.lockstep:
+                raise ConfigError(f"--routing: {routing}: only with --lockstep")
+            return LOCKSTEP_PEERS[routing](clock, links.delay_s)
         if routing in PEERS:
             return PeerPlane(clock, PEERS[routing], deployment.front_ends, deployment.ranks, links.delay_s)
         kind = deployment.policy or POLICIES[routing]
@@ -125,9 +133,17 @@ class Run:
         contents = routing == "prefix" or deployment.policy is not None
         return Paceline(clock, policies, deployment.lockstep, links, contents)
 
+    def _quota(self) -> PrefillQuota:
+        routing = self.deployment.routing
+        if routing == "trtllm-adp":
+            return ContextGate()
+        common = self.deployment.quota and routing not in PEERS and routing not in LOCKSTEP_PEERS
+        return CommonQuota() if common else PrefillQuota()
+
     def _fleet(self, plane: ControlPlane) -> IndependentFleet | LockstepFleet:
         deployment = self.deployment
         common = (self.clock, deployment.ranks, deployment.engine, plane, self.recorder)
         if deployment.lockstep:
-            return LockstepFleet(*common, 0.0 if deployment.routing == ORACLE else deployment.links.delay_s)
+            wake_s = 0.0 if deployment.routing == ORACLE else deployment.links.delay_s
+            return LockstepFleet(*common, wake_s, self._quota())
         return IndependentFleet(*common)
