@@ -124,9 +124,8 @@ class Coordinator:
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
                 if self._membership.lose(rank, incarnation, now):
+                    self._forget_rank(rank, now)
                     effects.append(Note(f"the connection of rank {rank} has ended"))
-                    self._publisher.members_changed(now)
-                    self._unhear(rank, now)
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
@@ -160,8 +159,10 @@ class Coordinator:
         if isinstance(message, RankHello):
             self._on_hello(message, now, effects)
             return
-        if isinstance(message, RankLeaving):
-            self._on_leaving(message, now, effects)
+        # A rank that leaves may be lost by now: the end of its connection comes on another socket.
+        if isinstance(message, RankLeaving) and self._membership.leave(message.rank, message.incarnation):
+            self._forget_rank(message.rank, now)
+            effects.append(Note(f"rank {message.rank} has left"))
             return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
@@ -178,17 +179,9 @@ class Coordinator:
             case StallReport():
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
-                    effects += self._stall_notes()
+                    effects += [Note(line, urgent=True) for line in self._stalls.lines()]
             case _:
                 self._dropped += 1
-
-    def _on_leaving(self, leaving: RankLeaving, now: float, effects: list[Effect]) -> None:
-        # Its connection may have ended before this was read: the two come on different sockets.
-        if not self._membership.leave(leaving.rank, leaving.incarnation):
-            self._dropped += 1
-            return
-        self._forget_rank(leaving.rank, now)
-        effects.append(Note(f"rank {leaving.rank} has left"))
 
     def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
         if hello.rank >= self._membership.size:
@@ -235,11 +228,6 @@ class Coordinator:
             self._group.observe(report.rank, report.wave, report.running, now)
         self._broker.mark(report.rank)
         self._publisher.loads_changed(now)
-
-    def _stall_notes(self) -> list[Effect]:
-        if not self._stalls.found:
-            return [Note("no rank holds the group up any more", urgent=True)]
-        return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
@@ -338,10 +326,9 @@ class Coordinator:
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
-        if self._generations.absent:
+        for rank in self._generations.absent:
             # Nothing is to be learned from who is not there, and nobody waits for its word.
-            for rank in self._generations.absent:
-                self._introductions.heard(rank)
+            self._introductions.heard(rank)
             self._suspension_changed(now)
         if formed is not None:
             number, members = formed

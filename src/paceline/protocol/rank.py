@@ -296,8 +296,7 @@ class Rank:
             return []
         if form.generation <= self.told:
             return [self._hello()] if form.generation == self.generation else []
-        if not self.running:
-            # It joins, or the others have gone on without it for a while.
+        if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
         self._learn(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
