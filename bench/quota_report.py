@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import dataclass
-from itertools import groupby
 
 
 @dataclass
@@ -53,11 +52,11 @@ def ratio(values: list[float]) -> str:
 
 def to_console(turns: list[Turn]) -> str:
     """The latest round's turns, a line each."""
-    *_, (_, latest) = groupby(turns, key=lambda turn: turn.round)
     return "\n".join(
         f"round {turn.round}, {turn.variant}: {turn.tokens_per_s:,.0f} tokens/s, gap p50"
         f" {turn.gap_p50_s * 1000:.0f} ms, p99 {turn.gap_p99_s * 1000:.0f} ms, first token p50 {turn.first_p50_s:.2f} s"
-        for turn in latest
+        for turn in turns
+        if turn.round == turns[-1].round
     )
 
 

@@ -132,6 +132,14 @@ class Coordinators:
             found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
         return found
 
+    def counts_up(self, number: int, timer: str) -> bool:
+        """Whether the ranks would be told of the suspension under a new number when this timer is due.
+
+        Numbers would grow for ever with a timer that is faster than everybody. So such a repeat comes when nobody is
+        about to do anything else; one that comes earlier counts as a loss.
+        """
+        return timer == "wake" and self._states[number]._suspension.standing.suspended
+
     def renumbered(self, number: int, order: Sequence[int]) -> int:
         """The state in which rank `order[i]` is rank `i`."""
         key = (number, tuple(order))
