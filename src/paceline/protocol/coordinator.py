@@ -123,6 +123,8 @@ class Coordinator:
             case RankGone(rank, incarnation):
                 if self._membership.is_current(rank, incarnation):
                     self._unhear(rank, now)
+                    # Nobody has a share of it any more.
+                    self._publisher.loads_changed(now)
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
