@@ -61,6 +61,10 @@ DurationFlag = Annotated[float | None, typer.Option("--duration", help=f"Seconds
 LockstepFlag = Annotated[
     bool | None, typer.Option("--lockstep/--independent", help=f"Whether ranks run in waves{FROM_SEED}")
 ]
+BrokeredFlag = Annotated[
+    bool | None,
+    typer.Option("--brokered/--arrival", help=f"Whether requests wait in the coordinator's queue{FROM_SEED}"),
+]
 EncodeFlag = Annotated[
     bool, typer.Option("--encode/--no-encode", help="Whether messages travel as bytes; without, it is faster.")
 ]
@@ -71,14 +75,16 @@ def simulate_command(
     seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, front_ends: FrontEndsFlag = None,
     requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
     suspensions: SuspensionsFlag = None, duration: DurationFlag = None, lockstep: LockstepFlag = None,
-    encode: EncodeFlag = True, json: JsonFlag = False,
+    brokered: BrokeredFlag = None, encode: EncodeFlag = True, json: JsonFlag = False,
     trace: TraceFlag = None, routing: RoutingFlag = None, rate_scale: RateFlag = None, slots: SlotsFlag = None,
     token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
     prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
     interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
 ) -> None:  # fmt: skip
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
-    options = Options(seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode)
+    options = Options(
+        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered
+    )
     flags = TraceFlags(
         trace, routing, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
         interval_ms, warm_up, plot,
@@ -137,6 +143,7 @@ def summary(outcome: Outcome) -> str:
     lines = [
         f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
         f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
+        f"  binding       {'brokered' if options.brokered else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''}",
@@ -161,6 +168,8 @@ def replay(options: Options, seed: int) -> str:
             words += [f"--{name.replace('_', '-')}", str(value)]
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
+    if options.brokered is not None:
+        words.append("--brokered" if options.brokered else "--arrival")
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)

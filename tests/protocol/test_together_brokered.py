@@ -248,6 +248,16 @@ def test_a_front_end_that_ends_leaves_nothing_in_the_queue() -> None:
     deployment.finish()
 
 
+def test_when_the_last_front_end_has_gone_nothing_is_due() -> None:
+    deployment = brokered(front_ends=1, lockstep=False)
+    full(deployment)
+    machine = deployment.coordinator
+    assert machine is not None
+    deployment.tell_coordinator(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
+    deployment.tell_coordinator(coordinator.Tick())
+    assert machine._broker.due is None
+
+
 # The coordinator goes -----------------------------------------------------------------------------
 
 

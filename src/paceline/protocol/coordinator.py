@@ -152,6 +152,10 @@ class Coordinator:
             "void_messages": self._dropped,
         }
 
+    def descriptors(self) -> Iterable[tuple[int, int]]:
+        """What waits in the queue or is granted and not confirmed, by front-end and request."""
+        return self._broker.descriptors()
+
     # Ranks ------------------------------------------------------------------------------------
 
     def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:

@@ -99,4 +99,5 @@ class VirtualEngine:
 
     def load(self) -> Load:
         """What is queued."""
-        return Load(len(self._sequences) - self._started, self._started, self._slots, self._to_prefill)
+        waiting, running = len(self._sequences) - self._started, self._started
+        return Load(waiting, running, self._slots, self._to_prefill, step_tokens=self._budget)
