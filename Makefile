@@ -37,6 +37,12 @@ test-torch: $(STAMP) ## the tests of the collectives, over torch.distributed too
 	@$(BIN)/python -m pytest tests/runtime/test_collective.py tests/runtime/test_waiting.py \
 	  tests/runtime/test_torch_group.py $(ARGS)
 
+# vLLM has an environment of its own, .vllm/VERSION: 3.4 GB, made once. ARGS="--vllm-full" runs all of it.
+VLLM ?= 0.32.0
+test-vllm: $(STAMP) ## real vLLM on Paceline's coordinator, on CPU (installs vLLM); another version by VLLM=0.20.2
+	@$(BIN)/python tests/vllm/environment.py $(VLLM)
+	@VLLM=$(VLLM) $(BIN)/python -m pytest tests/vllm $(ARGS)
+
 soak: $(STAMP) ## simulate seed after seed until stopped; a failing seed is printed with the command that replays it
 	@exec $(BIN)/paceline simulate --seeds 0.. $(ARGS)
 
@@ -64,8 +70,11 @@ bench-cost-model: $(STAMP) ## predicted against measured time to first token (in
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
 	@$(BIN)/python bench/cost_model.py $(ARGS)
 
+bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none, saturated; --trace FILE by ARGS
+	@$(BIN)/python bench/quota.py $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch soak format docs bench-serve bench-collective bench-freshness \
-	bench-cost-model clean
+.PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
+	bench-freshness bench-cost-model bench-quota clean

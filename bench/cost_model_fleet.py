@@ -1,12 +1,13 @@
-"""The deployment of `cost_model.py`: ranks and a coordinator as processes, one front-end in this one."""
+"""Deployments of `cost_model.py` and `quota.py`: ranks and a coordinator as processes, one front-end in this one."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from paceline.config import ParallelConfig
@@ -14,6 +15,7 @@ from paceline.engines.base import EngineSettings
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid
 from paceline.protocol.messages import Load, LoadView
+from paceline.protocol.quota import AUTO
 from paceline.protocol.routing import LeastLoad
 from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.processes import new_identity, spawn
@@ -48,19 +50,28 @@ class DatedFrontEnd(FrontEnd):
 
 
 class Fleet:
-    """A coordinator and `size` ranks of one engine, one thread each. A context manager: all are gone at its end."""
+    """A coordinator and `size` ranks of one engine, one thread each. A context manager: all are gone at its end.
 
-    def __init__(self, folder: Path, size: int, engine: str, slots: int) -> None:
-        self.size = size
+    `prefill_quota`: in lockstep. `changes`: other fields of the engine's settings.
+    """
+
+    def __init__(
+        self, folder: Path, size: int, engine: str, slots: int, lockstep: bool = False, prefill_quota: int = AUTO,
+        changes: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
+        self.size, self.lockstep = size, lockstep
         config = ParallelConfig(data_parallel_size=size, data_parallel_size_local=size)
-        self.coordinator = DPCoordinator(config, enable_wave_coordination=False)
+        self.coordinator = DPCoordinator(config, enable_wave_coordination=lockstep)
         self._statuses: list[Any] = []
         addresses = self.coordinator.get_engine_socket_addresses()
         self._ranks = []
         for rank in range(size):
             reader, writer = get_context("spawn").Pipe(duplex=False)
-            settings = EngineSettings(rank=rank, dp_size=size, threads=1, max_num_seqs=slots)
-            rank_settings = RankSettings(engine, settings, f"ipc://{folder}/rank-{rank}", *addresses)
+            settings = EngineSettings(rank=rank, dp_size=size, threads=1, max_num_seqs=slots, **changes)
+            rank_settings = RankSettings(
+                engine, settings, f"ipc://{folder}/rank-{rank}", *addresses, prefill_quota=prefill_quota,
+                group_bind=f"ipc://{folder}/group-{rank}" if lockstep else "",
+            )  # fmt: skip
             about = {"settings": rank_settings, "status": writer}
             self._ranks.append(spawn(f"rank {rank}", run_rank, about, "warning"))
             writer.close()
@@ -80,7 +91,7 @@ class Fleet:
 @asynccontextmanager
 async def connected(fleet: Fleet) -> AsyncIterator[tuple[Client, DatedFrontEnd]]:
     """A front-end that knows every rank."""
-    machine = DatedFrontEnd(new_identity(), LeastLoad(0, 1), lockstep=False)
+    machine = DatedFrontEnd(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
     client = Client(machine, fleet.coordinator.get_stats_publish_address())
     try:
         async with asyncio.timeout(START_S):

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.serving import Deployment, deployment
+
+# A busy machine is no failure: a test that hangs is ended by its own deadline.
+settings.register_profile("paceline", deadline=None)
+settings.load_profile("paceline")
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +27,7 @@ def llama_server() -> Iterator[Deployment]:
     """The default: Gemma 3 270M over two ranks."""
     with deployment("--max-model-len", "2048") as running:
         yield running
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vllm-full", action="store_true", help="make test-vllm: every case, not CI's choice")

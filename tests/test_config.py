@@ -24,6 +24,8 @@ from paceline.errors import ConfigError
         ({"api_server_count": 0}, "--api-server-count"),
         ({"headless": True, "data_parallel_size_local": 0}, "--headless"),
         ({"min_stats_update_interval_ms": 4}, "--min-stats-update-interval-ms"),
+        ({"prefill_quota": "some"}, "--prefill-quota"),
+        ({"prefill_quota": "0"}, "--prefill-quota"),
     ],
 )  # fmt: skip
 def test_parallel_settings_that_cannot_be(settings: dict[str, Any], flag: str) -> None:

@@ -23,7 +23,7 @@ def load(rank: int, **given: float) -> dict[str, float]:
 LOADS = {
     "ranks": [
         load(0, waiting=2, running=16, prefill_tokens=12_000, kv_used=50, kv_total=200, decode_rate=1234.5),
-        load(7, running=1, in_flight=3, finished=1_000_000),
+        load(7, running=1, in_flight=3, finished=1_000_000, prefill_quota=2_048),
     ]
 }
 
@@ -39,7 +39,7 @@ def test_a_table() -> None:
     assert done.exit_code == 0, done.output
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[1] == ["0", "2", "16/16", "12,000", "0", "25%", "1,234", "0"]
-    assert lines[2] == ["7", "0", "1/16", "0", "3", "1,000,000"]
+    assert lines[2] == ["7", "0", "1/16", "0", "3", "2,048", "1,000,000"]
     assert lines[3][:4] == ["all", "2", "17/32", "12,000"]
     assert len(lines) == 4
 

@@ -27,12 +27,19 @@ MAY_IMPORT = {
     "paceline.runtime": {
         "paceline.runtime", "paceline.engines", "paceline.protocol", "paceline.config", "paceline.errors",
     },
+    "paceline.integrations": {
+        "paceline.integrations", "paceline.runtime", "paceline.protocol", "paceline.errors",
+    },
     "paceline.server": {
         "paceline.server", "paceline.runtime", "paceline.engines", "paceline.protocol", "paceline.errors", "paceline",
     },
 }  # fmt: skip
 
-SMALL_PROCESSES = ["paceline.runtime.coordinator_process", "paceline.coordinator_cli"]
+SMALL_PROCESSES = [
+    "paceline.runtime.coordinator_process",
+    "paceline.coordinator_cli",
+    "paceline.integrations.vllm_process",
+]
 SMALL_PROCESS_MAY_LOAD = {"zmq", "msgspec", "typing_extensions", "paceline"}
 LARGE = {"numpy", "uvicorn", "starlette", "typer", "rich"}
 

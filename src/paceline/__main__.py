@@ -12,6 +12,10 @@ def main() -> None:
         from paceline.coordinator_cli import run_command
 
         run_command(sys.argv[2:])
+    elif sys.argv[1:2] == ["vllm"]:
+        from paceline.vllm_cli import run_command as run_vllm
+
+        run_vllm(sys.argv[2:])
     else:
         from paceline.cli import run
 

@@ -24,7 +24,7 @@ FOUND, NOT_DECIDED = 1, 2
 def check(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 3,
     front_ends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
-    requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 2,
+    requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 3,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
     crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,
     suspensions: Annotated[int, typer.Option(min=0, help="Suspensions, each resumed afterwards.")] = 0,

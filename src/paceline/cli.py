@@ -41,7 +41,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
 ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
-EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, or module:Class.", "--engine")]
+EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, timed-lockstep, or module:Class.", "--engine")]
 EngineOptionFlag = Annotated[
     list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
 ]
@@ -76,6 +76,9 @@ DataParallelHybridLbFlag = Annotated[
 ]
 DpSyncIntervalFlag = Annotated[
     int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
+]
+PrefillQuotaFlag = Annotated[
+    str, _option(_PARALLEL, "Prompt tokens that a lockstep rank computes in a step: auto, off or N.", "--prefill-quota")
 ]
 MinStatsUpdateIntervalMsFlag = Annotated[
     int, _option(_PARALLEL, "Least milliseconds between two load views.", "--min-stats-update-interval-ms")
@@ -140,6 +143,7 @@ def serve(
     data_parallel_external_lb: DataParallelExternalLbFlag = False,
     data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
     dp_sync_interval: DpSyncIntervalFlag = 16,
+    prefill_quota: PrefillQuotaFlag = "auto",
     min_stats_update_interval_ms: MinStatsUpdateIntervalMsFlag = 100,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
@@ -196,6 +200,14 @@ def loads(context: typer.Context) -> None:
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
     from paceline.coordinator_cli import run_command
+
+    run_command(context.args)
+
+
+@app.command(context_settings=_PASSED_ON)
+def vllm(context: typer.Context) -> None:
+    """Run the vllm command with Paceline's coordinator: `paceline vllm serve MODEL --data-parallel-size 2`."""
+    from paceline.vllm_cli import run_command
 
     run_command(context.args)
 
@@ -277,6 +289,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
         headless=given["headless"],
         dp_sync_interval=given["dp_sync_interval"],
+        prefill_quota=given["prefill_quota"],
         min_stats_update_interval_ms=given["min_stats_update_interval_ms"],
         api_server_count=given["api_server_count"],
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from msgspec import Struct
 
 from paceline.errors import ConfigError
+from paceline.protocol.quota import setting_of
 
 
 def _require(condition: bool, setting: str, text: str) -> None:
@@ -32,6 +33,7 @@ class ParallelConfig(Struct, frozen=True):
     headless: bool = False
     api_server_count: int = 1
     dp_sync_interval: int = 16
+    prefill_quota: str = "auto"
     min_stats_update_interval_ms: int = 100
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class ParallelConfig(Struct, frozen=True):
         _require(0 < self.data_parallel_rpc_port < 65536, "--data-parallel-rpc-port", "must be 1 to 65535")
         _require(1 <= self.api_server_count <= 256, "--api-server-count", "must be 1 to 256")
         _require(self.dp_sync_interval >= 1, "--dp-sync-interval", "must be at least 1")
+        try:
+            setting_of(self.prefill_quota)
+        except ValueError as error:
+            raise ConfigError(f"--prefill-quota: {error}") from None
         _require(
             5 <= self.min_stats_update_interval_ms <= 3_600_000,
             "--min-stats-update-interval-ms",

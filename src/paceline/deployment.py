@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from paceline.config import DeploymentConfig, brokered, threads_per_rank
-from paceline.engines.base import EngineError, EngineSettings
+from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.protocol.quota import setting_of
 from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
@@ -74,6 +75,7 @@ class Plan:
         try:
             self.engine_class = find_engine(config.engine.engine)
             self.settings = _engine_settings(config, 0)
+            _check_quota(config, self.engine_class)
             if not config.parallel.headless:
                 self._reserved = reserve_port(config.server.host, config.server.port)
                 self.port = self._reserved.getsockname()[1]
@@ -160,6 +162,7 @@ def rank_settings(plan: Plan, rank: int, life: int) -> RankSettings:
         group_bind=plan.group_address(rank, life),
         sync_interval=plan.config.parallel.dp_sync_interval,
         stall_timeout_s=plan.config.server.stall_timeout_s,
+        prefill_quota=setting_of(plan.config.parallel.prefill_quota),
     )
 
 
@@ -184,6 +187,13 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         drain_timeout_s=server.drain_timeout_s,
         first_life=life == 0,
     )
+
+
+def _check_quota(config: DeploymentConfig, engine: type[Engine]) -> None:
+    wanted = config.parallel.prefill_quota
+    if not engine.lockstep and wanted not in ("auto", "off"):
+        text = f"--prefill-quota {wanted}: only for engines in lockstep, which {config.engine.engine} is not"
+        raise EngineError(text)
 
 
 def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:

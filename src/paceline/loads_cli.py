@@ -19,20 +19,23 @@ from paceline.errors import PacelineError
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "rank": lambda load: str(load["rank"]),
     "waiting": lambda load: f"{load['waiting']:,}",
-    "running": lambda load: f"{load['running']}/{load['slots']}",
-    "prefill": lambda load: f"{load['prefill_tokens']:,}",
-    "in flight": lambda load: f"{load['in_flight']:,}",
-    "KV": lambda load: f"{load['kv_used'] / load['kv_total']:.0%}" if load["kv_total"] else "",
-    "prefill/s": lambda load: f"{load['prefill_rate']:,.0f}" if load["prefill_rate"] else "",
-    "decode/s": lambda load: f"{load['decode_rate']:,.0f}" if load["decode_rate"] else "",
-    "finished": lambda load: f"{load['finished']:,}",
+    "running": lambda load: f"{load['running']}/{load['slots']}" if "slots" in load else f"{load['running']}",
+    "prefill": lambda load: f"{load['prefill_tokens']:,}" if "prefill_tokens" in load else "",
+    "in flight": lambda load: f"{load['in_flight']:,}" if "in_flight" in load else "",
+    "quota": lambda load: "" if load.get("prefill_quota") is None else f"{load['prefill_quota']:,}",
+    "KV": lambda load: f"{load['kv_used'] / load['kv_total']:.0%}" if load.get("kv_total") else "",
+    "prefill/s": lambda load: f"{load['prefill_rate']:,.0f}" if load.get("prefill_rate") else "",
+    "decode/s": lambda load: f"{load['decode_rate']:,.0f}" if load.get("decode_rate") else "",
+    "finished": lambda load: f"{load['finished']:,}" if "finished" in load else "",
 }
 """Heading to what stands there, made from an entry of `GET /loads`. The whole fits 80 columns.
 
 Running requests stand with the slots there are; `prefill` is prompt tokens to compute, `in flight` this front-end's
-own requests, `KV` the used share, and rates are tokens a second.
+own requests, `quota` the prompt tokens that a lockstep step may compute (at the last report), `KV` the used share, and
+rates are tokens a second. A vLLM rank says its requests and its KV alone.
 """
 
+NEEDED = ("rank", "waiting", "running")
 SUMS = ("waiting", "running", "slots", "prefill_tokens", "in_flight", "kv_used", "kv_total", "prefill_rate",
         "decode_rate", "finished")  # fmt: skip
 
@@ -41,7 +44,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def loads(
-    url: Annotated[str, typer.Option("--url", help="A front-end of the deployment.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option("--url", help="A front-end of the deployment, or PACELINE_VLLM_STATUS.")
+    ] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="What the server says, one line each time.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between two looks.")] = 1.0,
@@ -84,13 +89,18 @@ def table(said: dict[str, Any]) -> Table:
     for load in ranks:
         made.add_row(*(cell(load) for cell in COLUMNS.values()))
     if len(ranks) > 1:
-        total = {name: sum(load[name] for load in ranks) for name in SUMS} | {"rank": "all"}
+        known = [name for name in SUMS if all(name in load for load in ranks)]
+        total: dict[str, Any] = {name: sum(load[name] for load in ranks) for name in known} | {"rank": "all"}
         made.add_row(*(cell(total) for cell in COLUMNS.values()), style="bold")
     return made
 
 
 def _is_load(entry: object) -> bool:
-    return isinstance(entry, dict) and "rank" in entry and all(isinstance(entry.get(n), int | float) for n in SUMS)
+    return (
+        isinstance(entry, dict)
+        and all(name in entry for name in NEEDED)
+        and all(isinstance(entry.get(name, 0), int | float) for name in SUMS)
+    )
 
 
 def _print_json(ask: Callable[[], dict[str, Any]], watch: bool, interval_s: float) -> None:

@@ -59,13 +59,14 @@ def text_of(outputs: Iterable[StepOutput], key: int) -> str:
 
 
 class Deployment:
-    """Ranks in threads. `arrivals[rank]`: requests by the step before which they come."""
+    """Ranks in threads. `arrivals[rank]`: requests by the step before which they come; `quota`: by step."""
 
     def __init__(self, folder: Path, dp_size: int, **settings: Any) -> None:
         self.engines = [make_engine(rank=rank, dp_size=dp_size, **settings) for rank in range(dp_size)]
         self.arrivals: list[dict[int, list[EngineRequest]]] = [{} for _ in range(dp_size)]
         self.answers: Answers = {}
         self.steps = [0] * dp_size
+        self.quota: Callable[[int], int | None] = lambda step: None
         self.groups: dict[int, SocketGroup] = {}
         self._listeners = [GroupListener(group_path(folder, rank)) for rank in range(dp_size)]
         self._pool = ThreadPoolExecutor(dp_size)
@@ -99,6 +100,7 @@ class Deployment:
             while self.steps[rank] != until_step:
                 for arrived in self.arrivals[rank].pop(self.steps[rank], []):
                     engine.add(arrived)
+                engine.limit_prefill(self.quota(self.steps[rank]))
                 if engine.has_work():
                     self.take(engine.step())
                 else:

@@ -39,6 +39,23 @@ def test_prompts_are_computed_in_chunks_within_the_budget() -> None:
     assert not engine.has_work()
 
 
+def test_prompts_are_computed_within_the_quota_and_decoding_goes_on() -> None:
+    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=8)
+    engine.add(request(1, [97] * 2, tokens=6))
+    engine.step()
+    engine.add(request(2, [97] * 9, tokens=1))
+    found = []
+    for quota in (0, 3, 0, 100, None):
+        engine.limit_prefill(quota)
+        result = engine.step()
+        found.append((result.prefilled_tokens, result.decoded_tokens))
+    assert found == [(0, 1), (3, 1), (0, 1), (6, 2), (0, 1)]
+    engine.add(request(3, [97] * 9, tokens=1))
+    engine.limit_prefill(0)
+    assert engine.step().outputs == []
+    assert engine.load().prefill_tokens == engine.load().startable_tokens == 9
+
+
 def test_more_requests_than_slots_wait_and_all_finish() -> None:
     engine = make_engine(max_num_seqs=2)
     for key in range(7):

@@ -66,6 +66,17 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(dp_size: int, deploy: Deplo
     assert deployment.answers == alone
 
 
+@pytest.mark.parametrize("quotas", [(0, 3), (1, None, 0), (7,)], ids=str)
+def test_tokens_do_not_depend_on_the_prefill_quota(
+    quotas: tuple[int | None, ...], deploy: Deploys, alone: Answers
+) -> None:
+    deployment = deploy(2)
+    stagger(deployment, range(2))
+    deployment.quota = lambda step: quotas[step % len(quotas)]
+    deployment.run()
+    assert deployment.answers == alone
+
+
 def test_more_ranks_than_experts(deploy: Deploys) -> None:
     options = {"experts": "2", "experts_per_token": "1"}
     engine = make_engine(options=options)

@@ -92,6 +92,31 @@ def test_decoding_goes_before_prefill_and_prefill_by_arrival() -> None:
     assert schedule.to_prefill == 7
 
 
+def test_prompts_stay_within_a_limit_that_decoding_does_not_count_for() -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
+    first, second = (sequence(key, Arrival(0, 4, 2, 0, 99)) for key in range(2))
+    for one in (first, second):
+        schedule.add(one)
+    schedule.admit()
+    assert schedule.chunks(0) == []
+    assert schedule.chunks(3) == [(first, 3)]
+    first.computed = 4
+    first.tokens.append(8)
+    assert schedule.chunks(0) == [(first, 1)]
+    assert schedule.chunks(2) == [(first, 1), (second, 2)]
+    assert schedule.chunks(100) == schedule.chunks()
+
+
+@given(arrivals)
+def test_what_can_start_is_what_the_next_step_starts(arrivals: list[Arrival]) -> None:
+    schedule = Schedule(SLOTS, KV_TOKENS, 10_000)
+    for key, arrival in enumerate(arrivals):
+        schedule.add(sequence(key, arrival))
+    startable = schedule.load().startable_tokens
+    schedule.admit()
+    assert startable == schedule.load().startable_tokens == sum(count for _, count in schedule.chunks())
+
+
 def test_a_large_one_at_the_head_lets_nobody_pass() -> None:
     schedule = Schedule(SLOTS, KV_TOKENS, BUDGET)
     small = [sequence(key, Arrival(0, 5, 5, 0, 99)) for key in range(3)]

@@ -10,6 +10,7 @@ from paceline.protocol import codec, coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import AddRequest, Load
+from paceline.protocol.quota import AUTO, OFF
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from tests.protocol.harness import FrontEndShell, Group, Link, RankShell, World
@@ -17,17 +18,21 @@ from tests.protocol.harness import FrontEndShell, Group, Link, RankShell, World
 DELAY_S = 0.0005
 STEP_S = 0.01
 SYNC_INTERVAL = 4
+QUOTA = AUTO
+"""Steps take equally long here, so a prompt costs nothing: what is seen of it is how often ranks agree."""
 
 
 class TinyEngine:
-    """Computes whole prompts in one step, and makes one token a step for each of `slots` requests."""
+    """Computes whole prompts in one step, or the quota's part, and one token a step for each of `slots` requests."""
 
     def __init__(self, slots: int = 8) -> None:
         self.slots = slots
         self.requests: dict[int, tuple[AddRequest, int]] = {}
+        self.left: dict[int, int] = {}
 
     def add(self, key: int, request: AddRequest) -> None:
         self.requests[key] = (request, 0)
+        self.left[key] = len(request.prompt_token_ids)
 
     def abort(self, key: int) -> None:
         del self.requests[key]
@@ -35,10 +40,14 @@ class TinyEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def step(self) -> rank_events.Stepped:
+    def step(self, prefill_quota: int | None = None) -> rank_events.Stepped:
         outputs, prefilled = [], 0
         for key, (request, made) in list(self.requests.items())[: self.slots]:
-            prefilled += 0 if made else len(request.prompt_token_ids)
+            room = self.left[key] if prefill_quota is None else min(self.left[key], prefill_quota - prefilled)
+            self.left[key] -= room
+            prefilled += room
+            if self.left[key]:
+                continue
             finished = made + 1 >= request.params.max_tokens
             outputs.append(rank_events.StepOutput(key, [made], f" {made}", "length" if finished else None))
             self.requests[key] = (request, made + 1)
@@ -48,8 +57,11 @@ class TinyEngine:
 
     def load(self) -> Load:
         running = sum(1 for _, made in self.requests.values() if made)
-        prefill = sum(len(request.prompt_token_ids) for request, made in self.requests.values() if not made)
-        return Load(len(self.requests) - running, running, self.slots, prefill)
+        prefill = sum(self.left[key] for key in self.requests)
+        startable = sum(self.left[key] for key in list(self.requests)[: self.slots])
+        return Load(
+            len(self.requests) - running, running, self.slots, prefill, decoding=running, startable_tokens=startable
+        )
 
 
 class Deployment:
@@ -96,7 +108,7 @@ class Deployment:
         """A new life of a rank."""
         machine = Rank(
             number, next(self._lives), f"tcp://rank-{number}", lockstep=self.lockstep, report_loads=not self.external,
-            sync_interval=SYNC_INTERVAL,
+            sync_interval=SYNC_INTERVAL, prefill_quota=QUOTA if self.lockstep else OFF,
         )  # fmt: skip
         up = Link(
             self.world, codec.from_rank(), lambda m: self.tell_coordinator(coordinator.RankSaid(m)), DELAY_S

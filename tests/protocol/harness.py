@@ -11,10 +11,14 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from paceline.protocol import codec, frontend_events, rank_events
+from paceline.protocol.agreement import agreed
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import AddRequest, Load
 from paceline.protocol.rank import Phase, Rank
@@ -126,6 +130,12 @@ class Link:
                 self._deliver(message)
 
 
+class StepPart(Struct, frozen=True):
+    """A rank in a step. `urging`: it wants all to agree after it."""
+
+    urging: bool
+
+
 class Group:
     """The collectives of lockstep ranks. `latency_s`: what each takes once all have entered."""
 
@@ -157,7 +167,7 @@ class Engine(Protocol):
     def add(self, key: int, request: AddRequest) -> None: ...
     def abort(self, key: int) -> None: ...
     def has_work(self) -> bool: ...
-    def step(self) -> rank_events.Stepped: ...
+    def step(self, prefill_quota: int | None = None) -> rank_events.Stepped: ...
     def load(self) -> Load: ...
 
 
@@ -180,6 +190,7 @@ class RankShell:
         self._group = group
         self._step_s = step_s
         self._busy = False
+        self._urging = False
         self._inbox: deque[rank_events.Event] = deque()
 
     def arrive(self, event: rank_events.Event) -> None:
@@ -227,35 +238,38 @@ class RankShell:
             case rank_events.Step() | rank_events.DummyStep():
                 self._busy = True
                 if self._group is not None:
-                    self._group.enter(self.machine.rank, "step", lambda _: self._stepped(effect))
+                    part, self._urging = StepPart(self._urging), False
+                    self._group.enter(self.machine.rank, part, lambda parts: self._stepped(effect, parts))
                 else:
                     self.world.at(self.world.now + self._step_s, lambda: self._stepped(effect))
             case rank_events.Agree():
                 assert self._group is not None
                 self._busy = True
                 self._group.enter(self.machine.rank, effect, self._agreed)
+            case rank_events.Urge():
+                self._urging = True
             case rank_events.Again():
                 self.world.at(self.world.now, self.turn)
             case rank_events.Wait(until) if until is not None:
                 self.world.at(until, self.turn)
 
-    def _stepped(self, effect: object) -> None:
+    def _stepped(self, effect: object, parts: Sequence[StepPart] = ()) -> None:
         self._busy = False
         if not self.alive:
             return
+        urged = any(part.urging for part in parts)
         if isinstance(effect, rank_events.Step):
-            self._feed(self.engine.step())
+            self._feed(replace(self.engine.step(effect.prefill_quota), urged=urged))
         else:
             self.dummy_steps += 1
-            self._feed(rank_events.Stepped((), self.engine.load(), self.engine.has_work()))
+            self._feed(rank_events.Stepped((), self.engine.load(), self.engine.has_work(), urged=urged))
         self.turn()
 
     def _agreed(self, entered: list[rank_events.Agree]) -> None:
         self._busy = False
         if not self.alive:
             return
-        any_work, wave = any(e.has_work for e in entered), max(e.wave for e in entered)
-        self._feed(rank_events.Agreed(any_work, wave, max(e.suspension for e in entered)))
+        self._feed(agreed(entered))
         self.turn()
 
 

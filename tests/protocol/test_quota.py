@@ -22,7 +22,10 @@ from paceline.protocol.quota import (
     fixed,
     made,
     reduced,
+    setting_of,
 )
+from paceline.protocol.routing import LeastLoad
+from tests.protocol.lockstep_model import arrivals, run
 
 MS = 1_000_000
 
@@ -120,8 +123,17 @@ def test_one_that_prefills_alone_among_many_that_decode_gets_little() -> None:
 
 
 def test_where_all_have_a_prompt_they_do_it_together() -> None:
-    assert outcome(*[rank(5000)] * 16) == Outcome(2048, True)
-    assert outcome(*[rank(300, decoding=14)] * 16).quota in (256, 512)
+    together = outcome(*[rank(5000, decoding=4)] * 16)
+    assert together == Outcome(1024, True)
+    alone = outcome(rank(5000, decoding=4), *[rank(decoding=4)] * 15)
+    assert alone.quota is not None
+    assert alone.quota < 128
+    assert outcome(*[rank(50, decoding=4)] * 16).quota == 64, "no more than anyone has"
+
+
+def test_of_quotas_that_are_worth_nearly_the_same_the_smallest_is_taken() -> None:
+    # A full batch loses nothing by a prompt that all have: whatever they choose, none waits for another.
+    assert outcome(*[rank(5000)] * 16) == Outcome(2048 // 64, True)
 
 
 def test_empty_batches_are_filled() -> None:
@@ -136,12 +148,23 @@ def test_a_lone_newcomer_is_what_counts_while_nobody_has_a_prompt() -> None:
 
 
 def test_a_budget_between_two_candidates_can_be_chosen_whole() -> None:
-    assert outcome(*[rank(10**6, budget=1500)] * 3).quota == 1500
-    assert outcome(*[rank(10**6, budget=1)] * 3).quota == 1
+    assert outcome(*[rank(10**6, 1, 1500, decode_ns=600 * MS)] * 3).quota == 1500
+    assert outcome(*[rank(10**6, 1, 1, decode_ns=600 * MS)] * 3).quota == 1
 
 
 def test_the_smallest_budget_is_everybodys() -> None:
-    assert outcome(rank(10**6, budget=100), rank(10**6, budget=0), rank(10**6)).quota == 100
+    ranks = [rank(10**6, 1, budget, decode_ns=600 * MS) for budget in (100, 0, 2048)]
+    assert outcome(*ranks).quota == 100
+
+
+@pytest.mark.parametrize("long_share", [0.0, 0.1, 0.5])
+def test_in_a_model_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
+    """Where prompts are all there is to do, as in the last case, nothing can be gained, and next to nothing is lost."""
+    coming = arrivals(3, 1_000, 1e6, long_share)
+    free, bound = (run(LeastLoad(), coming, 8, with_quota) for with_quota in (False, True))
+    print(f"all done {bound.seconds:.2f} s, {free.seconds:.2f} without; a step {bound.step_s:.4f}, {free.step_s:.4f}")
+    assert bound.seconds < 1.005 * free.seconds
+    assert bound.step_s < free.step_s
 
 
 def test_settings() -> None:
@@ -156,8 +179,15 @@ def test_settings() -> None:
     assert agreed(fixed(4096)).quota == 2048, "not above the budget"
     assert decide(reduced([UNLIMITED, some.packed()])) == Outcome(None)
     for wrong in (0, -1, LARGEST + 1):
-        with pytest.raises(ValueError, match=f"a quota must be 1 to 65536 tokens, not {wrong}"):
+        with pytest.raises(ValueError, match=f"must be 1 to 65536 tokens, not {wrong}"):
             fixed(wrong)
+
+
+def test_settings_as_they_are_typed() -> None:
+    assert [setting_of(text) for text in ("auto", "off", "64")] == [AUTO, OFF, fixed(64)]
+    for wrong in ("", "on", "-1", "0", "1.5", "65537"):
+        with pytest.raises(ValueError, match="must be "):
+            setting_of(wrong)
 
 
 def test_what_the_slowest_rank_computed_comes_out() -> None:

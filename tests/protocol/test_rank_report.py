@@ -41,6 +41,15 @@ def test_each_change_is_reported(changed: tuple[Load, int, bool]) -> None:
     assert (report.load, report.step, report.wave, report.running) == (load, 2, wave, running)
 
 
+def test_a_quota_that_has_changed_goes_with_the_next_report_and_is_no_reason_for_one() -> None:
+    _, reporter = fresh()
+    reporter.report(Load(1), 1, 0, True, 64)
+    assert reporter.report(Load(1), 2, 0, True, 0) is None
+    report = reporter.report(Load(2), 3, 0, True, 0)
+    assert report is not None
+    assert report.load.prefill_quota == 0
+
+
 def test_a_request_that_was_taken_in_is_reported_also_where_the_load_is_the_same() -> None:
     requests, reporter = fresh()
     first = reporter.report(Load(1), 1, 0, False)

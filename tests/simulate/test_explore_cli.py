@@ -55,7 +55,7 @@ def test_a_rule_that_there_is_not_is_named(app: typer.Typer) -> None:
 
 
 def test_too_little_memory_is_not_decided(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.simulate.explore._Walk._memory_mb", lambda _: 65.0)
+    monkeypatch.setattr("paceline.simulate.explore_walk.Walk._memory_mb", lambda _: 65.0)
     done = CliRunner().invoke(app, [*SMALL, "--max-memory-mb", "64"])
     assert done.exit_code == 2
     assert "Not decided" in done.output

@@ -162,6 +162,15 @@ class Engine(ABC):
         """
         return
 
+    def limit_prefill(self, tokens: int | None) -> None:
+        """Compute at most so many prompt tokens in the next step; None: as many as it can. Lockstep engines only.
+
+        Called before each step, so that no rank holds the others up with a long prompt. With 0 a step only decodes,
+        or does no more than take part in the others'. An engine that says what it could compute
+        (`Load.startable_tokens`) and what it decodes (`Load.decoding`) gets a limit that follows them.
+        """
+        return
+
     def dummy_step(self) -> None:
         """Take part in the others' collectives with nothing of one's own. Lockstep engines only."""
         return

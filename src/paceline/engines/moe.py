@@ -47,6 +47,7 @@ class MoeEngine(Engine):
         self._limits = limits
         self._step_s = options.step_ms / 1000
         self._schedule = Schedule(settings.max_num_seqs, limits.kv_tokens, settings.max_num_batched_tokens)
+        self._prefill_limit: int | None = None
         self._kv: dict[int, Floats] = {}
         self._refused: list[StepOutput] = []
         # Seed 0 is the default and means none: answers without a seed then differ from run to run.
@@ -90,10 +91,13 @@ class MoeEngine(Engine):
     def join(self, group: RankGroup) -> None:
         self._group = group
 
+    def limit_prefill(self, tokens: int | None) -> None:
+        self._prefill_limit = tokens
+
     def step(self) -> StepResult:
         begin = time.monotonic()
         self._schedule.admit()
-        chunks = self._schedule.chunks()
+        chunks = self._schedule.chunks(self._prefill_limit)
         logits = self._forward(chunks)
         left_s = self._step_s - (time.monotonic() - begin)
         if left_s > 0:

@@ -122,7 +122,20 @@ class Schedule:
             first_end=round(min(left, default=0)),
             answer_tokens=round(whole / count) if count else 0,
             kv_waiting=sum(one.reserved for one in self._waiting),
+            startable_tokens=self._startable(),
         )
+
+    def _startable(self) -> int:
+        """Prompt tokens that the next step could compute, with the budget of any size: of whom runs or will start."""
+        tokens = sum(sequence.to_prefill for sequence in self._running)
+        if not (self._held and self._running):
+            room = self._kv_tokens - self._kv_reserved
+            for sequence in self._waiting[: len(self._free_slots)]:
+                room -= sequence.reserved
+                if room < 0:
+                    break
+                tokens += sequence.to_prefill
+        return tokens
 
     def add(self, sequence: Sequence) -> None:
         """Queue it. It must fit into an empty memory."""
@@ -156,10 +169,12 @@ class Schedule:
             self._kv_reserved += first.reserved
             insort(self._running, first, key=lambda running: running.order)
 
-    def chunks(self) -> list[tuple[Sequence, int]]:
-        """What the next step computes: of whom, and how many tokens."""
+    def chunks(self, prefill_limit: int | None = None) -> list[tuple[Sequence, int]]:
+        """What the next step computes: of whom, and how many tokens; of prompts at most `prefill_limit` together."""
         chunks = [(sequence, 1) for sequence in self._running if not sequence.to_prefill]
         left = self._budget - len(chunks)
+        if prefill_limit is not None:
+            left = min(left, prefill_limit)
         for sequence in self._running:
             count = min(sequence.to_prefill, left)
             if count > 0:

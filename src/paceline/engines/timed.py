@@ -69,6 +69,7 @@ class TimedEngine(Engine):
         self._waiting: list[_Sequence] = []
         self._running: dict[int, _Sequence] = {}
         self._refused: list[StepOutput] = []
+        self._prefill_limit: int | None = None
 
     @classmethod
     def create(cls, settings: EngineSettings, progress: Progress) -> TimedEngine:
@@ -106,18 +107,17 @@ class TimedEngine(Engine):
 
     def step(self) -> StepResult:
         begin = time.monotonic()
-        outputs, self._refused = self._refused, []
         self._admit()
-        decoding = [sequence for sequence in self._running.values() if not sequence.to_prefill]
-        prefilled, finished_prefill = self._prefill(max(0, self._budget - len(decoding)))
-        decoding += finished_prefill
-        for sequence in decoding:
-            outputs.append(self._emit(sequence))
-        if prefilled or decoding:
-            left_s = self._costs.seconds(prefilled, len(decoding)) - (time.monotonic() - begin)
-            if left_s > 0:
-                time.sleep(left_s)
-        return StepResult(outputs, prefilled, len(decoding))
+        writing = [sequence for sequence in self._running.values() if not sequence.to_prefill]
+        chunks = self._chunks(self._budget - len(writing))
+        writing += [sequence for sequence, count in chunks if count == sequence.to_prefill]
+        prefilled = sum(count for _, count in chunks)
+        self._take_time(begin, prefilled, len(writing))
+        for sequence, count in chunks:
+            sequence.to_prefill -= count
+        outputs, self._refused = self._refused, []
+        outputs += [self._emit(sequence) for sequence in writing]
+        return StepResult(outputs, prefilled, len(writing))
 
     def load(self) -> Load:
         running = self._running.values()
@@ -131,7 +131,19 @@ class TimedEngine(Engine):
             kv_reserved=self._kv_reserved, answers_left=sum(left), first_end=min(left, default=0),
             answer_tokens=round(sum(whole) / len(whole)) if whole else 0,
             kv_waiting=sum(sequence.kv_reserved for sequence in self._waiting),
+            startable_tokens=self._startable(),
         )  # fmt: skip
+
+    def _startable(self) -> int:
+        """Prompt tokens of whom runs, and of whom the next step will start."""
+        room, free = self._kv_total - self._kv_reserved, max(0, self._slots - len(self._running))
+        tokens = sum(sequence.to_prefill for sequence in self._running.values())
+        for sequence in self._waiting[:free]:
+            room -= sequence.kv_reserved
+            if room < 0:
+                break
+            tokens += sequence.to_prefill
+        return tokens
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._slots:
@@ -141,20 +153,22 @@ class TimedEngine(Engine):
             self._kv_reserved += first.kv_reserved
             self._running[first.request.key] = self._waiting.pop(0)
 
-    def _prefill(self, budget: int) -> tuple[int, list[_Sequence]]:
-        """Compute prompt tokens up to `budget`; returns how many, and which prompts are now whole."""
-        done = 0
-        whole: list[_Sequence] = []
+    def _chunks(self, left: int) -> list[tuple[_Sequence, int]]:
+        """Whose prompt tokens a step computes, and how many of each, up to `left` together and the limit."""
+        if self._prefill_limit is not None:
+            left = min(left, self._prefill_limit)
+        chunks: list[tuple[_Sequence, int]] = []
         for sequence in self._running.values():
-            if done >= budget:
-                break
-            if sequence.to_prefill:
-                chunk = min(sequence.to_prefill, budget - done)
-                sequence.to_prefill -= chunk
-                done += chunk
-                if not sequence.to_prefill:
-                    whole.append(sequence)
-        return done, whole
+            count = min(sequence.to_prefill, left)
+            if count > 0:
+                chunks.append((sequence, count))
+                left -= count
+        return chunks
+
+    def _take_time(self, begin: float, prefilled: int, writing: int) -> None:
+        """Let the step last as long as it costs; it began at `begin`."""
+        if prefilled or writing:
+            sleep_until(begin + self._costs.seconds(prefilled, writing))
 
     def _emit(self, sequence: _Sequence) -> StepOutput:
         request = sequence.request
@@ -186,6 +200,13 @@ class ByteTokenizer:
     ) -> str:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return "".join(lines) + ("assistant:" if add_generation_prompt else "")
+
+
+def sleep_until(when: float) -> None:
+    """Return at this time of the monotonic clock, or at once."""
+    left_s = when - time.monotonic()
+    if left_s > 0:
+        time.sleep(left_s)
 
 
 def word(index: int) -> str:

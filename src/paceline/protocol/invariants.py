@@ -32,6 +32,14 @@ def same_collective(entered: Mapping[str, Effect]) -> str | None:
     return f"ranks are in different collectives: {join(in_step)} in a step, {join(in_agreement)} in an agreement"
 
 
+def same_quota(steps: Iterable[Effect]) -> str | None:
+    """All ranks that compute in a lockstep step have the same prefill quota."""
+    quotas = {effect.prefill_quota for effect in steps if isinstance(effect, Step)}
+    if len(quotas) < 2:
+        return None
+    return f"ranks that step together have different prefill quotas: {join(sorted(map(str, quotas)))}"
+
+
 def same_generation(group: int, known: Mapping[str, int]) -> str | None:
     """Ranks whose collective completes are members of the same generation, and know it.
 

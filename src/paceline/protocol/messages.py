@@ -77,6 +77,10 @@ class Load(Message, frozen=True):
     running requests may come to need. `answers_left`: tokens that the running requests' answers are expected to lack,
     together. `first_end`: tokens that the one lacks which ends first. `answer_tokens`: the expected length of one
     answer, a mean over all requests there. `kv_waiting`: tokens of KV that the waiting requests may come to need.
+    `startable_tokens`: those of `prefill_tokens` that the next step could compute, of running requests and of those
+    for which there is a slot and memory; null where the engine does not say. `prefill_quota`: prompt tokens that a
+    lockstep step computed at most when this was reported, null for no limit; that it has changed is no reason for a
+    report.
     """
 
     waiting: Count = 0
@@ -98,6 +102,8 @@ class Load(Message, frozen=True):
     first_end: Count = 0
     answer_tokens: Count = 0
     kv_waiting: Count = 0
+    startable_tokens: Count | None = None
+    prefill_quota: Count | None = None
 
 
 # Rank -> coordinator (PUSH -> PULL) -----------------------------------------------------------

@@ -7,9 +7,11 @@ for anybody. A quota of x tokens is worth what all ranks together get done in th
     (fullness x decode time  +  token cost x mean of min(x, pending))  /  (decode time  +  token cost x x)
 
 where fullness is the share of `places` in which an answer is written, the decode time is a step's without any prompt,
-and pending are the prompt tokens that a rank could compute now. Mostly that is 0 until prompts have gathered at many
-ranks, and much then. The candidates are 0, the powers of two, and the whole budget. So that nobody waits for ever, a
-step with an eighth of the budget comes after `PATIENCE` steps without any.
+and pending are the prompt tokens that a rank could compute now. The candidates are 0, powers of two from a 64th of the
+budget on, and the whole budget. Where many ranks have a prompt the worth hardly grows any more from some quota on, but
+steps do, and with them the time between two tokens of an answer: so of those that are worth nearly as much as the best,
+the smallest is taken. In a model (16 ranks, saturated) this has the throughput of the best and a third of its longest
+steps. So that nobody waits for ever, a step with an eighth of the budget comes after `PATIENCE` steps without any.
 
 While no rank has a prompt, the quota is what a single newcomer would be worth: it may begin with that at once, before
 the ranks have agreed anew.
@@ -25,6 +27,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from msgspec import Struct
+
 LARGEST = 1 << 16
 """The largest budget that is told apart; what is more, or unlimited, counts as this."""
 
@@ -34,18 +38,24 @@ PATIENCE = 8
 PATIENCE_SHARE = 8
 """One part in so many of the budget is what it has then."""
 
+SMALLEST_SHARE = 64
+"""A quota is 0, or at least one part in so many of the budget."""
+
+NEARLY = (19, 20)
+"""The share of the best one's worth that is nearly as much."""
+
 AUTO = 0
 OFF = LARGEST + 1
 """How a rank is set: chosen from the costs, no quota at all, or `fixed`. The greatest of the ranks' counts."""
 
 Reduction = str
-_GREATEST = ("setting", "shortfall", "waited", "prefilled", "decoded")
+_GREATEST = ("setting", "shortfall", "waited", "prefilled", "decoded", "most pending")
 _SUMS = ("ranks", "decoding", "slots", "decode_ns", "token_ns", *(f"at {x}" for x in CANDIDATES[1:]))
 REDUCTIONS: tuple[Reduction, ...] = ("max",) * len(_GREATEST) + ("sum",) * len(_SUMS)
 """How each integer of a contribution is reduced over the ranks."""
 
 
-class Outcome(NamedTuple):
+class Outcome(Struct, frozen=True):
     """What the ranks have agreed on. `quota`: None for no limit. `pending`: whether any rank could prefill, so that
     they should agree again after the next step. `waited`: steps, up to this, without any prompt token.
     """
@@ -61,8 +71,8 @@ class Part(NamedTuple):
     `budget`: tokens that its step computes at most, 0 for any number. `pending`: prompt tokens that it could compute
     in the next step were there no limit: of requests that run, or for which there is a slot and memory. `decoding`:
     requests past their prompts. `slots`: `places`. `decode_ns`: its step without any prompt; `token_ns`: what one
-    token of a prompt adds;
-    both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its last step computed.
+    token of a prompt adds; both 0 until measured. `waited`: from the outcome before. `prefilled`, `decoded`: what its
+    last step computed.
     """
 
     budget: int
@@ -80,7 +90,7 @@ class Part(NamedTuple):
         pending = self.pending
         budget = min(self.budget or LARGEST, LARGEST)
         return (
-            setting, LARGEST - budget, self.waited, self.prefilled, self.decoded,
+            setting, LARGEST - budget, self.waited, self.prefilled, self.decoded, min(pending, budget),
             1, self.decoding, self.slots, self.decode_ns, self.token_ns,
             *[candidate if candidate < pending else pending for candidate in CANDIDATES[1:]],
         )  # fmt: skip
@@ -104,8 +114,17 @@ UNLIMITED = (OFF, *(0,) * (len(REDUCTIONS) - 1))
 def fixed(tokens: int) -> int:
     """The setting for always the same quota, 1 to `LARGEST`. Of several the smallest counts."""
     if not 1 <= tokens <= LARGEST:
-        raise ValueError(f"a quota must be 1 to {LARGEST} tokens, not {tokens}")
+        raise ValueError(f"must be 1 to {LARGEST} tokens, not {tokens}")
     return OFF - tokens
+
+
+def setting_of(text: str) -> int:
+    """What `auto`, `off` or a number of tokens stands for. Raises ValueError for anything else."""
+    if text in ("auto", "off"):
+        return AUTO if text == "auto" else OFF
+    if not text.isdecimal():
+        raise ValueError(f"must be auto, off or a number of tokens, not {text!r}")
+    return fixed(int(text))
 
 
 def reduced(contributions: Iterable[Sequence[int]]) -> tuple[int, ...]:
@@ -133,21 +152,41 @@ def decide(agreed: Sequence[int]) -> Outcome:
     if not decoding or not token_ns:
         # Nobody is held up, or the costs are not known yet.
         return Outcome(budget, pending)
+    most = agreed[5]
     if not pending:
-        together = CANDIDATES
-    # Both multiplied by slots x ranks: no division, so nothing is rounded.
-    best, best_work, best_ns = 0, decoding * decode_ns * ranks, decode_ns
-    for quota, tokens in _up_to(budget, together):
-        work = decoding * decode_ns * ranks + token_ns * tokens * slots
-        lasts_ns = decode_ns + token_ns * quota
-        # Of equals the largest: prompts are done sooner.
-        if work * best_ns >= best_work * lasts_ns:
-            best, best_work, best_ns = quota, work, lasts_ns
+        together, most = CANDIDATES, budget
+    # Work is multiplied by slots x ranks: no division, so nothing is rounded.
+    idle = _Worth(0, decoding * decode_ns * ranks, decode_ns)
+    worths = [
+        _Worth(quota, idle.work + token_ns * tokens * slots, decode_ns + token_ns * min(quota, most))
+        for quota, tokens in _up_to(budget, together)
+        if quota * SMALLEST_SHARE >= budget
+    ]
+    best = _smallest_of_the_best(idle, worths)
     if best or not pending:
         return Outcome(best, pending)
     if waited < PATIENCE:
         return Outcome(0, True, waited + 1)
     return Outcome(max(1, budget // PATIENCE_SHARE), True)
+
+
+class _Worth(NamedTuple):
+    """What all get done in a step with this quota, and how long that takes."""
+
+    quota: int
+    work: int
+    lasts_ns: int
+
+
+def _smallest_of_the_best(idle: _Worth, worths: Sequence[_Worth]) -> int:
+    best = worths[0]
+    for one in worths:
+        if one.work * best.lasts_ns > best.work * one.lasts_ns:
+            best = one
+    if idle.work * best.lasts_ns > best.work * idle.lasts_ns:
+        return 0
+    enough, of = NEARLY
+    return next(one.quota for one in worths if of * one.work * best.lasts_ns >= enough * best.work * one.lasts_ns)
 
 
 def _up_to(budget: int, together: Sequence[int]) -> Iterable[tuple[int, int]]:

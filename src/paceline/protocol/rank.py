@@ -6,7 +6,8 @@ The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and doe
 `DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
 `GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
 collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
-first, the ranks agree whether any has work left; when none has, all pause at that same step.
+first, the ranks agree whether any has work left; when none has, all pause at that same step. While any has a prompt to
+compute they agree after every step, on how many tokens of theirs all compute in the next (`quota.py`).
 
 The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
 group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
@@ -33,6 +34,7 @@ from paceline.protocol.messages import (
     ToRank,
     WaveComplete,
 )
+from paceline.protocol.quota import OFF
 from paceline.protocol.rank_events import (
     Again,
     Agree,
@@ -57,6 +59,7 @@ from paceline.protocol.rank_events import (
     Waited,
 )
 from paceline.protocol.rank_phase import Phase as Phase
+from paceline.protocol.rank_quota import RankQuota
 from paceline.protocol.rank_report import LoadReporter
 from paceline.protocol.rank_requests import RankRequests
 from paceline.protocol.rank_waves import RankWaves
@@ -71,18 +74,19 @@ class Rank:
 
     `lockstep`: whether it runs in waves. `report_loads`: False in external mode. `sync_interval`: steps
     between agreements. `group_address`: where its peers reach it, empty where its collectives are not ours.
-    `without`: rules (`rules.py`) left out, to show what breaks.
+    `prefill_quota`: how it is set (`quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, rank: int, incarnation: int, address: str, *, lockstep: bool = False, report_loads: bool = True,
-        sync_interval: int = 16, group_address: str = "", without: Set[str] = frozenset(),
+        sync_interval: int = 16, group_address: str = "", prefill_quota: int = OFF, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.rank = rank
         self.incarnation = incarnation
         self.address = address
         self.phase = Phase.LOADING
         self.waves = RankWaves(sync_interval)
+        self.quota = RankQuota(prefill_quota)
         self.step = 0
         self.generation = 0
         self.standing = Standing()
@@ -136,15 +140,14 @@ class Rank:
                 return self._on_turn(load, has_work, now)
             case CoordinatorSaid(message):
                 return self._on_coordinator(message)
-            case Agreed(any_work, wave, suspension):
-                return self._on_agreed(any_work, wave, suspension)
+            case Agreed():
+                return self._on_agreed(event, now)
             case FrontEndGone(front_end):
                 return self.requests.drop_front_end(front_end)
             case Formed(generation):
                 return self._on_formed(generation)
             case GenerationEnded():
-                self.generation = 0
-                self._mid_step = False
+                self.generation, self._mid_step = 0, False
                 return [self._hello()]
             case Waited(ranks, collective, kind, seconds):
                 waited = (list(ranks), collective, kind, seconds)
@@ -205,7 +208,9 @@ class Rank:
             effects.append(Wait(self._hello_due))
             return effects
         self._mid_step = True
-        effects.append(Step() if has_work else DummyStep())
+        if self.quota.urgent(load):
+            effects.append(Urge())
+        effects.append(Step(self.quota.tokens) if has_work else DummyStep())
         return effects
 
     def _may_step(self) -> bool:
@@ -230,15 +235,15 @@ class Rank:
         self._reporter.measure(done, now)
         effects = self.requests.hand_out(done.outputs)
         effects += self._report(done.load)
-        if self._lockstep and self.waves.stepped(done.urged):
+        if self._lockstep and self.waves.stepped(done.urged or self.quota.follows):
             self._mid_step = True
-            effects.append(Agree(done.has_work, self.wave, self.standing.packed))
+            effects.append(Agree(done.has_work, self.wave, self.standing.packed, self.quota.contribution(done)))
         return effects
 
     def _report(self, load: Load) -> list[Effect]:
         if not self._report_loads or self.phase is not Phase.READY:
             return []
-        report = self._reporter.report(load, self.step, self.wave, self.running)
+        report = self._reporter.report(load, self.step, self.wave, self.running, self.quota.tokens)
         return [] if report is None else [ToCoordinator(report)]
 
     # Waves --------------------------------------------------------------------------------------
@@ -304,6 +309,7 @@ class Rank:
         self.generation = generation
         # The members left the one before at different steps: they count anew, together.
         self.waves.recount()
+        self.quota.forget()
         self.phase = Phase.READY
         self._hello_due = None
         return [self._hello()]
@@ -316,13 +322,15 @@ class Rank:
         self.waves.wake(wave)
         return [self._hello()]
 
-    def _on_agreed(self, any_work: bool, wave: int, suspension: int) -> list[Effect]:
+    def _on_agreed(self, agreed: Agreed, now: float) -> list[Effect]:
         self._mid_step = False
-        self.waves.reach(wave)
-        self.standing.learn_packed(suspension)
+        self.waves.reach(agreed.wave)
+        self.standing.learn_packed(agreed.suspension)
         # All decide by what they agreed on: what this rank has heard meanwhile is its own.
-        if any_work and not stops(suspension):
+        self.quota.agreed(agreed.quota, now)
+        if agreed.any_work and not stops(agreed.suspension):
             return []
+        self.quota.forget()
         effects: list[Effect] = [ToCoordinator(WaveComplete(self.rank, self.incarnation, self.waves.complete()))]
         overdue = self.waves.overdue
         if overdue is not None or (len(self.requests) and self.standing.free):
@@ -332,7 +340,7 @@ class Rank:
 
     def _hello(self) -> ToCoordinator:
         standing, held = self.standing, self.held
-        self._said = (standing.number, held)
+        self._said = standing.number, held
         return ToCoordinator(
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,

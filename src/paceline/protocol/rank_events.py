@@ -82,11 +82,15 @@ class Stepped(Struct, frozen=True, gc=False):
 
 
 class Agreed(Struct, frozen=True):
-    """The ranks' agreement: whether any has work, and the highest of their waves and of their suspensions."""
+    """The ranks' agreement: whether any has work, and the highest of their waves and of their suspensions.
+
+    `quota`: their parts in the common prefill quota, reduced; empty where the agreement does not carry them.
+    """
 
     any_work: bool
     wave: int
     suspension: int = 0
+    quota: Sequence[int] = ()
 
 
 class Formed(Struct, frozen=True):
@@ -165,7 +169,9 @@ class ToFrontEnd(Struct, frozen=True, gc=False):
 
 
 class Step(Struct, frozen=True):
-    """Run one engine step."""
+    """Run one engine step. `prefill_quota`: prompt tokens that it may compute; None for what the engine can."""
+
+    prefill_quota: int | None = None
 
 
 class DummyStep(Struct, frozen=True):
@@ -173,11 +179,15 @@ class DummyStep(Struct, frozen=True):
 
 
 class Agree(Struct, frozen=True):
-    """All-reduce: whether this rank has work (or), its wave (max), and the suspension that it knows (max)."""
+    """All-reduce: whether this rank has work (or), its wave (max), and the suspension that it knows (max).
+
+    `quota`: its part in the common prefill quota, reduced as `quota.REDUCTIONS` says.
+    """
 
     has_work: bool
     wave: int
     suspension: int = 0
+    quota: Sequence[int] = ()
 
 
 class Urge(Struct, frozen=True):

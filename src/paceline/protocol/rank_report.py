@@ -34,8 +34,13 @@ class LoadReporter:
         if done.decoded_tokens:
             self._decode.add(done.decoded_tokens, done.seconds * (1 - share))
 
-    def report(self, engine: Load, step: int, wave: int, running: bool) -> RankReport | None:
-        """A report, where it would say anything that the last one did not. `engine`: the engine's own load."""
+    def report(
+        self, engine: Load, step: int, wave: int, running: bool, prefill_quota: int | None = None
+    ) -> RankReport | None:
+        """A report, where it would say anything that the last one did not. `engine`: the engine's own load.
+
+        A quota that has changed is told with the next report; with every step one would be too many.
+        """
         requests = self._requests
         cost = self._steps.cost
         load = msgspec.structs.replace(
@@ -48,8 +53,11 @@ class LoadReporter:
         )
         taken = dict(requests.taken)
         last = self._last
+        if last is not None:
+            load = msgspec.structs.replace(load, prefill_quota=last.load.prefill_quota)
         if last is not None and (last.load, last.taken, last.wave, last.running) == (load, taken, wave, running):
             return None
+        load = msgspec.structs.replace(load, prefill_quota=prefill_quota)
         self._last = RankReport(requests.rank, requests.incarnation, step, wave, running, load, taken)
         return self._last
 

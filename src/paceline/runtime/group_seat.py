@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.engines.group import GenerationEnded, RankGroup, Waiting
+from paceline.protocol.agreement import REDUCTIONS, integers, outcome
 from paceline.protocol.messages import GroupMember
+from paceline.protocol.rank_events import Agree, Agreed
 from paceline.runtime.collective import SocketGroup
 from paceline.runtime.group_link import GroupListener, form_group
 
@@ -33,12 +35,11 @@ class GroupSeat:
         self._group = form_group(self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
         return self._group
 
-    def agree(self, has_work: bool, wave: int, suspension: int) -> tuple[bool, int, int]:
-        """Whether any rank has work, the highest wave, the highest suspension. Raises GenerationEnded."""
+    def agree(self, agree: Agree) -> Agreed:
+        """What all ranks' parts come to. Raises GenerationEnded."""
         if self._group is None:
             raise GenerationEnded("this rank is in no generation")
-        any_work, highest, newest = self._group.all_reduce([int(has_work), wave, suspension], "max")
-        return bool(any_work), highest, newest
+        return outcome(self._group.all_reduce(integers(agree), REDUCTIONS))
 
     def urge(self) -> None:
         """Have all ranks agree soon; any thread may call it."""

@@ -11,6 +11,7 @@ from msgspec import Struct
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.protocol.quota import AUTO, OFF
 from paceline.protocol.rank import Rank
 from paceline.runtime.carrier import Carrier
 from paceline.runtime.processes import new_identity
@@ -25,6 +26,7 @@ class RankSettings(Struct, frozen=True):
     `DPCoordinator.get_engine_socket_addresses()` returns them. `report_loads`: False in external mode.
     `group_bind`: where the other ranks reach it, for lockstep engines. `sync_interval`: steps between agreements.
     `stall_timeout_s`: how long it waits for its peers in a collective before it says so.
+    `prefill_quota`: how it is set (`protocol/quota.py`), for lockstep engines.
     """
 
     engine: str
@@ -36,6 +38,7 @@ class RankSettings(Struct, frozen=True):
     group_bind: str = ""
     sync_interval: int = 16
     stall_timeout_s: float = 30.0
+    prefill_quota: int = AUTO
 
 
 def run_rank(settings: RankSettings, status: Connection) -> None:
@@ -74,5 +77,6 @@ def _make(settings: RankSettings, status: Connection) -> EngineRank:
     machine = Rank(
         number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
         sync_interval=settings.sync_interval, group_address=seat.address if seat is not None else "",
+        prefill_quota=settings.prefill_quota if engine_class.lockstep else OFF,
     )  # fmt: skip
     return EngineRank(engine, machine, carrier, seat, settings.stall_timeout_s, on_ready=lambda: status.send(Ready()))

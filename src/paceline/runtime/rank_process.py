@@ -22,7 +22,6 @@ from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
     IN_MID_STEP,
     Agree,
-    Agreed,
     CoordinatorSaid,
     Drop,
     DummyStep,
@@ -157,7 +156,8 @@ class EngineRank:
 
     def _perform(self, effect: Effect) -> None:
         match effect:
-            case Step():
+            case Step(prefill_quota):
+                self._engine.limit_prefill(prefill_quota)
                 self._step()
             case Take(key, request):
                 self._engine.add(EngineRequest(key, request.prompt_token_ids, request.params, request.priority))
@@ -187,7 +187,7 @@ class EngineRank:
     def _agree(self, agree: Agree) -> None:
         seat = self._seated()
         try:
-            agreed = Agreed(*seat.agree(agree.has_work, agree.wave, agree.suspension))
+            agreed = seat.agree(agree)
         except GroupEnded as error:
             self._ended(error)
             return

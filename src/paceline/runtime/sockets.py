@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import zmq
@@ -79,10 +80,12 @@ def open_socket(
     connect: str | None = None,
     routing_id: bytes | None = None,
     kept: int = RECEIVE_QUEUE_MESSAGES,
+    options: Mapping[zmq.SocketOption, int] | None = None,
 ) -> zmq.Socket[bytes]:
     """A socket of `kind`, bound or connected. Frames over `max_bytes` end the sender's connection.
 
-    `kept`: received messages of one peer that wait to be read; the peer keeps what is beyond.
+    `kept`: received messages of one peer that wait to be read; the peer keeps what is beyond. `options`: further ones
+    of ZeroMQ's, which hold for the first peer too.
 
     Raises StartupError, naming the address, where it cannot be bound or is no address.
     """
@@ -91,6 +94,8 @@ def open_socket(
     socket.sndhwm = SEND_QUEUE_MESSAGES
     socket.rcvhwm = kept
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    for option, value in (options or {}).items():
+        socket.setsockopt(option, value)
     if routing_id is not None:
         socket.setsockopt(zmq.ROUTING_ID, routing_id)
     if kind == zmq.ROUTER:

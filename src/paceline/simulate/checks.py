@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from paceline.protocol import frontend_events, rank_events
+from paceline.protocol.invariants import same_quota
 from paceline.protocol.messages import (
     AddRequest,
     Admit,
@@ -27,6 +28,7 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     ToRank,
 )
+from paceline.protocol.quota import PATIENCE
 from paceline.protocol.rank import Phase
 from paceline.simulate.coordinator_party import NAME as COORDINATOR
 from paceline.simulate.coordinator_party import CoordinatorParty
@@ -67,6 +69,7 @@ class Checks:
         self._ranks: Mapping[int, RankParty] = {}
         self._front_ends: Mapping[int, FrontEndParty] = {}
         self._sent: set[tuple[int, int]] = set()
+        self._barred: dict[int, int] = {}
         self._settled = 0
         self._settled_lives: frozenset[int] = frozenset()
         self._resumed = 0
@@ -99,8 +102,9 @@ class Checks:
             raise Violation(f"{party.name} reports taken {report.taken}, arrived: {party.taken}", party.name)
         self._reports.setdefault(report.incarnation, set()).add(_key(report))
 
-    def step(self, party: RankParty) -> None:
-        """A rank begins a step only while it runs."""
+    def step(self, party: RankParty, effect: rank_events.Step | rank_events.DummyStep) -> None:
+        """A rank begins a step only while it runs; nobody's prompt waits for ever."""
+        self._patience(party, effect)
         if party.lockstep and not party.machine.running:
             raise Violation(f"{party.name} steps while paused", party.name)
         if self._settled <= self._resumed:
@@ -115,6 +119,23 @@ class Checks:
             text = f"{party.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
             raise Violation(text, party.name, *unaware, COORDINATOR)
         self._resumed = self._settled
+
+    def _patience(self, party: RankParty, effect: rank_events.Step | rank_events.DummyStep) -> None:
+        """Steps in which a rank may not prefill, though it could, follow one another no longer than agreed."""
+        life, startable = party.machine.incarnation, party.engine.load().startable_tokens
+        barred = isinstance(effect, rank_events.Step) and effect.prefill_quota == 0 and startable
+        self._barred[life] = self._barred.get(life, 0) + 1 if barred else 0
+        if self._barred[life] > PATIENCE + 1:
+            text = (
+                f"{party.name} has {startable} prompt tokens to compute and has had no quota for {PATIENCE + 2} steps"
+            )
+            raise Violation(text, party.name)
+
+    def together(self, party: RankParty, effects: Sequence[rank_events.Effect]) -> None:
+        """All ranks of a step have the same prefill quota."""
+        why = same_quota(effects)
+        if why is not None:
+            raise Violation(why, party.name)
 
     def _ready(self) -> list[RankParty]:
         return [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]

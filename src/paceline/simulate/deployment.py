@@ -15,6 +15,7 @@ from paceline.protocol import coordinator_events as coordinator
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import Member, ToFrontEnd, ToRank
+from paceline.protocol.quota import OFF
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from paceline.simulate.checks import Checks
@@ -43,6 +44,7 @@ class Shape(Struct, frozen=True):
     grouped: bool = True
     external: bool = False
     sync_interval: int = 16
+    prefill_quota: int = OFF
     interval_s: float = 0.1
     costs: CostModel = CostModel()
     slots: int = 16
@@ -128,7 +130,7 @@ class Deployment:
         address = f"tcp://rank-{number}" if shape.same_address else f"tcp://rank-{number}-{life}"
         machine = Rank(
             number, life, address, lockstep=shape.lockstep, report_loads=not shape.external,
-            sync_interval=shape.sync_interval, without=self.without,
+            sync_interval=shape.sync_interval, prefill_quota=shape.prefill_quota, without=self.without,
             group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
         )  # fmt: skip
         engine = VirtualEngine(shape.costs, shape.slots, shape.budget)

@@ -5,6 +5,8 @@ The token at place i of every answer is i, so that a gap or a repetition shows.
 
 from __future__ import annotations
 
+from itertools import islice
+
 from paceline.engines.timed import CostModel
 from paceline.protocol.messages import AddRequest, Load
 from paceline.protocol.rank_events import StepOutput, Stepped
@@ -37,7 +39,6 @@ class VirtualEngine:
         self._planned: list[_Sequence] = []
         self._started = 0
         self._to_prefill = 0
-        self._seconds = 0.0
 
     def add(self, key: int, request: AddRequest) -> None:
         """Queue a request."""
@@ -55,20 +56,22 @@ class VirtualEngine:
         """Whether a step would do something."""
         return bool(self._sequences)
 
-    def plan(self) -> float:
-        """Choose what the next step computes; returns its length in seconds."""
+    def plan(self, prefill_quota: int | None = None) -> float:
+        """Choose what the next step computes; returns its length in seconds.
+
+        `prefill_quota`: prompt tokens that it computes at most, None for no limit.
+        """
         planned: list[_Sequence] = []
         left = self._budget
-        for sequence in self._sequences.values():
-            if len(planned) == self._slots:
-                break
-            sequence.chunk = min(sequence.to_prefill, max(0, left - 1)) if sequence.to_prefill else 0
+        prefill = left if prefill_quota is None else prefill_quota
+        for sequence in islice(self._sequences.values(), self._slots):
+            sequence.chunk = min(sequence.to_prefill, prefill, max(0, left - 1)) if sequence.to_prefill else 0
+            prefill -= sequence.chunk
             left -= max(1, sequence.chunk)
             planned.append(sequence)
         self._planned = planned
         prefill = sum(sequence.chunk for sequence in planned)
-        self._seconds = self._costs.seconds(prefill, len(planned)) * self.slowness
-        return self._seconds
+        return self._costs.seconds(prefill, len(planned)) * self.slowness
 
     def dummy_seconds(self) -> float:
         """How long a dummy step takes."""
@@ -95,9 +98,15 @@ class VirtualEngine:
                 self._started -= 1
                 del self._sequences[sequence.key]
         decoded = len(outputs)
-        return Stepped(outputs, self.load(), self.has_work(), prefilled, decoded, self._seconds)
+        return Stepped(outputs, self.load(), self.has_work(), prefilled, decoded)
 
     def load(self) -> Load:
         """What is queued."""
-        waiting, running = len(self._sequences) - self._started, self._started
-        return Load(waiting, running, self._slots, self._to_prefill, step_tokens=self._budget)
+        startable = decoding = 0
+        for sequence in islice(self._sequences.values(), self._slots):
+            startable += sequence.to_prefill
+            decoding += not sequence.to_prefill
+        return Load(
+            len(self._sequences) - self._started, self._started, self._slots, self._to_prefill,
+            step_tokens=self._budget, decoding=decoding, startable_tokens=startable,
+        )  # fmt: skip

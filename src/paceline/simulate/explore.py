@@ -9,9 +9,7 @@ Breadth first means that the story of what goes wrong is a shortest one.
 
 from __future__ import annotations
 
-import resource
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -19,14 +17,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.protocol.sampling import ControlAction, SuspendMode
-from paceline.simulate.explore_block import Broken
 from paceline.simulate.explore_group import GroupedWorld
-from paceline.simulate.explore_liveness import first_stuck
-from paceline.simulate.explore_state import State
 from paceline.simulate.explore_story import tell
+from paceline.simulate.explore_walk import Found, SingleWalk, WideWalk
+from paceline.simulate.explore_walk import Progress as Progress
 from paceline.simulate.explore_world import World
-
-LOOK_EVERY = 4096
 
 
 class Bound(Struct, frozen=True):
@@ -43,7 +38,7 @@ class Bound(Struct, frozen=True):
 
     ranks: int = 3
     front_ends: int = 2
-    requests: int = 2
+    requests: int = 3
     losses: int = 1
     crashes: int = 1
     steps: int = 1
@@ -55,14 +50,6 @@ class Bound(Struct, frozen=True):
     grouped: bool = False
     backlog: int = 3
     max_memory_mb: int = 4096
-
-
-class Progress(Struct, frozen=True):
-    """How far the walk is: states met, of these not looked at yet, and steps from the start."""
-
-    states: int
-    frontier: int
-    depth: int
 
 
 class Result(Struct, frozen=True):
@@ -78,81 +65,6 @@ class Result(Struct, frozen=True):
     violations: list[str]
     trace: list[str]
     decided: bool = True
-
-
-class _Found(Exception):
-    def __init__(self, state: int, why: str) -> None:
-        self.state = state
-        self.why = why
-
-
-class _Walk:
-    def __init__(self, world: World, bound: Bound, report: Callable[[Progress], None]) -> None:
-        self._world = world
-        self._bound = bound
-        self._report = report
-        self.states: list[State] = []
-        self.parents = array("I")
-        self.moves = 0
-        self.depth = 0
-        self._numbers: dict[State, int] = {}
-        # Of the fair moves, for liveness; and the states at rest.
-        self._sources = array("I")
-        self._targets = array("I")
-        self._resting = array("I")
-
-    def go(self) -> bool:
-        """Walk all states. Returns whether it came to the end; raises _Found."""
-        self._meet(self._world.initial(), 0)
-        begin = 0
-        while begin < len(self.states):
-            end = len(self.states)
-            for number in range(begin, end):
-                self._look(number)
-                if number % LOOK_EVERY == 0:
-                    self._report(Progress(len(self.states), len(self.states) - number, self.depth))
-                    if self._memory_mb() > self._bound.max_memory_mb:
-                        return False
-            begin = end
-            self.depth += 1
-        stuck = first_stuck(len(self.states), self._sources, self._targets, self._resting)
-        if stuck is not None:
-            raise _Found(stuck, "")
-        return True
-
-    def path(self, number: int) -> list[State]:
-        """The states from the start to this one."""
-        path = [self.states[number]]
-        while number:
-            number = self.parents[number]
-            path.append(self.states[number])
-        return path[::-1]
-
-    def _look(self, number: int) -> None:
-        state = self.states[number]
-        numbers = self._numbers
-        try:
-            if self._world.at_rest(state):
-                self._resting.append(number)
-            for action, after in self._world.successors(state):
-                self.moves += 1
-                target = numbers.get(after)
-                if target is None:
-                    target = self._meet(after, number)
-                if action.fair:
-                    self._sources.append(number)
-                    self._targets.append(target)
-        except Broken as broken:
-            raise _Found(number, str(broken)) from broken
-
-    def _meet(self, state: State, parent: int) -> int:
-        number = self._numbers[state] = len(self.states)
-        self.states.append(state)
-        self.parents.append(parent)
-        return number
-
-    def _memory_mb(self) -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def walk(bound: Bound, report: Callable[[Progress], None] = lambda _: None) -> Result:
@@ -188,14 +100,15 @@ def _walk(bound: Bound, report: Callable[[Progress], None]) -> Result:
         sync_interval=bound.sync_interval, without=bound.without, merge=bound.merge,
         backlog=bound.backlog,
     )  # fmt: skip
-    walked = _Walk(world, bound, report)
+    many = world.commute and not bound.grouped
+    walked = (WideWalk if many else SingleWalk)(world, bound.max_memory_mb, report)
     violations: list[str] = []
     trace: list[str] = []
     decided = True
     try:
         decided = walked.go()
-    except _Found as found:
+    except Found as found:
         trace = tell(world, walked.path(found.state), found.why)
         violations = [trace[-1]]
     seconds = time.perf_counter() - begin
-    return Result(len(walked.states), walked.moves, walked.depth, seconds, violations, trace, decided)
+    return Result(len(walked), walked.moves, walked.depth, seconds, violations, trace, decided)

@@ -17,7 +17,16 @@ from paceline.protocol.coordinator_events import (
     ToRanks,
 )
 from paceline.protocol.invariants import wave_never_falls
-from paceline.protocol.messages import ControlAnswer, ControlRequest, FromRank, LoadView, Members, ToRank, WakeNotice
+from paceline.protocol.messages import (
+    ControlAnswer,
+    ControlRequest,
+    FromRank,
+    LoadView,
+    Members,
+    StartDPWave,
+    ToRank,
+    WakeNotice,
+)
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import FRONT_END, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
@@ -36,6 +45,14 @@ class Answer(NamedTuple):
     published: tuple[int, bool]
     answered: int
     settled: int
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """The rank that a wake among the broadcasts leaves out, and the wave; -1 where there is none."""
+        for message in self.broadcasts:
+            if isinstance(message, StartDPWave) and message.exclude is not None:
+                return message.exclude, message.wave
+        return -1, 0
 
 
 TIMERS = {
@@ -114,6 +131,14 @@ class Coordinators:
             set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in TIMERS.items()}
             found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
         return found
+
+    def counts_up(self, number: int, timer: str) -> bool:
+        """Whether the ranks would be told of the suspension under a new number when this timer is due.
+
+        Numbers would grow for ever with a timer that is faster than everybody. So such a repeat comes when nobody is
+        about to do anything else; one that comes earlier counts as a loss.
+        """
+        return timer == "wake" and self._states[number]._suspension.standing.suspended
 
     def renumbered(self, number: int, order: Sequence[int]) -> int:
         """The state in which rank `order[i]` is rank `i`."""

@@ -30,7 +30,7 @@ class GroupedWorld(World):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         # What else commutes was shown for ranks without generations.
-        self._tidies, self._commute = self._commute, False
+        self._tidies, self.commute = self.commute, False
 
     def at_rest(self, state: State) -> bool:
         """Likewise; all ranks are members of one generation then."""

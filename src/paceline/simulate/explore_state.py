@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
-
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import CoordinatorSaid, Submit, ToCoordinator, ToRank
-from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, LoadView, Member, Members, WakeNotice
-from paceline.protocol.routing import LeastLoad
-from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_block import FRONT_END
-from paceline.simulate.explore_parts import NOW
 
 State = tuple[int, ...]
 """`(coordinator, common, block of rank 0, block of rank 1, ...)`, each a number."""
@@ -50,19 +41,3 @@ class Action(NamedTuple):
     detail: int = 0
     lost: int = -1
     fair: bool = True
-
-
-@cache
-def front_end_sends(wave: int, running: bool) -> tuple[int, int | None]:
-    """What a front-end with this belief sends: the request's stamp and, where it sends a notice too, the notice's."""
-    machine = FrontEnd(FRONT_END, LeastLoad(0, 1), lockstep=True)
-    members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 1, "rank")])
-    machine.handle(CoordinatorSaid(members), NOW)
-    machine.handle(CoordinatorSaid(LoadView(1, 1, wave, running)), NOW)
-    stamp, notice = 0, None
-    for effect in machine.handle(Submit(1, [1], SamplingParams(1), 0), NOW):
-        if isinstance(effect, ToRank) and isinstance(effect.message, AddRequest):
-            stamp = effect.message.wave
-        elif isinstance(effect, ToCoordinator) and isinstance(effect.message, WakeNotice):
-            notice = effect.message.wave
-    return stamp, notice

@@ -32,14 +32,14 @@ from paceline.protocol.invariants import (
     same_collective,
 )
 from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
-from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Answer, Coordinators
 from paceline.simulate.explore_rank import Blocks
-from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, State, front_end_sends
+from paceline.simulate.explore_sends import ways_to_send
+from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, State
 
 Moves = Iterator[tuple[Action, State]]
 
@@ -60,31 +60,32 @@ class World:
         backlog: int = 3,
     ) -> None:  # fmt: skip
         self.ranks = ranks
-        self._backlog = backlog
+        self.backlog = backlog
         self.calls = calls
         self.blocks = self.kind_of_blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
         self._merge = merge
-        self._commons: dict[Common, int] = {}
-        self._common: list[Common] = []
+        self._numbers: dict[Common, int] = {}
+        self.commons: list[Common] = []
+        """What belongs to no one party, by number."""
         self._bound = Common(requests, (0, False), losses, crashes)
         # What commutes was shown for all rules together.
-        self._commute = merge and not without
-        self._commuting = Commuting(self.blocks, self.coordinators)
+        self.commute = merge and not without
+        self.commuting = Commuting(self.blocks, self.coordinators)
 
     def common(self, state: State) -> Common:
         """What belongs to no one party."""
-        return self._common[state[COMMON]]
+        return self.commons[state[COMMON]]
 
     def initial(self) -> State:
         """All ranks have joined, all front-ends know them, nothing is under way."""
-        first = self._number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
+        first = self.number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
         state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
         seen = {state}
         while ahead := [after for action, after in self._moves(state) if action.fair and after not in seen]:
             seen.add(state := ahead[0])
         bound = self._bound._replace(published=self.common(state).published)
-        return self.canonical((state[COORDINATOR], self._number(bound), *state[FIRST_BLOCK:]))[0]
+        return self.canonical((state[COORDINATOR], self.number(bound), *state[FIRST_BLOCK:]))[0]
 
     def successors(self, state: State) -> Moves:
         """Everything that can happen, and the canonical state after it. Raises Broken."""
@@ -122,8 +123,8 @@ class World:
         identity = tuple(range(self.ranks))
         if not self._merge:
             return state, identity
-        if self._commute:
-            state = self._commuting.tidied(state, self.common(state))
+        if self.commute:
+            state = self.commuting.tidied(state, self.common(state))
         blocks = state[FIRST_BLOCK:]
         best = tuple(sorted(blocks))
         if len(set(best)) == self.ranks:
@@ -140,7 +141,7 @@ class World:
 
     def _moves(self, state: State) -> Moves:
         common = self.common(state)
-        if self._commute:
+        if self.commute:
             first = self._first(state, common)
             if first is not None:
                 yield first
@@ -161,7 +162,7 @@ class World:
 
     def _first(self, state: State, common: Common) -> tuple[Action, State] | None:
         over = common.calls == len(self.calls)
-        kind, rank = self._commuting.first(state, common, over)
+        kind, rank = self.commuting.first(state, common, over)
         if kind == "say":
             answer = self._said(state, rank)
             after = self._with(state, rank, self.blocks.said_read(state[FIRST_BLOCK + rank]))
@@ -204,33 +205,43 @@ class World:
         if any(block.up for block in reach):
             return
         for timer, waiting in self.coordinators.timers(state[COORDINATOR]):
-            silent = [rank for rank in waiting if reach[rank].connected and not reach[rank].down]
-            if silent:
-                answer = self.coordinators.tick(state[COORDINATOR], timer)
+            if not any(reach[rank].connected and not reach[rank].down for rank in waiting):
+                continue
+            answer = self.coordinators.tick(state[COORDINATOR], timer)
+            if not (self.coordinators.counts_up(state[COORDINATOR], timer) and self._stirs(state)):
                 yield from self._answered(state, answer, Action("tick"))
+            elif (common := self.common(state)).losses:
+                fewer = self._changed(state, common._replace(losses=common.losses - 1))
+                yield from self._answered(fewer, answer, Action("tick", fair=False))
+
+    def _stirs(self, state: State) -> bool:
+        """Whether ranks are about to do something by themselves, a step included."""
+        blocks = self.blocks
+        return any(map(blocks.stirs, state[FIRST_BLOCK:])) or all(blocks.running[one] for one in state[FIRST_BLOCK:])
 
     def _answered(self, state: State, answer: Answer, action: Action) -> Moves:
-        common = self._after_answer(self.common(state), answer)
-        number = self._number(common)
+        common = self.after_answer(self.common(state), answer)
+        number = self.number(common)
         state = (answer.state, number, *state[FIRST_BLOCK:])
         if not answer.broadcasts:
             yield action, state
             return
-        self._check_left_out(state, answer.broadcasts)
-        for message in answer.broadcasts:
-            if isinstance(message, Admit | Form):
-                demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
+        self.check_broadcasts(answer)
+        left_out, wave = answer.left_out
+        if left_out >= 0:
+            self.check_left_out(state[FIRST_BLOCK + left_out], wave)
         told = self._told(state, answer.broadcasts, -1)
         yield action, told
         # A question follows a connection that is up: what was lost before is why it is asked.
         if common.losses and any(not isinstance(message, Identify) for message in answer.broadcasts):
-            fewer = self._number(common._replace(losses=common.losses - 1))
+            fewer = self.number(common._replace(losses=common.losses - 1))
             for rank in range(self.ranks):
                 less = self._told(state, answer.broadcasts, rank)
                 if less != told:
                     yield action._replace(lost=rank, fair=False), (less[COORDINATOR], fewer, *less[FIRST_BLOCK:])
 
-    def _after_answer(self, common: Common, answer: Answer) -> Common:
+    def after_answer(self, common: Common, answer: Answer) -> Common:
+        """What of it changes with what the coordinator answers."""
         if not self.calls:
             return common if answer.published <= common.published else common._replace(published=answer.published)
         answered = answer.answered or common.answered
@@ -250,22 +261,25 @@ class World:
                     numbers[FIRST_BLOCK + rank] = self.blocks.broadcast(numbers[FIRST_BLOCK + rank], name)
         return tuple(numbers)
 
-    def _check_left_out(self, state: State, messages: tuple[ToRank, ...]) -> None:
-        for message in messages:
-            if isinstance(message, StartDPWave) and message.exclude is not None and "abort" not in self.calls:
-                number = state[FIRST_BLOCK + message.exclude]
-                machine = self.blocks.life(number).machine
-                if machine.incarnation > 1:
-                    # The request that the notice was about may have been lost with the life before.
-                    continue
-                # What it holds back it starts by itself, in whatever wave is current then.
-                coming = (*self.blocks[number].arriving, *[message.wave] * machine.requests.held)
-                demand(left_out_has_it(message, machine.wave, machine.running, coming))
+    def check_broadcasts(self, answer: Answer) -> None:
+        """Raises Broken where what the coordinator says to ranks must not be said."""
+        for message in answer.broadcasts:
+            if isinstance(message, Admit | Form):
+                demand(joiner_is_told(message, self.coordinators.wave(answer.state)))
+
+    def check_left_out(self, number: int, wave: int) -> None:
+        """Raises Broken where this rank must not be left out of a wake for `wave`."""
+        machine = self.blocks.life(number).machine
+        # The request that the notice was about may have been lost with the life before.
+        if machine.incarnation == 1 and "abort" not in self.calls:
+            # What it holds back it starts by itself, in whatever wave is current then.
+            coming = (*self.blocks[number].arriving, *[wave] * machine.requests.held)
+            demand(left_out_has_it(StartDPWave(wave, 0), machine.wave, machine.running, coming))
 
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
         blocks = self.blocks
-        if not all(blocks.running[number] and len(blocks[number].up) < self._backlog for number in state[FIRST_BLOCK:]):
+        if not all(blocks.running[number] and len(blocks[number].up) < self.backlog for number in state[FIRST_BLOCK:]):
             return
         lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
         after: list[int] = list(state[FIRST_BLOCK:])
@@ -287,29 +301,16 @@ class World:
         return [self.blocks.agreed(number, any_work, wave, suspension) for number in numbers]
 
     def _submit(self, state: State, common: Common) -> Moves:
-        newest, runs = common.published
-        beliefs = {(0, False), (newest, False)} | ({(newest, True)} if runs else {(newest - 1, True)} - {(-1, True)})
         state = self._changed(state, common._replace(unsent=common.unsent - 1))
-        for rank, (wave, running) in product(range(self.ranks), sorted(beliefs)):
-            number = state[FIRST_BLOCK + rank]
-            life = self.blocks.life(number)
-            if life.machine.phase is not Phase.READY:
-                # No front-end is connected to this life yet.
-                continue
-            stamp, notice = front_end_sends(wave, running)
-            if notice is None and not life.busy:
-                yield (
-                    Action("send", rank, stamp, fair=False),
-                    self._with(state, rank, self.blocks.arrive(number, stamp)),
-                )
-            if notice is None:
-                continue
-            if not life.busy:
-                arrived = self.blocks.noticed(self.blocks.arrive(number, stamp), notice)
-                yield Action("send-first", rank, stamp, fair=False), self._with(state, rank, arrived)
-            before = self._with(state, rank, self.blocks.sent(number, stamp))
-            answer = self.coordinators.noticed(state[COORDINATOR], rank, notice)
-            yield from self._answered(before, answer, Action("notice-first", rank, stamp, fair=False))
+        for rank in range(self.ranks):
+            for sent in ways_to_send(self.blocks, state[FIRST_BLOCK + rank], common.published):
+                after = self._with(state, rank, sent.block)
+                action = Action(sent.kind, rank, sent.stamp, fair=False)
+                if sent.read is None:
+                    yield action, after
+                else:
+                    answer = self.coordinators.noticed(state[COORDINATOR], rank, sent.read)
+                    yield from self._answered(after, answer, action)
 
     def _call(self, state: State, common: Common) -> Moves:
         if not common.asking:
@@ -318,7 +319,7 @@ class World:
 
     def _crash(self, state: State, common: Common) -> Moves:
         """The coordinator dies; another is up at once, and as late as one likes in reading. Links may lose all."""
-        fewer = self._number(common._replace(crashes=common.crashes - 1, told=False))
+        fewer = self.number(common._replace(crashes=common.crashes - 1, told=False))
         fresh = self.coordinators.fresh(self.coordinators[state[COORDINATOR]].identity + 1)
         choices = [self.blocks.after_crash(number) for number in state[FIRST_BLOCK:]]
         for chosen in product(*choices):
@@ -338,11 +339,12 @@ class World:
         return (*state[:place], block, *state[place + 1 :])
 
     def _changed(self, state: State, common: Common) -> State:
-        return (state[COORDINATOR], self._number(common), *state[FIRST_BLOCK:])
+        return (state[COORDINATOR], self.number(common), *state[FIRST_BLOCK:])
 
-    def _number(self, common: Common) -> int:
-        number = self._commons.get(common)
+    def number(self, common: Common) -> int:
+        """The number of what belongs to no one party."""
+        number = self._numbers.get(common)
         if number is None:
-            number = self._commons[common] = len(self._common)
-            self._common.append(common)
+            number = self._numbers[common] = len(self.commons)
+            self.commons.append(common)
         return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.protocol import rank_events
+from paceline.protocol.agreement import agreed
 from paceline.protocol.messages import AddRequest, Outputs, RankReport
 from paceline.protocol.rank import Phase, Rank
 from paceline.simulate.collectives import Group, Groups, Part
@@ -24,9 +25,13 @@ DECISION_S = 0.00001
 
 
 class StepPart(Struct, frozen=True):
-    """A rank's part in the collectives of a step. `urge`: it wants all to agree after this one."""
+    """A rank's part in the collectives of a step. `urge`: it wants all to agree after this one.
+
+    `effect`: what its machine asked for.
+    """
 
     urge: bool
+    effect: rank_events.Step | rank_events.DummyStep
 
 
 class RankChecks(Protocol):
@@ -38,8 +43,11 @@ class RankChecks(Protocol):
     def reported(self, party: RankParty, report: RankReport) -> None:
         """The rank says this of itself."""
 
-    def step(self, party: RankParty) -> None:
+    def step(self, party: RankParty, effect: rank_events.Step | rank_events.DummyStep) -> None:
         """The rank begins a step, real or dummy."""
+
+    def together(self, party: RankParty, effects: Sequence[rank_events.Effect]) -> None:
+        """A lockstep step of all these has been made; `party` hears of it."""
 
 
 class RankParty:
@@ -72,6 +80,7 @@ class RankParty:
         self._back = back
         self._busy = False
         self._turn_due = False
+        self._begun = 0.0
         self._urge = False
         self._inbox: deque[rank_events.Event] = deque()
 
@@ -147,7 +156,7 @@ class RankParty:
             case rank_events.Drop(key):
                 self.engine.abort(key)
             case rank_events.Step() | rank_events.DummyStep():
-                self._begin_step(isinstance(effect, rank_events.Step))
+                self._begin_step(effect)
             case rank_events.Agree():
                 self._enter(effect, AGREEMENT_S, self._agreed)
             case rank_events.FormGroup(generation, members):
@@ -167,12 +176,16 @@ class RankParty:
         else:
             link.send(outputs)
 
-    def _begin_step(self, real: bool) -> None:
-        self._checks.step(self)
-        seconds = self.engine.plan() if real else self.engine.dummy_seconds()
+    def _begin_step(self, effect: rank_events.Step | rank_events.DummyStep) -> None:
+        self._checks.step(self, effect)
+        self._begun = self.world.now
+        if isinstance(effect, rank_events.Step):
+            real, seconds = True, self.engine.plan(effect.prefill_quota)
+        else:
+            real, seconds = False, self.engine.dummy_seconds()
         if self.lockstep:
             urge, self._urge = self._urge, False
-            self._enter(StepPart(urge), seconds, lambda parts: self._stepped(real, any(part.urge for part in parts)))
+            self._enter(StepPart(urge, effect), seconds, partial(self._stepped_together, real))
         else:
             self._busy = True
             self.world.after(seconds, lambda: self._stepped(real))
@@ -183,12 +196,17 @@ class RankParty:
         self._busy = True
         self.group.enter(self.machine.rank, Part(value, seconds, done, self._ended))
 
+    def _stepped_together(self, real: bool, parts: list[StepPart]) -> None:
+        self._checks.together(self, [part.effect for part in parts])
+        self._stepped(real, any(part.urge for part in parts))
+
     def _stepped(self, real: bool, urged: bool = False) -> None:
         if not self.alive:
             return
         self._busy = False
         if real:
-            self._feed(replace(self.engine.step(), urged=urged))
+            # In lockstep it lasted as long as the slowest rank's.
+            self._feed(replace(self.engine.step(), seconds=self.world.now - self._begun, urged=urged))
         else:
             self.dummy_steps += 1
             self._feed(rank_events.Stepped((), self.engine.load(), self.engine.has_work(), urged=urged))
@@ -198,8 +216,7 @@ class RankParty:
         if not self.alive:
             return
         self._busy = False
-        any_work, wave = any(e.has_work for e in entered), max(e.wave for e in entered)
-        self._feed(rank_events.Agreed(any_work, wave, max(e.suspension for e in entered)))
+        self._feed(agreed(entered))
         self._go_on()
 
     def _formed(self, generation: int, group: Group) -> None:

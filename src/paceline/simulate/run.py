@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
+from paceline.protocol.quota import AUTO, OFF, fixed
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
@@ -144,7 +145,13 @@ class Run:
             connecting=Delays(0.005, 1.0, 0.1, 0.3),
             encode=options.encode, loss=options.losses or 0.0,
             same_address=stream.random() < 0.5, scatter=True, brokered=bool(options.brokered),
+            prefill_quota=self._quota(),
         )  # fmt: skip
+
+    def _quota(self) -> int:
+        if not self.options.lockstep:
+            return OFF
+        return self.seeds.stream("quota").choice((AUTO, AUTO, AUTO, fixed(3), fixed(100), OFF))
 
     def _run(self) -> None:
         deployment, options = self.deployment, self.options

@@ -68,13 +68,25 @@ def test_many_steps_at_once_are_as_many_single_ones(
     routing: str, lockstep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrivals = drawn(100, 12.0)
-    settings = {"ranks": 3, "front_ends": 2, "routing": routing, "lockstep": lockstep, "slots": 24}
+    settings = {"ranks": 3, "front_ends": 2, "routing": routing, "lockstep": lockstep, "slots": 24, "quota": False}
     many = times(finished(arrivals, **settings))
     steady = Engine.steady
     monkeypatch.setattr(Engine, "steady", lambda engine: min(1, steady(engine)))
     single = times(finished(arrivals, **settings))
     assert many.first == pytest.approx(single.first, abs=1e-6)
     assert many.last == pytest.approx(single.last, abs=1e-6)
+
+
+def test_with_the_quota_they_nearly_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What was to be agreed on amidst many steps is agreed on at their end, with the memory in use by then.
+    arrivals = drawn(100, 12.0)
+    settings = {"ranks": 3, "front_ends": 2, "routing": "round-robin", "lockstep": True, "slots": 24}
+    many = times(finished(arrivals, **settings))
+    steady = Engine.steady
+    monkeypatch.setattr(Engine, "steady", lambda engine: min(1, steady(engine)))
+    single = times(finished(arrivals, **settings))
+    assert sum(many.first) == pytest.approx(sum(single.first), rel=0.01)
+    assert sum(many.last) == pytest.approx(sum(single.last), rel=0.01)
 
 
 def test_one_request_takes_what_its_steps_cost() -> None:

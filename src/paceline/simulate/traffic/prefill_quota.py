@@ -72,6 +72,7 @@ class CommonQuota(PrefillQuota):
         decode_ns = round(len(ranks) * costs.step_ms * 1e-3 * NS + decoding * costs.decode_ms * 1e-3 * NS)
         return (
             quota.AUTO, quota.LARGEST - min(shape.budget, quota.LARGEST), self._outcome.waited, 0, 0,
+            int(pending.max(initial=0)),
             len(ranks), decoding, places, decode_ns, round(len(ranks) * costs.prefill_ms * 1e-3 * NS),
             *(int(tokens) for tokens in together),
         )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Paceline under engines that have a control plane of their own."""

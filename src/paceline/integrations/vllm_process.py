@@ -1,0 +1,236 @@
+"""The coordinator under vLLM as a process: three sockets around the translation around the machine.
+
+Its keeper starts it (`vllm_keeper.py`), with pyzmq, msgspec and the standard library: vLLM is never imported.
+
+Of a rank's load reports only the last is decoded. Ranks are read for a few milliseconds at a time, so that however many
+reports wait, what front-ends say and what is due to be published come in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+import zmq
+
+from paceline.errors import StartupError
+from paceline.integrations import vllm_codec as codec
+from paceline.integrations.vllm_events import (
+    Event,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Greet,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    RankUnsubscribed,
+    Remember,
+    Tick,
+    View,
+    Wake,
+)
+from paceline.integrations.vllm_settings import Said, Settings, Status
+from paceline.integrations.vllm_translation import VllmTranslation
+from paceline.protocol.codec import MAX_CONTROL_BYTES, BadMessage
+from paceline.runtime.processes import new_identity, set_up_log
+from paceline.runtime.sockets import Garbage, bound_address, open_socket
+from paceline.runtime.wakeup import Wakeup
+
+logger = logging.getLogger("paceline.vllm")
+
+MESSAGES_A_TURN = 256
+"""Read from one socket before the others get their turn and what is due is sent."""
+READ_S = 0.002
+"""As long may ranks' messages be read."""
+REPORTS_KEPT = 1000
+"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
+
+
+class VllmProcess:
+    """The sockets and the loop of one coordinator under vLLM."""
+
+    def __init__(self, settings: Settings, channel: socket.socket) -> None:
+        self._settings = settings
+        self._channel = channel
+        self._translation = VllmTranslation(
+            settings.memory, settings.dialect, identity=new_identity(), interval_s=settings.interval_ms / 1000,
+            lockstep=settings.lockstep, publish_loads=settings.publish_loads, restarted=settings.restarted,
+            stall_s=settings.stall_s,
+        )  # fmt: skip
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._garbage_front = Garbage(logger, "the front-ends' socket")
+        self._garbage_back = Garbage(logger, "the ranks' socket")
+        self._stopping = False
+        self._wakeup = Wakeup()
+
+    def bind(self) -> tuple[str, str, str]:
+        """Bind the sockets; returns where each of the three can be reached. Raises StartupError."""
+        settings = self._settings
+        context, limit = self._context, MAX_CONTROL_BYTES
+        # Each subscription is reported, not the first alone.
+        each = {zmq.XPUB_VERBOSE: 1}
+        # A subscription holds once it is taken up here: a rank must hear nothing before it is greeted.
+        taken_up = {zmq.XPUB_MANUAL: 1}
+        front, output, publish = (
+            settings.front_publish_address, settings.back_output_address, settings.back_publish_address,
+        )  # fmt: skip
+        self._front = open_socket(context, zmq.XPUB, bind=front, max_bytes=limit, options=each)
+        self._back_in = open_socket(context, zmq.PULL, bind=output, max_bytes=limit, kept=REPORTS_KEPT)
+        self._back_out = open_socket(context, zmq.XPUB, bind=publish, max_bytes=limit, options=taken_up)
+        return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
+
+    def stop(self) -> None:
+        """Make `run` return. Safe in a signal handler."""
+        self._stopping = True
+        self._wakeup.set()
+
+    def run(self) -> None:
+        """Serve until stopped, or until the keeper is gone."""
+        poller = zmq.Poller()
+        for each in (self._front, self._back_in, self._back_out, self._wakeup, self._channel):
+            poller.register(each, zmq.POLLIN)
+        files: list[Any] = [self._front.fd, self._back_in.fd, self._back_out.fd, self._wakeup, self._channel]
+        while not self._stopping:
+            ready = dict(poller.poll(0))
+            if not ready and (wait_s := self._translation.deadline - time.monotonic()) > 0:
+                # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
+                select.select(files, (), (), min(wait_s, 3600.0))
+                ready = dict(poller.poll(0))
+            if self._back_out in ready:
+                self._read(self._back_out, self._on_rank_subscription)
+            if self._front in ready:
+                self._read(self._front, self._on_front_end_frame)
+            if self._back_in in ready:
+                self._read_ranks()
+            if self._channel.fileno() in ready:
+                self._on_keeper()
+            self._handle(Tick())
+        self._wakeup.close()
+        self._context.destroy(linger=0)
+
+    def statistics(self) -> dict[str, object]:
+        """The machine's figures and the garbage seen."""
+        garbage = {"front_ends": dict(self._garbage_front.counts), "ranks": dict(self._garbage_back.counts)}
+        return self._translation.statistics() | {"garbage": garbage}
+
+    def _on_keeper(self) -> None:
+        """The keeper asks how things stand, or is gone."""
+        if self._channel.recv(1):
+            say(self._channel, Said(status=Status(self.statistics(), self._translation.loads())))
+        else:
+            self._stopping = True
+
+    def _read(self, endpoint: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
+        for _ in range(MESSAGES_A_TURN):
+            try:
+                frames = endpoint.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            take(frames)
+
+    def _read_ranks(self) -> None:
+        """Read until nothing is there, or something is due."""
+        last: dict[bytes, bytes] = {}
+        until = min(time.monotonic() + READ_S, self._translation.deadline)
+        receive, whose_report, clock = self._back_in.recv, codec.whose_report, time.monotonic
+        while True:
+            try:
+                frame = receive(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            whose = whose_report(frame)
+            if whose is not None:
+                last[whose] = frame
+            elif self._back_in.getsockopt(zmq.RCVMORE):
+                self._garbage_back.add("frames", f"{1 + len(self._back_in.recv_multipart())} frames in place of one")
+            else:
+                # What else a rank says is heard in its place.
+                self._on_rank_frames([*last.values(), frame])
+                last.clear()
+            if clock() >= until:
+                break
+        self._on_rank_frames(last.values())
+
+    def _on_rank_frames(self, frames: Iterable[bytes]) -> None:
+        for frame in frames:
+            try:
+                self._handle(RankSaid(codec.read_rank(frame)))
+            except BadMessage as error:
+                self._garbage_back.add(error.kind, error.detail)
+
+    def _on_rank_subscription(self, frames: list[bytes]) -> None:
+        frame = frames[0] if len(frames) == 1 else b""
+        if frame == b"\x01":
+            self._back_out.setsockopt(zmq.SUBSCRIBE, b"")
+            self._handle(RankSubscribed())
+        elif frame == b"\x00":
+            self._handle(RankUnsubscribed())
+        else:
+            self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
+
+    def _on_front_end_frame(self, frames: list[bytes]) -> None:
+        if len(frames) != 1 or not frames[0]:
+            self._garbage_front.add("frames", f"{len(frames)} frames in place of one")
+            return
+        frame = frames[0]
+        if frame[0] == 1:
+            self._handle(FrontEndSubscribed())
+        elif frame[0] != 0:
+            try:
+                message = codec.read_front_end(frame)
+            except BadMessage as error:
+                self._garbage_front.add(error.kind, error.detail)
+                return
+            self._handle(FrontEndSaid(message))
+
+    def _handle(self, event: Event) -> None:
+        for effect in self._translation.handle(event, time.monotonic()):
+            match effect:
+                case View(counts, wave, running):
+                    self._front.send(codec.view(counts, wave, running), zmq.NOBLOCK)
+                case Wake(wave, exclude):
+                    self._back_out.send_multipart(codec.wake(wave, exclude), zmq.NOBLOCK)
+                case Greet():
+                    self._back_out.send(codec.READY, zmq.NOBLOCK)
+                case Remember(memory):
+                    say(self._channel, Said(memory=memory))
+                case Note(text, urgent):
+                    logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
+
+
+def say(channel: socket.socket, said: Said) -> None:
+    """Tell the keeper. Where it is gone, the loop will see that."""
+    try:
+        channel.send(msgspec.json.encode(said), socket.MSG_DONTWAIT)
+    except OSError as error:
+        logger.debug("the keeper does not listen: %s", error)
+
+
+def main(arguments: list[str]) -> None:
+    """Run one coordinator: `arguments` holds its Settings as JSON."""
+    settings = msgspec.json.decode(arguments[0], type=Settings)
+    multiprocessing.current_process().name = "coordinator"
+    set_up_log(settings.log_level)
+    channel = socket.socket(fileno=settings.channel)
+    process = VllmProcess(settings, channel)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: process.stop())
+    try:
+        addresses = process.bind()
+    except StartupError as error:
+        say(channel, Said(failed=str(error)))
+        sys.exit(1)
+    say(channel, Said(addresses=addresses))
+    process.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,345 @@
+"""vLLM's ranks and front-ends, as the coordinator's machine sees them: what they say, and all that they do not.
+
+There is one coordinator, `protocol/coordinator.py`, and this is its interpreter: vLLM's values go in as events of that
+machine, its effects come out as vLLM's values. Its rules are the machine's; what is decided here is only what a vLLM
+rank's words mean.
+
+**Hellos.** A vLLM rank never introduces itself, and when it dies, vLLM ends. So all ranks of the deployment are
+introduced at the start, with one life that never ends, and nobody is asked anything. Scaling makes a new machine of
+the new size, which is told again what every rank said last: state is soft.
+
+**Who runs.** The machine believes of a rank what that rank said last. A vLLM rank says nothing of the kind, but it can
+be read from what it does say:
+
+- A report that counts requests, or a step after the first, is from a rank that runs in the report's wave. (One of a
+  suspended rank with requests is not; then nobody can be woken, a wake is ignored, and all start together on resume.)
+- A report of no requests at step 0 may be from before, within or after a wave: what was known stays known.
+- `start_wave` says that its rank runs. `wave_complete` comes from rank 0, after an all-reduce in which all ranks agreed
+  to pause at this step, so it is said for all of them; but for a rank that has meanwhile begun the next wave.
+- A report of a step at or after `proof_step` proves that all ranks run: they have come through an all-reduce together.
+
+**Wakes are acknowledged** by these signs. Until they come the machine repeats the wake, at most once a second, also to
+ranks that run and have nothing to report; to them it means nothing. A rank that got a request, and of which the
+front-end's notice was lost, is running by its own report, so the others are woken: that heals the cold start of
+headless ranks (vllm #51983, #54762).
+
+**Restarts.** Ranks cannot be asked for the wave, and a paused rank reports nothing. So the keeper remembers the last
+word (`Memory`), and when all ranks listen again they are woken once. If a message was lost with the old coordinator, a
+rank may wait alone in its first collective with nothing left to say: this frees it. If all were paused, they run one
+wave without work. Where a version's sleeping ranks could not bear that, only a wave that ran is woken.
+
+A rank that has not reported to this coordinator has counts that front-ends know and it does not, so for a second after
+a restart they are told none.
+"""
+
+from __future__ import annotations
+
+from paceline.integrations.vllm_answers import Answers
+from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats, Scale
+from paceline.integrations.vllm_dialect import VllmDialect
+from paceline.integrations.vllm_events import (
+    Effect,
+    Event,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Greet,
+    Memory,
+    Note,
+    RankSaid,
+    RankSubscribed,
+    RankUnsubscribed,
+    Remember,
+    Tick,
+    View,
+    Wake,
+)
+from paceline.protocol import coordinator_events as machine_events
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.introductions import PATIENCE_S
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    FromRank,
+    Load,
+    LoadView,
+    RankHello,
+    RankReport,
+    StartDPWave,
+    StartWave,
+    WakeNotice,
+    WaveComplete,
+)
+from paceline.protocol.wave import Observed
+
+LIFE = 1
+"""The incarnation of every rank: under vLLM there is one."""
+ADDRESS = "tcp://vllm"
+KV_PARTS = 2**40
+"""vLLM says the used share of KV; the machine counts tokens."""
+
+
+class VllmTranslation:
+    """One life of a coordinator under vLLM.
+
+    `memory`: what the one before knew, or how many ranks there are. `restarted`: whether there was one. Times in
+    seconds. `stall_s`: after so long without an answer to a wake the silent ranks are named.
+    """
+
+    def __init__(
+        self, memory: Memory, dialect: VllmDialect, *, identity: int, interval_s: float, lockstep: bool,
+        publish_loads: bool = True, restarted: bool = False, stall_s: float = 30.0,
+    ) -> None:  # fmt: skip
+        self._memory = memory if dialect.greeting != "none" else Memory(memory.size, memory.wave, memory.running, True)
+        self._dialect = dialect
+        self._identity = identity
+        self._interval_s = interval_s
+        self._lockstep = lockstep
+        self._publish_loads = publish_loads
+        # After a restart ranks are woken once, when all listen.
+        self._owes_wake = restarted and lockstep and (dialect.wake_is_safe or memory.running)
+        self._subscribed = 0
+        self._said: dict[int, Observed] = {}
+        self._reports: dict[int, RankReport] = {}
+        # None where every rank's counts may be told, reported or not; else until when not.
+        self._unheard_until: float | None = float("inf") if restarted else None
+        self._answers = Answers(stall_s if dialect.says_started else float("inf"))
+        self._dropped = 0
+        self._void = 0
+        self._coordinator = self._new_machine()
+        self._introduced = False
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether the ranks run in waves."""
+        return self._lockstep
+
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, at the latest."""
+        if not self._introduced:
+            return float("-inf")
+        return min(self._coordinator.deadline, self._answers.deadline)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to send, in order."""
+        effects: list[Effect] = []
+        if not self._introduced:
+            self._introduce(now, effects)
+        match event:
+            case RankSaid(message):
+                self._on_rank(message, now, effects)
+            case RankSubscribed():
+                self._on_subscribed(now, effects)
+            case RankUnsubscribed():
+                self._subscribed = max(0, self._subscribed - 1)
+            case FrontEndSaid(Notice() as notice):
+                self._on_notice(notice, now, effects)
+            case FrontEndSaid(Scale(size)):
+                self._on_scale(size, now, effects)
+            case FrontEndSubscribed():
+                self._tell(machine_events.FrontEndSubscribed(), now, effects)
+            case Tick():
+                self._tell(event, now, effects)
+        if self._answers.settle(now):
+            lines = self._answers.describe() or ["no rank is waited for any more"]
+            effects += [Note(line, urgent=True) for line in lines]
+        return effects
+
+    def statistics(self) -> dict[str, object]:
+        """The machine's figures, for `/health` and tests."""
+        known = self._coordinator.statistics()
+        stalls, all_listen = self._answers.describe(), self._subscribed >= self._memory.size
+        return {
+            "status": "stalled" if stalls else "ready" if all_listen else "waiting",
+            "ranks": self._memory.size,
+            "listening": self._subscribed,
+            "lockstep": self._lockstep,
+            "wave": known["wave"],
+            "running": known["running"],
+            "unanswered": sorted(self._answers.awaited),
+            "stalls": stalls,
+            "views_published": known["views_published"],
+            "void_messages": self._dropped + self._void,
+        }
+
+    def loads(self) -> list[dict[str, object]]:
+        """Every rank's last report to this coordinator, as `paceline loads` shows it; zeros where there is none."""
+        none = RankReport(0, LIFE, 0, 0, False, Load())
+        said = ((rank, self._reports.get(rank, none)) for rank in range(self._memory.size))
+        return [
+            {"rank": rank, "waiting": last.load.waiting, "running": last.load.running, "kv_used": last.load.kv_used,
+             "kv_total": last.load.kv_total, "wave": last.wave, "step": last.step & 0xFFFFFFFF}
+            for rank, last in said
+        ]  # fmt: skip
+
+    # Ranks ------------------------------------------------------------------------------------
+
+    def _new_machine(self) -> Coordinator:
+        return Coordinator(
+            self._memory.size, self._identity, self._interval_s, lockstep=self._lockstep,
+            publish_loads=self._publish_loads,
+        )  # fmt: skip
+
+    def _introduce(self, now: float, effects: list[Effect]) -> None:
+        """All ranks say hello, as they stand by what they said last."""
+        self._introduced = True
+        if self._unheard_until is not None:
+            self._unheard_until = now + PATIENCE_S
+        for rank in range(self._memory.size):
+            said = self._said.get(rank)
+            if said is None or said.wave < self._memory.wave:
+                said = Observed(self._memory.wave, False)
+            hello = RankHello(PROTOCOL_VERSION, rank, LIFE, ADDRESS, True, said.wave, said.running)
+            # Nothing that this brings is worth sending: one view follows, when all are in.
+            self._coordinator.handle(machine_events.RankSaid(hello), now)
+        for report in self._reports.values():
+            self._coordinator.handle(machine_events.RankSaid(report), now)
+        self._tell(machine_events.FrontEndSubscribed(), now, effects)
+
+    def _on_rank(self, message: RankMessage, now: float, effects: list[Effect]) -> None:
+        rank = message.engine_index
+        if rank >= self._memory.size:
+            self._dropped += 1
+            return
+        if message.scheduler_stats is not None:
+            self._on_report(rank, message.scheduler_stats, now, effects)
+        if not self._lockstep:
+            return
+        if message.wave_complete is not None:
+            self._on_complete(message.wave_complete, now, effects)
+        elif message.start_wave is not None:
+            wave = message.start_wave
+            self._says(rank, wave, True)
+            self._hear(StartWave(rank, LIFE, wave), now, effects)
+            if rank == 0 and self._dialect.says_started:
+                self._answers.all_came(wave)
+
+    def _on_report(self, rank: int, stats: RankStats, now: float, effects: list[Effect]) -> None:
+        waiting, running, wave, step = (
+            stats.num_waiting_reqs, stats.num_running_reqs, stats.current_wave, stats.step_counter,
+        )  # fmt: skip
+        load = Load(waiting, running, kv_used=round(stats.kv_cache_usage * KV_PARTS), kv_total=KV_PARTS)
+        if not self._lockstep:
+            self._reports[rank] = report = RankReport(rank, LIFE, 0, 0, False, load)
+            self._hear(report, now, effects)
+            return
+        runs = waiting + running > 0 or step > 0 or self._said.get(rank) == Observed(wave, True)
+        # A step is of its wave: across waves they are in order of both.
+        self._reports[rank] = report = RankReport(rank, LIFE, wave << 32 | step, wave, runs, load)
+        self._says(rank, wave, runs)
+        self._hear(report, now, effects)
+        if step >= self._dialect.proof_step:
+            self._prove(wave, now, effects)
+
+    def _prove(self, wave: int, now: float, effects: list[Effect]) -> None:
+        """All ranks run in this wave, or have."""
+        runs = Observed(wave, True)
+        for rank in range(self._memory.size):
+            said = self._said.get(rank)
+            if said is None or (said.wave <= wave and said != runs):
+                self._said[rank] = runs
+                self._hear(StartWave(rank, LIFE, wave), now, effects)
+        self._answers.all_came(wave)
+
+    def _on_complete(self, wave: int, now: float, effects: list[Effect]) -> None:
+        """All ranks have agreed to end this wave."""
+        for rank in range(self._memory.size):
+            said = self._said.get(rank)
+            if said is None or said.wave <= wave:
+                self._said[rank] = Observed(wave + 1, False)
+                self._hear(WaveComplete(rank, LIFE, wave), now, effects)
+        self._answers.all_came(wave)
+
+    def _says(self, rank: int, wave: int, running: bool) -> None:
+        said = self._said.get(rank)
+        if said is None or wave >= said.wave:
+            self._said[rank] = Observed(wave, running)
+            if running:
+                self._answers.sign(rank, wave)
+
+    def _on_subscribed(self, now: float, effects: list[Effect]) -> None:
+        self._subscribed += 1
+        all_listen = self._subscribed >= self._memory.size
+        if self._memory.greeted:
+            if self._dialect.greeting == "each":
+                effects.append(Greet())
+        elif all_listen:
+            memory = self._memory
+            self._remember(Memory(memory.size, memory.wave, memory.running, True), effects)
+            effects.append(Greet())
+            effects.append(Note(f"all {memory.size} ranks listen"))
+        if all_listen and self._owes_wake:
+            self._owes_wake = False
+            nobody = self._memory.size
+            notice = WakeNotice(0, nobody, self._memory.wave)
+            self._tell(machine_events.FrontEndSaid(notice), now, effects)
+
+    # Front-ends -------------------------------------------------------------------------------
+
+    def _on_notice(self, notice: Notice, now: float, effects: list[Effect]) -> None:
+        rank = self._memory.size if notice.rank is None else notice.rank
+        told = machine_events.FrontEndSaid(WakeNotice(0, rank, notice.wave))
+        # A wake that leaves somebody out is sent at once or not at all, so it is this notice's.
+        self._tell(told, now, effects, notice.exclude)
+
+    def _on_scale(self, size: int, now: float, effects: list[Effect]) -> None:
+        before, memory = self._memory.size, self._memory
+        self._remember(Memory(size, memory.wave, memory.running, memory.greeted), effects)
+        self._said = {rank: said for rank, said in self._said.items() if rank < size}
+        self._reports = {rank: report for rank, report in self._reports.items() if rank < size}
+        self._unheard_until = None
+        self._void += int(str(self._coordinator.statistics()["void_messages"]))
+        self._coordinator = self._new_machine()
+        effects.append(Note(f"scaled from {before} to {size} ranks"))
+        self._introduce(now, effects)
+
+    # Effects ----------------------------------------------------------------------------------
+
+    def _hear(self, message: FromRank, now: float, effects: list[Effect]) -> None:
+        self._tell(machine_events.RankSaid(message), now, effects)
+
+    def _tell(
+        self, event: machine_events.Event, now: float, effects: list[Effect], exclude: bytes | int | None = None
+    ) -> None:
+        """The machine's effects of this event, translated. `exclude`: what a rank left out is called, if not so."""
+        memory = self._memory
+        for effect in self._coordinator.handle(event, now):
+            match effect:
+                # A rank that has not been greeted takes a wake for its greeting.
+                case machine_events.ToRanks(StartDPWave(wave, left_out)) if self._memory.greeted:
+                    if left_out is not None and left_out >= self._memory.size:
+                        left_out = None
+                    self._answers.woken(wave, self._silent(wave), now)
+                    effects.append(Wake(wave, left_out if left_out is None or exclude is None else exclude))
+                case machine_events.ToFrontEnds(LoadView() as view):
+                    self._remember(Memory(memory.size, view.wave, view.running, memory.greeted), effects)
+                    effects.append(View(self._counts(view, now), view.wave, view.running))
+
+    def _remember(self, memory: Memory, effects: list[Effect]) -> None:
+        if memory != self._memory:
+            self._memory = memory
+            effects.insert(0, Remember(memory))
+
+    def _silent(self, wave: int) -> list[int]:
+        """Ranks that have given no sign of this wave, or of a later one."""
+        runs = Observed(wave, True)
+        unknown = Observed(-1, False)
+        said = ((rank, self._said.get(rank, unknown)) for rank in range(self._memory.size))
+        return [rank for rank, state in said if not (state == runs or state.wave > wave)]
+
+    def _counts(self, view: LoadView, now: float) -> list[list[int | float]] | None:
+        if view.ranks is None:
+            return None
+        if self._unheard_until is not None:
+            if len(view.ranks) < self._memory.size and now < self._unheard_until:
+                return None
+            self._unheard_until = None
+        if self._dialect.count_fields == 2:
+            counts: list[list[int | float]] = [[0, 0]] * self._memory.size
+            for entry in view.ranks:
+                counts[entry.rank] = [entry.load.waiting, entry.load.running]
+            return counts
+        counts = [[0, 0, 0.0]] * self._memory.size
+        for entry in view.ranks:
+            load = entry.load
+            counts[entry.rank] = [load.waiting, load.running, load.kv_used / KV_PARTS]
+        return counts

@@ -1,0 +1,36 @@
+"""The step agreement on the wire: what ranks put in and get out, in one place or over an all-reduce."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from paceline.engines.group import MAX_REDUCED, reduced
+from paceline.protocol import quota
+from paceline.protocol.agreement import REDUCTIONS, agreed, integers, outcome
+from paceline.protocol.rank_events import Agree, Agreed
+
+numbers = st.integers(0, 2**40)
+agrees = st.builds(
+    Agree, st.booleans(), numbers, numbers,
+    st.one_of(
+        st.just(()),
+        st.builds(quota.Part, numbers, numbers, numbers, numbers, numbers, numbers, numbers).map(quota.Part.packed),
+    ),
+)  # fmt: skip
+
+
+@given(st.lists(agrees, min_size=1, max_size=5))
+def test_an_all_reduce_gives_what_all_in_one_place_give(entered: list[Agree]) -> None:
+    assert outcome(reduced([integers(agree) for agree in entered], REDUCTIONS)) == agreed(entered)
+
+
+def test_it_fits_into_one_all_reduce() -> None:
+    assert len(REDUCTIONS) == len(integers(Agree(True, 3))) <= MAX_REDUCED
+
+
+def test_what_comes_out() -> None:
+    made = agreed([Agree(False, 4, 2), Agree(True, 3, 5)])
+    assert (made.any_work, made.wave, made.suspension) == (True, 4, 5)
+    assert quota.decide(made.quota) == quota.Outcome(), "ranks that say nothing of a quota have none"
+    assert isinstance(made, Agreed)

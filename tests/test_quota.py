@@ -1,0 +1,84 @@
+"""The prefill quota in real processes: the same tokens as without, and it can be seen."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from paceline.engines.base import EngineRequest, EngineSettings
+from paceline.engines.moe import MoeEngine
+from paceline.loads_cli import app
+from paceline.protocol.sampling import SamplingParams
+from tests.engines.moe_runs import run_alone, text_of
+from tests.serving import Command, command, deployment, wait_until
+
+pytestmark = pytest.mark.slow
+
+OPTIONS = {"layers": "1", "d_model": "16", "heads": "2", "experts": "4", "expert_hidden": "16"}
+FLAGS = [flag for name, value in OPTIONS.items() for flag in ("--engine-option", f"{name}={value}")]
+PROMPTS = [f"request {number} {'long ' * (40 if number % 3 == 0 else 2)}" for number in range(16)]
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[str]:
+    """What one engine alone says."""
+    settings = EngineSettings(options=OPTIONS)
+    engine = MoeEngine.create(settings, lambda what, share: None)
+    for key, prompt in enumerate(PROMPTS):
+        params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
+        engine.add(EngineRequest(key, MoeEngine.tokenizer(settings).encode(prompt), params))
+    outputs = run_alone(engine)
+    return [text_of(outputs, key) for key in range(len(PROMPTS))]
+
+
+def ask(running: Command) -> list[str]:
+    def ask_one(prompt: str) -> str:
+        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = running.http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        return list(pool.map(ask_one, PROMPTS))
+
+
+@pytest.mark.parametrize("quota", ["auto", "off", "3"])
+def test_four_ranks_say_with_any_quota_what_one_engine_says(quota: str, expected: list[str]) -> None:
+    moe = ("--engine", "paceline.engines.moe:MoeEngine", "-dp", "4", "--max-num-seqs", "4", *FLAGS)
+    with deployment(*moe, "--max-num-batched-tokens", "64", "--prefill-quota", quota) as running:
+        assert ask(running) == expected
+        assert ask(running) == expected
+        seen = shown_quotas(running)
+        assert len(seen) == 4
+        if quota != "auto":
+            assert seen == [None if quota == "off" else 3] * 4
+
+
+def shown_quotas(running: Command) -> list[Any]:
+    """What `paceline loads --json` says."""
+    done = CliRunner().invoke(app, ["--url", running.url, "--json"])
+    assert done.exit_code == 0, done.output
+    return [entry["prefill_quota"] for entry in json.loads(done.stdout)["ranks"]]
+
+
+def test_the_quota_that_ranks_have_agreed_on_is_shown_while_they_run() -> None:
+    timed = ("--engine", "paceline.engines.timed_lockstep:TimedLockstepEngine", "-dp", "2", "--prefill-quota", "auto")
+    with deployment(*timed) as running, ThreadPoolExecutor(2) as pool:
+        answers = [
+            pool.submit(running.http.post, "/v1/completions", json={"prompt": "x" * 2000, "max_tokens": 300})
+            for _ in range(2)
+        ]
+        wait_until(lambda: any(quota is not None for quota in shown_quotas(running)), "a quota is shown")
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+
+
+def test_a_number_is_for_lockstep_alone() -> None:
+    with command("serve", "--engine", "timed", "--prefill-quota", "64") as refused:
+        assert refused.wait_end() == 1
+        assert "--prefill-quota 64: only for engines in lockstep, which timed is not" in refused.output
+        assert "Traceback" not in refused.output

@@ -1,0 +1,232 @@
+"""vLLM's own coordinator against ours, told the same at random: where they agree, and where they differ on purpose.
+
+What must agree: the wave of every wake, every wave and running state published, READY, and the last counts. Where ours
+differs, the difference has a name here and in `docs/VLLM.md`; the random scripts leave it out, and a test of its own
+shows it on both.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.pairs import SETTLE_S, Neighbours, StockCoordinators, pair
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+EVENTS = 30
+QUICK_S, SLOW_S = 0.02, 0.2
+"""Between two events, so that both coordinators hear them in one order. A busy machine needs longer."""
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "VLLM.md"
+Word = tuple[str, tuple[Any, ...]]
+
+
+@pytest.fixture(scope="module")
+def stock() -> Iterator[StockCoordinators]:
+    made = StockCoordinators()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def stats(waiting: int, running: int, wave: int, step: int) -> dict[str, Any]:
+    return {"num_waiting_reqs": waiting, "num_running_reqs": running, "step_counter": step, "current_wave": wave,
+            "kv_cache_usage": round(running / 64, 4)}  # fmt: skip
+
+
+class Script:
+    """What real ranks and front-ends could say, drawn at random; the named differences are left out."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = random.Random(seed)
+        self.size = self.least = self._draw.choice((2, 3, 5))
+        self._wave = 0
+        self._running = False
+        self._step = 0
+        self.words = [self._word() for _ in range(EVENTS)]
+
+    def _word(self) -> Word:
+        kinds = ["notice", "stale notice", "quiet report", "late", "scale", "old end"]
+        kinds += ["end", "report", "report", "report", "stale start", "start"] if self._running else ["start"] * 3
+        draw, size = self._draw, self.size
+        match draw.choice(kinds):
+            case "notice":
+                return "front_end_says", (draw.randrange(size).to_bytes(2, "little"), self._wave)
+            case "stale notice":
+                wave = draw.choice((max(0, self._wave - 1), 0, self._wave + 1))
+                return "front_end_says", (draw.randrange(size).to_bytes(2, "little"), wave)
+            case "scale":
+                self.size = draw.randint(self.least, self.least + 2)
+                return "front_end_says", ("SCALE_ELASTIC_EP", self.size)
+            case "late":
+                return draw.choice(("rank_subscribes", "front_end_subscribes")), ()
+            case "start":
+                if not self._running:
+                    self._wave += draw.choice((0, 0, 0, 1))
+                    self._running, self._step = True, 0
+                # Who may be scaled away does not start: see "who-has-left".
+                return "rank_says", (draw.randrange(self.least), None, None, self._wave)
+            case "stale start":
+                return "rank_says", (draw.randrange(size), None, None, max(0, self._wave - 1))
+            case "end":
+                said, self._running = self._wave + draw.choice((0, 0, 0, 1)), False
+                self._wave = said + 1
+                return "rank_says", (0, None, said)
+            case "old end":
+                return "rank_says", (0, None, max(0, self._wave - 1 - draw.randrange(2))) if self._wave else (0,)
+            case "quiet report":
+                step = self._step if self._running else 0
+                return "rank_says", (draw.randrange(size), stats(0, 0, self._wave, step))
+            case _:
+                self._step += draw.randrange(3)
+                counts = draw.randrange(4), draw.randrange(17)
+                return "rank_says", (draw.randrange(size), stats(*counts, self._wave, self._step))
+
+
+def tell(both: tuple[Neighbours, ...], words: list[Word], pause_s: float) -> None:
+    for word, arguments in words:
+        for neighbours in both:
+            getattr(neighbours, word)(*arguments)
+        listen(both, pause_s)
+    listen(both, SETTLE_S + pause_s)
+
+
+def listen(both: tuple[Neighbours, ...], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for neighbours in both:
+            neighbours.read()
+        both[0].inputs[0].poll(2)
+
+
+def outcome(neighbours: Neighbours) -> dict[str, Any]:
+    return {
+        "waves woken": neighbours.waves_woken(),
+        "states": neighbours.states(),
+        "counts": neighbours.counts(),
+        "greetings": neighbours.greetings,
+    }
+
+
+def both_say(stock: StockCoordinators, script: Script, pause_s: float) -> list[dict[str, Any]]:
+    with pair(stock, script.least) as both:
+        listen(both, SETTLE_S)
+        tell(both, script.words, pause_s)
+        return [outcome(neighbours) for neighbours in both]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(100 if metafunc.config.getoption("--vllm-full") else 12))
+
+
+def test_they_agree(stock: StockCoordinators, seed: int) -> None:
+    script = Script(seed)
+    theirs, ours = both_say(stock, script, QUICK_S)
+    if theirs != ours:
+        theirs, ours = both_say(stock, script, SLOW_S)
+    assert ours == theirs, script.words
+
+
+# Differences on purpose ---------------------------------------------------------------------------
+
+
+def wakes_of(both: tuple[Neighbours, ...]) -> tuple[int, int]:
+    return len(both[0].wakes), len(both[1].wakes)
+
+
+def report_wakes(both: tuple[Neighbours, ...]) -> None:
+    tell(both, [("rank_says", (1, stats(1, 0, 0, 0)))], SLOW_S)
+    assert both[0].wakes == []
+    assert both[1].waves_woken() == [0]
+    assert both[1].states()[-1] == (0, True)
+
+
+def stale_start(both: tuple[Neighbours, ...]) -> None:
+    tell(both, [("rank_says", (0, None, 0)), ("rank_says", (1, None, None, 0))], SLOW_S)
+    assert both[0].wakes == []
+    assert both[1].waves_woken() == [1]
+
+
+def repeated_wake(both: tuple[Neighbours, ...]) -> None:
+    tell(both, [("front_end_says", (b"\0\0", 0))], SLOW_S)
+    assert wakes_of(both)[0] == 1
+    assert wakes_of(both)[1] >= 3
+    assert both[1].waves_woken() == [0]
+
+
+def one_wake(both: tuple[Neighbours, ...]) -> None:
+    for neighbours in both:
+        for _ in range(20):
+            neighbours.front_end_says(b"\0\0", 0)
+    listen(both, 2 * SETTLE_S)
+    assert wakes_of(both)[0] == 20
+    assert wakes_of(both)[1] < 10
+
+
+def counts_with_waves(both: tuple[Neighbours, ...]) -> None:
+    listen(both, SETTLE_S)
+    for neighbours in both:
+        neighbours.views.clear()
+    tell(both, [("rank_says", (0, None, None, 0))], 0.0)
+    assert both[0].views[0] == (None, 0, True)
+    assert both[1].views[0] == ([[0, 0, 0.0], [0, 0, 0.0]], 0, True)
+
+
+def backward_step(both: tuple[Neighbours, ...]) -> None:
+    words = [
+        ("rank_says", (0, None, None, 1)),
+        ("rank_says", (1, stats(0, 5, 1, 9))),
+        ("rank_says", (1, stats(0, 7, 1, 8))),
+    ]
+    tell(both, words, SLOW_S)
+    assert both[0].counts()[1][1] == 7
+    assert both[1].counts()[1][1] == 5
+
+
+def who_has_left(both: tuple[Neighbours, ...]) -> None:
+    scaled = ("front_end_says", ("SCALE_ELASTIC_EP", 1))
+    tell(both, [("rank_says", (1, None, None, 0)), scaled, ("front_end_subscribes", ())], SLOW_S)
+    assert both[1].states()[-1] == (0, False)
+    # The other one says so with its next publication only.
+    tell(both, [("rank_says", (0, stats(0, 0, 0, 0)))], SLOW_S)
+    assert both[0].states()[-1] == (0, True)
+
+
+def garbage(both: tuple[Neighbours, ...]) -> None:
+    for neighbours in both:
+        neighbours.outputs[0].send(b"nonsense")
+    listen(both, SETTLE_S)
+    tell(both, [("rank_says", (0, None, None, 0))], SLOW_S)
+    assert both[0].states() == [(0, False)], "it has ended"
+    assert both[1].states()[-1] == (0, True)
+
+
+DIFFERENCES: dict[str, Callable[[tuple[Neighbours, ...]], None]] = {
+    "report-wakes": report_wakes,
+    "stale-start-wakes": stale_start,
+    "wake-repeated": repeated_wake,
+    "one-wake-for-many-notices": one_wake,
+    "counts-with-every-wave": counts_with_waves,
+    "backward-step-dropped": backward_step,
+    "who-has-left-runs-no-more": who_has_left,
+    "garbage-counted": garbage,
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_difference(stock: StockCoordinators, name: str) -> None:
+    with pair(stock, 2) as both:
+        listen(both, SETTLE_S)
+        DIFFERENCES[name](both)
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_difference_is_documented(name: str) -> None:
+    assert f"`{name}`" in DOCUMENT.read_text(encoding="utf-8")
