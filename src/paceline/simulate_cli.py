@@ -12,6 +12,7 @@ import typer
 from paceline.errors import ConfigError, PacelineError
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.traffic_cli import (
+    BindFlag,
     BudgetFlag,
     DecodeFlag,
     DelayFlag,
@@ -27,6 +28,7 @@ from paceline.traffic_cli import (
     TraceFlag,
     TraceFlags,
     WarmUpFlag,
+    check_binding,
     refuse_without_trace,
     run_trace,
 )
@@ -61,10 +63,6 @@ DurationFlag = Annotated[float | None, typer.Option("--duration", help=f"Seconds
 LockstepFlag = Annotated[
     bool | None, typer.Option("--lockstep/--independent", help=f"Whether ranks run in waves{FROM_SEED}")
 ]
-BrokeredFlag = Annotated[
-    bool | None,
-    typer.Option("--brokered/--arrival", help=f"Whether requests wait in the coordinator's queue{FROM_SEED}"),
-]
 EncodeFlag = Annotated[
     bool, typer.Option("--encode/--no-encode", help="Whether messages travel as bytes; without, it is faster.")
 ]
@@ -75,19 +73,20 @@ def simulate_command(
     seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, front_ends: FrontEndsFlag = None,
     requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
     suspensions: SuspensionsFlag = None, duration: DurationFlag = None, lockstep: LockstepFlag = None,
-    brokered: BrokeredFlag = None, encode: EncodeFlag = True, json: JsonFlag = False,
-    trace: TraceFlag = None, routing: RoutingFlag = None, rate_scale: RateFlag = None, slots: SlotsFlag = None,
-    token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
+    encode: EncodeFlag = True, json: JsonFlag = False,
+    trace: TraceFlag = None, routing: RoutingFlag = None, bind: BindFlag = None, rate_scale: RateFlag = None,
+    slots: SlotsFlag = None, token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
     prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
     interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
 ) -> None:  # fmt: skip
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
+    brokered = None if bind is None else bind == "broker"
     options = Options(
         seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered
     )
     flags = TraceFlags(
-        trace, routing, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
-        interval_ms, warm_up, plot,
+        trace, routing, bind if trace is not None else None, rate_scale, slots, token_budget, kv_tokens, step_ms,
+        prefill_ms, decode_ms, delay_ms, interval_ms, warm_up, plot,
     )  # fmt: skip
     failed = False
     try:
@@ -96,6 +95,7 @@ def simulate_command(
             run_trace(flags, SharedFlags(seed, ranks, front_ends, requests, lockstep), json)
         else:
             refuse_without_trace(flags)
+            check_binding(bind)
             _check(options)
             chosen = _read_seeds(seeds) if seeds is not None else iter([seed])
             failed = run_seeds(options, chosen, json, seeds is not None)
@@ -169,7 +169,7 @@ def replay(options: Options, seed: int) -> str:
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
     if options.brokered is not None:
-        words.append("--brokered" if options.brokered else "--arrival")
+        words += ["--bind", "broker" if options.brokered else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)

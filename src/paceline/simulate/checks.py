@@ -138,7 +138,10 @@ class Checks:
             raise Violation(why, party.name)
 
     def _ready(self) -> list[RankParty]:
-        return [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+        """The ranks that count: those that the others have gone on without take part in nothing."""
+        ready = [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+        newest = max((party.machine.told for party in ready), default=0)
+        return [party for party in ready if party.machine.told == newest]
 
     # The coordinator ----------------------------------------------------------------------------
 
@@ -159,7 +162,7 @@ class Checks:
 
     def coordinator(self, party: CoordinatorParty) -> None:
         """What is queued waits at its front-end, once the front-end's word of the contrary has come."""
-        descriptors = list(party.machine.descriptors())
+        descriptors = list(party.machine.broker.descriptors())
         if not descriptors:
             return
         known = {one.machine.identity: one for one in self._front_ends.values()}

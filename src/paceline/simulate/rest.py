@@ -26,7 +26,7 @@ def check_rest(deployment: Deployment) -> None:
     for front_end in deployment.front_ends.values():
         _check_front_end(deployment, front_end)
     coordinator = deployment.coordinator
-    if coordinator is not None and (left := list(coordinator.machine.descriptors())):
+    if coordinator is not None and (left := list(coordinator.machine.broker.descriptors())):
         raise Violation(f"at rest there are still descriptors in the queue: {left}", COORDINATOR)
     begin = world.journal.events
     world.run_for(IDLE_S)
