@@ -91,7 +91,7 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self._broker = Brokerage(identity, self._without)
+        self.broker = Brokerage(identity, self._without)
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
         self._dropped = 0
         self._front_ends: set[int] = set()
@@ -100,7 +100,7 @@ class Coordinator:
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
-        timers = (waking, suspending, forming, self._introductions.due, self._broker.due)
+        timers = (waking, suspending, forming, self._introductions.due, self.broker.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -118,11 +118,14 @@ class Coordinator:
                     self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
-            case RankSubscribed():
+            case RankSubscribed(rank, incarnation):
+                if rank >= 0:
+                    self._membership.connected(rank, incarnation)
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
-                if self._membership.is_current(rank, incarnation):
-                    self._unhear(rank, now)
+                if self._membership.lose(rank, incarnation, now):
+                    self._forget_rank(rank, now)
+                    effects.append(Note(f"the connection of rank {rank} has ended"))
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
@@ -145,7 +148,7 @@ class Coordinator:
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
-            "queued": self._broker.queued,
+            "queued": self.broker.queued,
             "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
@@ -155,6 +158,11 @@ class Coordinator:
     def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:
         if isinstance(message, RankHello):
             self._on_hello(message, now, effects)
+            return
+        # A rank that leaves may be lost by now: the end of its connection comes on another socket.
+        if isinstance(message, RankLeaving) and self._membership.leave(message.rank, message.incarnation):
+            self._forget_rank(message.rank, now)
+            effects.append(Note(f"rank {message.rank} has left"))
             return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
@@ -171,11 +179,7 @@ class Coordinator:
             case StallReport():
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
-                    effects += self._stall_notes()
-            case RankLeaving(rank, incarnation):
-                self._membership.leave(rank, incarnation)
-                self._forget_rank(rank, now)
-                effects.append(Note(f"rank {rank} has left"))
+                    effects += [Note(line, urgent=True) for line in self._stalls.lines()]
             case _:
                 self._dropped += 1
 
@@ -204,7 +208,7 @@ class Coordinator:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
             self._suspension_changed(now)
-            self._broker.mark(hello.rank)
+            self.broker.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
@@ -222,13 +226,8 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self._broker.mark(report.rank)
+        self.broker.mark(report.rank)
         self._publisher.loads_changed(now)
-
-    def _stall_notes(self) -> list[Effect]:
-        if not self._stalls.found:
-            return [Note("no rank holds the group up any more", urgent=True)]
-        return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
 
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
@@ -238,10 +237,10 @@ class Coordinator:
     def _unhear(self, rank: int, now: float) -> None:
         """What the rank last said of waves, groups and suspensions does not hold any more."""
         self._group.forget(rank, now)
-        self._generations.forget(rank)
+        self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
-        self._broker.lost(rank)
+        self.broker.lost(rank)
         self._suspension_changed(now)
 
     def _joiners_wave(self) -> int:
@@ -253,7 +252,7 @@ class Coordinator:
         match message:
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
-                self._broker.hello(message, (member.rank for member in self._membership.members()))
+                self.broker.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
                 self._publisher.members_changed(now)
@@ -267,9 +266,9 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._publisher.loads_changed(now)
-                    self._broker.sent(front_end, send)
+                    self.broker.sent(front_end, send)
             case Ask() | Withdraw() | ReturnShares():
-                self._broker.said(message, now)
+                self.broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -279,24 +278,25 @@ class Coordinator:
         self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._broker.forget_front_end(front_end)
+        self.broker.forget_front_end(front_end)
         self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
 
-    def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have left.
+    def _expected(self, now: float) -> Iterable[int]:
+        """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
+        without, who are told when they come.
 
         A rank that was told of no suspension when it joined must not step either.
         """
-        gone = set() if self.lockstep else self._membership.gone()
+        gone = self._generations.absent if self.lockstep else self._membership.gone(now)
         return (rank for rank in range(self._membership.size) if rank not in gone)
 
     def _suspension_changed(self, now: float) -> None:
-        self._suspension.advance(self._expected(), now)
+        self._suspension.advance(self._expected(now), now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
-        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
+        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected(now))
         if self._suspension_state != before:
             self._publisher.changed(now)
 
@@ -306,15 +306,15 @@ class Coordinator:
         self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
         free = self._suspension.standing.free
-        grants = self._broker.grants(self._board, self._membership, free, now)
+        grants = self.broker.grants(self._board, self._membership, free, now)
         if grants is not None:
             effects.append(ToFrontEnds(grants))
-        if self._broker.emptied():
+        if self.broker.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
         shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
         stalls = self._stalls.found
-        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
+        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self.broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):
@@ -326,6 +326,10 @@ class Coordinator:
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
+        for rank in self._generations.absent:
+            # Nothing is to be learned from who is not there, and nobody waits for its word.
+            self._introductions.heard(rank)
+            self._suspension_changed(now)
         if formed is not None:
             number, members = formed
             effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
@@ -338,7 +342,7 @@ class Coordinator:
         if wake is not None:
             effects.append(ToRanks(wake))
             self._suspension.woke(now)
-            self._suspension_state = self._suspension.state(self._expected())
+            self._suspension_state = self._suspension.state(self._expected(now))
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))

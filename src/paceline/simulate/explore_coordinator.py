@@ -228,6 +228,8 @@ def _key(machine: Coordinator) -> Hashable:
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
     introductions._due = LATER if introductions._asks and unheard else None
+    # A rank that dies is back at once here: that the others go on without it is left to the simulator.
+    generations._lost_at = generations._silent_at = None
     if generations._due is None:
         generations._give_up_at = float("inf")
     if generations._spoken is not None:
