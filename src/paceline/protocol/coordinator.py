@@ -91,7 +91,7 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self.broker = Brokerage(identity, self._without)
+        self.broker = Brokerage(identity, self._without, lockstep)
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
         self._dropped = 0
         self._front_ends: set[int] = set()
