@@ -85,4 +85,4 @@ clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota clean
+	bench-freshness bench-cost-model bench-quota bench-routing bench-honest clean
