@@ -92,9 +92,8 @@ class Coordinator:
         self._calls = Calls()
         self._board = Board()
         self._broker = Brokerage(identity, self._without)
-        self._publisher = Publisher(
-            identity, interval_s, with_loads=publish_loads, one_step=lockstep, step_wait_s=step_wait_s
-        )
+        one_step = step_wait_s if lockstep else None
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
         self._dropped = 0
         self._front_ends: set[int] = set()
 
