@@ -24,7 +24,7 @@ import zmq
 
 from paceline.errors import StartupError
 from paceline.integrations import vllm_codec as codec
-from paceline.integrations.vllm_codec import RankMessage
+from paceline.integrations.vllm_codec import Notice, RankMessage
 from paceline.integrations.vllm_events import (
     Event,
     FrontEndSaid,
@@ -150,7 +150,9 @@ class VllmProcess:
     def _read_ranks(self) -> None:
         """Read until nothing is there, or something is due."""
         last: dict[bytes, bytes] = {}
-        until = min(time.monotonic() + READ_S, self._translation.deadline)
+        now, deadline = time.monotonic(), self._translation.deadline
+        # What is due already goes out with what they say now.
+        until = min(now + READ_S, deadline) if deadline > now else now + READ_S
         receive, whose_report, clock = self._back_in.recv, codec.whose_report, time.monotonic
         while True:
             try:
@@ -208,17 +210,25 @@ class VllmProcess:
             except BadMessage as error:
                 self._garbage_front.add(error.kind, error.detail)
                 return
-            self._handle(FrontEndSaid(message))
+            sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
+            if sent is not None:
+                self._wake(sent)
+            self._handle(FrontEndSaid(message), sent)
 
-    def _handle(self, event: Event) -> None:
+    def _wake(self, wake: Wake) -> None:
+        kind, what = codec.wake(wake.wave, wake.exclude)
+        self._back_out.send(kind, zmq.NOBLOCK | zmq.SNDMORE)
+        self._back_out.send(what, zmq.NOBLOCK)
+
+    def _handle(self, event: Event, sent: Wake | None = None) -> None:
+        """`sent`: of the effects, what has been sent already."""
         for effect in self._translation.handle(event, time.monotonic()):
             match effect:
                 case View(counts, wave, running):
                     self._front.send(codec.view(counts, wave, running), zmq.NOBLOCK)
-                case Wake(wave, exclude):
-                    kind, what = codec.wake(wave, exclude)
-                    self._back_out.send(kind, zmq.NOBLOCK | zmq.SNDMORE)
-                    self._back_out.send(what, zmq.NOBLOCK)
+                case Wake():
+                    if effect != sent:
+                        self._wake(effect)
                 case Greet():
                     self._back_out.send(codec.READY, zmq.NOBLOCK)
                 case Remember(memory):

@@ -114,6 +114,17 @@ class VllmTranslation:
         known = self._memory.running and self._words.proved == self._memory.wave
         return read_at + COLLECT_S if known else read_at
 
+    def wake_at_once(self, notice: Notice) -> Wake | None:
+        """The wake that `handle` will answer this notice with, where that is certain: it may be sent before.
+
+        Everybody waits for a wave's first wake, so it should not wait for what else is to be done about it.
+        """
+        memory = self._memory
+        if not self._lockstep or not memory.greeted or memory.running or self._answers.wave >= memory.wave:
+            return None
+        known = notice.rank is not None and notice.rank < memory.size
+        return Wake(memory.wave, notice.exclude if known and notice.wave >= memory.wave else None)
+
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
         effects: list[Effect] = []

@@ -60,8 +60,8 @@ class Publisher:
         self._clock.changed(now)
 
     def ripe(self, board: Board, membership: Membership, now: float) -> bool:
-        """Whether a view is due and nothing more is waited for."""
-        return self._clock.due(now) and (not self._one_step or board.one_step(membership.members()))
+        """Whether a view that waits for one step is due, and all ranks have reported it."""
+        return self._one_step and self._clock.due(now) and board.one_step(membership.members())
 
     def publish(
         self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], broker: Brokerage, now: float
