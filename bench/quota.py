@@ -19,13 +19,14 @@ from pathlib import Path
 
 from cost_model_fleet import Fleet, connected
 from quota_load import FullLoad, Size
-from quota_report import Turn, table, to_console, to_markdown
+from quota_report import Turn, replaced, section, table, to_console
 
 from paceline.protocol.quota import setting_of
 from paceline.server.client import Client
-from paceline.simulate.workload import from_trace
+from paceline.simulate.traffic.trace import read_trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
+TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "azure_llm_2023_conv.csv"
 SLOWER = 4
 """Times that of an 8B-class model: what Python takes beside a step is then little of it, as it should be."""
 COSTS = {"step_ms": f"{6 * SLOWER}", "prefill_ms": f"{0.09 * SLOWER:g}", "decode_ms": f"{0.02 * SLOWER:g}"}
@@ -41,7 +42,7 @@ def sizes(trace: Path | None, seed: int) -> list[Size]:
     """Prompts and answers in an order of the seed: the trace's, or of about its shape."""
     chance = random.Random(seed)
     if trace is not None:
-        found = [(one.prompt_tokens, one.answer_tokens) for one in from_trace(trace, TRACED, 1)]
+        found = [(one.prompt_tokens, one.answer_tokens) for one in read_trace(trace)[:TRACED]]
     else:
         found = [(1 + int(chance.expovariate(1 / 1150)), 1 + int(chance.expovariate(1 / 210))) for _ in range(TRACED)]
     chance.shuffle(found)
@@ -83,18 +84,18 @@ def main() -> int:
     """Measure and show."""
     parser = argparse.ArgumentParser(prog="quota.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--slots", type=int, default=64, help="requests that run at once on a rank (default: 64)")
+    parser.add_argument("--slots", type=int, default=32, help="requests that run at once on a rank (default: 32)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of a turn that do not count (default: 20)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of a turn that do (default: 30)")
-    parser.add_argument("--trace", type=Path, help="draw prompts and answers from this file")
+    parser.add_argument("--warm-up", type=float, default=25.0, help="seconds of a turn that do not count (default: 25)")
+    parser.add_argument("--seconds", type=float, default=35.0, help="seconds of a turn that do (default: 35)")
+    trace = TRACE if TRACE.exists() else None
+    parser.add_argument("--trace", type=Path, default=trace, help=f"draw from this file (default: {trace})")
     parser.add_argument("--write", action="store_true", help="write bench/results/quota.md")
     args = parser.parse_args()
     turns = asyncio.run(measure(args))
     print(table(turns))
     if args.write:
-        trace = f" --trace {args.trace.name}" if args.trace else ""
-        options = f"--ranks {args.ranks} --slots {args.slots} --rounds {args.rounds}{trace} --write"
+        options = f"--ranks {args.ranks} --slots {args.slots} --rounds {args.rounds} --write"
         about = (
             f"{args.ranks} ranks of `timed-lockstep`, {args.slots} slots each, a step of {COSTS['step_ms']} ms, "
             f"{COSTS['prefill_ms']} ms more for each prompt token and {COSTS['decode_ms']} ms for each request that "
@@ -103,7 +104,9 @@ def main() -> int:
             f"{args.rounds} rounds every variant is loaded for {args.seconds:g} s, after {args.warm_up:g} s that do "
             "not count. Gaps are those between two tokens of an answer. Ratios are within a round."
         )
-        (RESULTS / "quota.md").write_text(to_markdown(turns, f"make bench-quota ARGS='{options}'", about))
+        path = RESULTS / "quota.md"
+        new = section(turns, args.ranks, f"make bench-quota ARGS='{options}'", about)
+        path.write_text(replaced(path.read_text() if path.exists() else "", args.ranks, new))
     return 0
 
 

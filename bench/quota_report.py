@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import dataclass
-from itertools import groupby
 
 
 @dataclass
@@ -53,11 +52,11 @@ def ratio(values: list[float]) -> str:
 
 def to_console(turns: list[Turn]) -> str:
     """The latest round's turns, a line each."""
-    *_, (_, latest) = groupby(turns, key=lambda turn: turn.round)
     return "\n".join(
         f"round {turn.round}, {turn.variant}: {turn.tokens_per_s:,.0f} tokens/s, gap p50"
         f" {turn.gap_p50_s * 1000:.0f} ms, p99 {turn.gap_p99_s * 1000:.0f} ms, first token p50 {turn.first_p50_s:.2f} s"
-        for turn in latest
+        for turn in turns
+        if turn.round == turns[-1].round
     )
 
 
@@ -67,11 +66,20 @@ def table(turns: list[Turn]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def to_markdown(turns: list[Turn], command: str, about: str) -> str:
-    """The whole of bench/results/quota.md."""
-    return (
-        "# The common prefill quota\n\n"
-        f"    {command}\n\n"
-        f"{os.cpu_count()} cores, shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at the end.\n\n"
-        f"{about}\n\n{table(turns)}\n"
-    )
+def section(turns: list[Turn], ranks: int, command: str, about: str) -> str:
+    """The part of bench/results/quota.md for so many ranks."""
+    cores = f"{os.cpu_count()} cores, shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at the end."
+    return f"{heading(ranks)}\n\n    {command}\n\n{cores}\n\n{about}\n\n{table(turns)}\n"
+
+
+def heading(ranks: int) -> str:
+    """What a section begins with."""
+    return f"## {ranks} ranks"
+
+
+def replaced(text: str, ranks: int, new: str) -> str:
+    """The whole of bench/results/quota.md with this section in place of the one that was there."""
+    title, *parts = text.split("\n## ") if text else ["# The common prefill quota\n"]
+    sections = {f"## {part}".partition("\n")[0]: f"## {part}" for part in parts} | {heading(ranks): new}
+    in_order = sorted(sections, key=lambda name: int(name.split()[1]))
+    return "\n".join([title, *(f"{sections[name].rstrip()}\n" for name in in_order)])

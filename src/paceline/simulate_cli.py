@@ -12,6 +12,7 @@ import typer
 from paceline.errors import ConfigError, PacelineError
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.traffic_cli import (
+    BindFlag,
     BudgetFlag,
     DecodeFlag,
     DelayFlag,
@@ -72,15 +73,15 @@ def simulate_command(
     requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
     suspensions: SuspensionsFlag = None, duration: DurationFlag = None, lockstep: LockstepFlag = None,
     encode: EncodeFlag = True, json: JsonFlag = False,
-    trace: TraceFlag = None, routing: RoutingFlag = None, rate_scale: RateFlag = None, slots: SlotsFlag = None,
-    token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
+    trace: TraceFlag = None, routing: RoutingFlag = None, bind: BindFlag = None, rate_scale: RateFlag = None,
+    slots: SlotsFlag = None, token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
     prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
     interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
 ) -> None:  # fmt: skip
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
     options = Options(seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode)
     flags = TraceFlags(
-        trace, routing, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
+        trace, routing, bind, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
         interval_ms, warm_up, plot,
     )  # fmt: skip
     failed = False

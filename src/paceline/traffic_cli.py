@@ -58,6 +58,13 @@ RoutingFlag = Annotated[
         help=f"Which rank gets a request: {', '.join(routing_names())}, or module:Class; least-load if left out.",
     ),
 ]  # fmt: skip
+BindFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--bind", rich_help_panel=PANEL,
+        help="broker: requests wait until a rank can start them (least-load; its default); arrival: bound at once.",
+    ),
+]  # fmt: skip
 RateFlag = Annotated[
     float | None, typer.Option("--rate-scale", rich_help_panel=PANEL, help="So many times as many requests a second.")
 ]
@@ -99,6 +106,7 @@ class TraceFlags(Struct, frozen=True):
 
     trace: str | None = None
     routing: str | None = None
+    bind: str | None = None
     rate_scale: float | None = None
     slots: int | None = None
     token_budget: int | None = None
@@ -189,8 +197,16 @@ def _deployment(flags: TraceFlags, shared: SharedFlags) -> Deployment:
     links = Links(delay_s, _given(flags.interval_ms, interval_s * 1e3) / 1e3)
     return Deployment(
         _given(shared.ranks, 8), _given(shared.front_ends, 1), bool(shared.lockstep), routing, policy, shape, links,
-        shared.seed, _given(flags.warm_up, 0.0),
+        shared.seed, _given(flags.warm_up, 0.0), bind=_binding(flags.bind, routing),
     )  # fmt: skip
+
+
+def _binding(bind: str | None, routing: str) -> str:
+    if bind not in (None, "broker", "arrival"):
+        raise ConfigError(f"--bind: must be broker or arrival, not {bind!r}")
+    if bind is not None and routing != "least-load":
+        raise ConfigError(f"--bind: {routing} chooses the rank itself, when a request arrives")
+    return bind or "broker"
 
 
 def _given(value: Value | None, otherwise: Value) -> Value:

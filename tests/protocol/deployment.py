@@ -10,6 +10,7 @@ from paceline.protocol import codec, coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import AddRequest, Load
+from paceline.protocol.quota import AUTO, OFF
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from tests.protocol.harness import FrontEndShell, Group, Link, RankShell, World
@@ -17,6 +18,8 @@ from tests.protocol.harness import FrontEndShell, Group, Link, RankShell, World
 DELAY_S = 0.0005
 STEP_S = 0.01
 SYNC_INTERVAL = 4
+QUOTA = AUTO
+"""Steps take equally long here, so a prompt costs nothing: what is seen of it is how often ranks agree."""
 
 
 class TinyEngine:
@@ -105,7 +108,7 @@ class Deployment:
         """A new life of a rank."""
         machine = Rank(
             number, next(self._lives), f"tcp://rank-{number}", lockstep=self.lockstep, report_loads=not self.external,
-            sync_interval=SYNC_INTERVAL,
+            sync_interval=SYNC_INTERVAL, prefill_quota=QUOTA if self.lockstep else OFF,
         )  # fmt: skip
         up = Link(
             self.world, codec.from_rank(), lambda m: self.tell_coordinator(coordinator.RankSaid(m)), DELAY_S

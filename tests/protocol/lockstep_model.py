@@ -1,4 +1,7 @@
-"""A model of ranks in lockstep, for comparing policies: each step lasts as long as its slowest rank takes."""
+"""A model of ranks in lockstep, for comparing policies: each step lasts as long as its slowest rank takes.
+
+With the prefill quota the ranks agree after every step, from costs that they know exactly.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from msgspec import Struct
 
 from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import Policy, Query
+from paceline.protocol.quota import Outcome as Quota
+from paceline.protocol.quota import Part, decide, reduced
 
 STEP_S = 0.004
 TOKEN_S = 0.00004
@@ -32,11 +37,15 @@ class Running(Struct):
 
 
 class Outcome(Struct):
-    """`seconds` until all was done, mean and 99th percentile of the time to a first token."""
+    """`seconds` until all was done, mean and 99th percentile of the time to a first token, mean of the steps.
+
+    `step_s`: weighted by the answers that wait for their next token meanwhile.
+    """
 
     seconds: float
     mean_first_s: float
     p99_first_s: float
+    step_s: float
 
 
 class ModelRank:
@@ -52,10 +61,23 @@ class ModelRank:
             arrival = self.waiting.popleft()
             self.running.append(Running(arrival, arrival.prompt, arrival.answer))
 
-    def step(self) -> tuple[float, list[Arrival]]:
+    @property
+    def decoding(self) -> int:
+        """Requests that are past their prompts."""
+        return sum(not one.prefill for one in self.running)
+
+    def part(self, waited: int) -> Part:
+        """What this rank puts into an agreement."""
+        free = SLOTS - len(self.running)
+        pending = sum(one.prefill for one in self.running) + sum(one.prompt for one in list(self.waiting)[:free])
+        decode_s = STEP_S + self.decoding * SEQUENCE_S
+        return Part(BUDGET, pending, self.decoding, SLOTS, round(decode_s * 1e9), round(TOKEN_S * 1e9), waited)
+
+    def step(self, quota: int | None = None) -> tuple[float, list[Arrival]]:
         """Seconds that this rank needs, and the requests that have their first token after it."""
         decoding = [one for one in self.running if not one.prefill]
         budget, firsts = BUDGET - len(decoding), []
+        budget = budget if quota is None else min(budget, quota)
         used = 0
         for one in self.running:
             if one.prefill and budget > used:
@@ -90,11 +112,12 @@ def arrivals(seed: int, count: int, a_second: float, long_share: float) -> list[
     return made
 
 
-def run(policy: Policy, coming: list[Arrival], ranks: int) -> Outcome:
+def run(policy: Policy, coming: list[Arrival], ranks: int, with_quota: bool = False) -> Outcome:
     """Serve all arrivals over `ranks` ranks that step together; the policy sees every step's loads at once."""
     group = [ModelRank(rank) for rank in range(ranks)]
     candidates = Candidates(rank.candidate for rank in group)
     queue, now, firsts = deque(coming), 0.0, []
+    quota, waits_s, waiting = Quota(), 0.0, 0
     while queue or any(rank.running or rank.waiting for rank in group):
         if not any(rank.running or rank.waiting for rank in group):
             now = max(now, queue[0].at)
@@ -106,11 +129,15 @@ def run(policy: Policy, coming: list[Arrival], ranks: int) -> Outcome:
             candidates.changed(chosen.candidate.rank)
         for rank in group:
             rank.admit()
-        steps = [rank.step() for rank in group]
-        now += STEP_S + max(seconds for seconds, _ in steps)
+        writing = sum(rank.decoding for rank in group)
+        steps = [rank.step(quota.quota) for rank in group]
+        length_s = STEP_S + max(seconds for seconds, _ in steps)
+        now, waits_s, waiting = now + length_s, waits_s + writing * length_s, waiting + writing
+        if with_quota:
+            quota = decide(reduced(rank.part(quota.waited).packed() for rank in group))
         firsts += [now - arrival.at for _, having in steps for arrival in having]
         for rank in group:
             rank.report()
             candidates.changed(rank.candidate.rank)
     firsts.sort()
-    return Outcome(now, sum(firsts) / len(firsts), firsts[len(firsts) * 99 // 100])
+    return Outcome(now, sum(firsts) / len(firsts), firsts[len(firsts) * 99 // 100], waits_s / waiting)

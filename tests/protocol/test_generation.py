@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.protocol.generation import FORM_TIMEOUT_S, Generations, Position
+from paceline.protocol.generation import FORM_TIMEOUT_S, LOST_S, SILENT_S, Generations, Position
 from paceline.protocol.messages import GroupMember
 from paceline.protocol.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 
@@ -67,7 +67,7 @@ def test_a_new_life_makes_the_next_generation_once_the_others_have_spoken() -> N
     found.asks = False
     hear(found, 1, life=21, now=5.0)
     assert found.asks
-    assert found.due is None
+    assert not found.forming
     # The one that stayed still names the generation before until it has formed the new one.
     hear(found, 0, 1, now=5.1)
     assert found.form(5.1) == (2, [GroupMember(0, 10, "group 10"), GroupMember(1, 21, "group 21")])
@@ -75,14 +75,82 @@ def test_a_new_life_makes_the_next_generation_once_the_others_have_spoken() -> N
     assert found.number == 2
 
 
-def test_while_a_rank_is_away_nothing_is_formed() -> None:
+def test_while_a_rank_is_away_for_a_moment_nothing_is_formed() -> None:
     found = formed()
-    found.forget(1)
-    for now in (5.0, 5.1):
-        hear(found, 0, 0, now=now)
-        assert found.due is None
-    hear(found, 1, life=21, now=6.0)
-    assert (found.number, found.due) == (2, 6.0)
+    found.forget(1, 5.0)
+    hear(found, 0, 0, now=5.0)
+    assert found.due == 5.0 + LOST_S
+    assert found.form(5.05) is None
+    hear(found, 1, life=21, now=5.06)
+    assert (found.number, found.due) == (2, 5.06)
+
+
+def test_the_others_go_on_without_a_rank_that_is_lost() -> None:
+    found = formed(size=3)
+    found.forget(1, 5.0)
+    hear(found, 0, 0, told=1, now=5.0)
+    # The third is paused and has not noticed: it answers that it is a member.
+    hear(found, 2, 1, now=5.01)
+    assert found.form(5.0 + LOST_S) == (2, [GroupMember(0, 10, "group 10"), GroupMember(2, 12, "group 12")])
+    for rank in (0, 2):
+        hear(found, rank, 2, now=5.2)
+    assert (found.number, found.due, found.absent) == (2, None, {1})
+
+
+def test_a_survivor_that_is_slow_to_answer_is_waited_for_longer_than_one_that_is_lost() -> None:
+    found = formed(size=3)
+    found.forget(1, 5.0)
+    hear(found, 0, 0, told=1, now=5.0)
+    assert found.form(5.0 + LOST_S) is None
+    hear(found, 2, 1, now=5.9)
+    assert found.form(5.9) == (2, [GroupMember(0, 10, "group 10"), GroupMember(2, 12, "group 12")])
+
+
+def test_who_says_nothing_is_left_out_in_the_end_and_comes_back_when_it_speaks() -> None:
+    found = formed(size=3)
+    for rank in (0, 1):
+        hear(found, rank, 0, told=1, now=5.0)
+    assert found.due == 5.0 + SILENT_S
+    told = found.form(5.0 + SILENT_S)
+    assert told is not None
+    assert [member.rank for member in told[1]] == [0, 1]
+    for rank in (0, 1):
+        hear(found, rank, 2, now=7.5)
+    assert found.absent == {2}
+    hear(found, 2, 0, told=1, now=8.0)
+    assert found.absent == set()
+    for rank in (0, 1):
+        hear(found, rank, 2, now=8.0)
+    told = found.form(8.0)
+    assert told is not None
+    assert (told[0], [member.rank for member in told[1]]) == (3, [0, 1, 2])
+
+
+def test_before_the_first_generation_nobody_is_left_out() -> None:
+    found = Generations(3)
+    for rank in (0, 1):
+        hear(found, rank)
+    found.forget(1, 1.0)
+    assert found.form(1000.0) is None
+    assert found.absent == set()
+
+
+def test_a_new_coordinator_goes_on_with_those_that_answer() -> None:
+    found = Generations(3)
+    for rank in (0, 2):
+        hear(found, rank, 4, now=1.0)
+    assert (found.ended, found.due) == (True, 1.0 + SILENT_S)
+    told = found.form(1.0 + SILENT_S)
+    assert told is not None
+    # Not the one that they name: who says nothing may be a member of that.
+    assert (told[0], [member.rank for member in told[1]]) == (5, [0, 2])
+
+
+def test_the_last_survivor_goes_on_alone() -> None:
+    found = formed()
+    found.forget(0, 1.0)
+    hear(found, 1, 0, told=1, now=1.0)
+    assert found.form(1.0 + LOST_S) == (2, [GroupMember(1, 11, "group 11")])
 
 
 def test_a_forming_ends_with_a_member_that_goes() -> None:
@@ -90,11 +158,11 @@ def test_a_forming_ends_with_a_member_that_goes() -> None:
     hear(found, 0)
     hear(found, 1)
     found.form(0.0)
-    found.forget(1)
-    assert found.due is None
-    hear(found, 1, life=21, now=1.0)
-    hear(found, 0, told=1, now=1.0)
-    assert found.form(1.0) == (2, [GroupMember(0, 10, "group 10"), GroupMember(1, 21, "group 21")])
+    found.forget(1, 1.0)
+    assert not found.forming
+    hear(found, 1, life=21, now=1.01)
+    hear(found, 0, told=1, now=1.02)
+    assert found.form(1.02) == (2, [GroupMember(0, 10, "group 10"), GroupMember(1, 21, "group 21")])
 
 
 def test_members_that_fall_out_make_one_next_generation_when_all_have_spoken() -> None:
@@ -102,7 +170,7 @@ def test_members_that_fall_out_make_one_next_generation_when_all_have_spoken() -
     for rank in range(2):
         hear(found, rank, 0, told=1, now=1.0)
         hear(found, rank, 0, told=1, now=1.0)
-        assert found.due is None, "the third may be the one that has died"
+        assert not found.forming, "the third may be the one that has died"
     hear(found, 2, 1, now=1.0)
     assert (found.number, found.due) == (2, 1.0)
     for rank in range(3):
@@ -192,10 +260,10 @@ def test_the_number_only_grows_and_all_come_together_in_the_end(steps: list[tupl
                 lives[rank], member_of[rank] = 100 + index, 0
             case "falls out":
                 member_of[rank] = 0
-            case "forms" if found.number and found.due is not None:
+            case "forms" if found.number and found.forming:
                 member_of[rank] = found.number
             case "goes":
-                found.forget(rank)
+                found.forget(rank, float(index))
                 lives[rank], member_of[rank] = 100 + index, 0
                 known.discard(rank)
                 continue
@@ -203,7 +271,7 @@ def test_the_number_only_grows_and_all_come_together_in_the_end(steps: list[tupl
         known.add(rank)
         assert found.number >= last
         last = found.number
-        assert found.due is None or len(known) == 3
+        assert not found.forming or len(known) == 3
     for now in range(1000, 1005):
         for rank in range(3):
             hear(found, rank, member_of[rank], lives[rank], now)
@@ -220,7 +288,7 @@ def test_the_first_hello_of_a_rank_makes_nobody_speak_again() -> None:
     found = Generations(2)
     for rank in (0, 1):
         # The coordinator forgets what it knows of a rank when a life of it comes that it does not know.
-        found.forget(rank)
+        found.forget(rank, 5.0)
         hear(found, rank)
     assert not found.asks
     assert found.form(0.0) is not None

@@ -24,6 +24,8 @@ from paceline.protocol.quota import (
     reduced,
     setting_of,
 )
+from paceline.protocol.routing import LeastLoad
+from tests.protocol.lockstep_model import arrivals, run
 
 MS = 1_000_000
 
@@ -153,6 +155,16 @@ def test_a_budget_between_two_candidates_can_be_chosen_whole() -> None:
 def test_the_smallest_budget_is_everybodys() -> None:
     ranks = [rank(10**6, 1, budget, decode_ns=600 * MS) for budget in (100, 0, 2048)]
     assert outcome(*ranks).quota == 100
+
+
+@pytest.mark.parametrize("long_share", [0.0, 0.1, 0.5])
+def test_in_a_model_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
+    """Where prompts are all there is to do, as in the last case, nothing can be gained, and next to nothing is lost."""
+    coming = arrivals(3, 1_000, 1e6, long_share)
+    free, bound = (run(LeastLoad(), coming, 8, with_quota) for with_quota in (False, True))
+    print(f"all done {bound.seconds:.2f} s, {free.seconds:.2f} without; a step {bound.step_s:.4f}, {free.step_s:.4f}")
+    assert bound.seconds < 1.005 * free.seconds
+    assert bound.step_s < free.step_s
 
 
 def test_settings() -> None:

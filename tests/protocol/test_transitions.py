@@ -42,7 +42,7 @@ def seen() -> dict[str, dict[Any, set[str]]]:
 
     def watch_coordinator(machine: Coordinator, event: Any, now: float) -> Any:
         def states() -> tuple[str, str]:
-            return suspension_state(machine._suspension, list(machine._expected())), generation_state(
+            return suspension_state(machine._suspension, list(machine._expected(now))), generation_state(
                 machine._generations
             )
 

@@ -43,6 +43,13 @@ def test_nothing_is_wrong_within_the_default_bound() -> None:
     assert time.process_time() - begin < 60
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_nothing_is_wrong_where_somebody_dies_while_all_is_suspended() -> None:
+    result = walk(Bound(ranks=2, requests=1, losses=0, crashes=1, suspensions=1))
+    assert (result.decided, result.violations, result.trace) == (True, [], [])
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_that_is_left_out_is_found(rule: str) -> None:
     result = walk(Bound(without=frozenset({rule})))

@@ -52,6 +52,6 @@ def test_ranks_that_count_their_steps_on_in_the_next_generation_are_found(monkey
 
 
 def test_a_coordinator_that_holds_on_to_a_generation_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generations, "_end", lambda _: None)
+    monkeypatch.setattr(Generations, "_end", lambda *_: None)
     result = walk(Bound(ranks=2, requests=0, losses=0, crashes=1, grouped=True))
     assert result.trace[-1].startswith("Stuck: ")

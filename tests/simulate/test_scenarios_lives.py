@@ -93,3 +93,45 @@ def test_a_wake_and_a_suspension_that_reach_a_rank_together_leave_it_held() -> N
     late.hear(StartDPWave(0, None))
     deployment.world.run_for(2.0)
     assert steps(deployment) == before
+
+
+def test_survivors_go_on_without_a_rank_that_stays_away_and_it_joins_them_later() -> None:
+    """Rank 0 like any other. What the dead rank had is not spoken of here."""
+    deployment = deploy(NONE, ranks=4)
+    front_end = deployment.front_ends[0]
+    requests = [front_end.submit(rank=number, max_tokens=100) for number in (1, 2, 3)]
+    deployment.world.run_for(0.1)
+    deployment.crash_rank(0)
+    survivors = [deployment.ranks[number] for number in (1, 2, 3)]
+    formed = lambda: {rank.machine.generation for rank in survivors} == {2}  # noqa: E731
+    assert deployment.world.run_until(formed, limit_s=10.0) < 0.3
+    deployment.finish(limit_s=3.0)
+    assert [front_end.answers[request].tokens for request in requests] == [100] * 3
+    # A wave and a suspension need nobody who is not there.
+    front_end.submit(rank=1)
+    deployment.finish(limit_s=1.0)
+    control(deployment, front_end, "keep")
+    control(deployment, front_end, "resume")
+    deployment.start_rank(0)
+    front_end.submit(rank=2, max_tokens=100)
+    assert deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0) < 0.3
+    deployment.finish()
+    run_a_wave(deployment)
+    check_rest(deployment)
+
+
+def test_a_new_coordinator_lets_survivors_go_on_without_a_rank_that_died_meanwhile() -> None:
+    deployment = deploy(NONE, ranks=3)
+    front_end = deployment.front_ends[0]
+    request = front_end.submit(rank=1, max_tokens=100)
+    deployment.world.run_for(0.1)
+    deployment.crash_coordinator()
+    deployment.crash_rank(0)
+    deployment.world.run_for(0.1)
+    deployment.start_coordinator()
+    deployment.finish(limit_s=5.0)
+    assert front_end.answers[request].tokens == 100
+    deployment.start_rank(0)
+    deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0)
+    run_a_wave(deployment)
+    check_rest(deployment)

@@ -67,12 +67,16 @@ class EngineError(Exception):
 
 
 class EngineRequest(Struct, frozen=True, gc=False):
-    """One request as an engine sees it. `key`: the rank's own id for it, unique in its life."""
+    """One request as an engine sees it. `key`: the rank's own id for it, unique in its life.
+
+    `made_token_ids`: the answer's first tokens, already with its client (`Engine.resumes`).
+    """
 
     key: int
     prompt_token_ids: Sequence[int]
     params: SamplingParams
     priority: int = 0
+    made_token_ids: Sequence[int] = ()
 
 
 class StepResult(Struct, frozen=True, gc=False):
@@ -112,9 +116,13 @@ class Engine(ABC):
     """One rank's engine. Not thread-safe: one thread makes it and drives it.
 
     `lockstep`: whether its steps contain collectives, so that all ranks must step together, in waves.
+    `resumes`: whether it goes on with an answer that a rank which has died had begun: a request with `made_token_ids`
+    samples its next token as the rank that made those would have, they count against `max_tokens`, and no text is
+    shown twice. Without it such a request ends with an error, unless its client has nothing of it yet.
     """
 
     lockstep: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

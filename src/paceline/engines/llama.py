@@ -40,6 +40,8 @@ OPTIONS = ("repack",)
 class LlamaEngine(Engine):
     """llama.cpp behind the engine interface. `create` makes one."""
 
+    resumes = True
+
     def __init__(self, model: Any, context: Any, settings: EngineSettings, plan: MemoryPlan) -> None:
         self._model = model
         self._context = context
@@ -77,7 +79,11 @@ class LlamaEngine(Engine):
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
             return
         room = min(request.params.max_tokens, self._plan.max_model_len - len(request.prompt_token_ids))
-        self._schedule.add(Sequence(request, room))
+        sequence = Sequence(request, room)
+        for token in request.made_token_ids:
+            # What it shows has been shown.
+            sequence.text.push(self._vocabulary.piece(token, special=not request.params.skip_special_tokens))
+        self._schedule.add(sequence)
 
     def abort(self, key: int) -> None:
         self._refused = [output for output in self._refused if output.key != key]
@@ -119,8 +125,10 @@ class LlamaEngine(Engine):
             return "the prompt is empty"
         if len(prompt) >= length:
             return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
+        if len(request.made_token_ids) >= min(request.params.max_tokens, length - len(prompt)):
+            return f"the {len(request.made_token_ids)} tokens made already are the whole answer"
         # One bad token makes llama.cpp refuse the whole batch, everybody's.
-        for token in (*prompt, *request.params.logit_bias):
+        for token in (*prompt, *request.made_token_ids, *request.params.logit_bias):
             if not 0 <= token < size:
                 return f"token {token} is not in the vocabulary of {size} tokens"
         return None
@@ -171,8 +179,10 @@ class LlamaEngine(Engine):
         params = sequence.request.params
         if sequence.sampler is None:
             seed = self._random.getrandbits(32) if params.seed is None else params.seed
-            prompt = sequence.request.prompt_token_ids
-            sequence.sampler = Sampler(params, prompt, self._vocabulary.size, self._plan.max_model_len, seed)
+            request, window = sequence.request, self._plan.max_model_len
+            sequence.sampler = Sampler(params, request.prompt_token_ids, self._vocabulary.size, window, seed)
+            for made in request.made_token_ids:
+                sequence.sampler.accept(made)
         token = sequence.sampler.sample(self._context, row)
         logprobs = None if params.logprobs is None else [self._logprobs(token, row, params.logprobs)]
         sequence.tokens.append(token)

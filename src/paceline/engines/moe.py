@@ -36,6 +36,7 @@ class MoeEngine(Engine):
     """One rank of the model. `create` makes one; with a `dp_size` of 1 it needs no group."""
 
     lockstep: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
 
     def __init__(self, settings: EngineSettings, options: MoeOptions, limits: Limits) -> None:
         # Here and not at the top: a front-end imports this module for its tokenizer, and does without NumPy.
@@ -79,7 +80,11 @@ class MoeEngine(Engine):
         # Drawn here: a step that is made anew must not draw again.
         seed = self._random.getrandbits(32) if request.params.seed is None else request.params.seed
         room = min(request.params.max_tokens, self._limits.max_model_len - length)
-        self._schedule.add(Sequence(request, room, Sampler(request.params, length, seed)))
+        sequence = Sequence(request, room, Sampler(request.params, length, seed))
+        for token in request.made_token_ids:
+            # What it shows has been shown.
+            sequence.text.push(piece(token, special=not request.params.skip_special_tokens))
+        self._schedule.add(sequence)
 
     def abort(self, key: int) -> None:
         self._refused = [output for output in self._refused if output.key != key]
@@ -117,7 +122,9 @@ class MoeEngine(Engine):
             return "the prompt is empty"
         if len(prompt) >= length:
             return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
-        for token in (*prompt, *request.params.logit_bias):
+        if len(request.made_token_ids) >= min(request.params.max_tokens, length - len(prompt)):
+            return f"the {len(request.made_token_ids)} tokens made already are the whole answer"
+        for token in (*prompt, *request.made_token_ids, *request.params.logit_bias):
             if not 0 <= token < VOCABULARY:
                 return f"token {token} is not in the vocabulary of {VOCABULARY} tokens"
         return None

@@ -33,7 +33,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, room: int, sampler: Any = None) -> None:
         self.request = request
         self.prompt_length = len(request.prompt_token_ids)
-        self.tokens = list(request.prompt_token_ids)
+        self.tokens = [*request.prompt_token_ids, *request.made_token_ids]
         self.room = room
         self.sampler = sampler
         params = request.params

@@ -43,8 +43,8 @@ class _Sequence:
 
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
-        self.to_prefill = len(request.prompt_token_ids)
-        self.made = 0
+        self.made = len(request.made_token_ids)
+        self.to_prefill = len(request.prompt_token_ids) + self.made
 
     @property
     def kv(self) -> int:
@@ -59,6 +59,8 @@ class _Sequence:
 
 class TimedEngine(Engine):
     """An engine that only takes time."""
+
+    resumes = True
 
     def __init__(self, settings: EngineSettings, costs: CostModel) -> None:
         self._costs = costs
@@ -89,7 +91,10 @@ class TimedEngine(Engine):
 
     def add(self, request: EngineRequest) -> None:
         sequence = _Sequence(request)
-        if sequence.kv_reserved > self._kv_total:
+        if sequence.made >= request.params.max_tokens:
+            error = f"the {sequence.made} tokens made already are the whole answer"
+            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
+        elif sequence.kv_reserved > self._kv_total:
             error = f"needs {sequence.kv_reserved} tokens of KV memory, there are {self._kv_total}"
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
         else:

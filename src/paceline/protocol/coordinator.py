@@ -119,11 +119,14 @@ class Coordinator:
                     self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
-            case RankSubscribed():
+            case RankSubscribed(rank, incarnation):
+                if rank >= 0:
+                    self._membership.connected(rank, incarnation)
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
-                if self._membership.is_current(rank, incarnation):
-                    self._unhear(rank, now)
+                if self._membership.lose(rank, incarnation, now):
+                    self._forget_rank(rank, now)
+                    effects.append(Note(f"the connection of rank {rank} has ended"))
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
@@ -157,6 +160,11 @@ class Coordinator:
         if isinstance(message, RankHello):
             self._on_hello(message, now, effects)
             return
+        # A rank that leaves may be lost by now: the end of its connection comes on another socket.
+        if isinstance(message, RankLeaving) and self._membership.leave(message.rank, message.incarnation):
+            self._forget_rank(message.rank, now)
+            effects.append(Note(f"rank {message.rank} has left"))
+            return
         if not self._membership.is_current(message.rank, message.incarnation):
             self._dropped += 1
             if not self._membership.is_retired(message.rank, message.incarnation):
@@ -172,11 +180,7 @@ class Coordinator:
             case StallReport():
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
-                    effects += self._stall_notes()
-            case RankLeaving(rank, incarnation):
-                self._membership.leave(rank, incarnation)
-                self._forget_rank(rank, now)
-                effects.append(Note(f"rank {rank} has left"))
+                    effects += [Note(line, urgent=True) for line in self._stalls.lines()]
             case _:
                 self._dropped += 1
 
@@ -226,11 +230,6 @@ class Coordinator:
         self._broker.mark(report.rank)
         self._publisher.loads_changed(now)
 
-    def _stall_notes(self) -> list[Effect]:
-        if not self._stalls.found:
-            return [Note("no rank holds the group up any more", urgent=True)]
-        return [Note(describe(stall), urgent=True) for stall in self._stalls.found]
-
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
         self._unhear(rank, now)
@@ -239,7 +238,7 @@ class Coordinator:
     def _unhear(self, rank: int, now: float) -> None:
         """What the rank last said of waves, groups and suspensions does not hold any more."""
         self._group.forget(rank, now)
-        self._generations.forget(rank)
+        self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
         self._broker.lost(rank)
@@ -285,19 +284,20 @@ class Coordinator:
 
     # Suspension -------------------------------------------------------------------------------
 
-    def _expected(self) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for independent ranks that have left.
+    def _expected(self, now: float) -> Iterable[int]:
+        """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
+        without, who are told when they come.
 
         A rank that was told of no suspension when it joined must not step either.
         """
-        gone = set() if self.lockstep else self._membership.gone()
+        gone = self._generations.absent if self.lockstep else self._membership.gone(now)
         return (rank for rank in range(self._membership.size) if rank not in gone)
 
     def _suspension_changed(self, now: float) -> None:
-        self._suspension.advance(self._expected(), now)
+        self._suspension.advance(self._expected(now), now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
-        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected())
+        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected(now))
         if self._suspension_state != before:
             self._publisher.changed(now)
 
@@ -327,6 +327,10 @@ class Coordinator:
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
+        for rank in self._generations.absent:
+            # Nothing is to be learned from who is not there, and nobody waits for its word.
+            self._introductions.heard(rank)
+            self._suspension_changed(now)
         if formed is not None:
             number, members = formed
             effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
@@ -340,7 +344,7 @@ class Coordinator:
             effects.append(ToRanks(wake))
             if self._suspension.standing.suspended:
                 self._suspension.woke(now)
-                self._suspension_state = self._suspension.state(self._expected())
+                self._suspension_state = self._suspension.state(self._expected(now))
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))

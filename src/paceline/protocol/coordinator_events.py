@@ -34,7 +34,13 @@ class FrontEndSaid(Struct, frozen=True):
 
 
 class RankSubscribed(Struct, frozen=True):
-    """A rank's connection for broadcasts has come up: what was sent before, it has not heard."""
+    """A rank's connection for broadcasts has come up: what was sent before, it has not heard.
+
+    `rank`, `incarnation`: which life's, where that is known.
+    """
+
+    rank: int = -1
+    incarnation: int = -1
 
 
 class RankGone(Struct, frozen=True):

@@ -6,8 +6,12 @@ ranks say. Three things make that safe:
 - Only a RankHello introduces a new life of a rank; any other message from a life that is not the
   current one is void.
 - A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
-  compared for equality only: clocks jump, so a larger one need not be the newer one.
+  compared for equality only: clocks jump, so a larger one need not be the newer one. So a new coordinator, which has
+  retired nobody, tells a late hello of the dead from a new life by the connection: nobody takes the place of a life
+  that is connected before it is connected itself.
 - A rank becomes ready by saying so, after it was told the wave.
+- A rank whose connection has ended is lost: no member, and what still arrives of it is void, until it has connected
+  anew and says hello. It is not retired, since it need not be dead.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from msgspec import Struct
 from paceline.protocol.messages import Member
 
 RETIRED_KEPT = 16
+LOST_S = 2.0
+"""After this a rank whose connection has ended is taken for dead, in questions that wait for an answer of all."""
 
 
 class RankState(Enum):
@@ -28,6 +34,7 @@ class RankState(Enum):
     ABSENT = "absent"
     JOINING = "joining"
     READY = "ready"
+    LOST = "lost"
     GONE = "gone"
 
 
@@ -36,6 +43,7 @@ class Said(Enum):
 
     HELLO = "hello"
     HELLO_READY = "hello, ready"
+    LOST = "connection ended"
     LEAVING = "leaving"
 
 
@@ -50,6 +58,11 @@ TRANSITIONS: dict[tuple[RankState, Said], RankState] = {
     (RankState.READY, Said.HELLO): RankState.READY,
     (RankState.READY, Said.HELLO_READY): RankState.READY,
     (RankState.READY, Said.LEAVING): RankState.GONE,
+    (RankState.JOINING, Said.LOST): RankState.LOST,
+    (RankState.READY, Said.LOST): RankState.LOST,
+    (RankState.LOST, Said.HELLO): RankState.JOINING,
+    (RankState.LOST, Said.HELLO_READY): RankState.READY,
+    (RankState.LOST, Said.LEAVING): RankState.GONE,
     (RankState.GONE, Said.HELLO): RankState.JOINING,
     (RankState.GONE, Said.HELLO_READY): RankState.READY,
 }
@@ -57,12 +70,13 @@ TRANSITIONS: dict[tuple[RankState, Said], RankState] = {
 
 
 class RankEntry(Struct):
-    """One rank: the life that is current, where it is reached, and its place."""
+    """One rank: the life that is current, where it is reached, and its place. `lost_at`: since when it is lost."""
 
     rank: int
     incarnation: int
     address: str
     state: RankState
+    lost_at: float | None = None
 
 
 class Membership:
@@ -72,6 +86,7 @@ class Membership:
         self.size = size
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
+        self._connected: set[tuple[int, int]] = set()
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
@@ -79,7 +94,11 @@ class Membership:
         if incarnation in self._retired.get(rank, ()):
             return False
         entry = self._entries.get(rank)
+        if entry is not None and entry.incarnation == incarnation and entry.lost_at is not None:
+            return False
         if entry is not None and entry.incarnation != incarnation:
+            if (rank, entry.incarnation) in self._connected and (rank, incarnation) not in self._connected:
+                return False
             self._retire(entry)
             entry = None
         state = entry.state if entry else RankState.ABSENT
@@ -98,10 +117,30 @@ class Membership:
         self._members = None
         return True
 
+    def lose(self, rank: int, incarnation: int, now: float) -> bool:
+        """The connection of a life has ended. Returns whether that is news of the current one."""
+        self._connected.discard((rank, incarnation))
+        if not self.is_current(rank, incarnation):
+            return False
+        entry = self._entries[rank]
+        entry.state, entry.lost_at = TRANSITIONS[entry.state, Said.LOST], now
+        self._members = None
+        return True
+
+    def connected(self, rank: int, incarnation: int) -> None:
+        """A life has connected, perhaps anew: from here on its hello counts."""
+        if rank < self.size:
+            self._connected.add((rank, incarnation))
+        entry = self._entries.get(rank)
+        if entry is not None and entry.incarnation == incarnation:
+            entry.lost_at = None
+
     def is_current(self, rank: int, incarnation: int) -> bool:
         """Whether a message from this life of the rank counts."""
         entry = self._entries.get(rank)
-        return entry is not None and entry.incarnation == incarnation and entry.state is not RankState.GONE
+        if entry is None or entry.incarnation != incarnation:
+            return False
+        return entry.state not in (RankState.GONE, RankState.LOST)
 
     def is_retired(self, rank: int, incarnation: int) -> bool:
         """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
@@ -131,9 +170,14 @@ class Membership:
         """Ranks of the deployment that are not ready."""
         return [rank for rank in range(self.size) if not self.is_ready(rank)]
 
-    def gone(self) -> set[int]:
-        """Ranks that have left in good order, and are not back."""
-        return {rank for rank, entry in self._entries.items() if entry.state is RankState.GONE}
+    def gone(self, now: float) -> set[int]:
+        """Ranks that have left in good order, or are lost for longer than it takes to connect anew, and not back."""
+        return {
+            rank
+            for rank, entry in self._entries.items()
+            if entry.state is RankState.GONE
+            or (entry.state is RankState.LOST and entry.lost_at is not None and now >= entry.lost_at + LOST_S)
+        }
 
     def ended(self) -> list[tuple[int, int]]:
         """Of each rank that is not ready, the life that ended last, if any did."""

@@ -95,7 +95,7 @@ class Rank:
         self._report_loads = report_loads
         self._group_address = group_address
         self._without = checked(without)
-        self._forming = 0
+        self.told = 0
         self._to_form: Form | None = None
         self._mid_step = False
         self._hello_due: float | None = None
@@ -294,14 +294,14 @@ class Rank:
         lives = {(member.rank, member.incarnation) for member in form.members}
         if self.phase not in (Phase.JOINING, Phase.READY) or (self.rank, self.incarnation) not in lives:
             return []
-        if form.generation <= self._forming:
+        if form.generation <= self.told:
             return [self._hello()] if form.generation == self.generation else []
-        if self.phase is Phase.JOINING:
+        if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
         self._learn(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.generation = 0
-        self._forming = form.generation
+        self.told = form.generation
         self._to_form = form
         return []
 
@@ -345,6 +345,6 @@ class Rank:
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
                 self.running, standing.number, standing.mode, held, self._group_address, self.generation,
-                self._forming,
+                self.told,
             )
         )  # fmt: skip

@@ -121,7 +121,7 @@ class RankRequests:
         """The engine's load, with what is held, and what has been finished."""
         if not self._held:
             return msgspec.structs.replace(engine, finished=self.finished)
-        tokens = sum(len(request.prompt_token_ids) for request in self._held.values())
+        tokens = sum(request.tokens for request in self._held.values())
         return msgspec.structs.replace(
             engine,
             waiting=engine.waiting + len(self._held),

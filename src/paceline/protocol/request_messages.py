@@ -23,6 +23,8 @@ class AddRequest(Message, frozen=True, tag="add"):
     `number`: 1 for the first send to this life of the rank, then one more each: the numbering on
     which the exact accounting rests. `incarnation`: the life meant; another one refuses the request.
     `wave`: the wave the front-end believes current. `priority`: lower goes first, as in vLLM.
+    `made_token_ids`: the answer's first tokens, where another life of a rank has made them and its client has them:
+    the next one is sampled behind them as if this rank had made them, and what was shown of them is not shown again.
     """
 
     request: Identity
@@ -32,6 +34,12 @@ class AddRequest(Message, frozen=True, tag="add"):
     prompt_token_ids: list[TokenId]
     params: SamplingParams
     priority: int = 0
+    made_token_ids: list[TokenId] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute before the next one of the answer."""
+        return len(self.prompt_token_ids) + len(self.made_token_ids)
 
 
 class AbortRequests(Message, frozen=True, tag="abort"):

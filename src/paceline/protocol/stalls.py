@@ -31,6 +31,10 @@ class Stalls:
         self._reports.pop(rank, None)
         return self._settle()
 
+    def lines(self) -> list[str]:
+        """What is to be said of it, a line each."""
+        return [describe(stall) for stall in self.found] or ["no rank holds the group up any more"]
+
     def _settle(self) -> bool:
         before = [stall.rank for stall in self.found]
         named = {rank for report in self._reports.values() for rank in report.ranks}

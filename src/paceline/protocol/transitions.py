@@ -89,7 +89,7 @@ def generation_state(generations: Generations) -> str:
     """A generation's state, as `GENERATION` names it."""
     if generations.ended:
         return "ended"
-    return "forming" if generations.due is not None else "formed"
+    return "forming" if generations.forming else "formed"
 
 
 def diagram(table: Table) -> str:

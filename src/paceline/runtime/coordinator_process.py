@@ -238,10 +238,10 @@ class DPCoordinatorProc:
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
+        life = codec.read_rank_topic(frame[1:])
         if frame[:1] == b"\x01":
-            self._handle(RankSubscribed())
+            self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
         elif frame[:1] == b"\x00":
-            life = codec.read_rank_topic(frame[1:])
             if life is not None:
                 self._handle(RankGone(*life))
         else:

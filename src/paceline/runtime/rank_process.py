@@ -160,7 +160,11 @@ class EngineRank:
                 self._engine.limit_prefill(prefill_quota)
                 self._step()
             case Take(key, request):
-                self._engine.add(EngineRequest(key, request.prompt_token_ids, request.params, request.priority))
+                self._engine.add(
+                    EngineRequest(
+                        key, request.prompt_token_ids, request.params, request.priority, request.made_token_ids
+                    )
+                )
             case Drop(key):
                 self._engine.abort(key)
             # A stop that was asked for before this has been taken out of the inbox already.

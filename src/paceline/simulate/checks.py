@@ -135,7 +135,10 @@ class Checks:
             raise Violation(why, party.name)
 
     def _ready(self) -> list[RankParty]:
-        return [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+        """The ranks that count: those that the others have gone on without take part in nothing."""
+        ready = [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+        newest = max((party.machine.told for party in ready), default=0)
+        return [party for party in ready if party.machine.told == newest]
 
     # The coordinator ----------------------------------------------------------------------------
 

@@ -145,11 +145,14 @@ class Deployment:
         return party
 
     def crash_rank(self, number: int) -> None:
-        """The rank's process is gone without a word."""
+        """The rank's process is gone without a word; the coordinator sees its connection end."""
         party = self.ranks[number]
         self.world.journal.record(self.world.now, party.name, "crashes")
         party.kill()
         party.broadcasts.close()
+        if party.connected:
+            gone, life = coordinator.RankGone(number, party.machine.incarnation), self.coordinator
+            self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(life, gone))
 
     def start_front_end(self, index: int) -> FrontEndParty:
         """A new life of a front-end."""
@@ -223,7 +226,7 @@ class Deployment:
         def subscribe() -> None:
             if party.alive and life is self.coordinator and not party.connected:
                 party.connected = True
-                life.feed(coordinator.RankSubscribed())
+                life.feed(coordinator.RankSubscribed(party.machine.rank, party.machine.incarnation))
 
         self.world.after(self._draw_connecting(), subscribe)
         self.world.after(self._draw_connecting(), partial(self._release, party.to_coordinator, life))

@@ -17,9 +17,9 @@ class _Sequence:
 
     def __init__(self, key: int, request: AddRequest) -> None:
         self.key = key
-        self.to_prefill = len(request.prompt_token_ids)
+        self.to_prefill = request.tokens
         self.limit = request.params.max_tokens
-        self.made = 0
+        self.made = len(request.made_token_ids)
         self.chunk = 0
         self.started = False
 

@@ -132,6 +132,14 @@ class Coordinators:
             found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
         return found
 
+    def counts_up(self, number: int, timer: str) -> bool:
+        """Whether the ranks would be told of the suspension under a new number when this timer is due.
+
+        Numbers would grow for ever with a timer that is faster than everybody. So such a repeat comes when nobody is
+        about to do anything else; one that comes earlier counts as a loss.
+        """
+        return timer == "wake" and self._states[number]._suspension.standing.suspended
+
     def renumbered(self, number: int, order: Sequence[int]) -> int:
         """The state in which rank `order[i]` is rank `i`."""
         key = (number, tuple(order))
@@ -220,6 +228,8 @@ def _key(machine: Coordinator) -> Hashable:
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
     introductions._due = LATER if introductions._asks and unheard else None
+    # A rank that dies is back at once here: that the others go on without it is left to the simulator.
+    generations._lost_at = generations._silent_at = None
     if generations._due is None:
         generations._give_up_at = float("inf")
     if generations._spoken is not None:

@@ -123,7 +123,7 @@ class GroupedWorld(World):
             life = self.blocks.life(number)
             machine = life.machine
             tried = machine._to_form is None and group not in (life.forming, life.group)
-            if machine._forming > group[0] or (machine._forming == group[0] and tried):
+            if machine.told > group[0] or (machine.told == group[0] and tried):
                 return True
         return False
 

@@ -65,7 +65,7 @@ class GroupedBlocks(Blocks):
         if after is None:
             block = self[number]
             what = self.messages[message]
-            told = isinstance(what, Form) and what.generation <= self.life(number).machine._forming
+            told = isinstance(what, Form) and what.generation <= self.life(number).machine.told
             if block.connected and message not in block.down and not told:
                 block = block._replace(down=(*block.down, message))
             after = self.number(block)
@@ -104,14 +104,14 @@ class GroupedBlocks(Blocks):
         return effects
 
     def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:
-        if life.machine._forming:
+        if life.machine.told:
             # What it was told before is not read again (`broadcast`), so it may go unread.
             down = tuple(name for name in block.down if not self._outdated(self.messages[name], life))
             block = block._replace(down=down)
         return super()._put(block, life, effects)
 
     def _outdated(self, message: object, life: Life) -> bool:
-        return isinstance(message, Form) and message.generation <= life.machine._forming
+        return isinstance(message, Form) and message.generation <= life.machine.told
 
 
 def _in_short(form: Form, rank: int) -> Form:

@@ -189,8 +189,15 @@ class Level:
         silent = (self._of_blocks(self.block.reached, blocks) * bits).sum(axis=0)
         places, rows = self.coordinator.ticks(states[COORDINATOR])
         due = (rows[:, 1] & silent[places]) > 0
-        places, event = places[due], rows[due, 0]
-        self._seen(sources[places], states[:, places], event, 0, True)
+        stirs = self._of_blocks(self.block.stirs, blocks).any(axis=0)
+        stirs |= self._of_blocks(self.block.running, blocks).all(axis=0)
+        early = (rows[:, 2] > 0) & np.asarray(stirs)[places]
+        some = np.flatnonzero(due & ~early)
+        self._seen(sources[places[some]], states[:, places[some]], rows[some, 0], 0, True)
+        some = np.flatnonzero(due & early & (self.common.losses(states[COMMON])[places] > 0))
+        before = states[:, places[some]]
+        before[COMMON] = self.common.lost(before[COMMON])
+        self._seen(sources[places[some]], before, rows[some, 0], 0, False)
 
     def _round(self, sources: Ints, states: Ints) -> Ints:
         """All ranks run and take part in a step, and in the agreement if one is due. Returns the columns of those."""

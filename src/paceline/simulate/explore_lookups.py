@@ -54,8 +54,8 @@ class CoordinatorLookups:
         self.resting = Table(lambda state, _: not coordinators.timers(state))
         self.tells = Table(lambda state, _: world.commuting.tells(state))
         self.next_life = Table(lambda state, _: coordinators.fresh(coordinators[state].identity + 1))
-        # Events, each with the ranks, as bits, of which one must be silent for it.
-        self.ticks = Fan(2, self._ticks)
+        # Events, each with the ranks, as bits, of which one must be silent for it, and whether it makes a new number.
+        self.ticks = Fan(3, self._ticks)
         # By answer.
         self.state = Table(lambda answer, _: self._answers[answer].state)
         self.echo = Table(lambda answer, _: self._echoed(self._answers[answer]))
@@ -111,9 +111,15 @@ class CoordinatorLookups:
         self._world.check_broadcasts(self._answers[answer])
         return True
 
-    def _ticks(self, state: int) -> list[tuple[int, int]]:
-        timers = self._coordinators.timers(state)
-        return [(self.event(("tick", timer)), sum(1 << rank for rank in set(ranks))) for timer, ranks in timers]
+    def _ticks(self, state: int) -> list[tuple[int, int, bool]]:
+        return [
+            (
+                self.event(("tick", timer)),
+                sum(1 << rank for rank in set(ranks)),
+                self._coordinators.counts_up(state, timer),
+            )
+            for timer, ranks in self._coordinators.timers(state)
+        ]
 
     def _hears(self, answer: Answer, rank: int) -> int:
         names = [self._world.blocks.neutral(message, rank) for message in answer.broadcasts]
@@ -176,6 +182,7 @@ class BlockLookups:
         self.running = Table(lambda number, _: blocks.running[number])
         self.quiet = Table(lambda number, _: blocks.quiet(number))
         self.suspension = Table(lambda number, _: blocks.life(number).machine.standing.number)
+        self.stirs = Table(lambda number, _: blocks.stirs(number))
         self.reached = Table(lambda number, _: blocks[number].connected and not blocks[number].down)
         self.tidied = Table(lambda number, known: blocks.tidied(number, bool(known)))
         self.hears = Table(lambda number, _: -1 if (after := commuting.hears(number)) is None else after)

@@ -87,7 +87,8 @@ def freeze(value: Any) -> Hashable:
     if kept is None:
         dropped = DROPPED.get(kind.__name__, frozenset())
         kept = _kept[kind] = tuple(name for name in attributes(value) if name not in dropped)
-    return (kind.__name__, tuple([freeze(getattr(value, name)) for name in kept]))
+    parts = [getattr(value, name) for name in kept]
+    return (kind.__name__, tuple([one if type(one) in ATOMS else freeze(one) for one in parts]))
 
 
 def attributes(thing: Any) -> tuple[str, ...]:
@@ -123,10 +124,12 @@ def renumber(value: Any, ranks: Callable[[int], int] = lambda rank: rank) -> Any
         return value
     names = attributes(value)
     if isinstance(value, msgspec.Struct):
-        return kind(*[renumber(getattr(value, name), ranks) for name in names])
+        parts = [getattr(value, name) for name in names]
+        return kind(*[one if type(one) in ATOMS else renumber(one, ranks) for one in parts])
     copy = object.__new__(kind)
     for name in names:
-        setattr(copy, name, renumber(getattr(value, name), ranks))
+        one = getattr(value, name)
+        setattr(copy, name, one if type(one) in ATOMS else renumber(one, ranks))
     return copy
 
 

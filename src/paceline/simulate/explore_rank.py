@@ -20,45 +20,33 @@ What the walk does not tell apart, and why it may not matter:
 
 from __future__ import annotations
 
-from paceline.protocol.invariants import answered_once, runs_only_when_ready, wave_never_falls
 from paceline.protocol.messages import AddRequest, Admit, FromRank, Identify, Load, RankHello, StartDPWave, ToRank
-from paceline.protocol.rank import Phase, Rank
+from paceline.protocol.rank import Phase
 from paceline.protocol.rank_events import (
     IN_MID_STEP,
-    Again,
-    Agree,
     Agreed,
     CoordinatorSaid,
-    Drop,
-    DummyStep,
     Effect,
     Event,
     FrontEndSaid,
     Loaded,
-    Step,
-    StepOutput,
-    Stepped,
-    Take,
     ToCoordinator,
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Broken, Life, demand
-from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, renumber
+from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Life
+from paceline.simulate.explore_machine import Machines
+from paceline.simulate.explore_parts import LATER, Register, renumber
 
 
-class Blocks:
+class Blocks(Machines):
     """All blocks met, and what can become of them.
 
     `steps`: engine steps that a request takes. `sync_interval`: steps between agreements. `without`: rules left out.
     """
 
-    group_address = ""
-
     def __init__(self, steps: int, sync_interval: int, without: frozenset[str] = frozenset()) -> None:
-        self._steps = steps
-        self._without = without
-        self._sync_interval = sync_interval
+        super().__init__(steps, sync_interval, without)
         self._lives: Register[Life] = Register(Life.key)
         self.messages: Register[FromRank | ToRank] = Register()
         self._numbers: dict[Block, int] = {}
@@ -107,11 +95,8 @@ class Blocks:
         return self._loaded(self.incarnation[number] + 1, nothing)
 
     def _loaded(self, incarnation: int, block: Block) -> int:
-        rank = Rank(
-            RankLabel(0), incarnation, "rank", lockstep=True, report_loads=False, sync_interval=self._sync_interval,
-            group_address=self.group_address, without=self._without,
-        )  # fmt: skip
-        return self._after(block._replace(life=self._lives.number(Life(rank, {}))), Loaded())
+        life = self._new_life(incarnation)
+        return self._after(block._replace(life=self._lives.number(life)), Loaded())
 
     def quiet(self, number: int) -> bool:
         """Whether nothing is under way at this rank: paused, without requests, its links empty."""
@@ -120,6 +105,11 @@ class Blocks:
             return False
         moving = block.up or block.down or block.arriving or block.notices
         return block.connected and not moving and not life.unfinished and not life.machine.running
+
+    def stirs(self, number: int) -> bool:
+        """Whether anything at the rank, or about it, is about to happen by itself."""
+        block = self._blocks[number]
+        return not block.connected or bool(block.notices) or any(not move.waits for move in self.moves(number))
 
     def tidied(self, number: int, known: bool) -> int:
         """The block without wakes that change nothing, now or later.
@@ -278,25 +268,10 @@ class Blocks:
 
     def _step(self, number: int) -> int:
         life = self.life(number).copy()
-        effects = self._turn(life)
-        outputs: list[StepOutput] = []
-        names: list[int] = []
-        if any(isinstance(effect, Step) for effect in effects):
-            for key in sorted(life.left):
-                life.left[key] -= 1
-                finished = life.left[key] == 0
-                outputs.append(StepOutput(key, [1], "", "length" if finished else None))
-                if finished:
-                    del life.left[key]
-                    names.append(life.machine.requests._owners[key][1])
-        elif not any(isinstance(effect, DummyStep) for effect in effects):
-            raise Broken("a rank that runs does not step")
-        answers = self._handle(life, Stepped(outputs, Load(), bool(life.left)))
-        demand(answered_once(names, answers))
-        life.agree = next((effect for effect in answers if isinstance(effect, Agree)), None)
-        return self._put(self._blocks[number], life, effects + answers)
+        effects = self._take_a_step(life)
+        return self._put(self._blocks[number], life, effects)
 
-    # The machine ----------------------------------------------------------------------------------
+    # The rank and its links -----------------------------------------------------------------------
 
     def _after(self, block: Block, event: Event) -> int:
         life = self._lives[block.life].copy()
@@ -304,31 +279,6 @@ class Blocks:
         if life.idle:
             effects += self._turn(life)
         return self._put(block, life, effects)
-
-    def _turn(self, life: Life) -> list[Effect]:
-        """What the rank does when all that has come is read, up to the step that it would begin."""
-        effects: list[Effect] = []
-        again = True
-        while again:
-            made = self._handle(life, Turn(Load(), bool(life.left)))
-            again = any(isinstance(effect, Again) for effect in made)
-            effects += made
-        return effects
-
-    def _handle(self, life: Life, event: Event, now: float = NOW) -> list[Effect]:
-        wave = life.machine.wave
-        try:
-            effects = life.machine.handle(event, now)
-        except Exception as error:
-            raise Broken(f"a rank's machine failed: {type(error).__name__}: {error}") from error
-        for effect in effects:
-            if isinstance(effect, Take):
-                life.left[effect.key] = self._steps
-            elif isinstance(effect, Drop):
-                del life.left[effect.key]
-        demand(wave_never_falls("a rank", wave, life.machine.wave))
-        demand(runs_only_when_ready(life.machine))
-        return effects
 
     def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:
         up = list(block.up)

@@ -205,10 +205,19 @@ class World:
         if any(block.up for block in reach):
             return
         for timer, waiting in self.coordinators.timers(state[COORDINATOR]):
-            silent = [rank for rank in waiting if reach[rank].connected and not reach[rank].down]
-            if silent:
-                answer = self.coordinators.tick(state[COORDINATOR], timer)
+            if not any(reach[rank].connected and not reach[rank].down for rank in waiting):
+                continue
+            answer = self.coordinators.tick(state[COORDINATOR], timer)
+            if not (self.coordinators.counts_up(state[COORDINATOR], timer) and self._stirs(state)):
                 yield from self._answered(state, answer, Action("tick"))
+            elif (common := self.common(state)).losses:
+                fewer = self._changed(state, common._replace(losses=common.losses - 1))
+                yield from self._answered(fewer, answer, Action("tick", fair=False))
+
+    def _stirs(self, state: State) -> bool:
+        """Whether ranks are about to do something by themselves, a step included."""
+        blocks = self.blocks
+        return any(map(blocks.stirs, state[FIRST_BLOCK:])) or all(blocks.running[one] for one in state[FIRST_BLOCK:])
 
     def _answered(self, state: State, answer: Answer, action: Action) -> Moves:
         common = self.after_answer(self.common(state), answer)

@@ -43,6 +43,16 @@ def test_views_tell_of_the_ranks_as_they_were_when_they_reported() -> None:
         assert front.machine.in_flight() == 0
 
 
+def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
+    arrivals = drawn(400, 60.0)
+    broker, arrival = (
+        finished(arrivals, ranks=4, front_ends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
+    )
+    bound = finished(arrivals, ranks=4, routing="oracle", slots=16).outcome
+    assert broker.ttft_p99_ms < arrival.ttft_p99_ms
+    assert broker.ttft_p99_ms < bound.ttft_p99_ms * 1.1
+
+
 def test_front_ends_share_their_sends() -> None:
     # A burst through four front-ends: nobody knows of the others' but by the relay, and still it is level.
     arrivals = [Arrival(0.001 * number, 1000, 50) for number in range(64)]

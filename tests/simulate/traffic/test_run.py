@@ -63,12 +63,14 @@ def test_the_same_seed_is_the_same_run(routing: str, lockstep: bool) -> None:
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
+@pytest.mark.parametrize("bind", ["broker", "arrival"])
 @pytest.mark.parametrize("routing", ["round-robin", "sglang-total-tokens", "least-load"])
 def test_many_steps_at_once_are_as_many_single_ones(
-    routing: str, lockstep: bool, monkeypatch: pytest.MonkeyPatch
+    routing: str, bind: str, lockstep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrivals = drawn(100, 12.0)
-    settings = {"ranks": 3, "front_ends": 2, "routing": routing, "lockstep": lockstep, "slots": 24, "quota": False}
+    settings = {"ranks": 3, "front_ends": 2, "routing": routing, "bind": bind, "lockstep": lockstep, "slots": 24}
+    settings |= {"quota": False}
     many = times(finished(arrivals, **settings))
     steady = Engine.steady
     monkeypatch.setattr(Engine, "steady", lambda engine: min(1, steady(engine)))

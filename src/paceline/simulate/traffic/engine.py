@@ -51,6 +51,7 @@ class Counts(NamedTuple):
     decoding: int = 0
     to_prefill: int = 0
     kv_used: int = 0
+    kv_waiting: int = 0
 
 
 class Engine:
@@ -114,7 +115,10 @@ class Engine:
 
     def counts(self) -> Counts:
         """What there is now; only between two steps."""
-        return Counts(len(self.waiting), len(self.running), self.decoding, self.to_prefill, self.kv_used)
+        return Counts(
+            len(self.waiting), len(self.running), self.decoding, self.to_prefill, self.kv_used,
+            sum(sequence.to_prefill for sequence in self.waiting),
+        )  # fmt: skip
 
     def load(self, counts: Counts, grown: int) -> Load:
         """The load that the rank reports, with `grown` more tokens in KV memory than when it was counted."""
@@ -128,6 +132,7 @@ class Engine:
             # Nobody knows how long answers will be: those that run are expected to go on as long as any other.
             kv_reserved=used, answers_left=counts.running * answer,
             first_end=answer // counts.running if counts.running else 0, answer_tokens=answer,
+            kv_waiting=counts.kv_waiting,
         )  # fmt: skip
 
     def left(self, sequence: Sequence) -> int:

@@ -22,7 +22,6 @@ from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AddRequest,
     Admit,
-    FrontEndHello,
     LoadView,
     Output,
     Outputs,
@@ -47,9 +46,6 @@ FIRST_FRONT_END = 1 << 21
 SOON_S = 1e-6
 """How long before a view goes out the ranks' newest reports are at the coordinator."""
 
-MAX_TOKENS = 1 << 20
-"""Clients let answers end by themselves, so nobody is told how long they will be."""
-
 
 class Links(Struct, frozen=True):
     """`delay_s`: how long a message is on its way. `interval_s`: least time between two load views."""
@@ -61,29 +57,37 @@ class Links(Struct, frozen=True):
 class Front:
     """One front-end: its machine, and what has come for it that it has not looked at."""
 
-    __slots__ = ("inbox", "machine", "viewed")
+    __slots__ = ("inbox", "machine", "viewed", "watched")
 
     def __init__(self, machine: FrontEnd) -> None:
         self.machine = machine
         self.viewed = 0.0
+        self.watched = False
         self.inbox: deque[tuple[float, at_front_end.Event]] = deque()
 
 
 class Paceline(ControlPlane):
     """The control plane of this package.
 
-    `policies`: one a front-end. `contents`: whether they look at what the prompts are, not only at how long.
+    `policies`: one a front-end. `max_tokens`: what clients allow an answer to have. `brokered`: whether requests wait
+    in the coordinator's queue until a rank can start them, or are bound at arrival. `contents`: whether policies look
+    at what the prompts are, not only at how long.
     """
 
     def __init__(
-        self, clock: Clock, policies: list[Policy], lockstep: bool, links: Links, contents: bool = False
-    ) -> None:  # fmt: skip
+        self, clock: Clock, policies: list[Policy], lockstep: bool, links: Links, max_tokens: int,
+        brokered: bool = False, contents: bool = False,
+    ) -> None:  # fmt: skip  # fmt: skip
         self._clock = clock
         self._lockstep = lockstep
         self._links = links
         self._contents = contents
         self._fronts = [
-            Front(FrontEnd(FIRST_FRONT_END + index, policy, share_sends=len(policies) > 1, lockstep=lockstep))
+            Front(
+                FrontEnd(
+                    FIRST_FRONT_END + index, policy, share_sends=len(policies) > 1, lockstep=lockstep, brokered=brokered
+                )
+            )
             for index, policy in enumerate(policies)
         ]
         self._fleet: Fleet
@@ -95,7 +99,7 @@ class Paceline(ControlPlane):
         self._reported: list[int] = []
         self._wave = 0
         self._running = False
-        self._params = SamplingParams(max_tokens=MAX_TOKENS)
+        self._params = SamplingParams(max_tokens=max_tokens)
 
     # Bringing up --------------------------------------------------------------------------------
 
@@ -112,12 +116,12 @@ class Paceline(ControlPlane):
                     assert not isinstance(effect, at_coordinator.ToRanks) or isinstance(effect.message, Admit)
             self._coordinator.handle(at_coordinator.RankSaid(self._report(rank, before)), before)
         for front in self._fronts:
-            hello = FrontEndHello(PROTOCOL_VERSION, front.machine.identity)
-            said = at_coordinator.FrontEndSaid(hello)
-            for effect in self._coordinator.handle(said, before):
-                if isinstance(effect, at_coordinator.ToFrontEnds):
-                    for other in self._fronts:
-                        other.machine.handle(at_front_end.CoordinatorSaid(effect.message), before)
+            for said in front.machine.handle(at_front_end.Connected(), before):
+                assert isinstance(said, at_front_end.ToCoordinator)
+                for effect in self._coordinator.handle(at_coordinator.FrontEndSaid(said.message), before):
+                    if isinstance(effect, at_coordinator.ToFrontEnds):
+                        for other in self._fronts:
+                            other.machine.handle(at_front_end.CoordinatorSaid(effect.message), before)
         self._watch_deadline()
 
     def _hello(self, rank: SimulatedRank, ready: bool) -> RankHello:
@@ -131,8 +135,9 @@ class Paceline(ControlPlane):
         """A front-end's machine decides."""
         front = self._fronts[sequence.front_end]
         self._look(front)
-        self._sequences[sequence.number] = sequence
-        submit = at_front_end.Submit(sequence.number, prompt_of(sequence, self._contents), self._params)
+        # Requests are numbered from 1: a number of 0 is nobody's.
+        self._sequences[sequence.number + 1] = sequence
+        submit = at_front_end.Submit(sequence.number + 1, prompt_of(sequence, self._contents), self._params)
         self._perform(front, front.machine.handle(submit, self._clock.now))
 
     def _look(self, front: Front) -> None:
@@ -140,10 +145,15 @@ class Paceline(ControlPlane):
         now, inbox = self._clock.now, front.inbox
         while inbox and inbox[0][0] <= now:
             when, event = inbox.popleft()
+            if isinstance(event, at_front_end.CoordinatorSaid):
+                self._view(front, when)
             self._perform(front, front.machine.handle(event, when))
-        # A view and what ranks say change different things in a front-end: their order does not matter.
+        self._view(front, now)
+
+    def _view(self, front: Front, until: float) -> None:
+        """Take in the newest view that has come. It and what ranks say change different things: in any order."""
         for when, event in reversed(self._views):
-            if when <= now:
+            if when <= until:
                 if when > front.viewed:
                     front.viewed = when
                     self._perform(front, front.machine.handle(event, when))
@@ -160,6 +170,16 @@ class Paceline(ControlPlane):
                     self._later(self._tell_coordinator, at_coordinator.FrontEndSaid(message))
                 case at_front_end.Refuse(request, _, text):
                     raise AssertionError(f"request {request} was refused: {text}")
+        if not front.watched and front.machine.deadline < float("inf"):
+            front.watched = True
+            self._clock.at(max(front.machine.deadline, self._clock.now), self._watch, front)
+
+    def _watch(self, front: Front) -> None:
+        """The machine wants to be woken, if what it waits for has not come meanwhile."""
+        front.watched = False
+        self._look(front)
+        due = self._clock.now >= front.machine.deadline
+        self._perform(front, front.machine.handle(at_front_end.Tick(), self._clock.now) if due else ())
 
     def _deliver(self, what: tuple[int, Sequence]) -> None:
         self._fleet.deliver(*what)
@@ -169,10 +189,10 @@ class Paceline(ControlPlane):
         when = self._clock.now + self._links.delay_s
         for sequence in sequences:
             front = self._fronts[sequence.front_end]
-            output = Output(sequence.number, [0], finish_reason="stop")
+            output = Output(sequence.number + 1, [0], finish_reason="stop")
             said = at_front_end.RankSaid(Outputs(rank.number, FIRST_RANK_LIFE + rank.number, [output]))
             front.inbox.append((when, said))
-            del self._sequences[sequence.number]
+            del self._sequences[sequence.number + 1]
 
     # Ranks --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from msgspec import Struct
 from paceline.errors import ConfigError
 from paceline.protocol.policy import Policy
 from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing_least import LeastLoad
 from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.independent import IndependentFleet
@@ -37,6 +38,8 @@ class Deployment(Struct, frozen=True):
     """What serves. `routing`: a name; `policy`: the class where it is one of the control plane's policies.
 
     `quota`: whether lockstep ranks of ours, and the oracle's, have the common prefill quota; peers have theirs.
+    `bind`: whether requests of ours wait in the coordinator's queue ("broker"; least-load alone) or are bound when they
+    arrive ("arrival").
     `seed`: which front-end a request comes to. `warm_up`: the share of the arrivals' time that counts for no figure
     of time and no sustained throughput.
     """
@@ -51,6 +54,7 @@ class Deployment(Struct, frozen=True):
     seed: int = 0
     warm_up: float = 0.0
     quota: bool = True
+    bind: str = "broker"
 
 
 def routing_names() -> list[str]:
@@ -131,7 +135,10 @@ class Run:
         kind = deployment.policy or POLICIES[routing]
         policies = [kind(index, deployment.front_ends) for index in range(deployment.front_ends)]
         contents = routing == "prefix" or deployment.policy is not None
-        return Paceline(clock, policies, deployment.lockstep, links, contents)
+        # Clients allow as much as the longest answer has; how long theirs will be they do not know.
+        max_tokens = 1 << (max(sequence.answer for sequence in self.sequences) - 1).bit_length()
+        brokered = deployment.bind == "broker" and issubclass(kind, LeastLoad)
+        return Paceline(clock, policies, deployment.lockstep, links, max_tokens, brokered, contents)
 
     def _quota(self) -> PrefillQuota:
         routing = self.deployment.routing

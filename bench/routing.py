@@ -1,0 +1,206 @@
+"""Our routing against other systems' and a bound, on real traces in virtual time: `make bench-routing`.
+
+Every row serves the same requests with every way to choose ranks. The rate is set by what the oracle sustains: `steady`
+is 95% of that and `saturated` half as much again, both at random moments (Poisson); `bursts` is 70%, at the trace's own
+moments, but with all requests of a period in its first half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+from routing_report import RESULTS, to_console, write
+
+from paceline.simulate.traffic.engine import EngineShape
+from paceline.simulate.traffic.outcome import Outcome
+from paceline.simulate.traffic.run import Deployment, Run
+from paceline.simulate.traffic.trace import Arrival, faster, in_bursts, read_trace
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRACES = {"azure": "azure_llm_2023_conv.csv", "mooncake": "mooncake_conversation.jsonl"}
+REQUESTS = {"azure": {8: 6000, 32: 12000, 128: 19366}, "mooncake": {8: 3000, 32: 6000, 128: 12031}}
+"""How many requests of a trace are served, by ranks."""
+
+STEADY, SATURATED, BURSTS = "steady", "saturated", "bursts"
+SHARES = {STEADY: 0.95, SATURATED: 1.5, BURSTS: 0.7}
+"""Load to the share of what the oracle sustains."""
+
+SEED = 7
+PERIODS = 6
+BURST_SHARE = 0.5
+WARM_UP = 0.2
+
+OURS = "paceline"
+ONCE = ("oracle", "sglang-total-tokens", "bf-io", "trtllm-adp")
+"""Those for whom it makes no difference how many front-ends there are: one queue, or one controller."""
+
+INDEPENDENT = ("oracle", "vllm-0.32", "vllm-0.9", "sglang-total-tokens", "round-robin", "power-of-two", OURS)
+LOCKSTEP = ("oracle", "vllm-0.32", "vllm-0.9", "round-robin", "bf-io", "trtllm-adp", OURS)
+TUNED = "vllm-0.32, tuned"
+BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+DEFAULT_BUDGET = 2048
+
+
+class Cell(Struct, frozen=True):
+    """One row: what is served, on what."""
+
+    trace: str
+    lockstep: bool
+    ranks: int
+    front_ends: int
+    load: str
+
+
+class Measured(Struct, frozen=True):
+    """One figure of a row: by whom, with which token budget."""
+
+    cell: Cell
+    policy: str
+    budget: int
+    outcome: Outcome
+
+
+class Bench:
+    """Runs everything once, and keeps what makes no difference."""
+
+    def __init__(self, data: Path, scale: float, engine: EngineShape) -> None:
+        self._data = data
+        self._scale = scale
+        self._engine = engine
+        self._traces: dict[str, list[Arrival]] = {}
+        self._rates: dict[tuple[str, bool, int], float] = {}
+        self._kept: dict[tuple[Cell, str, int], Outcome] = {}
+
+    def row(self, cell: Cell) -> Iterator[Measured]:
+        """All figures of one row."""
+        for policy in LOCKSTEP if cell.lockstep else INDEPENDENT:
+            yield Measured(cell, policy, DEFAULT_BUDGET, self._outcome(cell, policy, DEFAULT_BUDGET))
+        if cell.lockstep:
+            swept = [(budget, self._outcome(cell, "vllm-0.32", budget)) for budget in BUDGETS]
+            best = max if cell.load == SATURATED else min
+            budget, outcome = best(swept, key=lambda one: merit(one[1], cell.load))
+            yield Measured(cell, TUNED, budget, outcome)
+
+    def _outcome(self, cell: Cell, policy: str, budget: int) -> Outcome:
+        """One run, or what it came to before."""
+        key = (replace(cell, front_ends=1) if policy in ONCE else cell, policy, budget)
+        if key not in self._kept:
+            self._kept[key] = Run(self._deployment(key[0], policy, budget), self._arrivals(cell)).run()
+        return self._kept[key]
+
+    def _deployment(self, cell: Cell, policy: str, budget: int) -> Deployment:
+        routing = "least-load" if policy == OURS else policy
+        return Deployment(
+            cell.ranks, cell.front_ends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
+            warm_up=WARM_UP,
+        )  # fmt: skip
+
+    def _arrivals(self, cell: Cell) -> list[Arrival]:
+        requests = self._segment(cell)
+        rate = SHARES[cell.load] * self._sustained(cell)
+        if cell.load != BURSTS:
+            return at_rate(at_random(requests), rate)
+        arrivals = at_rate(requests, rate)
+        return in_bursts(arrivals, (arrivals[-1].at + 1e-9) / PERIODS, BURST_SHARE)
+
+    def _segment(self, cell: Cell) -> list[Arrival]:
+        if cell.trace not in self._traces:
+            self._traces[cell.trace] = read_trace(self._data / TRACES[cell.trace])
+        counts = REQUESTS[cell.trace]
+        return self._traces[cell.trace][: int(self._scale * counts.get(cell.ranks, 100 * cell.ranks))]
+
+    def _sustained(self, cell: Cell) -> float:
+        """Output tokens a second that the oracle sustains.
+
+        All requests come at once, and the queue is worked off: how long until the last one has its first token? What
+        follows is a shrinking batch, and says nothing of the rate.
+        """
+        key = (cell.trace, cell.lockstep, cell.ranks)
+        if key not in self._rates:
+            requests = [replace(one, at=0.0) for one in self._segment(cell)]
+            made = Run(self._deployment(cell, "oracle", DEFAULT_BUDGET), requests)
+            made.run()
+            begun_s = max(sequence.first for sequence in made.sequences)
+            self._rates[key] = sum(one.answer_tokens for one in requests) / begun_s
+        return self._rates[key]
+
+
+def at_random(requests: list[Arrival]) -> list[Arrival]:
+    """The same requests at random moments, one a second in the mean."""
+    chance, now, found = Random(SEED), 0.0, []
+    for one in requests:
+        now += chance.expovariate(1.0)
+        found.append(replace(one, at=now))
+    return found
+
+
+def at_rate(requests: list[Arrival], tokens_per_s: float) -> list[Arrival]:
+    """The same requests, so fast that they ask for so many output tokens a second."""
+    natural = sum(one.answer_tokens for one in requests) / requests[-1].at
+    return faster(requests, tokens_per_s / natural)
+
+
+def merit(outcome: Outcome, load: str) -> float:
+    """What a row is about: tokens a second where it is saturated, else the 99th percentile of first tokens."""
+    return outcome.throughput_tokens_per_s if load == SATURATED else outcome.ttft_p99_ms
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """All rows, small ones first."""
+    return [
+        Cell(trace, lockstep, ranks, front_ends, load)
+        for ranks in args.ranks
+        for trace in args.traces
+        for lockstep in (False, True)
+        if args.mode in ("both", "lockstep" if lockstep else "independent")
+        for load in SHARES
+        for front_ends in args.front_ends
+    ]
+
+
+def numbers(text: str) -> list[int]:
+    """`8,32` as numbers."""
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> int:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(prog="routing.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="8 ranks, 1 and 4 front-ends, a quarter of the requests")
+    parser.add_argument("--ranks", type=numbers, default=[8, 32, 128])
+    parser.add_argument("--front-ends", type=numbers, default=[1, 4, 16])
+    parser.add_argument("--traces", type=lambda text: text.split(","), default=list(TRACES))
+    parser.add_argument("--mode", choices=["both", "independent", "lockstep"], default="both")
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of the traces (default: ../shared/data)")
+    parser.add_argument("--slots", type=int, default=EngineShape().slots)
+    parser.add_argument("--kv-tokens", type=int, default=EngineShape().kv_tokens)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, one a line")
+    parser.add_argument("--write", action="store_true", help="write bench/results/routing.md and its plots")
+    args = parser.parse_args()
+    if args.quick:
+        args.ranks, args.front_ends = [8], [1, 4]
+    bench = Bench(args.data, 0.25 if args.quick else 1.0, EngineShape(slots=args.slots, kv_tokens=args.kv_tokens))
+    begin, measured = time.monotonic(), list[Measured]()
+    rows = cells(args)
+    for place, cell in enumerate(rows, 1):
+        row = list(bench.row(cell))
+        measured += row
+        print(to_console(row, f"{place}/{len(rows)}, {time.monotonic() - begin:.0f} s"), flush=True)
+    if args.json:
+        args.json.write_bytes(b"\n".join(msgspec.json.encode(one) for one in measured) + b"\n")
+    if args.write:
+        words = [word for word in sys.argv[1:] if word != "--write"]
+        write(measured, words, time.monotonic() - begin, RESULTS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

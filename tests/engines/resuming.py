@@ -1,0 +1,34 @@
+"""Cutting an answer at every place and letting another engine go on with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from msgspec.structs import replace
+
+from paceline.engines.base import Engine, EngineRequest
+from paceline.protocol.rank_events import StepOutput
+
+MOST_STEPS = 2000
+
+
+def outputs_of(engine: Engine, request: EngineRequest) -> list[StepOutput]:
+    """All outputs of one request, served alone."""
+    engine.add(request)
+    outputs: list[StepOutput] = []
+    for _ in range(MOST_STEPS):
+        if not engine.has_work():
+            break
+        outputs += engine.step().outputs
+    assert outputs[-1].finish_reason is not None
+    return outputs
+
+
+def check_resumes(make: Callable[[], Engine], request: EngineRequest, cuts: Iterable[int] | None = None) -> None:
+    """Wherever the answer is cut, what an engine makes behind it is what the first one made: tokens, text and all."""
+    whole = outputs_of(make(), request)
+    assert len(whole) > 1, "an answer of one token cannot be cut"
+    for cut in range(len(whole)) if cuts is None else cuts:
+        made = [token for output in whole[:cut] for token in output.token_ids]
+        rest = outputs_of(make(), replace(request, made_token_ids=made))
+        assert rest == whole[cut:], f"cut after {cut} of {len(whole)} tokens"
