@@ -95,6 +95,16 @@ RoutingFlag = Annotated[
         "--routing",
     ),
 ]
+BindFlag = Annotated[
+    str,
+    _option(
+        _SERVER,
+        "broker: requests wait once, before all ranks, until one can start them. arrival: each gets its rank when it "
+        "arrives; so it is in any case in external mode, with any --routing but least-load, where a request names its "
+        "rank, and while there is no coordinator.",
+        "--bind",
+    ),
+]
 MaxWaitingFlag = Annotated[int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")]
 MaxBodyBytesFlag = Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")]
 StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")]
@@ -140,6 +150,7 @@ def serve(
     host: HostFlag = "127.0.0.1",
     port: PortFlag = 8000,
     routing: RoutingFlag = "least-load",
+    bind: BindFlag = "broker",
     max_waiting: MaxWaitingFlag = 1024,
     max_body_bytes: MaxBodyBytesFlag = 16 * 1024 * 1024,
     startup_timeout: StartupTimeoutFlag = 300.0,
@@ -238,7 +249,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
     """The settings from the flags. Raises ConfigError naming the flag."""
     if given["model"] and given["model_tag"] and given["model"] != given["model_tag"]:
         raise ConfigError("--model: two models were named")
-    server = {name: given[name] for name in ("host", "port", "routing", "max_body_bytes", "log_level")}
+    server = {name: given[name] for name in ("host", "port", "routing", "bind", "max_body_bytes", "log_level")}
     engine_names = ("engine", "served_model_name", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                     "kv_cache_tokens", "threads", "seed")  # fmt: skip
     return DeploymentConfig(

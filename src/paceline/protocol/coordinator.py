@@ -91,7 +91,7 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self._broker = Brokerage(identity, self._without)
+        self.broker = Brokerage(identity, self._without)
         one_step = step_wait_s if lockstep else None
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
         self._dropped = 0
@@ -101,7 +101,7 @@ class Coordinator:
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
-        timers = (waking, suspending, forming, self._introductions.due, self._broker.due)
+        timers = (waking, suspending, forming, self._introductions.due, self.broker.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -149,7 +149,7 @@ class Coordinator:
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
-            "queued": self._broker.queued,
+            "queued": self.broker.queued,
             "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
@@ -209,7 +209,7 @@ class Coordinator:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
             self._suspension_changed(now)
-            self._broker.mark(hello.rank)
+            self.broker.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
@@ -227,7 +227,7 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self._broker.mark(report.rank)
+        self.broker.mark(report.rank)
         self._publisher.loads_changed(now)
 
     def _forget_rank(self, rank: int, now: float) -> None:
@@ -241,7 +241,7 @@ class Coordinator:
         self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
-        self._broker.lost(rank)
+        self.broker.lost(rank)
         self._suspension_changed(now)
 
     def _joiners_wave(self) -> int:
@@ -253,7 +253,7 @@ class Coordinator:
         match message:
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
-                self._broker.hello(message, (member.rank for member in self._membership.members()))
+                self.broker.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
                 self._publisher.members_changed(now)
@@ -267,9 +267,9 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._publisher.loads_changed(now)
-                    self._broker.sent(front_end, send)
+                    self.broker.sent(front_end, send)
             case Ask() | Withdraw() | ReturnShares():
-                self._broker.said(message, now)
+                self.broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -279,7 +279,7 @@ class Coordinator:
         self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._broker.forget_front_end(front_end)
+        self.broker.forget_front_end(front_end)
         self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
@@ -307,15 +307,15 @@ class Coordinator:
         self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
         free = self._suspension.standing.free
-        grants = self._broker.grants(self._board, self._membership, free, now)
+        grants = self.broker.grants(self._board, self._membership, free, now)
         if grants is not None:
             effects.append(ToFrontEnds(grants))
-        if self._broker.emptied():
+        if self.broker.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
         shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
         stalls = self._stalls.found
-        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
+        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self.broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):

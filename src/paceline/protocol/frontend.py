@@ -158,6 +158,14 @@ class FrontEnd:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
         return self._placement.waiting()
 
+    def held(self) -> list[int]:
+        """This front-end's requests that have no rank yet."""
+        return list(self._binding.held)
+
+    def queued(self) -> int:
+        """Requests that wait in the coordinator's queue, this front-end's and the others'."""
+        return self._binding.queued
+
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         return [
@@ -176,7 +184,8 @@ class FrontEnd:
             "suspension": msgspec.structs.asdict(self.suspension),
             "in_flight": self.in_flight(),
             "waiting": self.waiting(),
-            "held": len(self._binding.held),
+            "held": len(self.held()),
+            "queued": self.queued(),
             "void_messages": self._void + self._flights.void,
         }
 

@@ -43,6 +43,7 @@ class FrontEndSettings(Struct, frozen=True):
     """What one front-end's process needs to know.
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks.
+    `brokered`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
 
@@ -60,6 +61,7 @@ class FrontEndSettings(Struct, frozen=True):
     max_body_bytes: int
     drain_timeout_s: float
     first_life: bool = True
+    brokered: bool = False
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -85,6 +87,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         share_sends=settings.count > 1,
         lockstep=engine_class.lockstep,
         routing=settings.routing,
+        brokered=settings.brokered,
     )
     client = Client(machine, settings.coordinator)
     api = Api(client, models, int(time.time()), settings.max_body_bytes)

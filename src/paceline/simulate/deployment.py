@@ -35,7 +35,7 @@ class Shape(Struct, frozen=True):
     rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
     messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
     lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
-    a collective a little apart.
+    a collective a little apart. `brokered`: whether front-ends' requests wait in the coordinator's queue.
     """
 
     ranks: int = 2
@@ -55,6 +55,7 @@ class Shape(Struct, frozen=True):
     loss: float = 0.0
     same_address: bool = False
     scatter: bool = False
+    brokered: bool = False
 
 
 class Deployment:
@@ -75,8 +76,8 @@ class Deployment:
         self.coordinator: CoordinatorParty | None = None
         self.coordinators: list[CoordinatorParty] = []
         self.ranks: dict[int, RankParty] = {}
-        self.checks.watch(self.ranks)
         self.front_ends: dict[int, FrontEndParty] = {}
+        self.checks.watch(self.ranks, self.front_ends)
         self.retired: list[FrontEndParty] = []
         """Front-ends that have died, with what their clients got."""
         self._links: list[Link] = []
@@ -161,6 +162,7 @@ class Deployment:
             1_000_000 + next(self._lives), LeastLoad(index, shape.front_ends),
             ranks=frozenset({index}) if shape.external else None,
             share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
+            brokered=shape.brokered, without=self.without,
         )  # fmt: skip
         party = FrontEndParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
         party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_front_end(), self._from_front_end)
