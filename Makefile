@@ -81,8 +81,12 @@ bench-routing: $(STAMP) ## our routing against other systems' and a bound, on re
 bench-honest: $(STAMP) ## the same requests on real processes and in the simulator
 	@$(BIN)/python bench/honest.py $(ARGS)
 
+bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs vLLM)
+	@$(BIN)/python tests/vllm/environment.py $(VLLM)
+	@$(BIN)/python -m bench.vllm_coordinators $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota bench-routing bench-honest clean
+	bench-freshness bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean

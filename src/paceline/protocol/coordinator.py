@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.board import Board
+from paceline.protocol.board import STEP_WAIT_S, Board
 from paceline.protocol.brokerage import Brokerage
 from paceline.protocol.calls import Calls
 from paceline.protocol.coordinator_events import (
@@ -70,13 +70,13 @@ class Coordinator:
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `fresh`: no other came before it. `without`: rules (`rules.py`) left out, to show
-    what breaks.
+    carry the wave and no loads. `fresh`: no other came before it. `step_wait_s`: how long a view waits, in lockstep,
+    for all ranks to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
-        fresh: bool = True, without: Set[str] = frozenset(),
+        fresh: bool = True, step_wait_s: float = STEP_WAIT_S, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
@@ -92,7 +92,8 @@ class Coordinator:
         self._calls = Calls()
         self._board = Board()
         self.broker = Brokerage(identity, self._without, lockstep)
-        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
+        one_step = step_wait_s if lockstep else None
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
         self._dropped = 0
         self._front_ends: set[int] = set()
 
@@ -341,8 +342,9 @@ class Coordinator:
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
-            self._suspension.woke(now)
-            self._suspension_state = self._suspension.state(self._expected(now))
+            if self._suspension.standing.suspended:
+                self._suspension.woke(now)
+                self._suspension_state = self._suspension.state(self._expected(now))
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))
