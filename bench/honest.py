@@ -179,7 +179,8 @@ the end (one-minute load).
 (Poisson), by a client of ours over loopback that streams every answer. A step costs {COSTS.step_ms:g} ms,
 {COSTS.prefill_ms:g} ms a prompt token and {COSTS.decode_ms:g} ms a request that decodes: an 8B-class model's costs, ten
 times as slow, so that Python's own time does not matter. The simulator has the same costs and the same requests; which
-front-end a request comes to is up to the kernel here and to a seed there.
+front-end a request comes to is up to the kernel here and to a seed there. In lockstep every step of the processes waits
+for the one of {RANKS} that the machine's cores serve last, which the simulator knows nothing of.
 """
 
 
