@@ -3,9 +3,9 @@
 A request that is bound when it arrives waits behind one rank, and stays there although another rank is free a moment
 later: lengths of answers are not known, so no policy can foresee which. Here nobody waits behind a rank. The
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
-that one can start it: a slot is free, the prompts ahead are fewer than two steps compute (in lockstep one), and the KV
-memory holds the prompt and the longest answer with some to spare (`rooms.py`). Of those ranks it takes the least
-loaded.
+that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than two steps compute (in
+lockstep one); and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
+(`rooms.py`). Of those ranks it takes the least loaded.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
