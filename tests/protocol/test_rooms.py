@@ -70,7 +70,7 @@ def test_where_whole_answers_are_reserved_no_memory_is_spared() -> None:
 def test_a_request_may_wait_for_each_slot_that_is_about_to_be_free() -> None:
     full = Load(0, 16, 16, decoding=16, answer_tokens=16)
     assert rooms(full)[0].free_requests() == STEPS_AHEAD
-    assert rooms(replace(full, answer_tokens=40))[0].free_requests() == 0
+    assert rooms(replace(full, answer_tokens=16 * STEPS_AHEAD + 1))[0].free_requests() == 0
 
 
 def test_an_engine_without_slots_has_no_limit() -> None:
