@@ -85,8 +85,12 @@ bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs 
 	@$(BIN)/python tests/vllm/environment.py $(VLLM)
 	@$(BIN)/python -m bench.vllm_coordinators $(ARGS)
 
+bench-broker: $(STAMP) ## what the broker's queue costs the coordinator, and an idle request (both alternating with arrival)
+	@$(BIN)/python bench/broker_cost.py $(ARGS)
+	@$(BIN)/python -m bench.broker_idle
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean
+	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean
