@@ -151,11 +151,12 @@ def main() -> int:
         for lockstep in (False, True) if args.lockstep else (False,):
             for rate in args.rates:
                 arrivals = segment(args.data, args.requests, rate)
-                engine = "timed-lockstep" if lockstep else "timed"
+                engine = "paceline.engines.timed_lockstep:TimedLockstepEngine" if lockstep else "timed"
                 measured, complaints = real(serve_arguments(engine, args.serve), arrivals)
                 for complaint in complaints:
                     print(f"the deployment says: {complaint}", file=sys.stderr)
-                rows.append((f"{engine}, {rate:g} requests/s", measured, virtual(arrivals, lockstep, args.bind, 0)))
+                kind = "timed-lockstep" if lockstep else "timed"
+                rows.append((f"{kind}, {rate:g} requests/s", measured, virtual(arrivals, lockstep, args.bind, 0)))
                 print(table(rows[-1:]), flush=True)
     if args.write:
         command = f"make bench-honest ARGS='{' '.join(sys.argv[1:])}'"
