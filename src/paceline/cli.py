@@ -108,6 +108,10 @@ MaxRankRestartsFlag = Annotated[
     int,
     _option(_SERVER, "Restarts in a row before a rank that dies is given up.", "--max-rank-restarts"),
 ]
+RankTimeoutFlag = Annotated[
+    float,
+    _option(_SERVER, "Seconds without a sign of life from a rank's process; 0 for ever.", "--rank-timeout"),
+]
 LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
 
@@ -146,6 +150,7 @@ def serve(
     drain_timeout: DrainTimeoutFlag = 30.0,
     stall_timeout: StallTimeoutFlag = 30.0,
     max_rank_restarts: MaxRankRestartsFlag = 5,
+    rank_timeout: RankTimeoutFlag = 10.0,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -254,6 +259,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             drain_timeout_s=given["drain_timeout"],
             stall_timeout_s=given["stall_timeout"],
             max_rank_restarts=given["max_rank_restarts"],
+            rank_timeout_s=given["rank_timeout"],
             **server,
         ),
     )

@@ -192,7 +192,7 @@ class Checks:
         if (request.incarnation, request.number) != (known.incarnation, len(known.tokens_after)):
             text = f"{party.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
             raise Violation(text, party.name, f"rank {rank}")
-        known.tokens_after.append(known.tokens_after[-1] + len(request.prompt_token_ids))
+        known.tokens_after.append(known.tokens_after[-1] + request.tokens)
 
     def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
         """Its wave never goes down, and it believes what was reported and what it has sent since, no more, no less."""
@@ -203,6 +203,9 @@ class Checks:
         self._front_end_waves[machine.identity] = machine.wave
         known = self._known.get(machine.identity, {})
         match event:
+            case frontend_events.LinkUp(rank) if rank in known:
+                # Of what was sent before nothing is there, or will not be in a moment.
+                known[rank].taken = len(known[rank].tokens_after) - 1
             case frontend_events.CoordinatorSaid(LoadView() as view):
                 self._take_view(machine.identity, view, known)
                 self._believes(party, known, machine.ready_ranks())

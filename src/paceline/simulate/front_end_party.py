@@ -80,6 +80,8 @@ class FrontEndParty:
         self.answers: dict[int, Answer] = {}
         self.calls: dict[int, Call] = {}
         self.to_ranks: dict[int, Link] = {}
+        self.lives: dict[int, int] = {}
+        """By rank, the life that it is connected to."""
         self._open = 0
         self._checks = checks
         self._dial = dial
@@ -131,6 +133,16 @@ class FrontEndParty:
         """A broadcast of the coordinator."""
         self.feed(frontend_events.CoordinatorSaid(message))
 
+    def link_down(self, rank: int, life: int) -> None:
+        """The connection to this life of a rank has ended."""
+        if self.lives.get(rank) == life:
+            self.feed(frontend_events.LinkDown(rank))
+
+    def link_up(self, rank: int, life: int) -> None:
+        """Likewise: it is there again."""
+        if self.lives.get(rank) == life:
+            self.feed(frontend_events.LinkUp(rank))
+
     def feed(self, event: frontend_events.Event) -> None:
         """Let the machine handle `event`, and do what it says."""
         if not self.alive:
@@ -152,8 +164,10 @@ class FrontEndParty:
                 self.to_coordinator.send(message)
             case frontend_events.Connect(member):
                 self.to_ranks[member.rank] = self._dial(self, member)
+                self.lives[member.rank] = member.incarnation
             case frontend_events.Disconnect(rank):
                 self.to_ranks.pop(rank).closed = True
+                del self.lives[rank]
             case frontend_events.Placed(request, rank):
                 self.answers[request].rank = rank
             case frontend_events.Refuse(request, reason):
