@@ -163,7 +163,7 @@ class FrontEnd:
 
     def believed(self, rank: int) -> Load:
         """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
-        return self._flights.links[rank].believed()
+        return (self._flights.links.get(rank) or self._flights.down[rank]).believed()
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""

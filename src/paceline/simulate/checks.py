@@ -186,6 +186,11 @@ class Checks:
         """A front-end begins to send to a life of a rank."""
         self._known.setdefault(party.machine.identity, {})[member.rank] = _Known(member.incarnation)
 
+    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+        """A connection is there again: of what was sent before nothing is there, or will not be in a moment."""
+        known = self._known[party.machine.identity][rank]
+        known.taken = len(known.tokens_after) - 1
+
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
         """Sends to one life are numbered 1, 2, 3, …"""
         known = self._known[party.machine.identity][rank]
@@ -203,9 +208,6 @@ class Checks:
         self._front_end_waves[machine.identity] = machine.wave
         known = self._known.get(machine.identity, {})
         match event:
-            case frontend_events.LinkUp(rank) if rank in known:
-                # Of what was sent before nothing is there, or will not be in a moment.
-                known[rank].taken = len(known[rank].tokens_after) - 1
             case frontend_events.CoordinatorSaid(LoadView() as view):
                 self._take_view(machine.identity, view, known)
                 self._believes(party, known, machine.ready_ranks())

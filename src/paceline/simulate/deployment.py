@@ -158,14 +158,17 @@ class Deployment:
             down = partial(front_end.link_down, number, party.machine.incarnation)
             self.world.after(self.shape.links.draw(self._connecting), down)
 
-    def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None]:
-        """A front-end finds that its connection to a rank that lives has ended. Returns what brings it up again.
+    def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None] | None:
+        """A front-end finds that its connection to a rank that lives has ended. Returns what brings it up again, or
+        None where there is no such connection.
 
         `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
         late, as when the rank's process was stopped and goes on.
         """
         rank, front_end = self.ranks[number], self.front_ends[index]
         life, identity = rank.machine.incarnation, front_end.machine.identity
+        if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
+            return None
         links = [link for link in (front_end.to_ranks.get(number), self._back(rank, identity)) if link is not None]
         for link in links:
             if severed:

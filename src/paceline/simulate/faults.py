@@ -131,7 +131,10 @@ class Mishaps:
                 deployment.ranks[number].to_coordinator.hold()
             case "link-down":
                 index, severed = int(fault.at * 1000) % len(deployment.front_ends), fault.factor > 2.0
-                self._to_mend[number] = deployment.cut_link(number, index, severed=severed)
+                mend = deployment.cut_link(number, index, severed=severed)
+                if mend is None:
+                    return False
+                self._to_mend[number] = mend
             case "lost-wake":
                 if not deployment.shape.lockstep:
                     return False

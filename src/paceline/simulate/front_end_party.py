@@ -58,6 +58,9 @@ class FrontEndChecks(Protocol):
     def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
         """`event` has been handled, its effects not yet done."""
 
+    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+        """The connection to a rank has come up again."""
+
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
         """A request goes to a rank."""
 
@@ -141,6 +144,7 @@ class FrontEndParty:
     def link_up(self, rank: int, life: int) -> None:
         """Likewise: it is there again."""
         if self.lives.get(rank) == life:
+            self._checks.reconnected(self, rank)
             self.feed(frontend_events.LinkUp(rank))
 
     def feed(self, event: frontend_events.Event) -> None:
