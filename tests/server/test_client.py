@@ -145,28 +145,25 @@ def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
         assert json.loads(answer.result(30)[1])["choices"][0]["text"] == "alive"
 
 
-def test_rank_that_ends_is_told_to_clients_that_have_a_part_of_the_answer(tmp_path: Path) -> None:
-    """The engine cannot go on with it; what nobody has seen anything of is served anew."""
+def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True}).encode()
     with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         opening = pool.submit(urllib.request.urlopen, f"{world.url}/v1/completions", body, timeout=30)
-        identity, add = world.take()
-        begun = Output(add.request, [1], "begun")
+        identity, first = world.take()
+        begun = Output(first.request, [1], "begun")
         world.rank.send_multipart([identity, codec.encode(Outputs(0, LIFE, [begun]))])
         with opening.result(30) as stream:
             while "begun" not in stream.readline().decode():
                 pass
             world.announce(LIFE + 1)
-            rest = stream.read().decode()
-        assert json.loads(rest.split("data: ")[-1])["error"]["code"] == "rank_lost"
-        unseen = pool.submit(world.post)
-        identity, add = world.take()
-        assert (add.incarnation, add.number) == (LIFE + 1, 1)
-        world.announce(LIFE + 2)
-        identity, add = world.take()
-        assert (add.incarnation, add.number) == (LIFE + 2, 1)
-        world.answer(identity, add, "again", life=LIFE + 2)
-        assert unseen.result(30)[0] == 200
+            identity, again = world.take()
+            assert (again.incarnation, again.number, again.made_token_ids) == (LIFE + 1, 1, [1])
+            assert again.request != first.request
+            world.answer(identity, first, "from the grave", life=LIFE)
+            world.answer(identity, again, ", ended", life=LIFE + 1)
+            events = [line.removeprefix("data: ") for line in stream.read().decode().splitlines() if line]
+        assert [json.loads(event)["choices"][0]["text"] for event in events[:-1]] == [", ended"]
+        assert events[-1] == "[DONE]"
 
 
 def test_engine_error_reaches_the_client(tmp_path: Path) -> None:
