@@ -73,8 +73,12 @@ bench-cost-model: $(STAMP) ## predicted against measured time to first token (in
 bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none, saturated; --trace FILE by ARGS
 	@$(BIN)/python bench/quota.py $(ARGS)
 
+bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs vLLM)
+	@$(BIN)/python tests/vllm/environment.py $(VLLM)
+	@$(BIN)/python -m bench.vllm_coordinators $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota clean
+	bench-freshness bench-cost-model bench-quota bench-vllm clean

@@ -43,10 +43,14 @@ class Sink:
     """Takes one answer: when its first token came, when its last."""
 
     def __init__(self) -> None:
+        self.rank = -1
         self.first: float | None = None
         self.load: Load | None = None
         self.now_believed: Callable[[], Load] | None = None
         self.done = asyncio.Event()
+
+    def placed(self, rank: int, decision: object) -> None:
+        self.rank = rank
 
     def put(self, output: Output) -> None:
         if self.first is None and output.token_ids:
@@ -77,7 +81,8 @@ class Loader:
         believed = {rank: (self._machine.believed(rank), self._machine.age_s(rank, now)) for rank in self.ranks}
         sink = Sink()
         sent = time.monotonic()
-        _, rank = self._client.submit(sink, tokens, params)  # type: ignore[arg-type]
+        self._client.submit(sink, tokens, params)  # type: ignore[arg-type]
+        rank = sink.rank
         sink.now_believed = partial(self._machine.believed, rank)
         known, age_s = believed[rank]
         predicted = predicted_wait(known, len(tokens), age_s)

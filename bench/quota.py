@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cost_model_fleet import Fleet, connected
 from quota_load import FullLoad, Size
-from quota_report import Turn, table, to_console, to_markdown
+from quota_report import Turn, replaced, section, table, to_console
 
 from paceline.protocol.quota import setting_of
 from paceline.server.client import Client
@@ -104,7 +104,9 @@ def main() -> int:
             f"{args.rounds} rounds every variant is loaded for {args.seconds:g} s, after {args.warm_up:g} s that do "
             "not count. Gaps are those between two tokens of an answer. Ratios are within a round."
         )
-        (RESULTS / "quota.md").write_text(to_markdown(turns, f"make bench-quota ARGS='{options}'", about))
+        path = RESULTS / "quota.md"
+        new = section(turns, args.ranks, f"make bench-quota ARGS='{options}'", about)
+        path.write_text(replaced(path.read_text() if path.exists() else "", args.ranks, new))
     return 0
 
 

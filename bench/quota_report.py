@@ -66,11 +66,20 @@ def table(turns: list[Turn]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def to_markdown(turns: list[Turn], command: str, about: str) -> str:
-    """The whole of bench/results/quota.md."""
-    return (
-        "# The common prefill quota\n\n"
-        f"    {command}\n\n"
-        f"{os.cpu_count()} cores, shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at the end.\n\n"
-        f"{about}\n\n{table(turns)}\n"
-    )
+def section(turns: list[Turn], ranks: int, command: str, about: str) -> str:
+    """The part of bench/results/quota.md for so many ranks."""
+    cores = f"{os.cpu_count()} cores, shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at the end."
+    return f"{heading(ranks)}\n\n    {command}\n\n{cores}\n\n{about}\n\n{table(turns)}\n"
+
+
+def heading(ranks: int) -> str:
+    """What a section begins with."""
+    return f"## {ranks} ranks"
+
+
+def replaced(text: str, ranks: int, new: str) -> str:
+    """The whole of bench/results/quota.md with this section in place of the one that was there."""
+    title, *parts = text.split("\n## ") if text else ["# The common prefill quota\n"]
+    sections = {f"## {part}".partition("\n")[0]: f"## {part}" for part in parts} | {heading(ranks): new}
+    in_order = sorted(sections, key=lambda name: int(name.split()[1]))
+    return "\n".join([title, *(f"{sections[name].rstrip()}\n" for name in in_order)])

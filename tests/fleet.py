@@ -32,9 +32,13 @@ class Answer:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.rank: int | None = None
         self.finish: str | None = None
         self.error: Exception | None = None
         self.done = asyncio.Event()
+
+    def placed(self, rank: int, decision: object) -> None:
+        self.rank = rank
 
     def put(self, output: Output) -> None:
         self.tokens += output.token_ids

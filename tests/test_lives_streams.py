@@ -157,6 +157,26 @@ def test_a_stopped_rank_loses_its_requests_and_is_back_when_it_goes_on() -> None
         assert whole(running, again) == " 0 1 2"
 
 
+def test_lockstep_ranks_go_on_without_a_stopped_one() -> None:
+    asks: list[dict[str, Any]] = [
+        {"prompt": f"Hello {index}", "max_tokens": 80, "temperature": 0,
+         "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index)}}
+        for index in range(3)
+    ]  # fmt: skip
+    with deployment(*MOE, "-dp", "3", "--rank-timeout", "1") as running:
+        with streams(running, asks) as read:
+            expected = list(read.wait())
+        with streams(running, asks) as read:
+            stopped = running.pid_of("rank 1")
+            os.kill(stopped, signal.SIGSTOP)
+            assert read.wait() == expected
+        os.kill(stopped, signal.SIGCONT)
+        wait_until(lambda: running.health()["missing"] == [], "it is back")
+        with streams(running, asks) as read:
+            assert read.wait() == expected
+        assert running.pid_of("rank 1") == stopped
+
+
 def test_a_rank_in_a_long_step_is_not_dead() -> None:
     with deployment("--engine", "timed", "--engine-option", "step_ms=3000", "--rank-timeout", "1") as running:
         assert whole(running, {"prompt": "a", "max_tokens": 2}) == " 0 1"

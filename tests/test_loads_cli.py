@@ -41,6 +41,13 @@ def test_a_table() -> None:
     assert lines[1] == ["0", "2", "16/16", "12,000", "0", "25%", "1,234", "0"]
     assert lines[2] == ["7", "0", "1/16", "0", "3", "2,048", "1,000,000"]
     assert lines[3][:4] == ["all", "2", "17/32", "12,000"]
+    assert len(lines) == 4
+
+
+def test_what_waits_before_all_ranks_stands_below() -> None:
+    with serving(answer(200, LOADS | {"queued": 1234})) as server:
+        done = loads("--url", server.url)
+    assert done.stdout.splitlines()[-1].strip() == "1,234 wait for any rank"
 
 
 def test_json_is_what_the_server_says() -> None:

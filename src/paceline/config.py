@@ -113,6 +113,9 @@ class EngineConfig(Struct, frozen=True):
         _require(0 <= self.seed < 2**32, "--seed", "must be 0 to 4294967295")
 
 
+BINDINGS = ("broker", "arrival")
+"""When a request gets its rank: once one can start it, or at once."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -122,6 +125,7 @@ class ServerConfig(Struct, frozen=True):
     host: str = "127.0.0.1"
     port: int = 8000
     routing: str = "least-load"
+    bind: str = "broker"
     max_waiting: int | None = 1024
     max_body_bytes: int = 16 * 1024 * 1024
     startup_timeout_s: float = 300.0
@@ -139,6 +143,8 @@ class ServerConfig(Struct, frozen=True):
             find_policy(self.routing)
         except PolicyError as error:
             raise ConfigError(f"--routing: {error}") from None
+        known = self.bind in BINDINGS
+        _require(known, "--bind", f"must be {' or '.join(BINDINGS)}, not {self.bind!r}")
         _require((self.max_waiting or 1) >= 1, "--max-waiting", "must be at least 1")
         _require(self.max_body_bytes >= 1024, "--max-body-bytes", "must be at least 1024")
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")
@@ -160,6 +166,14 @@ class DeploymentConfig(Struct, frozen=True):
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+
+
+def brokered(config: DeploymentConfig) -> bool:
+    """Whether requests wait in the coordinator's queue: nobody knows where there is room in external mode, and other
+    policies than least-load are there to choose the rank themselves.
+    """
+    server = config.server
+    return server.bind == "broker" and server.routing == "least-load" and not config.parallel.data_parallel_external_lb
 
 
 def threads_per_rank(config: DeploymentConfig) -> int:

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from paceline.config import DeploymentConfig, threads_per_rank
+from paceline.config import DeploymentConfig, brokered, threads_per_rank
 from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
@@ -182,6 +182,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         settings=plan.settings,
         ranks=frozenset(parallel.balanced_ranks or range(parallel.data_parallel_size)),
         routing=server.routing,
+        brokered=brokered(config),
         served_model_name=config.engine.served_model_name,
         max_waiting=server.max_waiting,
         max_body_bytes=server.max_body_bytes,

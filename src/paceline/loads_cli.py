@@ -53,8 +53,8 @@ def loads(
 ) -> None:
     """Show what every rank of a running deployment has to do, as one of its front-ends believes it."""
 
-    def ask() -> list[dict[str, Any]]:
-        return ranks_of(Control(url))
+    def ask() -> dict[str, Any]:
+        return loads_of(Control(url))
 
     try:
         if as_json:
@@ -70,24 +70,27 @@ def loads(
         raise typer.Exit(130) from None
 
 
-def ranks_of(control: Control) -> list[dict[str, Any]]:
-    """An entry a rank. Raises ControlError."""
-    ranks = control.loads().get("ranks")
+def loads_of(control: Control) -> dict[str, Any]:
+    """What the server says, with an entry a rank. Raises ControlError."""
+    said = control.loads()
+    ranks = said.get("ranks")
     if not isinstance(ranks, list) or not all(_is_load(entry) for entry in ranks):
         raise ControlError(f"{control.url} is no Paceline server")
-    return ranks
+    return said
 
 
-def table(ranks: list[dict[str, Any]]) -> Table:
-    """The loads as a table, with a last row for all of more than one."""
-    made = Table(box=None, pad_edge=False)
+def table(said: dict[str, Any]) -> Table:
+    """The loads as a table, with a last row for all of more than one, and what waits before all ranks."""
+    ranks, queued = said["ranks"], said.get("queued")
+    caption = f"{queued:,} wait for any rank" if isinstance(queued, int) and queued else None
+    made = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
     for heading in COLUMNS:
         made.add_column(heading, justify="right", no_wrap=True)
     for load in ranks:
         made.add_row(*(cell(load) for cell in COLUMNS.values()))
     if len(ranks) > 1:
-        said = [name for name in SUMS if all(name in load for load in ranks)]
-        total: dict[str, Any] = {name: sum(load[name] for load in ranks) for name in said} | {"rank": "all"}
+        known = [name for name in SUMS if all(name in load for load in ranks)]
+        total: dict[str, Any] = {name: sum(load[name] for load in ranks) for name in known} | {"rank": "all"}
         made.add_row(*(cell(total) for cell in COLUMNS.values()), style="bold")
     return made
 
@@ -100,15 +103,15 @@ def _is_load(entry: object) -> bool:
     )
 
 
-def _print_json(ask: Callable[[], list[dict[str, Any]]], watch: bool, interval_s: float) -> None:
+def _print_json(ask: Callable[[], dict[str, Any]], watch: bool, interval_s: float) -> None:
     while True:
-        print(json.dumps({"ranks": ask()}), flush=True)
+        print(json.dumps(ask()), flush=True)
         if not watch:
             return
         time.sleep(interval_s)
 
 
-def _show(ask: Callable[[], list[dict[str, Any]]], interval_s: float) -> None:
+def _show(ask: Callable[[], dict[str, Any]], interval_s: float) -> None:
     with Live(table(ask()), console=Console(highlight=False), auto_refresh=False) as live:
         while True:
             time.sleep(interval_s)

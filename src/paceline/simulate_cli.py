@@ -28,6 +28,7 @@ from paceline.traffic_cli import (
     TraceFlag,
     TraceFlags,
     WarmUpFlag,
+    check_binding,
     refuse_without_trace,
     run_trace,
 )
@@ -79,10 +80,13 @@ def simulate_command(
     interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
 ) -> None:  # fmt: skip
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
-    options = Options(seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode)
+    brokered = None if bind is None else bind == "broker"
+    options = Options(
+        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered
+    )
     flags = TraceFlags(
-        trace, routing, bind, rate_scale, slots, token_budget, kv_tokens, step_ms, prefill_ms, decode_ms, delay_ms,
-        interval_ms, warm_up, plot,
+        trace, routing, bind if trace is not None else None, rate_scale, slots, token_budget, kv_tokens, step_ms,
+        prefill_ms, decode_ms, delay_ms, interval_ms, warm_up, plot,
     )  # fmt: skip
     failed = False
     try:
@@ -91,6 +95,7 @@ def simulate_command(
             run_trace(flags, SharedFlags(seed, ranks, front_ends, requests, lockstep), json)
         else:
             refuse_without_trace(flags)
+            check_binding(bind)
             _check(options)
             chosen = _read_seeds(seeds) if seeds is not None else iter([seed])
             failed = run_seeds(options, chosen, json, seeds is not None)
@@ -138,6 +143,7 @@ def summary(outcome: Outcome) -> str:
     lines = [
         f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
         f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
+        f"  binding       {'brokered' if options.brokered else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''}",
@@ -162,6 +168,8 @@ def replay(options: Options, seed: int) -> str:
             words += [f"--{name.replace('_', '-')}", str(value)]
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
+    if options.brokered is not None:
+        words += ["--bind", "broker" if options.brokered else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)

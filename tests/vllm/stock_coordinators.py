@@ -1,7 +1,7 @@
 """vLLM's own coordinator, as many as wanted, without a deployment: runs in vLLM's environment.
 
-Each line of standard input names a folder and a number of ranks (JSON: folder, size, waves). A coordinator is forked
-for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds and happens once.
+Each line of standard input names a folder and a number of ranks (JSON: folder, size, waves, fork). A coordinator is
+forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once.
 """
 
 import json
@@ -30,7 +30,7 @@ def main() -> None:
     print(json.dumps({"imported": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        if os.fork() == 0:
+        if not asked["fork"] or os.fork() == 0:
             names = ("front", "output", "publish")
             front, output, publish = (f"ipc://{asked['folder']}/{name}" for name in names)
             DPCoordinatorProc.run_coordinator(

@@ -126,14 +126,17 @@ def test_it_can_die(case: Case) -> None:
     killed: set[int] = set()
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client, seed) for seed in range(CLIENTS)]
-        while time.monotonic() < end:
+        due = time.monotonic()
+        while due < end:
+            rest(max(0.0, due - time.monotonic()))
             for pid in case.server.coordinator_pids():
                 os.kill(pid, signal.SIGKILL)
                 killed.add(pid)
-            rest(KILL_EVERY_S)
+            due += KILL_EVERY_S
         served = sum(each.result() for each in clients)
     assert case.server.process.poll() is None
-    assert len(killed) >= 0.8 * KILLS_S / KILL_EVERY_S
+    # On a busy machine a new one may take longer than that.
+    assert len(killed) >= 0.5 * KILLS_S / KILL_EVERY_S
     assert served > len(killed)
     if case.model == "moe":
         seen = waves(case.server)

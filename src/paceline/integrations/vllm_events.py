@@ -17,6 +17,12 @@ class RankSaid(Struct, frozen=True):
     message: RankMessage
 
 
+class RanksReported(Struct, frozen=True):
+    """Load reports that came together, and nothing about waves: at most one of each rank."""
+
+    reports: list[RankMessage]
+
+
 class RankSubscribed(Struct, frozen=True):
     """A rank listens; which one, it does not say."""
 
@@ -35,7 +41,7 @@ class FrontEndSubscribed(Struct, frozen=True):
     """A front-end listens."""
 
 
-Event = RankSaid | RankSubscribed | RankUnsubscribed | FrontEndSaid | FrontEndSubscribed | Tick
+Event = RankSaid | RanksReported | RankSubscribed | RankUnsubscribed | FrontEndSaid | FrontEndSubscribed | Tick
 
 # Effects --------------------------------------------------------------------------------------
 

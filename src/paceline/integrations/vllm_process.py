@@ -8,6 +8,7 @@ reports wait, what front-ends say and what is due to be published come in betwee
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import select
@@ -23,6 +24,7 @@ import zmq
 
 from paceline.errors import StartupError
 from paceline.integrations import vllm_codec as codec
+from paceline.integrations.vllm_codec import Notice, RankMessage
 from paceline.integrations.vllm_events import (
     Event,
     FrontEndSaid,
@@ -30,6 +32,7 @@ from paceline.integrations.vllm_events import (
     Greet,
     Note,
     RankSaid,
+    RanksReported,
     RankSubscribed,
     RankUnsubscribed,
     Remember,
@@ -68,6 +71,7 @@ class VllmProcess:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
+        self._ranks_wait_until = float("-inf")
         self._stopping = False
         self._wakeup = Wakeup()
 
@@ -94,25 +98,32 @@ class VllmProcess:
 
     def run(self) -> None:
         """Serve until stopped, or until the keeper is gone."""
-        poller = zmq.Poller()
-        for each in (self._front, self._back_in, self._back_out, self._wakeup, self._channel):
-            poller.register(each, zmq.POLLIN)
-        files: list[Any] = [self._front.fd, self._back_in.fd, self._back_out.fd, self._wakeup, self._channel]
+        urgent: list[Any] = [self._front.fd, self._back_out.fd, self._wakeup, self._channel]
+        ranks = self._back_in.fd
+        self._handle(Tick())
         while not self._stopping:
-            ready = dict(poller.poll(0))
-            if not ready and (wait_s := self._translation.deadline - time.monotonic()) > 0:
-                # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
-                select.select(files, (), (), min(wait_s, 3600.0))
-                ready = dict(poller.poll(0))
-            if self._back_out in ready:
-                self._read(self._back_out, self._on_rank_subscription)
-            if self._front in ready:
+            # To ask each socket costs a fraction of what a poll does. What front-ends say is the most urgent.
+            busy = False
+            if _has_message(self._front):
+                busy = True
                 self._read(self._front, self._on_front_end_frame)
-            if self._back_in in ready:
+            if _has_message(self._back_out):
+                busy = True
+                self._read(self._back_out, self._on_rank_subscription)
+            now = time.monotonic()
+            ranks_wait = now < self._ranks_wait_until
+            if not ranks_wait and _has_message(self._back_in):
+                busy = True
                 self._read_ranks()
-            if self._channel.fileno() in ready:
+                now = time.monotonic()
+            if now >= (deadline := self._translation.deadline):
+                self._handle(Tick())
+                continue
+            until = min(deadline, self._ranks_wait_until) if ranks_wait else deadline
+            # ZeroMQ's own poll knows whole milliseconds, too coarse for what is due in this protocol.
+            files = urgent if ranks_wait else [*urgent, ranks]
+            if self._channel in select.select(files, (), (), 0 if busy else min(max(until - now, 0), 3600.0))[0]:
                 self._on_keeper()
-            self._handle(Tick())
         self._wakeup.close()
         self._context.destroy(linger=0)
 
@@ -139,7 +150,9 @@ class VllmProcess:
     def _read_ranks(self) -> None:
         """Read until nothing is there, or something is due."""
         last: dict[bytes, bytes] = {}
-        until = min(time.monotonic() + READ_S, self._translation.deadline)
+        now, deadline = time.monotonic(), self._translation.deadline
+        # What is due already goes out with what they say now.
+        until = min(now + READ_S, deadline) if deadline > now else now + READ_S
         receive, whose_report, clock = self._back_in.recv, codec.whose_report, time.monotonic
         while True:
             try:
@@ -153,18 +166,26 @@ class VllmProcess:
                 self._garbage_back.add("frames", f"{1 + len(self._back_in.recv_multipart())} frames in place of one")
             else:
                 # What else a rank says is heard in its place.
-                self._on_rank_frames([*last.values(), frame])
+                self._reported(last.values())
                 last.clear()
+                if (message := self._decoded(frame)) is not None:
+                    self._handle(RankSaid(message))
             if clock() >= until:
                 break
-        self._on_rank_frames(last.values())
+        self._reported(last.values())
+        self._ranks_wait_until = self._translation.ranks_may_wait_until(time.monotonic())
 
-    def _on_rank_frames(self, frames: Iterable[bytes]) -> None:
-        for frame in frames:
-            try:
-                self._handle(RankSaid(codec.read_rank(frame)))
-            except BadMessage as error:
-                self._garbage_back.add(error.kind, error.detail)
+    def _reported(self, frames: Iterable[bytes]) -> None:
+        if frames:
+            messages = [message for frame in frames if (message := self._decoded(frame)) is not None]
+            self._handle(RanksReported(messages))
+
+    def _decoded(self, frame: bytes) -> RankMessage | None:
+        try:
+            return codec.read_rank(frame)
+        except BadMessage as error:
+            self._garbage_back.add(error.kind, error.detail)
+            return None
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
@@ -189,21 +210,35 @@ class VllmProcess:
             except BadMessage as error:
                 self._garbage_front.add(error.kind, error.detail)
                 return
-            self._handle(FrontEndSaid(message))
+            sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
+            if sent is not None:
+                self._wake(sent)
+            self._handle(FrontEndSaid(message), sent)
 
-    def _handle(self, event: Event) -> None:
+    def _wake(self, wake: Wake) -> None:
+        kind, what = codec.wake(wake.wave, wake.exclude)
+        self._back_out.send(kind, zmq.NOBLOCK | zmq.SNDMORE)
+        self._back_out.send(what, zmq.NOBLOCK)
+
+    def _handle(self, event: Event, sent: Wake | None = None) -> None:
+        """`sent`: of the effects, what has been sent already."""
         for effect in self._translation.handle(event, time.monotonic()):
             match effect:
                 case View(counts, wave, running):
                     self._front.send(codec.view(counts, wave, running), zmq.NOBLOCK)
-                case Wake(wave, exclude):
-                    self._back_out.send_multipart(codec.wake(wave, exclude), zmq.NOBLOCK)
+                case Wake():
+                    if effect != sent:
+                        self._wake(effect)
                 case Greet():
                     self._back_out.send(codec.READY, zmq.NOBLOCK)
                 case Remember(memory):
                     say(self._channel, Said(memory=memory))
                 case Note(text, urgent):
                     logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
+
+
+def _has_message(endpoint: zmq.Socket[bytes]) -> bool:
+    return bool(int(endpoint.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def say(channel: socket.socket, said: Said) -> None:
@@ -229,6 +264,9 @@ def main(arguments: list[str]) -> None:
         say(channel, Said(failed=str(error)))
         sys.exit(1)
     say(channel, Said(addresses=addresses))
+    # What has been made so far stays: it need not be looked through again and again.
+    gc.collect()
+    gc.freeze()
     process.run()
 
 

@@ -35,7 +35,7 @@ a restart they are told none.
 from __future__ import annotations
 
 from paceline.integrations.vllm_answers import Answers
-from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats, Scale
+from paceline.integrations.vllm_codec import Notice, RankMessage, Scale
 from paceline.integrations.vllm_dialect import VllmDialect
 from paceline.integrations.vllm_events import (
     Effect,
@@ -46,6 +46,7 @@ from paceline.integrations.vllm_events import (
     Memory,
     Note,
     RankSaid,
+    RanksReported,
     RankSubscribed,
     RankUnsubscribed,
     Remember,
@@ -53,28 +54,16 @@ from paceline.integrations.vllm_events import (
     View,
     Wake,
 )
+from paceline.integrations.vllm_words import KV_PARTS, RankWords
 from paceline.protocol import coordinator_events as machine_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.introductions import PATIENCE_S
-from paceline.protocol.messages import (
-    PROTOCOL_VERSION,
-    FromRank,
-    Load,
-    LoadView,
-    RankHello,
-    RankReport,
-    StartDPWave,
-    StartWave,
-    WakeNotice,
-    WaveComplete,
-)
-from paceline.protocol.wave import Observed
+from paceline.protocol.messages import FromRank, LoadView, RankReport, StartDPWave, WakeNotice
 
-LIFE = 1
-"""The incarnation of every rank: under vLLM there is one."""
-ADDRESS = "tcp://vllm"
-KV_PARTS = 2**40
-"""vLLM says the used share of KV; the machine counts tokens."""
+STEP_WAIT_S = 0.001
+"""How long a view of lockstep ranks waits for the rest of a step. A vLLM rank reports only when its counts changed."""
+COLLECT_S = 0.001
+"""How long the reports of ranks that are known to run may wait for more of them."""
 
 
 class VllmTranslation:
@@ -97,20 +86,15 @@ class VllmTranslation:
         # After a restart ranks are woken once, when all listen.
         self._owes_wake = restarted and lockstep and (dialect.wake_is_safe or memory.running)
         self._subscribed = 0
-        self._said: dict[int, Observed] = {}
-        self._reports: dict[int, RankReport] = {}
+        self._words = RankWords(memory.size, lockstep=lockstep, proof_step=dialect.proof_step)
         # None where every rank's counts may be told, reported or not; else until when not.
         self._unheard_until: float | None = float("inf") if restarted else None
-        self._answers = Answers(stall_s if dialect.says_started else float("inf"))
+        self._answers = Answers(stall_s if dialect.says_started else float("inf"), self._words.silent)
+        self._published_at = float("-inf")
         self._dropped = 0
         self._void = 0
         self._coordinator = self._new_machine()
         self._introduced = False
-
-    @property
-    def lockstep(self) -> bool:
-        """Whether the ranks run in waves."""
-        return self._lockstep
 
     @property
     def deadline(self) -> float:
@@ -118,6 +102,28 @@ class VllmTranslation:
         if not self._introduced:
             return float("-inf")
         return min(self._coordinator.deadline, self._answers.deadline)
+
+    def ranks_may_wait_until(self, read_at: float) -> float:
+        """Until when ranks need not be read again that were read at this time, so that many reports cost one turn.
+
+        Independent ranks report loads alone, which are published at the interval. Lockstep ranks may say that the
+        others must be woken, unless it is known that all run.
+        """
+        if not self._lockstep:
+            return min(self._published_at, read_at) + self._interval_s
+        known = self._memory.running and self._words.proved == self._memory.wave
+        return read_at + COLLECT_S if known else read_at
+
+    def wake_at_once(self, notice: Notice) -> Wake | None:
+        """The wake that `handle` will answer this notice with, where that is certain: it may be sent before.
+
+        Everybody waits for a wave's first wake, so it should not wait for what else is to be done about it.
+        """
+        memory = self._memory
+        if not self._lockstep or not memory.greeted or memory.running or self._answers.wave >= memory.wave:
+            return None
+        known = notice.rank is not None and notice.rank < memory.size
+        return Wake(memory.wave, notice.exclude if known and notice.wave >= memory.wave else None)
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -127,6 +133,8 @@ class VllmTranslation:
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
+            case RanksReported(messages):
+                self._on_reports(messages, now, effects)
             case RankSubscribed():
                 self._on_subscribed(now, effects)
             case RankUnsubscribed():
@@ -155,106 +163,63 @@ class VllmTranslation:
             "lockstep": self._lockstep,
             "wave": known["wave"],
             "running": known["running"],
-            "unanswered": sorted(self._answers.awaited),
+            "unanswered": self._answers.awaited(),
             "stalls": stalls,
             "views_published": known["views_published"],
             "void_messages": self._dropped + self._void,
         }
 
     def loads(self) -> list[dict[str, object]]:
-        """Every rank's last report to this coordinator, as `paceline loads` shows it; zeros where there is none."""
-        none = RankReport(0, LIFE, 0, 0, False, Load())
-        said = ((rank, self._reports.get(rank, none)) for rank in range(self._memory.size))
-        return [
-            {"rank": rank, "waiting": last.load.waiting, "running": last.load.running, "kv_used": last.load.kv_used,
-             "kv_total": last.load.kv_total, "wave": last.wave, "step": last.step & 0xFFFFFFFF}
-            for rank, last in said
-        ]  # fmt: skip
+        """Every rank's last report to this coordinator, as `paceline loads` shows it."""
+        return self._words.loads()
 
     # Ranks ------------------------------------------------------------------------------------
 
     def _new_machine(self) -> Coordinator:
         return Coordinator(
             self._memory.size, self._identity, self._interval_s, lockstep=self._lockstep,
-            publish_loads=self._publish_loads,
+            publish_loads=self._publish_loads, step_wait_s=STEP_WAIT_S,
         )  # fmt: skip
 
     def _introduce(self, now: float, effects: list[Effect]) -> None:
-        """All ranks say hello, as they stand by what they said last."""
         self._introduced = True
         if self._unheard_until is not None:
             self._unheard_until = now + PATIENCE_S
-        for rank in range(self._memory.size):
-            said = self._said.get(rank)
-            if said is None or said.wave < self._memory.wave:
-                said = Observed(self._memory.wave, False)
-            hello = RankHello(PROTOCOL_VERSION, rank, LIFE, ADDRESS, True, said.wave, said.running)
+        for word in self._words.hellos(self._memory.wave):
             # Nothing that this brings is worth sending: one view follows, when all are in.
-            self._coordinator.handle(machine_events.RankSaid(hello), now)
-        for report in self._reports.values():
-            self._coordinator.handle(machine_events.RankSaid(report), now)
+            self._coordinator.handle(machine_events.RankSaid(word), now)
         self._tell(machine_events.FrontEndSubscribed(), now, effects)
 
     def _on_rank(self, message: RankMessage, now: float, effects: list[Effect]) -> None:
         rank = message.engine_index
-        if rank >= self._memory.size:
-            self._dropped += 1
-            return
-        if message.scheduler_stats is not None:
-            self._on_report(rank, message.scheduler_stats, now, effects)
-        if not self._lockstep:
+        if message.scheduler_stats is not None or rank >= self._memory.size:
+            self._on_reports([message], now, effects)
+        if not self._lockstep or rank >= self._memory.size:
             return
         if message.wave_complete is not None:
-            self._on_complete(message.wave_complete, now, effects)
+            self._hear(self._words.complete(message.wave_complete), now, effects)
+            self._answers.all_came(message.wave_complete)
         elif message.start_wave is not None:
             wave = message.start_wave
-            self._says(rank, wave, True)
-            self._hear(StartWave(rank, LIFE, wave), now, effects)
+            self._hear([self._words.start(rank, wave)], now, effects)
             if rank == 0 and self._dialect.says_started:
                 self._answers.all_came(wave)
 
-    def _on_report(self, rank: int, stats: RankStats, now: float, effects: list[Effect]) -> None:
-        waiting, running, wave, step = (
-            stats.num_waiting_reqs, stats.num_running_reqs, stats.current_wave, stats.step_counter,
-        )  # fmt: skip
-        load = Load(waiting, running, kv_used=round(stats.kv_cache_usage * KV_PARTS), kv_total=KV_PARTS)
-        if not self._lockstep:
-            self._reports[rank] = report = RankReport(rank, LIFE, 0, 0, False, load)
-            self._hear(report, now, effects)
-            return
-        runs = waiting + running > 0 or step > 0 or self._said.get(rank) == Observed(wave, True)
-        # A step is of its wave: across waves they are in order of both.
-        self._reports[rank] = report = RankReport(rank, LIFE, wave << 32 | step, wave, runs, load)
-        self._says(rank, wave, runs)
-        self._hear(report, now, effects)
-        if step >= self._dialect.proof_step:
-            self._prove(wave, now, effects)
-
-    def _prove(self, wave: int, now: float, effects: list[Effect]) -> None:
-        """All ranks run in this wave, or have."""
-        runs = Observed(wave, True)
-        for rank in range(self._memory.size):
-            said = self._said.get(rank)
-            if said is None or (said.wave <= wave and said != runs):
-                self._said[rank] = runs
-                self._hear(StartWave(rank, LIFE, wave), now, effects)
-        self._answers.all_came(wave)
-
-    def _on_complete(self, wave: int, now: float, effects: list[Effect]) -> None:
-        """All ranks have agreed to end this wave."""
-        for rank in range(self._memory.size):
-            said = self._said.get(rank)
-            if said is None or said.wave <= wave:
-                self._said[rank] = Observed(wave + 1, False)
-                self._hear(WaveComplete(rank, LIFE, wave), now, effects)
-        self._answers.all_came(wave)
-
-    def _says(self, rank: int, wave: int, running: bool) -> None:
-        said = self._said.get(rank)
-        if said is None or wave >= said.wave:
-            self._said[rank] = Observed(wave, running)
-            if running:
-                self._answers.sign(rank, wave)
+    def _on_reports(self, messages: list[RankMessage], now: float, effects: list[Effect]) -> None:
+        reports: list[RankReport] = []
+        proved = -1
+        for message in messages:
+            stats = message.scheduler_stats
+            if stats is None or message.engine_index >= self._memory.size:
+                self._dropped += 1
+                continue
+            reports.append(self._words.report(message.engine_index, stats))
+            if self._words.proves(stats):
+                proved = max(proved, stats.current_wave)
+        self._tell(machine_events.RanksReported(reports), now, effects)
+        if proved >= 0:
+            self._hear(self._words.prove(proved), now, effects)
+            self._answers.all_came(proved)
 
     def _on_subscribed(self, now: float, effects: list[Effect]) -> None:
         self._subscribed += 1
@@ -284,8 +249,7 @@ class VllmTranslation:
     def _on_scale(self, size: int, now: float, effects: list[Effect]) -> None:
         before, memory = self._memory.size, self._memory
         self._remember(Memory(size, memory.wave, memory.running, memory.greeted), effects)
-        self._said = {rank: said for rank, said in self._said.items() if rank < size}
-        self._reports = {rank: report for rank, report in self._reports.items() if rank < size}
+        self._words.resize(size)
         self._unheard_until = None
         self._void += int(str(self._coordinator.statistics()["void_messages"]))
         self._coordinator = self._new_machine()
@@ -294,8 +258,9 @@ class VllmTranslation:
 
     # Effects ----------------------------------------------------------------------------------
 
-    def _hear(self, message: FromRank, now: float, effects: list[Effect]) -> None:
-        self._tell(machine_events.RankSaid(message), now, effects)
+    def _hear(self, words: list[FromRank], now: float, effects: list[Effect]) -> None:
+        for word in words:
+            self._tell(machine_events.RankSaid(word), now, effects)
 
     def _tell(
         self, event: machine_events.Event, now: float, effects: list[Effect], exclude: bytes | int | None = None
@@ -308,9 +273,10 @@ class VllmTranslation:
                 case machine_events.ToRanks(StartDPWave(wave, left_out)) if self._memory.greeted:
                     if left_out is not None and left_out >= self._memory.size:
                         left_out = None
-                    self._answers.woken(wave, self._silent(wave), now)
+                    self._answers.woken(wave, now)
                     effects.append(Wake(wave, left_out if left_out is None or exclude is None else exclude))
                 case machine_events.ToFrontEnds(LoadView() as view):
+                    self._published_at = now
                     self._remember(Memory(memory.size, view.wave, view.running, memory.greeted), effects)
                     effects.append(View(self._counts(view, now), view.wave, view.running))
 
@@ -318,13 +284,6 @@ class VllmTranslation:
         if memory != self._memory:
             self._memory = memory
             effects.insert(0, Remember(memory))
-
-    def _silent(self, wave: int) -> list[int]:
-        """Ranks that have given no sign of this wave, or of a later one."""
-        runs = Observed(wave, True)
-        unknown = Observed(-1, False)
-        said = ((rank, self._said.get(rank, unknown)) for rank in range(self._memory.size))
-        return [rank for rank, state in said if not (state == runs or state.wave > wave)]
 
     def _counts(self, view: LoadView, now: float) -> list[list[int | float]] | None:
         if view.ranks is None:

@@ -133,8 +133,9 @@ class Board:
 class PublishClock:
     """When the next view is due."""
 
-    def __init__(self, interval_s: float) -> None:
+    def __init__(self, interval_s: float, step_wait_s: float = STEP_WAIT_S) -> None:
         self._interval_s = interval_s
+        self._step_wait_s = step_wait_s
         self._last = float("-inf")
         self._changed_at: float | None = None
         self._hold_until: float | None = None
@@ -159,7 +160,7 @@ class PublishClock:
         if self._changed_at is None:
             return False
         if self._hold_until is None:
-            self._hold_until = now + STEP_WAIT_S
+            self._hold_until = now + self._step_wait_s
         return now < self._hold_until
 
     def deadline(self) -> float:

@@ -154,6 +154,7 @@ class Brokerage:
     def grants(self, board: Board, membership: Membership, free: bool, now: float) -> Grants | None:
         """What to tell front-ends now. `free`: whether work may be started; a suspended deployment grants nothing."""
         if not self._pools:
+            self._due = None
             return None
         made: list[Grant] = []
         recall = False

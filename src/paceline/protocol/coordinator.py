@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.board import Board
+from paceline.protocol.board import STEP_WAIT_S, Board
 from paceline.protocol.brokerage import Brokerage
 from paceline.protocol.calls import Calls
 from paceline.protocol.coordinator_events import (
@@ -70,13 +70,13 @@ class Coordinator:
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `fresh`: no other came before it. `without`: rules (`rules.py`) left out, to show
-    what breaks.
+    carry the wave and no loads. `fresh`: no other came before it. `step_wait_s`: how long a view waits, in lockstep,
+    for all ranks to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
-        fresh: bool = True, without: Set[str] = frozenset(),
+        fresh: bool = True, step_wait_s: float = STEP_WAIT_S, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
@@ -91,8 +91,9 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self._broker = Brokerage(identity, self._without)
-        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, one_step=lockstep)
+        self.broker = Brokerage(identity, self._without)
+        one_step = step_wait_s if lockstep else None
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
         self._dropped = 0
         self._front_ends: set[int] = set()
 
@@ -100,7 +101,7 @@ class Coordinator:
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
-        timers = (waking, suspending, forming, self._introductions.due, self._broker.due)
+        timers = (waking, suspending, forming, self._introductions.due, self.broker.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -148,7 +149,7 @@ class Coordinator:
             "suspension": self._suspension_state.number,
             "suspension_settled": self._suspension_state.settled,
             "front_ends": len(self._front_ends),
-            "queued": self._broker.queued,
+            "queued": self.broker.queued,
             "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
@@ -208,7 +209,7 @@ class Coordinator:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
             self._suspension_changed(now)
-            self._broker.mark(hello.rank)
+            self.broker.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
@@ -226,7 +227,7 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self._broker.mark(report.rank)
+        self.broker.mark(report.rank)
         self._publisher.loads_changed(now)
 
     def _forget_rank(self, rank: int, now: float) -> None:
@@ -240,7 +241,7 @@ class Coordinator:
         self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
-        self._broker.lost(rank)
+        self.broker.lost(rank)
         self._suspension_changed(now)
 
     def _joiners_wave(self) -> int:
@@ -252,7 +253,7 @@ class Coordinator:
         match message:
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
-                self._broker.hello(message, (member.rank for member in self._membership.members()))
+                self.broker.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
                 self._publisher.members_changed(now)
@@ -266,9 +267,9 @@ class Coordinator:
                     if self._membership.is_current(send.rank, send.incarnation):
                         self._board.sent(front_end, send)
                         self._publisher.loads_changed(now)
-                    self._broker.sent(front_end, send)
+                    self.broker.sent(front_end, send)
             case Ask() | Withdraw() | ReturnShares():
-                self._broker.said(message, now)
+                self.broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
@@ -278,7 +279,7 @@ class Coordinator:
         self._calls.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
-        self._broker.forget_front_end(front_end)
+        self.broker.forget_front_end(front_end)
         self._publisher.loads_changed(now)
 
     # Suspension -------------------------------------------------------------------------------
@@ -306,15 +307,15 @@ class Coordinator:
         self._answer_calls(now, effects)
         self._tell_ranks(now, effects)
         free = self._suspension.standing.free
-        grants = self._broker.grants(self._board, self._membership, free, now)
+        grants = self.broker.grants(self._board, self._membership, free, now)
         if grants is not None:
             effects.append(ToFrontEnds(grants))
-        if self._broker.emptied():
+        if self.broker.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
         shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
         stalls = self._stalls.found
-        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self._broker, now)
+        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self.broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):
@@ -341,8 +342,9 @@ class Coordinator:
         wake: StartDPWave | None = self._group.wake(now)
         if wake is not None:
             effects.append(ToRanks(wake))
-            self._suspension.woke(now)
-            self._suspension_state = self._suspension.state(self._expected(now))
+            if self._suspension.standing.suspended:
+                self._suspension.woke(now)
+                self._suspension_state = self._suspension.state(self._expected(now))
         suspension = self._suspension.message(now)
         if suspension is not None:
             effects.append(ToRanks(suspension))

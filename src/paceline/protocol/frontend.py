@@ -169,6 +169,14 @@ class FrontEnd:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
         return self._placement.waiting()
 
+    def held(self) -> list[int]:
+        """This front-end's requests that have no rank yet."""
+        return list(self._binding.held)
+
+    def queued(self) -> int:
+        """Requests that wait in the coordinator's queue, this front-end's and the others'."""
+        return self._binding.queued
+
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         return [
@@ -188,7 +196,8 @@ class FrontEnd:
             "in_flight": self.in_flight(),
             "moved": self._flights.moved,
             "waiting": self.waiting(),
-            "held": len(self._binding.held),
+            "held": len(self.held()),
+            "queued": self.queued(),
             "void_messages": self._void + self._flights.void,
         }
 

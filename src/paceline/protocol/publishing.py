@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from paceline.protocol.board import HEARTBEAT_S, Board, PublishClock
+from paceline.protocol.board import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
 from paceline.protocol.brokerage import Brokerage
 from paceline.protocol.coordinator_events import Effect, ToFrontEnds
 from paceline.protocol.membership import Membership
@@ -23,17 +23,19 @@ class Shown(Struct, frozen=True):
 
 
 class Publisher:
-    """The views of one coordinator. `with_loads`: False in external mode; `one_step`: in lockstep, whether a view waits
-    a moment for ranks that have not reported the same step.
+    """The views of one coordinator. `with_loads`: False in external mode. `step_wait_s`: in lockstep, how long a view
+    waits for ranks that have not reported the same step; None where no view waits.
     """
 
-    def __init__(self, identity: int, interval_s: float, *, with_loads: bool, one_step: bool) -> None:
+    def __init__(
+        self, identity: int, interval_s: float, *, with_loads: bool, step_wait_s: float | None = STEP_WAIT_S
+    ) -> None:
         self.views = 0
         """Published so far."""
         self._identity = identity
         self._with_loads = with_loads
-        self._one_step = one_step
-        self._clock = PublishClock(interval_s)
+        self._one_step = step_wait_s is not None
+        self._clock = PublishClock(interval_s, step_wait_s or 0.0)
         self._members_due = True
         self._members_sent = float("-inf")
         self._said = (0, False, 0, True)
@@ -58,8 +60,8 @@ class Publisher:
         self._clock.changed(now)
 
     def ripe(self, board: Board, membership: Membership, now: float) -> bool:
-        """Whether a view is due and nothing more is waited for."""
-        return self._clock.due(now) and (not self._one_step or board.one_step(membership.members()))
+        """Whether a view that waits for one step is due, and all ranks have reported it."""
+        return self._one_step and self._clock.due(now) and board.one_step(membership.members())
 
     def publish(
         self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], broker: Brokerage, now: float

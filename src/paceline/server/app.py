@@ -23,11 +23,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
-from paceline.protocol.policy import Decision
 from paceline.server.client import Client
 from paceline.server.delivery import EventStream, WholeAnswer
 from paceline.server.errors import ApiError, Refused, error_response
 from paceline.server.generation import Generation, Models
+from paceline.server.head import RANK_HEADER
 from paceline.server.openai import (
     BodyDecoder,
     ChatCompletionRequest,
@@ -36,12 +36,11 @@ from paceline.server.openai import (
 )
 from paceline.server.openapi import openapi_document
 from paceline.server.outlet import Outlet
-from paceline.server.routing_header import ROUTING_HEADER, asked_for, routing_value, session_of
+from paceline.server.routing_header import asked_for, session_of
 from paceline.server.suspend import suspension_routes
 
 logger = logging.getLogger("paceline.front-end")
 
-RANK_HEADER = b"x-data-parallel-rank"
 T = TypeVar("T", bound=GenerationRequest)
 
 
@@ -114,11 +113,10 @@ class GenerationEndpoint(Generic[T]):
             request = self._decode(body)
             api.check_model(request.model)
             session = session_of(headers, request.user)
-            decisions: list[Decision] | None = [] if asked_for(headers) else None
             generation = Generation(
-                api.client, api.models, api.new_id(), request, _rank_of(headers), session, decisions
+                api.client, api.models, api.new_id(), request, _rank_of(headers), session, asked_for(headers)
             )
-            await self._answer(generation, request_id, receive, send, decisions)
+            await self._answer(generation, request_id, receive, send)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -131,21 +129,15 @@ class GenerationEndpoint(Generic[T]):
         finally:
             api.leave()
 
-    async def _answer(
-        self, generation: Generation, request_id: str, receive: Receive, send: Send, decisions: list[Decision] | None
-    ) -> None:
+    async def _answer(self, generation: Generation, request_id: str, receive: Receive, send: Send) -> None:
         """Let the answer be sent; until it has been, wait for the client to go away. Raises ApiError."""
         task = asyncio.current_task()
         assert task is not None
         outlet = Outlet(send, task.cancel)
         answer = generation.answer(outlet, request_id)
-        ranks = ",".join(map(str, generation.start(answer)))
+        generation.start(answer)
         self._api.answers.add(answer)
         try:
-            told = [(b"x-request-id", request_id.encode("latin-1", "replace")), (RANK_HEADER, ranks.encode())]
-            if decisions is not None:
-                told.append((ROUTING_HEADER, routing_value(decisions)))
-            answer.open(told)
             # The end of the answer is a disconnect too: this task has nothing else to do.
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -196,7 +188,7 @@ def _plain_routes(api: Api) -> list[Route]:
     document = json.dumps(openapi_document()).encode()
     endpoints: dict[str, Callable[[], Response]] = {
         "/health": lambda: _health(api),
-        "/loads": lambda: JSONResponse({"ranks": api.client.machine.loads()}),
+        "/loads": lambda: JSONResponse({"ranks": api.client.machine.loads(), "queued": api.client.machine.queued()}),
         "/version": lambda: JSONResponse({"version": __version__}),
         "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
         "/openapi.json": lambda: Response(document, media_type="application/json"),

@@ -38,11 +38,11 @@ from paceline.protocol.frontend_events import (
     RankSaid,
     Refuse,
     Submit,
+    Tick,
     ToCoordinator,
     ToRank,
 )
-from paceline.protocol.messages import FrontEndLeaving, Output
-from paceline.protocol.policy import Decision
+from paceline.protocol.messages import AddRequest, FrontEndLeaving, Output
 from paceline.protocol.sampling import ControlAction, SamplingParams
 from paceline.runtime.link_monitor import LinkMonitor
 from paceline.runtime.sockets import Garbage, giving_up_after, open_socket
@@ -51,6 +51,7 @@ from paceline.server.errors import Refused
 
 logger = logging.getLogger("paceline.front-end")
 
+NEVER = float("inf")
 MESSAGES_A_TURN = 512
 ASK_AGAIN_S = 0.25
 """A call that is not answered is repeated: the coordinator may have been away."""
@@ -79,6 +80,8 @@ class Client:
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
         self._changed: list[asyncio.Future[None]] = []
         self._calls: dict[int, asyncio.Future[Controlled]] = {}
+        self._tick_at = NEVER
+        self._timer: asyncio.TimerHandle | None = None
         self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
         self._watch(self._coordinator, self._on_coordinator_frames)
         self._coordinator.send(b"\x01")
@@ -89,25 +92,20 @@ class Client:
 
     def submit(
         self, sink: Sink, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
-        priority: int = 0, session: str | None = None, decisions: list[Decision] | None = None,
-    ) -> tuple[int, int]:  # fmt: skip
-        """Send a request; its outputs go to `sink`. Returns its number and the rank that has it.
-
-        `decisions`, where given, gets what the choice of the rank was based on. Raises Refused where no rank takes it.
+        priority: int = 0, session: str | None = None, explain: bool = False,
+    ) -> int:  # fmt: skip
+        """Send a request, now or when it is granted a rank; returns its number. `sink` is told of its rank, perhaps
+        before this returns, and gets its outputs. `explain`: whether it is also told what the choice of the rank was
+        based on. Raises Refused where no rank takes it.
         """
         request = self._next_request
         self._next_request += 1
-        submit = Submit(request, prompt_token_ids, params, rank, priority, session, decisions is not None)
+        submit = Submit(request, prompt_token_ids, params, rank, priority, session, explain)
         effects = self.machine.handle(submit, time.monotonic())
         # After the machine, which may ask a policy of somebody else's: what that raises must leave nothing behind.
         self._sinks[request] = sink
-        placed = -1
         for effect in effects:
             match effect:
-                case Placed(_, placed_rank, decision):
-                    placed = placed_rank
-                    if decisions is not None and decision is not None:
-                        decisions.append(decision)
                 case Refuse(_, reason, text):
                     del self._sinks[request]
                     raise Refused(reason, text)
@@ -117,7 +115,8 @@ class Client:
                         raise Refused("overloaded", f"rank {to} takes no more requests now")
                 case _:
                     self._perform(effect)
-        return request, placed
+        self._arrange_tick()
+        return request
 
     def abandon(self, requests: list[int]) -> None:
         """Nobody waits for these any more: abort those that still run."""
@@ -156,6 +155,8 @@ class Client:
 
     def close(self) -> None:
         """Say good-bye and close all sockets."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._perform(ToCoordinator(FrontEndLeaving(self.machine.identity)))
         for rank in list(self._ranks):
             self._disconnect(rank)
@@ -168,13 +169,36 @@ class Client:
     def _feed(self, event: Event) -> None:
         for effect in self.machine.handle(event, time.monotonic()):
             self._perform(effect)
+        self._arrange_tick()
+
+    def _arrange_tick(self) -> None:
+        """See to it that the machine gets its Tick. One that comes too early asks again."""
+        deadline = self.machine.deadline
+        if deadline < self._tick_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tick_at = deadline
+            self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._tick_at, self._timer = NEVER, None
+        if time.monotonic() >= self.machine.deadline:
+            self._feed(Tick())
+        else:
+            self._arrange_tick()
 
     def _perform(self, effect: object) -> None:
         match effect:
             case Deliver(outputs):
                 self._deliver(outputs)
             case ToRank(rank, message):
-                self._send(self._ranks[rank], codec.encode(message), f"rank {rank}")
+                sent = self._send(self._ranks[rank], codec.encode(message), f"rank {rank}")
+                if not sent and isinstance(message, AddRequest):
+                    self._unsent(message.request, rank)
+            case Placed(request, rank, decision):
+                sink = self._sinks.get(request)
+                if sink is not None:
+                    sink.placed(rank, decision)
             case ToCoordinator(message):
                 self._send(self._coordinator, codec.encode(message), "the coordinator")
             case Connect(member):
@@ -189,6 +213,13 @@ class Client:
                 sink = self._sinks.pop(request, None)
                 if sink is not None:
                     sink.fail(Refused(reason, text))
+
+    def _unsent(self, request: int, rank: int) -> None:
+        """A request that has waited was granted a rank that reads nothing."""
+        sink = self._sinks.get(request)
+        self._loop.call_soon(self.abandon, [request])
+        if sink is not None:
+            sink.fail(Refused("overloaded", f"rank {rank} takes no more requests now"))
 
     def _deliver(self, outputs: list[Output]) -> None:
         sinks = self._sinks

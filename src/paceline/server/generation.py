@@ -9,13 +9,13 @@ import msgspec
 from msgspec import Struct
 
 from paceline.engines.base import Tokenizer
-from paceline.protocol.policy import Decision
 from paceline.protocol.sampling import SamplingParams
 from paceline.server import errors, openai
 from paceline.server.answers import ChatDialect, CompletionDialect, Dialect
 from paceline.server.client import Client
-from paceline.server.delivery import EventStream, Sink, WholeAnswer
+from paceline.server.delivery import EventStream, WholeAnswer
 from paceline.server.errors import Refused
+from paceline.server.head import Head
 from paceline.server.openai import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from paceline.server.outlet import Outlet
 
@@ -93,19 +93,19 @@ def _plain(place: int, message: openai.ChatMessage) -> dict[str, Any]:
 class Generation:
     """One HTTP request under way: `start`, then its sink has the outputs; `abandon` when the client goes.
 
-    `rank`: the one that the client names, if any. `session`: its session's key. `decisions`: gets what each choice of
-    a rank was based on, where it is given. Raises ApiError where a field is wrong.
+    `rank`: the one that the client names, if any. `session`: its session's key. `explain`: whether the answer says
+    what each choice of a rank was based on. Raises ApiError where a field is wrong.
     """
 
     def __init__(
         self, client: Client, models: Models, identity: str, request: GenerationRequest, rank: int | None,
-        session: str | None = None, decisions: list[Decision] | None = None,
+        session: str | None = None, explain: bool = False,
     ) -> None:  # fmt: skip
         self._client = client
         self._request = request
         self._rank = rank
         self._session = session
-        self._decisions = decisions
+        self._explain = explain
         self._places: dict[int, int] = {}
         openai.check_supported(request)
         self._copies = openai.choices_of(request)
@@ -128,28 +128,26 @@ class Generation:
         """The sink that makes the answer."""
         openings = [prompt.opening_text for prompt in self._prompts for _ in range(self._copies)]
         tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
+        head = Head(request_id, len(openings), self._explain)
         if self._request.stream:
-            return EventStream(outlet, self._dialect, self._places, openings, tokens, self._with_usage)
-        return WholeAnswer(outlet, self._dialect, self._places, openings, tokens, request_id)
+            return EventStream(outlet, self._dialect, self._places, openings, tokens, head, self._with_usage)
+        return WholeAnswer(outlet, self._dialect, self._places, openings, tokens, head)
 
-    def start(self, sink: Sink) -> list[int]:
-        """Send everything; returns the ranks that serve it, in order of first use. Raises ApiError."""
-        ranks: list[int] = []
+    def start(self, answer: WholeAnswer | EventStream) -> None:
+        """Submit everything; outputs go to `answer`. Raises ApiError where something is refused."""
         try:
             for place, prompt in enumerate(self._prompts):
                 for copy in range(self._copies):
                     params = self._choice_params(prompt, copy)
-                    number, rank = self._client.submit(
-                        sink, prompt.token_ids, params, self._rank, self._request.priority, self._session,
-                        self._decisions,
+                    number = self._client.submit(
+                        answer, prompt.token_ids, params, self._rank, self._request.priority, self._session,
+                        self._explain,
                     )  # fmt: skip
                     self._places[number] = place * self._copies + copy
-                    if rank not in ranks:
-                        ranks.append(rank)
         except Refused as refusal:
             self.abandon()
             raise errors.of_refusal(refusal) from None
-        return ranks
+        answer.submitted()
 
     def abandon(self) -> None:
         """Abort what still runs."""

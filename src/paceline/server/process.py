@@ -44,6 +44,7 @@ class FrontEndSettings(Struct, frozen=True):
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks.
     `rank_timeout_s`: how long a rank may be silent, 0 for ever.
+    `brokered`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
 
@@ -62,6 +63,7 @@ class FrontEndSettings(Struct, frozen=True):
     drain_timeout_s: float
     first_life: bool = True
     rank_timeout_s: float = 0.0
+    brokered: bool = False
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -88,6 +90,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         lockstep=engine_class.lockstep,
         routing=settings.routing,
         resumes=engine_class.resumes,
+        brokered=settings.brokered,
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes)

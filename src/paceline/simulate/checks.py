@@ -16,6 +16,7 @@ from paceline.protocol.messages import (
     AddRequest,
     Admit,
     Form,
+    Grants,
     Load,
     LoadView,
     Member,
@@ -66,14 +67,16 @@ class Checks:
         self._known: dict[int, dict[int, _Known]] = {}
         self._views: dict[int, tuple[int, int]] = {}
         self._ranks: Mapping[int, RankParty] = {}
+        self._front_ends: Mapping[int, FrontEndParty] = {}
+        self._sent: set[tuple[int, int]] = set()
         self._barred: dict[int, int] = {}
         self._settled = 0
         self._settled_lives: frozenset[int] = frozenset()
         self._resumed = 0
 
-    def watch(self, ranks: Mapping[int, RankParty]) -> None:
-        """The ranks by number, as they are at any time."""
-        self._ranks = ranks
+    def watch(self, ranks: Mapping[int, RankParty], front_ends: Mapping[int, FrontEndParty]) -> None:
+        """The ranks and front-ends by number, as they are at any time."""
+        self._ranks, self._front_ends = ranks, front_ends
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -157,6 +160,20 @@ class Checks:
                     text = f"the view shows what rank {entry.rank} never reported: {entry}"
                     raise Violation(text, COORDINATOR, f"rank {entry.rank}")
 
+    def coordinator(self, party: CoordinatorParty) -> None:
+        """What is queued waits at its front-end, once the front-end's word of the contrary has come."""
+        descriptors = list(party.machine.broker.descriptors())
+        if not descriptors:
+            return
+        known = {one.machine.identity: one for one in self._front_ends.values()}
+        for identity, request in descriptors:
+            front_end = known.get(identity)
+            if front_end is None or not front_end.alive or not front_end.to_coordinator.idle:
+                continue
+            if not front_end.to_coordinator.lost and request not in front_end.machine.held():
+                text = f"request {request} of {front_end.name} is queued and does not wait there"
+                raise Violation(text, front_end.name, COORDINATOR)
+
     def _suspension(self, state: SuspensionState) -> None:
         """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
         if not state.settled or state.number % 2 == 0 or state.number <= self._settled:
@@ -192,7 +209,10 @@ class Checks:
         known.taken = len(known.tokens_after) - 1
 
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
-        """Sends to one life are numbered 1, 2, 3, …"""
+        """Sends to one life are numbered 1, 2, 3, …, and no request is sent twice."""
+        if (party.machine.identity, request.request) in self._sent:
+            raise Violation(f"{party.name} sends request {request.request} twice", party.name, f"rank {rank}")
+        self._sent.add((party.machine.identity, request.request))
         known = self._known[party.machine.identity][rank]
         if (request.incarnation, request.number) != (known.incarnation, len(known.tokens_after)):
             text = f"{party.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
@@ -219,6 +239,8 @@ class Checks:
                 rank = party.answers[request].rank
                 if rank >= 0:
                     self._believes(party, known, (rank,))
+            case frontend_events.CoordinatorSaid(Grants()) | frontend_events.Tick():
+                self._believes(party, known, machine.ready_ranks())
 
     def _take_view(self, identity: int, view: LoadView, known: Mapping[int, _Known]) -> None:
         coordinator, number = self._views.get(identity, (-1, 0))

@@ -20,6 +20,9 @@ class CoordinatorChecks(Protocol):
     def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
         """The coordinator says this to all."""
 
+    def coordinator(self, party: CoordinatorParty) -> None:
+        """An event has been handled, and its effects done."""
+
 
 class CoordinatorParty:
     """The coordinator's process. `to_ranks`, `to_front_ends`: put a broadcast on every receiver's link."""
@@ -58,6 +61,7 @@ class CoordinatorParty:
                     self._count(to_front_ends)
                     self._checks.broadcast(self, to_front_ends)
                     self._to_front_ends(to_front_ends)
+        self._checks.coordinator(self)
         self._arrange_tick()
 
     def _count(self, message: ToRank | ToFrontEnd) -> None:

@@ -35,7 +35,7 @@ class Shape(Struct, frozen=True):
     rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
     messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
     lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
-    a collective a little apart.
+    a collective a little apart. `brokered`: whether front-ends' requests wait in the coordinator's queue.
     """
 
     ranks: int = 2
@@ -55,6 +55,7 @@ class Shape(Struct, frozen=True):
     loss: float = 0.0
     same_address: bool = False
     scatter: bool = False
+    brokered: bool = False
 
 
 class Deployment:
@@ -75,8 +76,8 @@ class Deployment:
         self.coordinator: CoordinatorParty | None = None
         self.coordinators: list[CoordinatorParty] = []
         self.ranks: dict[int, RankParty] = {}
-        self.checks.watch(self.ranks)
         self.front_ends: dict[int, FrontEndParty] = {}
+        self.checks.watch(self.ranks, self.front_ends)
         self.retired: list[FrontEndParty] = []
         """Front-ends that have died, with what their clients got."""
         self._links: list[Link] = []
@@ -159,8 +160,7 @@ class Deployment:
             self.world.after(self.shape.links.draw(self._connecting), down)
 
     def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None] | None:
-        """A front-end finds that its connection to a rank that lives has ended. Returns what brings it up again, or
-        None where there is no such connection.
+        """A front-end's connection to a rank that lives ends. Returns what brings it up again; None where it has none.
 
         `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
         late, as when the rank's process was stopped and goes on.
@@ -194,7 +194,8 @@ class Deployment:
         machine = FrontEnd(
             1_000_000 + next(self._lives), LeastLoad(index, shape.front_ends),
             ranks=frozenset({index}) if shape.external else None,
-            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep, resumes=True,
+            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
+            brokered=shape.brokered, resumes=True, without=self.without,
         )  # fmt: skip
         party = FrontEndParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
         party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_front_end(), self._from_front_end)

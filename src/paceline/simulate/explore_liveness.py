@@ -7,28 +7,28 @@ state that is not met on the way is one from which no order of what happens by i
 from __future__ import annotations
 
 from array import array
-from typing import Any
 
 import numpy as np
+
+CHUNK = 1 << 16
+"""Moves looked at together."""
 
 
 def first_stuck(states: int, sources: array[int], targets: array[int], goals: array[int]) -> int | None:
     """The lowest-numbered of `states` from which no goal can be reached, or None.
 
     `sources`, `targets`: the fair moves, as two arrays ("I") of the same length. `goals`: numbers of states.
+    Most moves of a walk lead to later states: a few rounds from the last move to the first do, and nothing is sorted.
     """
     reached = np.zeros(states, dtype=bool)
+    reached[np.frombuffer(goals, dtype=np.uint32)] = True
     source = np.frombuffer(sources, dtype=np.uint32)
     target = np.frombuffer(targets, dtype=np.uint32)
-    order = np.argsort(target, kind="stable")
-    source = source[order]
-    first = np.searchsorted(target[order], np.arange(states + 1))
-    frontier: np.ndarray[Any, Any] = np.unique(np.frombuffer(goals, dtype=np.uint32)).astype(np.int64)
-    while frontier.size:
-        reached[frontier] = True
-        counts = first[frontier + 1] - first[frontier]
-        offsets = np.repeat(first[frontier] - np.concatenate(([0], np.cumsum(counts)[:-1])), counts)
-        before = np.unique(source[offsets + np.arange(counts.sum())])
-        frontier = before[~reached[before]].astype(np.int64)
+    before = -1
+    while before != (before := int(np.count_nonzero(reached))):
+        for end in range(source.size, 0, -CHUNK):
+            some = slice(max(0, end - CHUNK), end)
+            while (more := source[some][reached[target[some]] & ~reached[source[some]]]).size:
+                reached[more] = True
     stuck = np.flatnonzero(~reached)
     return int(stuck[0]) if stuck.size else None

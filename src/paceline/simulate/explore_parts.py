@@ -33,7 +33,7 @@ DROPPED: Mapping[str, frozenset[str]] = {
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
             "_publisher", "_board", "_front_ends", "_stalls",
             # No front-end of the walk is brokered (`explore_binding.py` walks those that are).
-            "_broker",
+            "broker",
             # Follows from `_suspension`.
             "_suspension_state",
         }

@@ -89,6 +89,7 @@ class FrontEndParty:
         self._checks = checks
         self._dial = dial
         self._next = 1
+        self._tick_at = float("inf")
 
     def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None) -> int:
         """One request of a client, to `rank` if it names one; returns its number."""
@@ -156,6 +157,22 @@ class FrontEndParty:
         for effect in effects:
             self._perform(effect)
         self._checks.front_end(self, event)
+        self._arrange_tick()
+
+    def _arrange_tick(self) -> None:
+        deadline = self.machine.deadline
+        if deadline < self._tick_at:
+            self._tick_at = deadline
+            self.world.at(deadline, lambda: self._tick(deadline))
+
+    def _tick(self, at: float) -> None:
+        if at != self._tick_at:
+            return
+        self._tick_at = float("inf")
+        if self.world.now >= self.machine.deadline:
+            self.feed(frontend_events.Tick())
+        elif self.alive:
+            self._arrange_tick()
 
     def _perform(self, effect: frontend_events.Effect) -> None:
         match effect:

@@ -87,6 +87,11 @@ class Link:
         self._last_arrival = max(self._last_arrival, self._world.now + self.delays.draw(self._stream))
         self._world.at(self._last_arrival, self._arrive)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way."""
+        return not self._frames
+
     def hold(self) -> None:
         """Deliver nothing until `release`."""
         self.held = True

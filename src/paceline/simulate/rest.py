@@ -25,6 +25,9 @@ def check_rest(deployment: Deployment) -> None:
         raise Violation(f"at rest the ranks' waves differ: {waves}", *waves, COORDINATOR)
     for front_end in deployment.front_ends.values():
         _check_front_end(deployment, front_end)
+    coordinator = deployment.coordinator
+    if coordinator is not None and (left := list(coordinator.machine.broker.descriptors())):
+        raise Violation(f"at rest there are still descriptors in the queue: {left}", COORDINATOR)
     begin = world.journal.events
     world.run_for(IDLE_S)
     events = world.journal.events - begin

@@ -32,7 +32,7 @@ class Options(Struct, frozen=True):
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
     `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
-    messages travel as bytes.
+    messages travel as bytes. `brokered`: whether requests wait in the coordinator's queue.
     """
 
     seed: int
@@ -45,6 +45,7 @@ class Options(Struct, frozen=True):
     duration: float | None = None
     lockstep: bool | None = None
     encode: bool = True
+    brokered: bool | None = None
 
 
 class Outcome(Struct, kw_only=True):
@@ -92,6 +93,7 @@ def filled(options: Options) -> Options:
         "suspensions": stream.choice((0, 0, 1, 3, 8)),
         "duration": stream.choice((0.5, 2.0, 6.0)),
         "lockstep": Seeds(options.seed).stream("lockstep").random() < 0.7,
+        "brokered": Seeds(options.seed).stream("brokered").random() < 0.6,
     }
     return msgspec.structs.replace(
         options, **{name: value for name, value in drawn_ones.items() if getattr(options, name) is None}
@@ -142,7 +144,7 @@ class Run:
             links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
             connecting=Delays(0.005, 1.0, 0.1, 0.3),
             encode=options.encode, loss=options.losses or 0.0,
-            same_address=stream.random() < 0.5, scatter=True,
+            same_address=stream.random() < 0.5, scatter=True, brokered=bool(options.brokered),
             prefill_quota=self._quota(),
         )  # fmt: skip
 

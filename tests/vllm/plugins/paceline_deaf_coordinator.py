@@ -7,16 +7,15 @@ import os
 import sys
 
 from paceline.integrations import vllm_process
-from paceline.integrations.vllm_codec import Notice
-from paceline.integrations.vllm_events import Event, FrontEndSaid
+from paceline.integrations.vllm_codec import Notice, read_front_end
 
 
 class DeafProcess(vllm_process.VllmProcess):
-    def _handle(self, event: Event) -> None:
-        if isinstance(event, FrontEndSaid) and isinstance(event.message, Notice):
+    def _on_front_end_frame(self, frames: list[bytes]) -> None:
+        if frames[0][0] > 1 and isinstance(read_front_end(frames[0]), Notice):
             vllm_process.logger.info("a notice is not heard")
         else:
-            super()._handle(event)
+            super()._on_front_end_frame(frames)
 
 
 def register() -> None:
