@@ -34,7 +34,7 @@ from paceline.protocol.messages import (
 )
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
-from paceline.protocol.stranded import PATIENCE_S
+from paceline.protocol.stranded import MOST_LOSSES, PATIENCE_S
 
 IDENTITY = 7
 LIVES = {0: 10, 1: 11}
@@ -169,6 +169,8 @@ def test_without_any_rank_it_waits_for_the_first_and_not_for_ever() -> None:
     effects = machine.handle(members((0, 99), ended=((1, 11),)), 3.0)
     assert [rank for rank, _ in adds(effects)] == [0, 0]
     assert [effect.rank for effect in effects if isinstance(effect, Disconnect)] == [0, 1]
+    for _, again in adds(effects):
+        say(machine, again, 50)
     machine.handle(LinkDown(0), 4.0)
     assert machine.handle(Tick(), 4.0 + PATIENCE_S - 1) == []
     refusals = machine.handle(Tick(), 4.0 + PATIENCE_S)
@@ -187,6 +189,28 @@ def test_an_engine_that_cannot_go_on_serves_anew_what_nobody_has_seen_and_says_s
     assert refusal.text == "rank 0 ended after 2 tokens of the answer; this engine cannot go on with it"
     ((rank, again),) = adds(effects)
     assert (rank, again.made_token_ids, again.params) == (1, [], unseen.params)
+
+
+def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_up() -> None:
+    machine = front_end()
+    say(machine, submit(machine, 1), 50)
+    effects: list[Effect] = []
+    for life in range(20, 20 + MOST_LOSSES):
+        effects += machine.handle(members((0, life), (1, life)), 1.0)
+    (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
+    assert refusal.text.endswith("ended while it served this request, the 3rd in a row")
+    assert machine.in_flight() == 0
+
+
+def test_a_request_may_lose_any_number_of_ranks_while_it_gets_on() -> None:
+    machine = front_end()
+    sent = submit(machine, 1, max_tokens=100)
+    rank = 0
+    for life in range(20, 30):
+        say(machine, sent, life, rank=rank)
+        effects = machine.handle(members((0, life), (1, life)), 1.0)
+        rank, sent = adds(effects)[-1]
+    assert sent.made_token_ids == list(range(20, 30))
 
 
 def test_a_view_of_a_life_that_is_away_is_taken_in() -> None:

@@ -180,6 +180,8 @@ class Broker:
 
     def _next(self) -> tuple[Entry, Room] | None:
         """Who is granted next, and which rank."""
+        if not self.rooms.open() and self._first.room is None and self._oldest.room is None:
+            return None
         first, oldest = self._by_order.first(), self._by_age.first()
         self._watch(self._oldest, oldest)
         # One request has one turn.
@@ -189,11 +191,13 @@ class Broker:
                 room = self._turn(turn, turn.entry)
                 if room is not None:
                     return turn.entry, room
+        if first is None or not self.rooms.open():
+            return None
         for looked, entry in enumerate(self._by_order):
             room = self.rooms.best(entry.kv)
             if room is not None:
                 return entry, room
-            if looked == LOOK_AHEAD or (not looked and self.rooms.best(0) is None):
+            if looked == LOOK_AHEAD:
                 break
         return None
 

@@ -28,6 +28,8 @@ class Pool:
         self.broker = Broker(without, lockstep)
         self.shares = ShareBook()
         self.marked: set[int] = set()
+        self.stale = False
+        """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
 
 class Brokerage:
@@ -90,6 +92,7 @@ class Brokerage:
         pool = self._pool_of.get(message.front_end)
         if pool is None:
             return
+        pool.stale = True
         match message:
             case Ask():
                 self._ask(pool, message, now)
@@ -113,11 +116,17 @@ class Brokerage:
 
     def sent(self, front_end: int, send: Send) -> None:
         """A front-end has sent a request: one that waited, or one of its share. The board has been told."""
-        self.mark(send.rank)
+        for one in self._pools.values():
+            if one.ranks is None or send.rank in one.ranks:
+                one.marked.add(send.rank)
         pool = self._pool_of.get(front_end)
         if pool is None:
             return
         if send.request:
+            granted = pool.broker.granted.get((front_end, send.request))
+            if granted is not None and granted.room is not None and granted.room.rank != send.rank:
+                # It went elsewhere: there is room where it was granted.
+                pool.stale = True
             pool.broker.drop(front_end, send.request)
         else:
             pool.shares.spent(front_end, send, pool.broker.rooms)
@@ -132,6 +141,7 @@ class Brokerage:
         pool.shares.leave(front_end, pool.broker.rooms)
         # What it had on the wire does not count any more.
         pool.marked.update(room.rank for room in pool.broker.rooms)
+        pool.stale = True
         if not len(pool.shares):
             del self._pools[pool.ranks]
 
@@ -142,11 +152,13 @@ class Brokerage:
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 pool.marked.add(rank)
+                pool.stale = True
 
     def lost(self, rank: int) -> None:
         """The rank is gone, or may be: nothing is granted there until it is heard again."""
         for pool in self._pools.values():
             pool.marked.discard(rank)
+            pool.stale = True
             pool.broker.lost(rank)
             pool.shares.lost(rank)
 
@@ -158,18 +170,19 @@ class Brokerage:
             self._due = None
             return None
         made: list[Grant] = []
-        recall = False
-        asked: set[int] = set()
+        recall = waiting = False
         for pool in self._pools.values():
             broker = pool.broker
+            waiting = waiting or bool(broker.counts)
             if broker.queued:
-                _look(pool, board, membership)
-                made += [_grant(entry) for entry in (broker.grant() if free else ())]
+                if pool.stale and free:
+                    _look(pool, board, membership)
+                    pool.stale = False
+                    made += [_grant(entry) for entry in broker.grant()]
                 recall = recall or (bool(broker.queued) and pool.shares.outstanding)
-            asked.update(broker.counts)
         news = bool(made) or (recall and not self._recalling)
         self._recalling = recall
-        if not asked:
+        if not waiting:
             self._due = None
             return None
         repeat = self._due is None or now >= self._due
@@ -179,6 +192,7 @@ class Brokerage:
             made = [_grant(entry) for pool in self._pools.values() for entry in pool.broker.granted.values()]
         if repeat:
             self._due = now + REPEAT_S
+        asked = (front_end for pool in self._pools.values() for front_end in pool.broker.counts)
         told = {front_end: self._told.get(front_end, 0) for front_end in asked}
         return Grants(self._identity, made, told, self.queued, recall)
 

@@ -32,11 +32,16 @@ FIRST_RESEND = 2**62
 
 
 class Flight(Struct, gc=False):
-    """A request that has been sent: what its client asked for, and the tokens that it has."""
+    """A request that has been sent: what its client asked for, and the tokens that it has.
+
+    `losses`: how often it has lost its rank without a token in between; `made_before`: its tokens at the last loss.
+    """
 
     submit: Submit
     link: RankLink
     made: list[int]
+    losses: int = 0
+    made_before: int = -1
 
     @property
     def tokens(self) -> int:

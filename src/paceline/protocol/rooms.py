@@ -161,13 +161,20 @@ class Rooms:
             if ordering.changed is not None:
                 ordering.changed.add(place)
 
+    def open(self) -> bool:
+        """Whether any rank can start something that is small enough."""
+        loads = self._by_load
+        if loads.changed is None or loads.changed:
+            loads.refresh()
+        return bool(loads.entries) and loads.least() < ANY
+
     def best(self, kv: int) -> Room | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
         loads, frees = self._by_load, self._by_kv
-        loads.refresh()
-        if not loads.entries or loads.least() >= ANY:
+        if not self.open():
             return None
-        frees.refresh()
+        if frees.changed is None or frees.changed:
+            frees.refresh()
         if frees.least() > -kv:
             return None
         keys = frees.keys

@@ -3,7 +3,8 @@
 A request whose rank has died goes on at another one at once, by this front-end's own choice: it has waited for a rank
 once. One that named its rank does so too: the answer matters more than the place. Where no rank is there, it waits for
 the first that comes, for `PATIENCE_S`. Where a part of the answer is with the client and the engine cannot go on with
-that, the client is told so.
+that, the client is told so; and likewise where a request has lost one rank after the other and no token was made in
+between, since it may be what kills them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from paceline.protocol.router import Router
 
 PATIENCE_S = 60.0
 """A rank that has died needs this long at most to be back, as a rule."""
+MOST_LOSSES = 3
+"""Ranks that a request may lose without a token in between."""
 
 
 class Stranded:
@@ -41,7 +44,12 @@ class Stranded:
         """Let requests that have lost their rank go on at others, as soon as there are any."""
         effects: list[Effect] = []
         for flight in flights:
-            if flight.made and not self._resumes:
+            flight.losses = flight.losses + 1 if len(flight.made) == flight.made_before else 1
+            flight.made_before = len(flight.made)
+            if flight.losses >= MOST_LOSSES:
+                text = f"rank {flight.link.rank} ended while it served this request, the {MOST_LOSSES}rd in a row"
+                effects.append(Refuse(flight.submit.request, "rank-lost", text))
+            elif flight.made and not self._resumes:
                 text = f"rank {flight.link.rank} ended after {len(flight.made)} tokens of the answer"
                 effects.append(Refuse(flight.submit.request, "rank-lost", f"{text}; this engine cannot go on with it"))
             else:

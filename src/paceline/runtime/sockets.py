@@ -127,7 +127,8 @@ def giving_up_after(silence_s: float) -> dict[zmq.SocketOption, int]:
     if not silence_s:
         return {}
     half_ms = max(1, round(silence_s * 500))
-    return {zmq.HEARTBEAT_IVL: half_ms, zmq.HEARTBEAT_TIMEOUT: half_ms, zmq.CONNECT_TIMEOUT: 2 * half_ms}
+    while_connecting = dict.fromkeys((zmq.CONNECT_TIMEOUT, zmq.HANDSHAKE_IVL), 2 * half_ms)
+    return {zmq.HEARTBEAT_IVL: half_ms, zmq.HEARTBEAT_TIMEOUT: half_ms, **while_connecting}
 
 
 def bound_address(socket: zmq.Socket[bytes]) -> str:
