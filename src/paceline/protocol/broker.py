@@ -3,9 +3,9 @@
 A request that is bound when it arrives waits behind one rank, and stays there although another rank is free a moment
 later: lengths of answers are not known, so no policy can foresee which. Here nobody waits behind a rank. The
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
-that one can start it: a slot is free, the prompts ahead are fewer than two steps compute (in lockstep one), and the KV
-memory holds the prompt and the longest answer with some to spare (`rooms.py`). Of those ranks it takes the least
-loaded.
+that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than two steps compute (in
+lockstep one); and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
+(`rooms.py`). Of those ranks it takes the least loaded.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
@@ -16,12 +16,14 @@ takes anything. So who has k requests before it by arrival is granted after at m
 plus the times that k + 1 ranks take to end what they run.
 
 What a grant is. It says that this request goes to this life of this rank, and counts against the rank's room at once.
-The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it like
-any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant may be
-lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that nobody
-confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the client
-has gone or the request has a rank already, a Withdraw. A grant for a life of a rank that has ended goes back to its
-old place in the queue, which the order keeps for it.
+The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it
+like any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant
+may be lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that
+nobody confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the
+client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its recalled shares, for
+`brokerage.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
+When it goes on it sees that no view names it, and says hello again. A grant for a life of a rank that has ended goes
+back to its old place in the queue, which the order keeps for it.
 
 No hop while ranks are free. As long as nobody waits, each front-end holds grants in advance: a share of each rank's
 room that it may use without a word (`shares.py`). Who has no fitting share asks, and is answered at once where there
@@ -56,9 +58,20 @@ small requests take what large ones wait for (`bench/results/routing.md`).
 
 
 class Entry:
-    """One descriptor. `room`: what it was granted, None while it is `waiting`."""
+    """One descriptor. `room`: what it was granted, None while it is `waiting`; `granted_at`: when."""
 
-    __slots__ = ("arrival", "front_end", "kv", "number", "priority", "request", "room", "tokens", "waiting")
+    __slots__ = (
+        "arrival",
+        "front_end",
+        "granted_at",
+        "kv",
+        "number",
+        "priority",
+        "request",
+        "room",
+        "tokens",
+        "waiting",
+    )
 
     def __init__(
         self, front_end: int, request: int, tokens: int, kv: int, priority: int, arrival: float, number: int
@@ -71,6 +84,7 @@ class Entry:
         self.arrival = arrival
         self.number = number
         self.room: Room | None = None
+        self.granted_at = 0.0
         self.waiting = True
 
 

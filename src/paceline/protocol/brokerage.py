@@ -19,6 +19,9 @@ from paceline.protocol.shares import ShareBook
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
 
+UNANSWERED_S = 1.0
+"""A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
+
 
 class Pool:
     """The front-ends that balance over the same ranks, None for all, with their queue."""
@@ -28,6 +31,8 @@ class Pool:
         self.broker = Broker(without, lockstep)
         self.shares = ShareBook()
         self.marked: set[int] = set()
+        self.recalled: float | None = None
+        """Since when all shares have been recalled; None where they are not."""
         self.stale = False
         """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
@@ -172,23 +177,28 @@ class Brokerage:
         if not self._pools:
             self._due = None
             return None
+        repeat = self._due is None or now >= self._due
+        if repeat:
+            self._forget_silent(now)
         made: list[Grant] = []
         recall = waiting = False
         for pool in self._pools.values():
             broker = pool.broker
             waiting = waiting or bool(broker.counts)
-            if broker.queued:
-                if pool.stale and free:
-                    _look(pool, board, membership)
-                    pool.stale = False
-                    made += [_grant(entry) for entry in broker.grant()]
-                recall = recall or (bool(broker.queued) and pool.shares.outstanding)
+            if broker.queued and pool.stale and free:
+                _look(pool, board, membership)
+                pool.stale = False
+                for entry in broker.grant():
+                    entry.granted_at = now
+                    made.append(_grant(entry))
+            recalled = bool(broker.queued) and pool.shares.outstanding
+            pool.recalled = (now if pool.recalled is None else pool.recalled) if recalled else None
+            recall = recall or recalled
         news = bool(made) or (recall and not self._recalling)
         self._recalling = recall
         if not waiting:
             self._due = None
             return None
-        repeat = self._due is None or now >= self._due
         if not news and not repeat:
             return None
         if repeat and self._repeats:
@@ -198,6 +208,23 @@ class Brokerage:
         asked = (front_end for pool in self._pools.values() for front_end in pool.broker.counts)
         told = {front_end: self._told.get(front_end, 0) for front_end in asked}
         return Grants(self._identity, made, told, self.queued, recall)
+
+    def _forget_silent(self, now: float) -> None:
+        """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""
+        late = now - UNANSWERED_S
+        # Where this process itself has hung, the answers may be there, unread.
+        hung = self._due is not None and now >= self._due + UNANSWERED_S / 2
+        for pool in list(self._pools.values()):
+            if hung:
+                pool.recalled = None
+                for entry in pool.broker.granted.values():
+                    entry.granted_at = now
+            silent = {entry.front_end for entry in pool.broker.granted.values() if entry.granted_at <= late}
+            if pool.recalled is not None and pool.recalled <= late:
+                silent.update(pool.shares.holders())
+                pool.recalled = None
+            for front_end in silent:
+                self.forget_front_end(front_end)
 
     def emptied(self) -> bool:
         """Whether, since this was last asked, the last one that waited has been granted or has gone."""

@@ -218,9 +218,9 @@ class FrontEnd:
         self._view_number = view.number
         self._wave_is(view.wave, view.running)
         self._flights.take_view(view)
-        self._binding.take_view(view)
+        forgotten = self._binding.take_view(view)
         current, served = self._calls.learn(view.suspension)
-        if not current and not effects:
+        if (forgotten or not current) and not effects:
             effects.append(self._hello())
         return [*effects, *served, *self._placement.settle(now)]
 

@@ -25,7 +25,13 @@ LOCKSTEP_BUDGETS_AHEAD = 1
 """Likewise in lockstep, where the prefill quota makes a budget's worth of prompts take several steps."""
 
 KV_SHARE = 0.98
-"""Of the KV memory, what is given away; the rest is for answers whose length nobody knows."""
+"""Of the KV memory, what is given away; the rest is for answers whose length nobody knows. An engine that reserves the
+whole answer when a request begins (it says so: `kv_reserved` is more than `kv_used`) needs no such rest: in a memory
+for four answers of the whole context it would leave room for three."""
+
+STEPS_AHEAD = 3
+"""A slot that is free at the end of a step would stay empty in the next: a request may be there already, and wait, for
+each that is expected to end within so many steps. None where answers are long, and one empty step is nothing."""
 
 LOOKED_AT = 8
 """So many of the least loaded ranks are looked at before the roomiest one is taken."""
@@ -49,9 +55,9 @@ class Amount(Struct, gc=False):
 
 
 class Room(Struct, gc=False):
-    """One life of one rank. `has`: what it has; `granted`, `shared`: what was promised. `reserved`: for one request.
-
-    `touched`: whether anything has changed since shares were last handed out.
+    """One life of one rank. `slots`, `kv_total`: what may be given away of either. `has`: what it has; `granted`,
+    `shared`: what was promised. `reserved`: for one request. `touched`: whether anything has changed since shares were
+    last handed out.
     """
 
     rank: int
@@ -68,6 +74,8 @@ class Room(Struct, gc=False):
 
     def free_requests(self) -> int:
         """Slots that are neither taken nor promised."""
+        if not self.slots:
+            return ANY
         return self.slots - self.has.requests - self.granted.requests - self.shared.requests
 
     def free_tokens(self) -> int:
@@ -81,7 +89,7 @@ class Room(Struct, gc=False):
         """Tokens of KV."""
         if not self.kv_total:
             return ANY
-        return int(KV_SHARE * self.kv_total) - self.has.kv - self.granted.kv - self.shared.kv
+        return self.kv_total - self.has.kv - self.granted.kv - self.shared.kv
 
     def startable_kv(self) -> int:
         """The most KV of a request that can start here. An empty rank takes anything: else it would fit nowhere."""
@@ -100,6 +108,14 @@ class Room(Struct, gc=False):
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
         return self.free_requests() > 0 and self.free_tokens() > 0 and self.startable_kv() >= kv
+
+
+def _sizes(load: Load) -> tuple[int, int, int]:
+    """Slots, token budget and KV memory, of which 0 is no limit."""
+    ending = STEPS_AHEAD * load.decoding // load.answer_tokens if load.answer_tokens else 0
+    reserves = load.kv_reserved > load.kv_used
+    kv_total = load.kv_total if reserves else int(KV_SHARE * load.kv_total)
+    return (load.slots + ending if load.slots else 0), load.step_tokens, kv_total
 
 
 def _load(room: Room) -> int:
@@ -147,13 +163,13 @@ class Rooms:
         if room is None or room.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            sizes = (load.slots, load.step_tokens, load.kv_total)
-            room = Room(rank, incarnation, *sizes, has, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
+            room = Room(rank, incarnation, *_sizes(load), has, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
             self._ranks.insert(place, rank)
             self._rooms.insert(place, room)
             self._by_load.changed = self._by_kv.changed = None
         else:
-            room.slots, room.step_tokens, room.kv_total, room.has = load.slots, load.step_tokens, load.kv_total, has
+            room.slots, room.step_tokens, room.kv_total = _sizes(load)
+            room.has = has
         self.changed(room)
 
     def forget(self, rank: int) -> None:
