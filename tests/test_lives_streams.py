@@ -81,7 +81,8 @@ def streams(running: Deployment, asks: list[dict[str, Any]]) -> Iterator[Streams
 
 def test_what_a_killed_front_end_has_sent_is_aborted_wherever_it_waits() -> None:
     """Of one rank's slots all are taken: most of its requests have nothing to be told that could fail."""
-    with deployment(*TIMED, "-dp", "2", "-asc", "2", "--max-num-seqs", "2", "--max-num-batched-tokens", "8") as running:
+    few_slots = ("--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--bind", "arrival")
+    with deployment(*TIMED, "-dp", "2", "-asc", "2", *few_slots) as running:
         gone: list[Future[Any]] = []
         with ThreadPoolExecutor(12) as pool:
             ask = {"model": "timed", "prompt": "a", "max_tokens": 30000}
@@ -201,8 +202,8 @@ def test_real_text_goes_on_as_if_nothing_had_happened() -> None:
         wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life(victim: int) -> None:
+def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life() -> None:
+    """Rank 0, of all."""
     asks: list[dict[str, Any]] = [
         {"prompt": f"Hello {index}", "max_tokens": 100, "seed": index, "temperature": index % 2,
          "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index % 4)}}
@@ -212,7 +213,7 @@ def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life(victim
         with streams(running, asks) as read:
             expected = list(read.wait())
         with streams(running, asks) as read:
-            kill(running, f"rank {victim}")
+            kill(running, "rank 0")
             before = list(read.texts)
             grown = lambda: all(len(text) > len(old) for text, old in zip(read.texts, before, strict=True))  # noqa: E731
             wait_until(grown, "every stream goes on")

@@ -24,9 +24,6 @@ from paceline.protocol import codec
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Event,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndSubscribed,
     Note,
     RankGone,
     RankSubscribed,
@@ -34,6 +31,7 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
+from paceline.runtime.front_end_inbox import FrontEndInbox
 from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
 from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
@@ -146,7 +144,6 @@ class DPCoordinatorProc:
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._from_front_end = codec.from_front_end()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
         self._stopping = False
@@ -189,6 +186,7 @@ class DPCoordinatorProc:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
         self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
+        self._front_inbox = FrontEndInbox(self._front, self._garbage_front, self._handle)
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
         self._inbox = RankInbox(self._back_in, self._garbage_back, self._handle, every_report=self._machine.lockstep)
@@ -221,9 +219,9 @@ class DPCoordinatorProc:
                 select.select(files, (), (), wait_s)
                 ready = dict(poller.poll(0))
             if self._back_out in ready:
-                self._read(self._back_out, self._on_rank_subscription)
+                self._read_subscriptions()
             if self._front in ready:
-                self._read(self._front, self._on_front_end_frame)
+                self._front_inbox.read()
             if self._back_in in ready:
                 self._inbox.read(self._machine.deadline)
             self._handle(Tick())
@@ -235,13 +233,13 @@ class DPCoordinatorProc:
         garbage = {"front_ends": dict(self._garbage_front.counts), "ranks": dict(self._garbage_back.counts)}
         return self._machine.statistics() | {"garbage": garbage}
 
-    def _read(self, socket: zmq.Socket[bytes], take: Any) -> None:
+    def _read_subscriptions(self) -> None:
         for _ in range(MESSAGES_A_TURN):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._back_out.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            take(frames)
+            self._on_rank_subscription(frames)
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
@@ -253,25 +251,6 @@ class DPCoordinatorProc:
                 self._handle(RankGone(*life))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
-
-    def _on_front_end_frame(self, frames: list[bytes]) -> None:
-        if len(frames) != 1 or not frames[0]:
-            self._garbage_front.add("frames", f"{len(frames)} frames in place of one")
-            return
-        frame = frames[0]
-        if frame[0] == 1:
-            self._handle(FrontEndSubscribed())
-        elif frame[0] == 0:
-            front_end = codec.read_front_end_topic(frame[1:])
-            if front_end is not None:
-                self._handle(FrontEndGone(front_end))
-        else:
-            try:
-                message = self._from_front_end.decode(frame)
-            except codec.BadMessage as error:
-                self._garbage_front.add(error.kind, error.detail)
-                return
-            self._handle(FrontEndSaid(message))
 
     def _handle(self, event: Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):
