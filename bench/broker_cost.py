@@ -1,12 +1,13 @@
 """What brokered binding costs the coordinator: CPU a request that waits in its queue, at 1 to 1,024 ranks.
 
-    python bench/broker_cost.py [--json]
+    python bench/broker_cost.py [--turn N] [--json]
 
 The real machine, driven as its process drives it, frames decoded and encoded: each request is asked for, granted, told
 of, taken by its rank and ended there. The same requests bound at arrival (the notice of the send, which is there
 without a broker too, and the rank's reports) are the measure: the difference is what the queue costs. Views are left
 out on both sides: they go out by the clock, whatever the number of requests. Rounds of both alternate; the medians
-count.
+count. `--turn`: requests that end at the same moment, so that what is said of them is read in one go, as it is in a
+busy coordinator.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ class Rig:
         send = Send(rank, 10 + rank, self.sent[rank], 500, 200, request)
         return codec.encode(SendNotice(100 + front_end, [send], self.told[front_end]))
 
-    def hear_rank(self, frame: bytes) -> list[Grants]:
-        return self._out(coordinator.RankSaid(self._rank(frame)))
+    def hear_ranks(self, frames: list[bytes]) -> list[Grants]:
+        return self._out(coordinator.RanksReported([self._rank(frame) for frame in frames]))  # type: ignore[misc]
 
-    def hear_front_end(self, frame: bytes) -> list[Grants]:
-        return self._out(coordinator.FrontEndSaid(self._front_end(frame)))
+    def hear_front_ends(self, frames: list[bytes]) -> list[Grants]:
+        return self._out(coordinator.FrontEndsSaid([self._front_end(frame) for frame in frames]))  # type: ignore[misc]
 
     def _out(self, event: coordinator.Event) -> list[Grants]:
         grants = []
@@ -102,33 +103,34 @@ def clock(spent: list[float], action: Callable[[], list[Grants]]) -> list[Grants
     return found
 
 
-def run(ranks: int, brokered: bool) -> float:
+def run(ranks: int, brokered: bool, turn: int) -> float:
     """Microseconds of the coordinator's a request."""
     rig = Rig(ranks)
-    for rank in range(ranks):
-        rig.hear_rank(rig.report(rank, SLOTS))
+    rig.hear_ranks([rig.report(rank, SLOTS) for rank in range(ranks)])
     number, spent, done = 0, [0.0], 0
     for _ in range(QUEUED if brokered else 0):
         number += 1
-        rig.hear_front_end(rig.ask(number % FRONT_ENDS, number))
+        rig.hear_front_ends([rig.ask(number % FRONT_ENDS, number)])
     while done < REQUESTS:
-        # One rank after the other ends a request, and is sent the next one.
-        rank = done % ranks
-        rig.ended[rank] += 1
-        freed = rig.report(rank, SLOTS - 1)
-        grants = clock(spent, lambda frame=freed: rig.hear_rank(frame))  # type: ignore[misc]
+        # Some ranks after the others end a request each, and are sent the next one.
+        ending = [(done + place) % ranks for place in range(min(turn, ranks))]
+        for rank in ending:
+            rig.ended[rank] += 1
+        freed = [rig.report(rank, SLOTS - 1) for rank in ending]
+        grants = clock(spent, lambda frames=freed: rig.hear_ranks(frames))  # type: ignore[misc]
         given = [grant for message in grants for grant in message.grants]
-        assert len(given) == brokered, f"{len(given)} grants where one slot is free"
-        front_end, request = (given[0].front_end - 100, given[0].request) if given else (done % FRONT_ENDS, 0)
-        frames = [rig.notice(front_end, given[0].rank if given else rank, request)]
+        assert len(given) == brokered * len(ending), f"{len(given)} grants where {len(ending)} slots are free"
         if brokered:
-            number += 1
-            frames.append(rig.ask(number % FRONT_ENDS, number))
-        for frame in frames:
-            clock(spent, lambda frame=frame: rig.hear_front_end(frame))  # type: ignore[misc]
-        taken = rig.report(rank, SLOTS)
-        clock(spent, lambda frame=taken: rig.hear_rank(frame))  # type: ignore[misc]
-        done += 1
+            said = [rig.notice(grant.front_end - 100, grant.rank, grant.request) for grant in given]
+            for _ in ending:
+                number += 1
+                said.append(rig.ask(number % FRONT_ENDS, number))
+        else:
+            said = [rig.notice(rank % FRONT_ENDS, rank, 0) for rank in ending]
+        clock(spent, lambda frames=said: rig.hear_front_ends(frames))  # type: ignore[misc]
+        taken = [rig.report(rank, SLOTS) for rank in ending]
+        clock(spent, lambda frames=taken: rig.hear_ranks(frames))  # type: ignore[misc]
+        done += len(ending)
     return spent[0] / done * 1e6
 
 
@@ -136,6 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 8, 32, 128, 512, 1024])
+    parser.add_argument("--turn", type=int, default=1)
     arguments = parser.parse_args()
     rows = []
     for ranks in arguments.ranks:
@@ -143,7 +146,7 @@ def main() -> None:
         for _ in range(ROUNDS):
             for brokered in (False, True):
                 gc.collect()
-                both[brokered].append(run(ranks, brokered))
+                both[brokered].append(run(ranks, brokered, arguments.turn))
         arrival, broker = (statistics.median(one) for one in both)
         rows.append({"ranks": ranks, "arrival_us": arrival, "broker_us": broker, "queue_us": broker - arrival})
     if arguments.json:

@@ -42,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 from paceline.protocol.binding_messages import Descriptor
+from paceline.protocol.messages import Send
 from paceline.protocol.rooms import BUDGETS_AHEAD, LOCKSTEP_BUDGETS_AHEAD, Room, Rooms
 from paceline.protocol.waiting_line import WaitingLine
 
@@ -140,6 +141,22 @@ class Broker:
         self.counts[front_end] = self.counts.get(front_end, 0) + 1
         self._join(Entry(*key, descriptor.tokens, kv, descriptor.priority, arrival, self._next_number))
 
+    def confirm(self, front_end: int, send: Send) -> bool:
+        """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
+        that is so. It takes no more room than before, so nothing has to be looked at anew.
+        """
+        entry = self.granted.get((front_end, send.request))
+        room = entry.room if entry is not None else None
+        if entry is None or room is None or (room.rank, room.incarnation) != (send.rank, send.incarnation):
+            return False
+        if not self._counts or (entry.tokens, entry.kv) != (send.tokens, send.tokens + send.answer_tokens):
+            return False
+        del self.granted[front_end, send.request]
+        room.granted.add(-1, -entry.tokens, -entry.kv)
+        room.has.add(1, entry.tokens, entry.kv)
+        self._count_out(front_end)
+        return True
+
     def drop(self, front_end: int, request: int) -> None:
         """The request has been sent, or is not wanted any more."""
         key = (front_end, request)
@@ -149,9 +166,7 @@ class Broker:
         entry.waiting = False
         if entry.room is not None:
             self._promise(entry.room, entry, -1)
-        self.counts[front_end] -= 1
-        if not self.counts[front_end]:
-            del self.counts[front_end]
+        self._count_out(front_end)
 
     def drop_front_end(self, front_end: int) -> None:
         """Nothing of it waits any more."""
@@ -239,6 +254,11 @@ class Broker:
         self.queued[entry.front_end, entry.request] = entry
         self._by_order.join(entry)
         self._by_age.join(entry)
+
+    def _count_out(self, front_end: int) -> None:
+        self.counts[front_end] -= 1
+        if not self.counts[front_end]:
+            del self.counts[front_end]
 
     def _promise(self, room: Room, entry: Entry, sign: int) -> None:
         if self._counts:

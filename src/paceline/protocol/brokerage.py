@@ -119,13 +119,16 @@ class Brokerage:
         for descriptor in ask.descriptors:
             pool.broker.ask(ask.front_end, descriptor, now)
 
-    def sent(self, front_end: int, send: Send) -> None:
-        """A front-end has sent a request: one that waited, or one of its share. The board has been told."""
-        for one in self._pools.values():
-            if one.ranks is None or send.rank in one.ranks:
-                one.marked.add(send.rank)
+    def sent(self, front_end: int, send: Send, on_the_wire: bool) -> None:
+        """A front-end has sent a request: one that waited, or one of its share. `on_the_wire`: by the board, which has
+        been told.
+        """
         pool = self._pool_of.get(front_end)
-        if pool is None:
+        confirmed = pool is not None and on_the_wire and pool.broker.confirm(front_end, send)
+        for one in self._pools.values():
+            if (one is not pool or not confirmed) and (one.ranks is None or send.rank in one.ranks):
+                one.marked.add(send.rank)
+        if pool is None or confirmed:
             return
         if send.request:
             granted = pool.broker.granted.get((front_end, send.request))
@@ -225,7 +228,10 @@ class Brokerage:
 
     def emptied(self) -> bool:
         """Whether, since this was last asked, the last one that waited has been granted or has gone."""
-        before, self._waited = self._waited, self.queued > 0
+        before, self._waited = self._waited, False
+        for pool in self._pools.values():
+            if pool.broker.queued:
+                self._waited = True
         return before and not self._waited
 
     def shares(self, board: Board, membership: Membership, free: bool) -> list[Shares]:

@@ -36,6 +36,9 @@ each that is expected to end within so many steps. None where answers are long, 
 LOOKED_AT = 8
 """So many of the least loaded ranks are looked at before the roomiest one is taken."""
 
+FEW = 16
+"""So many ranks with room are looked at one by one: while somebody waits, hardly any has. More are kept in order."""
+
 
 class Amount(Struct, gc=False):
     """Requests, tokens of their prompts, and tokens of KV that they may come to need."""
@@ -93,6 +96,15 @@ class Room(Struct, gc=False):
         empty = not self.has.requests + self.granted.requests + self.shared.requests
         return ANY if empty else self.free_kv()
 
+    def open(self) -> bool:
+        """Whether something can start here that is small enough."""
+        return not self.reserved and self.free_requests() > 0 and self.free_tokens() > 0
+
+    def load(self) -> int:
+        """What it has to do, in prompt tokens."""
+        has, granted = self.has, self.granted
+        return has.tokens + granted.tokens + REQUEST_TOKENS * (has.requests + granted.requests)
+
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
         return self.free_requests() > 0 and self.free_tokens() > 0 and self.startable_kv() >= kv
@@ -107,16 +119,11 @@ def _sizes(load: Load) -> tuple[int, int, int]:
 
 
 def _load(room: Room) -> int:
-    if room.reserved or room.free_requests() <= 0 or room.free_tokens() <= 0:
-        return ANY
-    has, granted = room.has, room.granted
-    return has.tokens + granted.tokens + REQUEST_TOKENS * (has.requests + granted.requests)
+    return room.load() if room.open() else ANY
 
 
 def _kv(room: Room) -> int:
-    if room.reserved or room.free_requests() <= 0 or room.free_tokens() <= 0:
-        return 0
-    return -room.startable_kv()
+    return -room.startable_kv() if room.open() else 0
 
 
 class Rooms:
@@ -126,6 +133,9 @@ class Rooms:
         self._budgets_ahead = budgets_ahead
         self._rooms: list[Room] = []
         self._ranks: list[int] = []
+        self._open: dict[int, Room] = {}
+        # Ranks whose places in the orderings are to be found anew when these are asked for.
+        self._moved: set[int] = set()
         self._by_load: Ordering[Room] = Ordering(self._rooms, _load)
         self._by_kv: Ordering[Room] = Ordering(self._rooms, _kv)
 
@@ -160,37 +170,36 @@ class Rooms:
         else:
             room.slots, room.step_tokens, room.kv_total = _sizes(load)
             room.has = has
-            self.changed(room)
+        self.changed(room)
 
     def forget(self, rank: int) -> None:
         """The rank is gone, with all that was promised of it."""
         place = self._place(rank)
         if place is not None:
             del self._ranks[place], self._rooms[place]
+            self._open.pop(rank, None)
+            self._moved.discard(rank)
             self._by_load.changed = self._by_kv.changed = None
 
     def changed(self, room: Room) -> None:
         """What was promised of it, or whether it is reserved, has changed."""
         room.touched = True
-        place = bisect_left(self._ranks, room.rank)
-        for ordering in (self._by_load, self._by_kv):
-            if ordering.changed is not None:
-                ordering.changed.add(place)
+        if room.open():
+            self._open[room.rank] = room
+        else:
+            self._open.pop(room.rank, None)
+        self._moved.add(room.rank)
 
     def open(self) -> bool:
         """Whether any rank can start something that is small enough."""
-        loads = self._by_load
-        if loads.changed is None or loads.changed:
-            loads.refresh()
-        return bool(loads.entries) and loads.least() < ANY
+        return bool(self._open)
 
     def best(self, kv: int) -> Room | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
-        loads, frees = self._by_load, self._by_kv
-        if not self.open():
-            return None
-        if frees.changed is None or frees.changed:
-            frees.refresh()
+        if len(self._open) <= FEW:
+            fits = [room for room in self._open.values() if room.startable_kv() >= kv]
+            return min(fits, key=lambda room: (room.load(), room.rank), default=None)
+        loads, frees = self._orderings()
         if frees.least() > -kv:
             return None
         keys = frees.keys
@@ -201,6 +210,15 @@ class Rooms:
             if keys[place] <= -kv:
                 return self._rooms[place]
         return self._rooms[frees.entries[0] & PLACE_MASK]
+
+    def _orderings(self) -> tuple[Ordering[Room], Ordering[Room]]:
+        places = [bisect_left(self._ranks, rank) for rank in self._moved]
+        self._moved.clear()
+        for ordering in (self._by_load, self._by_kv):
+            if ordering.changed is not None:
+                ordering.changed.update(places)
+            ordering.refresh()
+        return self._by_load, self._by_kv
 
     def roomiest(self) -> Room | None:
         """Where what fits nowhere now will fit soonest, of those that are not reserved. Looks at all ranks."""
