@@ -34,7 +34,7 @@ from paceline.protocol.coordinator_events import (
 from paceline.runtime.front_end_inbox import FrontEndInbox
 from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
-from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, open_socket, tcp_address
+from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class DPCoordinator:
     """Starts a coordinator process and knows its addresses.
 
     `parallel_config`: any object with the fields of `paceline.config.ParallelConfig`, vLLM's own included.
+    `rank_timeout_s`: how long a rank's process may be silent before it is taken for lost, 0 for ever.
     Raises StartupError where it does not come up within `startup_timeout_s`.
     """
 
@@ -60,10 +61,12 @@ class DPCoordinator:
         enable_wave_coordination: bool = True,
         logging_config: dict[str, Any] | None = None,
         startup_timeout_s: float = 30.0,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         self._folder = SocketFolder()
         self._arguments = _process_arguments(parallel_config, self._folder)
         self._arguments["enable_wave_coordination"] = enable_wave_coordination
+        self._arguments["rank_timeout_s"] = rank_timeout_s
         self._log_level = (logging_config or {}).get("level", "info")
         self._startup_timeout_s = startup_timeout_s
         self._processes: list[SpawnProcess] = []
@@ -128,6 +131,7 @@ class DPCoordinatorProc:
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
         fresh: bool = True,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         self._machine = Coordinator(
             engine_count,
@@ -138,6 +142,7 @@ class DPCoordinatorProc:
             fresh=fresh,
         )
         self._engine_count = engine_count
+        self._patience = giving_up_after(rank_timeout_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
@@ -155,6 +160,7 @@ class DPCoordinatorProc:
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
         fresh: bool = True,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         """Bind, report the bound addresses through the pipe, and run until SIGTERM.
 
@@ -162,7 +168,7 @@ class DPCoordinatorProc:
         that says why they cannot be. `fresh`: False where it takes the place of one that has ended.
         """
         interval_ms, waves = min_stats_update_interval_ms, enable_wave_coordination
-        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh)
+        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh, rank_timeout_s)
         process.stop_on_signals()
         try:
             addresses = process.bind(front_publish_address, back_output_address, back_publish_address)
@@ -184,7 +190,8 @@ class DPCoordinatorProc:
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
         self._inbox = RankInbox(self._back_in, self._garbage_back, self._handle, every_report=self._machine.lockstep)
-        self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit)
+        patience = self._patience
+        self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit, options=patience)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
     def stop_on_signals(self) -> None:
