@@ -73,6 +73,14 @@ bench-cost-model: $(STAMP) ## predicted against measured time to first token (in
 bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none, saturated; --trace FILE by ARGS
 	@$(BIN)/python bench/quota.py $(ARGS)
 
+# matplotlib draws the plots and is needed for nothing else. The traces are in ../shared/data, or --data FOLDER.
+bench-routing: $(STAMP) ## our routing against other systems' and a bound, on real traces in virtual time; --quick for a part
+	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
+	@$(BIN)/python bench/routing.py $(ARGS)
+
+bench-honest: $(STAMP) ## the same requests on real processes and in the simulator
+	@$(BIN)/python bench/honest.py $(ARGS)
+
 bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs vLLM)
 	@$(BIN)/python tests/vllm/environment.py $(VLLM)
 	@$(BIN)/python -m bench.vllm_coordinators $(ARGS)
@@ -81,4 +89,4 @@ clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota bench-vllm clean
+	bench-freshness bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean

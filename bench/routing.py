@@ -26,7 +26,7 @@ from paceline.simulate.traffic.trace import Arrival, faster, in_bursts, read_tra
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRACES = {"azure": "azure_llm_2023_conv.csv", "mooncake": "mooncake_conversation.jsonl"}
-REQUESTS = {"azure": {8: 6000, 32: 12000, 128: 19366}, "mooncake": {8: 3000, 32: 6000, 128: 12031}}
+REQUESTS = {"azure": {8: 4000, 32: 9600, 128: 16000}, "mooncake": {8: 1600, 32: 4000, 128: 8000}}
 """How many requests of a trace are served, by ranks."""
 
 STEADY, SATURATED, BURSTS = "steady", "saturated", "bursts"
@@ -47,6 +47,7 @@ LOCKSTEP = ("oracle", "vllm-0.32", "vllm-0.9", "round-robin", "bf-io", "trtllm-a
 TUNED = "vllm-0.32, tuned"
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_BUDGET = 2048
+TUNING_FRONT_ENDS = 4
 
 
 class Cell(Struct, frozen=True):
@@ -77,6 +78,7 @@ class Bench:
         self._engine = engine
         self._traces: dict[str, list[Arrival]] = {}
         self._rates: dict[tuple[str, bool, int], float] = {}
+        self._budgets: dict[Cell, int] = {}
         self._kept: dict[tuple[Cell, str, int], Outcome] = {}
 
     def row(self, cell: Cell) -> Iterator[Measured]:
@@ -84,10 +86,17 @@ class Bench:
         for policy in LOCKSTEP if cell.lockstep else INDEPENDENT:
             yield Measured(cell, policy, DEFAULT_BUDGET, self._outcome(cell, policy, DEFAULT_BUDGET))
         if cell.lockstep:
-            swept = [(budget, self._outcome(cell, "vllm-0.32", budget)) for budget in BUDGETS]
+            budget = self._tuned(cell)
+            yield Measured(cell, TUNED, budget, self._outcome(cell, "vllm-0.32", budget))
+
+    def _tuned(self, cell: Cell) -> int:
+        """The token budget that suits vLLM's rule best, as somebody would find it who has so many front-ends."""
+        group = replace(cell, front_ends=TUNING_FRONT_ENDS)
+        if group not in self._budgets:
+            swept = [(budget, self._outcome(group, "vllm-0.32", budget)) for budget in BUDGETS]
             best = max if cell.load == SATURATED else min
-            budget, outcome = best(swept, key=lambda one: merit(one[1], cell.load))
-            yield Measured(cell, TUNED, budget, outcome)
+            self._budgets[group], _ = best(swept, key=lambda one: merit(one[1], cell.load))
+        return self._budgets[group]
 
     def _outcome(self, cell: Cell, policy: str, budget: int) -> Outcome:
         """One run, or what it came to before."""
@@ -166,6 +175,11 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def read(path: Path) -> list[Measured]:
+    """What was measured before."""
+    return [msgspec.json.decode(line, type=Measured) for line in path.read_bytes().splitlines()]
+
+
 def numbers(text: str) -> list[int]:
     """`8,32` as numbers."""
     return [int(number) for number in text.split(",")]
@@ -182,7 +196,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the traces (default: ../shared/data)")
     parser.add_argument("--slots", type=int, default=EngineShape().slots)
     parser.add_argument("--kv-tokens", type=int, default=EngineShape().kv_tokens)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, one a line")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there, and go on from what it has")
     parser.add_argument("--write", action="store_true", help="write bench/results/routing.md and its plots")
     args = parser.parse_args()
     if args.quick:
@@ -190,15 +204,18 @@ def main() -> int:
     bench = Bench(args.data, 0.25 if args.quick else 1.0, EngineShape(slots=args.slots, kv_tokens=args.kv_tokens))
     begin, measured = time.monotonic(), list[Measured]()
     rows = cells(args)
+    known = read(args.json) if args.json and args.json.exists() else []
     for place, cell in enumerate(rows, 1):
-        row = list(bench.row(cell))
+        row = [one for one in known if one.cell == cell]
+        if not row:
+            row = list(bench.row(cell))
+            if args.json:
+                with args.json.open("ab") as file:
+                    file.writelines(msgspec.json.encode(one) + b"\n" for one in row)
         measured += row
         print(to_console(row, f"{place}/{len(rows)}, {time.monotonic() - begin:.0f} s"), flush=True)
-    if args.json:
-        args.json.write_bytes(b"\n".join(msgspec.json.encode(one) for one in measured) + b"\n")
     if args.write:
-        words = [word for word in sys.argv[1:] if word != "--write"]
-        write(measured, words, time.monotonic() - begin, RESULTS)
+        write(measured, RESULTS)
     return 0
 
 

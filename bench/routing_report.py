@@ -146,12 +146,13 @@ def verdicts(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(measured: list[Measured], words: list[str], seconds: float, folder: Path) -> None:
+def write(measured: list[Measured], folder: Path) -> None:
     """The results file and its plots."""
     from routing_words import BEHIND, HEAD
 
     rows = grouped(measured)
-    parts = [HEAD.format(arguments=" ".join(words), minutes=seconds / 60), verdicts(rows)]
+    spent = sum({id(one.outcome): one.outcome.real_s for one in measured}.values())
+    parts = [HEAD.format(minutes=spent / 60), verdicts(rows)]
     for lockstep in (False, True):
         for load in ("steady", "saturated", "bursts"):
             some = [row for row in rows if row.cell.lockstep == lockstep and row.cell.load == load]

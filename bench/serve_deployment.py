@@ -24,10 +24,13 @@ class CannotRun(Exception):
 
 
 class Deployment:
-    """`paceline serve --engine timed` over two ranks, ready. `step_ms` is all that its steps cost."""
+    """`paceline serve --engine timed` over two ranks, ready. `step_ms` is all that its steps cost.
 
-    def __init__(self, front_ends: int, step_ms: float, ranks: int = 2) -> None:
-        self.arguments = serve_arguments(front_ends, step_ms, ranks)
+    `arguments`: what else to type after `paceline`, in place of that.
+    """
+
+    def __init__(self, front_ends: int, step_ms: float, ranks: int = 2, arguments: list[str] | None = None) -> None:
+        self.arguments = arguments or serve_arguments(front_ends, step_ms, ranks)
         self._front_ends, self._ranks = front_ends, ranks
         self._process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *self.arguments],

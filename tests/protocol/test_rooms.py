@@ -6,7 +6,7 @@ import random
 
 from paceline.protocol.messages import Load
 from paceline.protocol.policy import REQUEST_TOKENS
-from paceline.protocol.rooms import ANY, Amount, Room, Rooms
+from paceline.protocol.rooms import ANY, LOCKSTEP_BUDGETS_AHEAD, Amount, Room, Rooms
 
 
 def load(running: int = 0, prefill: int = 0, *, slots: int = 4, budget: int = 100, kv: int = 0, total: int = 0) -> Load:
@@ -43,12 +43,19 @@ def test_not_where_two_steps_of_prompts_are_ahead() -> None:
     assert best(rooms(load(1, 10**6, budget=0))) == 0
 
 
-def test_kv_fits_with_five_percent_to_spare() -> None:
+def test_in_lockstep_not_where_one_step_of_prompts_is_ahead() -> None:
+    made = Rooms(LOCKSTEP_BUDGETS_AHEAD)
+    made.heard(0, 10, load(1, 100), Amount())
+    made.heard(1, 11, load(2, 99), Amount())
+    assert best(made) == 1
+
+
+def test_kv_fits_with_two_percent_to_spare() -> None:
     made = rooms(load(1, kv=500, total=1000), load(2, kv=100, total=1000))
-    assert best(made, 450) == 0
-    assert best(made, 451) == 1
-    assert best(made, 850) == 1
-    assert best(made, 851) is None
+    assert best(made, 480) == 0
+    assert best(made, 481) == 1
+    assert best(made, 880) == 1
+    assert best(made, 881) is None
 
 
 def test_an_empty_rank_takes_anything() -> None:
@@ -67,7 +74,7 @@ def test_waiting_requests_and_the_wire_count() -> None:
         0, 10, Load(waiting=1, running=1, slots=4, kv_total=1000, kv_reserved=100, kv_waiting=50), Amount(1, 0, 300)
     )
     room = made[0]
-    assert (room.free_requests(), room.free_kv()) == (1, 500)
+    assert (room.free_requests(), room.free_kv()) == (1, 530)
     room.granted.add(1, 10, 100)
     made.changed(room)
     assert best(made) is None

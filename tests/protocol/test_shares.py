@@ -74,7 +74,7 @@ def test_what_was_spent_is_made_up_for_and_nobody_loses_what_it_has() -> None:
         shares.spent(0, Send(0, 10, number, 10, 5), made)
     assert [one[0] for one in held(shares, made)] == [
         (1, BUDGET // 2 - 30, held(shares, made)[0][0][2]),
-        (4, 256, 2375),
+        (4, 256, KV_SHARE * KV // 4),
     ]
     made.heard(0, 10, Load(0, 3, SLOTS, 30, 0, KV, step_tokens=BUDGET, kv_reserved=45), Amount())
     shares.hand_out(made)

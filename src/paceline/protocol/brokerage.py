@@ -23,9 +23,9 @@ REPEAT_S = 0.1
 class Pool:
     """The front-ends that balance over the same ranks, None for all, with their queue."""
 
-    def __init__(self, ranks: frozenset[int] | None, without: Set[str]) -> None:
+    def __init__(self, ranks: frozenset[int] | None, without: Set[str], lockstep: bool) -> None:
         self.ranks = ranks
-        self.broker = Broker(without)
+        self.broker = Broker(without, lockstep)
         self.shares = ShareBook()
         self.marked: set[int] = set()
 
@@ -33,9 +33,10 @@ class Pool:
 class Brokerage:
     """All queues of one coordinator. `without`: rules (`rules.py`) left out."""
 
-    def __init__(self, identity: int, without: Set[str] = frozenset()) -> None:
+    def __init__(self, identity: int, without: Set[str] = frozenset(), lockstep: bool = False) -> None:
         self._identity = identity
         self._without = without
+        self._lockstep = lockstep
         self._repeats = "grants-repeated" not in without
         self._pools: dict[frozenset[int] | None, Pool] = {}
         self._pool_of: dict[int, Pool] = {}
@@ -79,7 +80,7 @@ class Brokerage:
             return
         pool = self._pools.get(ranks)
         if pool is None:
-            pool = self._pools[ranks] = Pool(ranks, self._without)
+            pool = self._pools[ranks] = Pool(ranks, self._without, self._lockstep)
             pool.marked = {rank for rank in heard if ranks is None or rank in ranks}
         self._pool_of[front_end] = pool
         pool.shares.join(front_end)

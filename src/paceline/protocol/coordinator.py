@@ -91,7 +91,7 @@ class Coordinator:
         self._suspension_state = SuspensionState()
         self._calls = Calls()
         self._board = Board()
-        self.broker = Brokerage(identity, self._without)
+        self.broker = Brokerage(identity, self._without, lockstep)
         one_step = step_wait_s if lockstep else None
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
         self._dropped = 0

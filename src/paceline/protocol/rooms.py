@@ -21,7 +21,10 @@ ANY = 1 << 40
 BUDGETS_AHEAD = 2
 """A rank with fewer prompt tokens ahead than so many steps compute has room for another prompt."""
 
-KV_SHARE = 0.95
+LOCKSTEP_BUDGETS_AHEAD = 1
+"""Likewise in lockstep, where the prefill quota makes a budget's worth of prompts take several steps."""
+
+KV_SHARE = 0.98
 """Of the KV memory, what is given away; the rest is for answers whose length nobody knows."""
 
 LOOKED_AT = 8
@@ -58,6 +61,7 @@ class Room(Struct, gc=False):
     shared: Amount
     reserved: bool = False
     touched: bool = True
+    budgets_ahead: int = BUDGETS_AHEAD
 
     def free_requests(self) -> int:
         """Slots that are neither taken nor promised."""
@@ -68,7 +72,7 @@ class Room(Struct, gc=False):
         if not self.step_tokens:
             return ANY
         ahead = self.has.tokens + self.granted.tokens + self.shared.tokens
-        return BUDGETS_AHEAD * self.step_tokens - ahead
+        return self.budgets_ahead * self.step_tokens - ahead
 
     def free_kv(self) -> int:
         """Tokens of KV."""
@@ -100,9 +104,10 @@ def _kv(room: Room) -> int:
 
 
 class Rooms:
-    """The rooms of all ranks that have been heard, in order of rank."""
+    """The rooms of all ranks that have been heard, in order of rank. `budgets_ahead`: as BUDGETS_AHEAD."""
 
-    def __init__(self) -> None:
+    def __init__(self, budgets_ahead: int = BUDGETS_AHEAD) -> None:
+        self._budgets_ahead = budgets_ahead
         self._rooms: list[Room] = []
         self._ranks: list[int] = []
         self._by_load: Ordering[Room] = Ordering(self._rooms, _load)
@@ -132,7 +137,8 @@ class Rooms:
         if room is None or room.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            room = Room(rank, incarnation, load.slots, load.step_tokens, load.kv_total, has, Amount(), Amount())
+            sizes = (load.slots, load.step_tokens, load.kv_total)
+            room = Room(rank, incarnation, *sizes, has, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
             self._ranks.insert(place, rank)
             self._rooms.insert(place, room)
             self._by_load.changed = self._by_kv.changed = None

@@ -187,9 +187,10 @@ class LockstepFleet:
             rank = self.ranks[number]
             rank.step = self._made
             rank.counts = rank.engine.counts()
-        self._plane.stepped(rank for rank in self.ranks if rank.counts.decoding and rank.number not in changed)
-        for number in sorted(changed):
-            self._plane.between_steps(self.ranks[number])
+        self._plane.all_between_steps(
+            [self.ranks[number] for number in sorted(changed)],
+            (rank for rank in self.ranks if rank.counts.decoding and rank.number not in changed),
+        )
         for number in changed:
             self._sort(number)
         self._begin_steps()

@@ -53,10 +53,10 @@ class ControlPlane:
         return ()
 
     def between_steps(self, rank: SimulatedRank) -> None:
-        """The rank has taken in what has come and begins its next step now; its `counts` are fresh."""
+        """The rank has taken in what has come and begins its next step now; its `counts` are fresh. Independent."""
 
-    def stepped(self, ranks: Iterable[SimulatedRank]) -> None:
-        """Lockstep: all are between two steps. In these ranks nothing has changed but that they have decoded."""
+    def all_between_steps(self, changed: list[SimulatedRank], others: Iterable[SimulatedRank]) -> None:
+        """Lockstep: as `between_steps`, for all at once. In `others` nothing has changed but that they have decoded."""
 
     def ended(self, rank: SimulatedRank, sequences: Iterable[Sequence]) -> None:
         """The rank has just made the last tokens of these."""

@@ -1,0 +1,186 @@
+"""Is the simulator right? The same requests on real processes and in virtual time: `make bench-honest`.
+
+Real: `paceline serve --engine timed` (or `timed-lockstep`), 8 ranks behind 2 front-ends, and a streaming client over
+loopback that sends each request of a trace at its moment. Virtual: `paceline simulate --trace`, with the same costs.
+The costs are an 8B-class model's, ten times as slow, so that what Python itself takes does not matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+from routing import DATA, TRACES, at_random
+from serve_deployment import Deployment as Served
+from serve_deployment import ending_on_signals
+
+from paceline.engines.timed import CostModel
+from paceline.simulate.traffic.engine import EngineShape
+from paceline.simulate.traffic.ours import Links
+from paceline.simulate.traffic.run import Deployment, Run
+from paceline.simulate.traffic.trace import Arrival, faster, read_trace
+
+RESULTS = Path(__file__).resolve().parent / "results"
+RANKS, FRONT_ENDS = 8, 2
+SLOWER = 10
+COSTS = CostModel(6.0 * SLOWER, 0.09 * SLOWER, 0.02 * SLOWER)
+SHAPE = EngineShape(COSTS, slots=64, budget=2048, kv_tokens=1 << 24)
+PROMPT_LIMIT = 8192
+WITHIN = 0.15
+FIGURES = ("TTFT p50, s", "TTFT p90, s", "TTFT p99, s", "output tokens/s")
+
+
+class Times(Struct):
+    """One request: when it was to be sent, when its first token and its last came; tokens."""
+
+    at: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
+def serve_arguments(engine: str, extra: list[str]) -> list[str]:
+    """What is typed after `paceline`."""
+    options = {"step_ms": COSTS.step_ms, "prefill_ms": COSTS.prefill_ms, "decode_ms": COSTS.decode_ms}
+    return [
+        "serve", "--engine", engine, "--port", "0", "-dp", str(RANKS), "--api-server-count", str(FRONT_ENDS),
+        "--max-num-seqs", str(SHAPE.slots), "--max-num-batched-tokens", str(SHAPE.budget),
+        "--kv-cache-tokens", str(SHAPE.kv_tokens), "--max-waiting", "100000", "--log-level", "warning",
+        *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value:g}")), *extra,
+    ]  # fmt: skip
+
+
+async def send(port: int, one: Arrival, begin: float) -> Times:
+    """Wait for its moment, ask, and read the stream to its end."""
+    times = Times(begin + one.at)
+    await asyncio.sleep(max(0.0, times.at - time.monotonic()))
+    body = json.dumps(
+        {"prompt": "x" * one.prompt_tokens, "max_tokens": one.answer_tokens, "stream": True, "ignore_eos": True}
+    ).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    while line := await reader.readline():
+        if line.startswith(b"data: {") and b'"text"' in line:
+            times.last = time.monotonic()
+            times.first = times.first or times.last
+            times.tokens += 1
+    writer.close()
+    if times.tokens < one.answer_tokens / 2:
+        raise RuntimeError(f"an answer has {times.tokens} of {one.answer_tokens} tokens")
+    return times
+
+
+async def load(port: int, arrivals: list[Arrival]) -> list[Times]:
+    """All of them."""
+    begin = time.monotonic() + 1.0
+    return list(await asyncio.gather(*(send(port, one, begin) for one in arrivals)))
+
+
+def figures(waits: list[float], tokens: int, span: float) -> list[float]:
+    """In the order of FIGURES."""
+    return [*(float(np.percentile(waits, percent)) for percent in (50, 90, 99)), tokens / span]
+
+
+def real(arguments: list[str], arrivals: list[Arrival]) -> tuple[list[float], list[str]]:
+    """On processes; returns the figures, and what the deployment complained of."""
+    served = Served(FRONT_ENDS, 0.0, RANKS, arguments)
+    try:
+        times = asyncio.run(load(served.port, arrivals))
+        complaints = served.complaints()
+    finally:
+        served.close()
+    span = max(one.last for one in times) - min(one.at for one in times)
+    tokens = sum(one.answer_tokens for one in arrivals)
+    return figures([one.first - one.at for one in times], tokens, span), complaints
+
+
+def virtual(arrivals: list[Arrival], lockstep: bool, bind: str, seed: int) -> list[float]:
+    """In the simulator."""
+    deployment = Deployment(
+        RANKS, FRONT_ENDS, lockstep, "least-load", engine=SHAPE, links=Links(0.0005), bind=bind, seed=seed
+    )
+    run = Run(deployment, arrivals)
+    outcome = run.run()
+    return figures([one.first - one.at for one in run.sequences], outcome.output_tokens, outcome.duration_s)
+
+
+def segment(data: Path, count: int, a_second: float) -> list[Arrival]:
+    """Requests of the conversation trace at random moments; prompts at most as long as the engine takes."""
+    rows = read_trace(data / TRACES["azure"])[:count]
+    return faster(
+        at_random([replace(one, prompt_tokens=min(one.prompt_tokens, PROMPT_LIMIT)) for one in rows]), a_second
+    )
+
+
+def table(rows: list[tuple[str, list[float], list[float]]]) -> str:
+    """Real and virtual next to each other."""
+    lines = ["| deployment | figure | processes | simulator | simulator / processes | within 15% |", "| --- " * 6 + "|"]
+    for name, measured, simulated in rows:
+        for figure, one, two in zip(FIGURES, measured, simulated, strict=True):
+            ratio = two / one
+            verdict = "yes" if abs(ratio - 1) <= WITHIN else "no"
+            lines.append(f"| {name} | {figure} | {one:,.2f} | {two:,.2f} | {ratio:.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure and show."""
+    parser = argparse.ArgumentParser(prog="honest.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=400)
+    parser.add_argument("--rates", type=lambda text: [float(one) for one in text.split(",")], default=[4.5, 8.0])
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder of the traces (default: ../shared/data)")
+    parser.add_argument("--bind", choices=["broker", "arrival"], default="broker", help="in the simulator")
+    parser.add_argument("--serve", type=str.split, default=[], metavar="FLAGS", help="more flags for `paceline serve`")
+    parser.add_argument("--lockstep", action="store_true", help="the `timed-lockstep` engine too")
+    parser.add_argument("--write", action="store_true", help="write bench/results/honest.md")
+    args = parser.parse_args()
+    rows: list[tuple[str, list[float], list[float]]] = []
+    with ending_on_signals():
+        for lockstep in (False, True) if args.lockstep else (False,):
+            for rate in args.rates:
+                arrivals = segment(args.data, args.requests, rate)
+                engine = "timed-lockstep" if lockstep else "timed"
+                measured, complaints = real(serve_arguments(engine, args.serve), arrivals)
+                for complaint in complaints:
+                    print(f"the deployment says: {complaint}", file=sys.stderr)
+                rows.append((f"{engine}, {rate:g} requests/s", measured, virtual(arrivals, lockstep, args.bind, 0)))
+                print(table(rows[-1:]), flush=True)
+    if args.write:
+        command = f"make bench-honest ARGS='{' '.join(sys.argv[1:])}'"
+        (RESULTS / "honest.md").write_text(document(rows, command, args.requests))
+    return 0
+
+
+def document(rows: list[tuple[str, list[float], list[float]]], command: str, requests: int) -> str:
+    """The results file."""
+    return f"""# The simulator against real processes
+
+    {command}
+
+{os.cpu_count()} cores ({platform.machine()}), shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at
+the end (one-minute load).
+
+{table(rows)}
+
+{RANKS} ranks, {FRONT_ENDS} front-ends, the first {requests} requests of `azure_llm_2023_conv.csv` at random moments
+(Poisson), by a client of ours over loopback that streams every answer. A step costs {COSTS.step_ms:g} ms,
+{COSTS.prefill_ms:g} ms a prompt token and {COSTS.decode_ms:g} ms a request that decodes: an 8B-class model's costs, ten
+times as slow, so that Python's own time does not matter. The simulator has the same costs and the same requests; which
+front-end a request comes to is up to the kernel here and to a seed there.
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
