@@ -46,6 +46,12 @@ test-vllm: $(STAMP) ## real vLLM on Paceline's coordinator, on CPU (installs vLL
 soak: $(STAMP) ## simulate seed after seed until stopped; a failing seed is printed with the command that replays it
 	@exec $(BIN)/paceline simulate --seeds 0.. $(ARGS)
 
+SEED   ?= 1
+MINUTES ?= 2
+ENGINE ?= timed
+chaos: $(STAMP) ## kill and stop processes under streams: SEED=n MINUTES=m ENGINE=timed|moe|llama
+	@exec $(BIN)/python -m bench.chaos --seed $(SEED) --minutes $(MINUTES) --engine $(ENGINE) $(ARGS)
+
 format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -85,8 +91,12 @@ bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs 
 	@$(BIN)/python tests/vllm/environment.py $(VLLM)
 	@$(BIN)/python -m bench.vllm_coordinators $(ARGS)
 
+bench-broker: $(STAMP) ## what the broker's queue costs the coordinator, and an idle request (both alternating with arrival)
+	@$(BIN)/python bench/broker_cost.py $(ARGS)
+	@$(BIN)/python -m bench.broker_idle
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch test-vllm soak format docs bench-serve bench-collective \
-	bench-freshness bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean
+.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos format docs bench-serve bench-collective \
+	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean

@@ -151,11 +151,12 @@ def main() -> int:
         for lockstep in (False, True) if args.lockstep else (False,):
             for rate in args.rates:
                 arrivals = segment(args.data, args.requests, rate)
-                engine = "timed-lockstep" if lockstep else "timed"
+                engine = "paceline.engines.timed_lockstep:TimedLockstepEngine" if lockstep else "timed"
                 measured, complaints = real(serve_arguments(engine, args.serve), arrivals)
                 for complaint in complaints:
                     print(f"the deployment says: {complaint}", file=sys.stderr)
-                rows.append((f"{engine}, {rate:g} requests/s", measured, virtual(arrivals, lockstep, args.bind, 0)))
+                kind = "timed-lockstep" if lockstep else "timed"
+                rows.append((f"{kind}, {rate:g} requests/s", measured, virtual(arrivals, lockstep, args.bind, 0)))
                 print(table(rows[-1:]), flush=True)
     if args.write:
         command = f"make bench-honest ARGS='{' '.join(sys.argv[1:])}'"
@@ -178,7 +179,8 @@ the end (one-minute load).
 (Poisson), by a client of ours over loopback that streams every answer. A step costs {COSTS.step_ms:g} ms,
 {COSTS.prefill_ms:g} ms a prompt token and {COSTS.decode_ms:g} ms a request that decodes: an 8B-class model's costs, ten
 times as slow, so that Python's own time does not matter. The simulator has the same costs and the same requests; which
-front-end a request comes to is up to the kernel here and to a seed there.
+front-end a request comes to is up to the kernel here and to a seed there. In lockstep every step of the processes waits
+for the one of {RANKS} that the machine's cores serve last, which the simulator knows nothing of.
 """
 
 

@@ -197,14 +197,16 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=EngineShape().slots)
     parser.add_argument("--kv-tokens", type=int, default=EngineShape().kv_tokens)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there, and go on from what it has")
+    parser.add_argument("--known", action="store_true", help="measure nothing: write what the file of --json has")
     parser.add_argument("--write", action="store_true", help="write bench/results/routing.md and its plots")
     args = parser.parse_args()
     if args.quick:
         args.ranks, args.front_ends = [8], [1, 4]
     bench = Bench(args.data, 0.25 if args.quick else 1.0, EngineShape(slots=args.slots, kv_tokens=args.kv_tokens))
     begin, measured = time.monotonic(), list[Measured]()
-    rows = cells(args)
     known = read(args.json) if args.json and args.json.exists() else []
+    there = {one.cell for one in known}
+    rows = [cell for cell in cells(args) if cell in there or not args.known]
     for place, cell in enumerate(rows, 1):
         row = [one for one in known if one.cell == cell]
         if not row:

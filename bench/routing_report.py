@@ -82,6 +82,9 @@ class Row:
                 bound = self.tokens(BOUND) / self.tokens(VLLM)
                 wanted = LOCKSTEP_TOKENS if self.cell.lockstep else INDEPENDENT_TOKENS
                 reason += f" (the oracle: {bound:.2f})" if bound < wanted * 1.02 else ""
+            elif goal.startswith("p99 within"):
+                p50 = self.by[OURS].outcome.ttft_p50_ms / self.by[BOUND].outcome.ttft_p50_ms
+                reason += f" (p50: {p50:.2f} x the oracle's)"
             elif goal.startswith("p99 at most"):
                 rival = TUNED if self.cell.lockstep else VLLM
                 bound = self.p99(BOUND) / self.p99(rival)

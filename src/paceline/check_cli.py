@@ -17,6 +17,8 @@ from paceline.protocol.rules import checked
 from paceline.protocol.sampling import SuspendMode
 from paceline.protocol.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
+from paceline.simulate.explore_binding import Finding, explore
+from paceline.simulate.explore_binding_world import Limits
 
 FOUND, NOT_DECIDED = 1, 2
 
@@ -34,10 +36,19 @@ def check(
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
     backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
     grouped: Annotated[bool, typer.Option(help="Ranks form generations, and one may die in a wave.")] = False,
+    binding: Annotated[
+        bool, typer.Option("--binding", help="Walk brokered binding: by default with each fault by itself.")
+    ] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
+    context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
+    if binding:
+        names = ("ranks", "front_ends", "requests", "losses", "crashes")
+        given = {name: context.params[name] for name in names if _is_given(context, name)}
+        _check_binding(given, _rules(without or []), as_json)
+        return
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
@@ -56,6 +67,44 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(help="Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided.")(
     check
 )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_binding(given: dict[str, int], without: frozenset[str], as_json: bool) -> None:
+    """`given`: the flags that bound the walk. Where none names a fault, one walk for each fault by itself."""
+    faults: list[dict[str, int]] = [{"aborts": 1}, {"losses": 1}, {"crashes": 1}]
+    none = {"aborts": 0, "losses": 0, "crashes": 0}
+    named = any(name in given for name in none)
+    findings: list[Finding] = []
+    for fault in [{}] if named else faults:
+        limits = Limits(**{**none, **fault, **given}, without=without)
+        with progress() as report:
+            findings.append(explore(limits, lambda *now, tell=report: tell(Progress(*now))))
+        if findings[-1].violation:
+            break
+    last = findings[-1]
+    found = {
+        "states": sum(one.states for one in findings),
+        "moves": sum(one.moves for one in findings),
+        "depth": max(one.depth for one in findings),
+        "violations": int(bool(last.violation)),
+        "seconds": round(sum(one.seconds for one in findings), 3),
+        "trace": [*last.story, last.violation] if last.violation else [],
+        "decided": True,
+    }
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for line in [*last.story, *([last.violation, ""] if last.violation else [])]:
+            print(line)
+        print(f"{found['states']:,} states, {found['moves']:,} moves, depth {found['depth']}, {found['seconds']:.1f} s")
+        print("A violation was found." if last.violation else "No violation.")
+    if last.violation:
+        raise typer.Exit(FOUND)
 
 
 def _mode(name: str) -> SuspendMode:

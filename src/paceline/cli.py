@@ -12,6 +12,44 @@ import typer
 from paceline import __version__
 from paceline.config import DeploymentConfig, EngineConfig, ParallelConfig, ServerConfig
 from paceline.errors import ConfigError, PacelineError
+from paceline.serve_flags import (
+    ApiServerCountFlag,
+    BindFlag,
+    DataParallelAddressFlag,
+    DataParallelExternalLbFlag,
+    DataParallelHybridLbFlag,
+    DataParallelRankFlag,
+    DataParallelRpcPortFlag,
+    DataParallelSizeFlag,
+    DataParallelSizeLocalFlag,
+    DataParallelStartRankFlag,
+    DpSyncIntervalFlag,
+    DrainTimeoutFlag,
+    EngineFlag,
+    EngineOptionFlag,
+    HeadlessFlag,
+    HostFlag,
+    KvCacheTokensFlag,
+    LogLevelFlag,
+    MaxBodyBytesFlag,
+    MaxModelLenFlag,
+    MaxNumBatchedTokensFlag,
+    MaxNumSeqsFlag,
+    MaxRankRestartsFlag,
+    MaxWaitingFlag,
+    MinStatsUpdateIntervalMsFlag,
+    ModelFlag,
+    ModelTagFlag,
+    PortFlag,
+    PrefillQuotaFlag,
+    RankTimeoutFlag,
+    RoutingFlag,
+    SeedFlag,
+    ServedModelNameFlag,
+    StallTimeoutFlag,
+    StartupTimeoutFlag,
+    ThreadsFlag,
+)
 
 app = typer.Typer(
     name="paceline",
@@ -22,14 +60,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_PARALLEL = "Data parallel"
-_ENGINE = "Engine"
-_SERVER = "Server"
-
-
-def _option(group: str, text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=group, show_default=True)
-
 
 @app.callback(invoke_without_command=True)
 def main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
@@ -37,88 +67,6 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         print(f"paceline {__version__}")
         raise typer.Exit
-
-
-ModelTagFlag = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")]
-ModelFlag = Annotated[str | None, _option(_ENGINE, "The same as MODEL.", "--model")]
-EngineFlag = Annotated[str, _option(_ENGINE, "llama, timed, moe, timed-lockstep, or module:Class.", "--engine")]
-EngineOptionFlag = Annotated[
-    list[str] | None, _option(_ENGINE, "KEY=VALUE for the engine; may be repeated.", "--engine-option")
-]
-ServedModelNameFlag = Annotated[str | None, _option(_ENGINE, "The model's name in the API.", "--served-model-name")]
-MaxModelLenFlag = Annotated[int | None, _option(_ENGINE, "Tokens of prompt and answer together.", "--max-model-len")]
-MaxNumSeqsFlag = Annotated[int, _option(_ENGINE, "Requests that run at once on a rank.", "--max-num-seqs")]
-MaxNumBatchedTokensFlag = Annotated[int, _option(_ENGINE, "Tokens computed in one step.", "--max-num-batched-tokens")]
-KvCacheTokensFlag = Annotated[int | None, _option(_ENGINE, "Tokens of KV memory of a rank.", "--kv-cache-tokens")]
-ThreadsFlag = Annotated[int | None, _option(_ENGINE, "Compute threads of a rank.", "--threads")]
-SeedFlag = Annotated[int, _option(_ENGINE, "Seed of the engine.", "--seed")]
-DataParallelSizeFlag = Annotated[int, _option(_PARALLEL, "Ranks in the deployment.", "--data-parallel-size", "-dp")]
-DataParallelSizeLocalFlag = Annotated[
-    int | None, _option(_PARALLEL, "Ranks on this node.", "--data-parallel-size-local", "-dpl")
-]
-DataParallelStartRankFlag = Annotated[
-    int | None, _option(_PARALLEL, "This node's first rank.", "--data-parallel-start-rank", "-dpr")
-]
-DataParallelRankFlag = Annotated[
-    int | None, _option(_PARALLEL, "This node's one rank; external mode.", "--data-parallel-rank", "-dpn")
-]
-DataParallelAddressFlag = Annotated[
-    str, _option(_PARALLEL, "Address of the node with rank 0.", "--data-parallel-address", "-dpa")
-]
-DataParallelRpcPortFlag = Annotated[
-    int, _option(_PARALLEL, "Port there that joining nodes ask.", "--data-parallel-rpc-port", "-dpp")
-]
-DataParallelExternalLbFlag = Annotated[
-    bool, _option(_PARALLEL, "Something outside balances.", "--data-parallel-external-lb", "-dpe")
-]
-DataParallelHybridLbFlag = Annotated[
-    bool, _option(_PARALLEL, "Each node balances over its own ranks.", "--data-parallel-hybrid-lb", "-dph")
-]
-DpSyncIntervalFlag = Annotated[
-    int, _option(_PARALLEL, "Steps between the agreements of lockstep ranks.", "--dp-sync-interval")
-]
-PrefillQuotaFlag = Annotated[
-    str, _option(_PARALLEL, "Prompt tokens that a lockstep rank computes in a step: auto, off or N.", "--prefill-quota")
-]
-MinStatsUpdateIntervalMsFlag = Annotated[
-    int, _option(_PARALLEL, "Least milliseconds between two load views.", "--min-stats-update-interval-ms")
-]
-HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
-ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
-HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]
-PortFlag = Annotated[int, _option(_SERVER, "Port to listen on; 0 finds one.", "--port")]
-RoutingFlag = Annotated[
-    str,
-    _option(
-        _SERVER,
-        "least-load, least-requests, power-of-two, round-robin, prefix, session, lockstep, or module:Class.",
-        "--routing",
-    ),
-]
-BindFlag = Annotated[
-    str,
-    _option(
-        _SERVER,
-        "broker: requests wait once, before all ranks, until one can start them. arrival: each gets its rank when it "
-        "arrives; so it is in any case in external mode, with any --routing but least-load, where a request names its "
-        "rank, and while there is no coordinator.",
-        "--bind",
-    ),
-]
-MaxWaitingFlag = Annotated[int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")]
-MaxBodyBytesFlag = Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")]
-StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")]
-DrainTimeoutFlag = Annotated[
-    float, _option(_SERVER, "Seconds that requests get to finish on SIGTERM.", "--drain-timeout")
-]
-StallTimeoutFlag = Annotated[
-    float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
-]
-MaxRankRestartsFlag = Annotated[
-    int,
-    _option(_SERVER, "Restarts in a row before a rank that dies is given up.", "--max-rank-restarts"),
-]
-LogLevelFlag = Annotated[str, _option(_SERVER, "debug, info, warning or error.", "--log-level")]
 
 
 @app.command()
@@ -157,6 +105,7 @@ def serve(
     drain_timeout: DrainTimeoutFlag = 30.0,
     stall_timeout: StallTimeoutFlag = 30.0,
     max_rank_restarts: MaxRankRestartsFlag = 5,
+    rank_timeout: RankTimeoutFlag = 10.0,
     log_level: LogLevelFlag = "info",
 ) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
@@ -265,6 +214,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             drain_timeout_s=given["drain_timeout"],
             stall_timeout_s=given["stall_timeout"],
             max_rank_restarts=given["max_rank_restarts"],
+            rank_timeout_s=given["rank_timeout"],
             **server,
         ),
     )

@@ -132,6 +132,7 @@ class ServerConfig(Struct, frozen=True):
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     max_rank_restarts: int = 5
+    rank_timeout_s: float = 10.0
     log_level: str = "info"
 
     def __post_init__(self) -> None:
@@ -149,6 +150,8 @@ class ServerConfig(Struct, frozen=True):
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")
         _require(self.stall_timeout_s > 0, "--stall-timeout", "must be more than 0")
         _require(self.max_rank_restarts >= 0, "--max-rank-restarts", "must be 0 or more")
+        timeout_s = self.rank_timeout_s
+        _require(timeout_s == 0 or 0.5 <= timeout_s <= 3600, "--rank-timeout", "must be 0 (for ever), or 0.5 to 3600")
         _require(self.drain_timeout_s >= 0, "--drain-timeout", "must be 0 or more")
         _require(
             self.log_level in LOG_LEVELS,

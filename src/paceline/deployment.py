@@ -56,7 +56,9 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
     config = plan.config
     # Its notes of who is ready would run into the start-up display, which says the same.
     level = "warning" if config.server.log_level == "info" else config.server.log_level
-    coordinator = DPCoordinator(config.parallel, plan.lockstep, {"level": level})
+    coordinator = DPCoordinator(
+        config.parallel, plan.lockstep, {"level": level}, rank_timeout_s=config.server.rank_timeout_s
+    )
     supervisor.at_end(coordinator.shutdown)
     supervisor.watch(coordinator.proc, coordinator.restart)
     rendezvous = plan.lead(coordinator)
@@ -186,6 +188,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         max_body_bytes=server.max_body_bytes,
         drain_timeout_s=server.drain_timeout_s,
         first_life=life == 0,
+        rank_timeout_s=server.rank_timeout_s,
     )
 
 

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from paceline.protocol import coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import Load, LoadView, Members, RankHello, RankReport
+from paceline.protocol.messages import AddRequest, Load, LoadView, Members, RankHello, RankReport
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
@@ -59,9 +59,11 @@ class Known:
         self.incarnation = incarnation
         self.tokens_after = [0]
         self.report = NOTHING
+        self.void = 0
+        """Sends of before the connection was cut: they are nobody's."""
 
     def expected(self, front_end: int) -> Load:
-        load, taken = self.report.load, self.report.taken.get(front_end, 0)
+        load, taken = self.report.load, max(self.void, self.report.taken.get(front_end, 0))
         if len(self.tokens_after) - 1 == taken:
             return load
         requests, tokens = len(self.tokens_after) - 1 - taken, self.tokens_after[-1] - self.tokens_after[taken]
@@ -148,7 +150,7 @@ class Walk:
 
     def _new_front_end(self, index: int, count: int) -> FrontEnd:
         self.lives_begun += 1
-        return FrontEnd(1000 + self.lives_begun, LeastLoad(index, count), share_sends=True)
+        return FrontEnd(1000 + self.lives_begun, LeastLoad(index, count), share_sends=True, resumes=True)
 
     # What machines do ---------------------------------------------------------------------------
 
@@ -164,7 +166,8 @@ class Walk:
             match effect:
                 case rank_events.Take(key, request):
                     life.engine.add(key, request)
-                    life.taken[event.front_end] = life.taken.get(event.front_end, 0) + 1  # type: ignore[union-attr]
+                    # What was on a connection that was cut has not arrived, and was sent all the same.
+                    life.taken[event.front_end] = request.number  # type: ignore[union-attr]
                 case rank_events.Drop(key):
                     life.engine.abort(key)
                     life.ended += 1
@@ -182,7 +185,8 @@ class Walk:
                     life.ended += finished
                     self.finished += finished
                     self._rank(life, stepped)
-        if isinstance(event, rank_events.FrontEndGone):
+        known = {front_end.identity for front_end in self.front_ends}
+        if isinstance(event, rank_events.FrontEndGone) and event.front_end not in known:
             life.taken.pop(event.front_end, None)
 
     def _front_end(self, index: int, event: frontend_events.Event) -> None:
@@ -193,9 +197,9 @@ class Walk:
                 case frontend_events.ToRank(number, message):
                     arrival = rank_events.FrontEndSaid(identity, message)
                     self.requests_sent.setdefault((index, number), deque()).append(arrival)
-                    if isinstance(event, frontend_events.Submit):
+                    if isinstance(message, AddRequest):
                         sums = self.known[index][number].tokens_after
-                        sums.append(sums[-1] + len(event.prompt_token_ids))
+                        sums.append(sums[-1] + message.tokens)
                 case frontend_events.ToCoordinator(message):
                     self.to_coordinator[index].append(coordinator.FrontEndSaid(message))
         self.check(index)
@@ -293,6 +297,21 @@ class Walk:
         self.front_ends[index] = self._new_front_end(index, len(self.front_ends))
         self.to_coordinator[index] += [coordinator.FrontEndGone(gone), coordinator.FrontEndSubscribed()]
 
+    def cut_link(self, index: int, number: int, salt: int) -> None:
+        """A front-end's connection to a rank that lives ends, with some of what was said last, or comes up again."""
+        if number not in self.known[index]:
+            return
+        front_end, known = self.front_ends[index], self.known[index][number]
+        if number not in front_end.ready_ranks():
+            known.void = len(known.tokens_after) - 1
+            self._front_end(index, frontend_events.LinkUp(number))
+            return
+        queue = self.requests_sent.setdefault((index, number), deque())
+        lose_last(queue, salt % 4)
+        if salt % 3:
+            queue.append(rank_events.FrontEndGone(front_end.identity))
+        self._front_end(index, frontend_events.LinkDown(number))
+
     def restart_coordinator(self, index: int = 0, number: int = 0, salt: int = 0) -> None:
         """What was in the old one's hands, some of what was said first, is lost with it."""
         self.lives_begun += 1
@@ -308,6 +327,9 @@ class Walk:
 
     def drain(self) -> None:
         """Let everything arrive and every rank finish; then every belief is the plain truth."""
+        for index, number in itertools.product(range(len(self.front_ends)), range(len(self.lives))):
+            if number in self.known[index] and number not in self.front_ends[index].ready_ranks():
+                self.cut_link(index, number, 0)
         for _ in range(500):
             for index, number in itertools.product(range(len(self.front_ends)), range(self.size)):
                 for what in DELIVERIES:
@@ -332,4 +354,4 @@ DELIVERIES = [
     "deliver_outputs", "tick",
 ]  # fmt: skip
 ORDINARY = [*DELIVERIES, "submit", "submit", "turn", "deliver_request", "repeat_view", "reorder_views", "abandon"]
-RARE = ["restart_rank", "restart_rank", "restart_front_end", "restart_coordinator"]
+RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_front_end", "restart_coordinator"]

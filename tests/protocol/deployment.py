@@ -31,8 +31,8 @@ class TinyEngine:
         self.left: dict[int, int] = {}
 
     def add(self, key: int, request: AddRequest) -> None:
-        self.requests[key] = (request, 0)
-        self.left[key] = len(request.prompt_token_ids)
+        self.requests[key] = (request, len(request.made_token_ids))
+        self.left[key] = request.tokens
 
     def abort(self, key: int) -> None:
         del self.requests[key]
@@ -56,7 +56,7 @@ class TinyEngine:
         return rank_events.Stepped(outputs, self.load(), self.has_work(), prefilled, len(outputs), STEP_S)
 
     def load(self) -> Load:
-        running = sum(1 for _, made in self.requests.values() if made)
+        running = sum(1 for key in self.requests if not self.left[key])
         prefill = sum(self.left[key] for key in self.requests)
         startable = sum(self.left[key] for key in list(self.requests)[: self.slots])
         return Load(
@@ -122,7 +122,7 @@ class Deployment:
         machine = FrontEnd(
             100 + next(self._lives), LeastLoad(index, count), ranks=frozenset({index}) if self.external else None,
             share_sends=count > 1 and not self.external, lockstep=self.lockstep,
-            brokered=self.brokered,
+            brokered=self.brokered, resumes=True,
         )  # fmt: skip
         up = Link(
             self.world, codec.from_front_end(), lambda m: self.tell_coordinator(coordinator.FrontEndSaid(m)), DELAY_S

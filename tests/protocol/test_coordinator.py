@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.coordinator import (
-    Coordinator,
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import (
     Effect,
     FrontEndGone,
     FrontEndSaid,

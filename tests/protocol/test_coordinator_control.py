@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from paceline.protocol.coordinator import (
-    Coordinator,
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import (
     Effect,
     FrontEndSaid,
     FrontEndSubscribed,

@@ -99,9 +99,10 @@ def test_sends_are_numbered_from_1_for_each_life_of_each_rank() -> None:
     order = [0, 1, 1, 0, 1]
     sent = [one(said(submit(machine, i, rank=rank), AddRequest)).number for i, rank in enumerate(order)]
     assert sent == [1, 1, 2, 2, 3]
+    # The three that the old life had go to rank 0, which has the fewest.
     machine.handle(members((0, 10), (1, 99)), 0.0)
     assert said(submit(machine, 10, rank=1), AddRequest, number=1, incarnation=99)
-    assert said(submit(machine, 11, rank=0), AddRequest, number=3)
+    assert said(submit(machine, 11, rank=0), AddRequest, number=6)
 
 
 def test_the_coordinator_is_told_to_wake_only_in_lockstep_and_while_the_ranks_are_paused() -> None:
@@ -204,16 +205,16 @@ def test_a_new_member_is_connected_to_once() -> None:
     assert machine.ready_ranks() == [0, 1, 2]
 
 
-def test_a_new_life_ends_the_requests_of_the_old_one_and_is_connected_to() -> None:
+def test_a_new_life_is_connected_to_in_place_of_the_old_one_whose_requests_go_elsewhere() -> None:
     machine = front_end()
     for request, rank in ((1, 0), (2, 1), (3, 0)):
         submit(machine, request, rank=rank)
     effects = machine.handle(members((0, 99), (1, 11)), 0.0)
-    assert [type(effect) for effect in effects] == [Disconnect, Refuse, Refuse, Connect]
-    assert [r.request for r in find(effects, Refuse, reason="rank-lost")] == [1, 3]
+    assert [type(effect) for effect in effects] == [Disconnect, ToRank, ToRank, Connect]
+    assert [effect.rank for effect in find(effects, ToRank)] == [1, 1]
     assert find(effects, Disconnect, rank=0)
     assert find(effects, Connect, member=Member(0, 99, "address 99"))
-    assert machine.in_flight() == 1
+    assert machine.in_flight() == 3
     assert machine.believed(0) == Load()
 
 
@@ -222,7 +223,7 @@ def test_a_rank_that_has_ended_is_lost() -> None:
     submit(machine, 1, rank=0)
     effects = machine.handle(members((1, 11), missing=[0], ended=[(0, 10)]), 0.0)
     assert find(effects, Disconnect, rank=0)
-    assert find(effects, Refuse, request=1, reason="rank-lost")
+    assert find(effects, ToRank, rank=1)
     assert (machine.ready_ranks(), machine.missing) == ([1], [0])
 
 
@@ -243,7 +244,7 @@ def test_a_rank_whose_address_is_none_is_lost_and_not_tried_again_in_this_life()
     machine = front_end()
     submit(machine, 1, rank=0)
     effects = machine.handle(LinkFailed(0), 0.0)
-    assert effects == find(effects, Refuse, request=1, reason="rank-lost")
+    assert effects == find(effects, ToRank, rank=1)
     assert machine.handle(members((0, 10), (1, 11)), 0.0) == []
     assert machine.ready_ranks() == [1]
     assert find(machine.handle(members((0, 99), (1, 11)), 0.0), Connect)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+from msgspec.structs import replace
+
 from paceline.protocol.messages import Load
 from paceline.protocol.policy import REQUEST_TOKENS
-from paceline.protocol.rooms import ANY, LOCKSTEP_BUDGETS_AHEAD, Amount, Room, Rooms
+from paceline.protocol.rooms import ANY, LOCKSTEP_BUDGETS_AHEAD, STEPS_AHEAD, Amount, Room, Rooms
 
 
 def load(running: int = 0, prefill: int = 0, *, slots: int = 4, budget: int = 100, kv: int = 0, total: int = 0) -> Load:
@@ -51,11 +53,28 @@ def test_in_lockstep_not_where_one_step_of_prompts_is_ahead() -> None:
 
 
 def test_kv_fits_with_two_percent_to_spare() -> None:
-    made = rooms(load(1, kv=500, total=1000), load(2, kv=100, total=1000))
+    made = rooms(*(Load(0, running, 4, 0, kv, 1000, kv_reserved=kv) for running, kv in ((1, 500), (2, 100))))
     assert best(made, 480) == 0
     assert best(made, 481) == 1
     assert best(made, 880) == 1
     assert best(made, 881) is None
+
+
+def test_where_whole_answers_are_reserved_no_memory_is_spared() -> None:
+    # Four answers of the whole context fit: three run.
+    made = rooms(load(3, kv=750, total=1000))
+    assert best(made, 250) == 0
+    assert best(made, 251) is None
+
+
+def test_a_request_may_wait_for_each_slot_that_is_about_to_be_free() -> None:
+    full = Load(0, 16, 16, decoding=16, answer_tokens=16)
+    assert rooms(full)[0].free_requests() == STEPS_AHEAD
+    assert rooms(replace(full, answer_tokens=16 * STEPS_AHEAD + 1))[0].free_requests() == 0
+
+
+def test_an_engine_without_slots_has_no_limit() -> None:
+    assert best(rooms(Load(0, 500, 0))) == 0
 
 
 def test_an_empty_rank_takes_anything() -> None:
@@ -74,7 +93,7 @@ def test_waiting_requests_and_the_wire_count() -> None:
         0, 10, Load(waiting=1, running=1, slots=4, kv_total=1000, kv_reserved=100, kv_waiting=50), Amount(1, 0, 300)
     )
     room = made[0]
-    assert (room.free_requests(), room.free_kv()) == (1, 530)
+    assert (room.free_requests(), room.free_kv()) == (1, 550)
     room.granted.add(1, 10, 100)
     made.changed(room)
     assert best(made) is None

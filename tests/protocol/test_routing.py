@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.protocol import coordinator, frontend_events
-from paceline.protocol.coordinator import Coordinator, FrontEndSaid, RankSaid, Tick
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.coordinator_events import FrontEndSaid, RankSaid, Tick
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid, Placed, Submit, ToCoordinator, ToRank
 from paceline.protocol.messages import PROTOCOL_VERSION, Load, Output, Outputs, RankHello, RankReport

@@ -16,7 +16,7 @@ SLOTS, BUDGET, KV = 16, 512, 10_000
 def rooms(count: int, running: int = 0, *, budget: int = BUDGET, total: int = KV) -> Rooms:
     made = Rooms()
     for rank in range(count):
-        load = Load(0, running, SLOTS, 0, 0, total, step_tokens=budget, kv_reserved=100 * running)
+        load = Load(0, running, SLOTS, 0, 100 * running, total, step_tokens=budget, kv_reserved=100 * running)
         made.heard(rank, 10 + rank, load, Amount())
     return made
 

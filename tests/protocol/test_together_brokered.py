@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from paceline.protocol import coordinator, frontend_events
 from paceline.protocol.binding import SILENCE_S
+from paceline.protocol.brokerage import UNANSWERED_S
 from paceline.protocol.messages import (
     Ask,
     FrontEndHello,
@@ -256,6 +257,44 @@ def test_when_the_last_front_end_has_gone_nothing_is_due() -> None:
     deployment.tell_coordinator(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
     deployment.tell_coordinator(coordinator.Tick())
     assert machine.broker.due is None
+
+
+def hang(front_end: FrontEndShell) -> None:
+    """It neither reads nor says anything, and its connections hold."""
+    front_end.broadcasts.hold()
+    front_end.to_coordinator.hold()
+
+
+def goes_on(deployment: Deployment) -> None:
+    """The one that has hung goes on, and has its requests brokered again."""
+    front_end = deployment.front_ends[0]
+    front_end.to_coordinator.release()
+    front_end.broadcasts.release()
+    rest(deployment)
+    full(deployment, waiting=2)
+    rest(deployment)
+
+
+def test_nobody_waits_for_the_grants_of_a_front_end_that_hangs() -> None:
+    deployment = brokered(lockstep=False)
+    full(deployment, waiting=3 * SLOTS)
+    hang(deployment.front_ends[0])
+    for _ in range(SLOTS):
+        deployment.front_ends[1].submit()
+    deployment.run_until(deployment.front_ends[1].finished, limit_s=UNANSWERED_S + 2.0)
+    goes_on(deployment)
+
+
+def test_nobody_waits_for_the_shares_of_a_front_end_that_hangs() -> None:
+    deployment = brokered(1, lockstep=False)
+    hang(deployment.front_ends[0])
+    for _ in range(SLOTS):
+        deployment.front_ends[1].submit(max_tokens=300)
+    deployment.world.run_for(UNANSWERED_S / 2)
+    assert held(deployment) == 1
+    deployment.world.run_for(UNANSWERED_S)
+    assert held(deployment) == 0
+    goes_on(deployment)
 
 
 # The coordinator goes -----------------------------------------------------------------------------

@@ -145,22 +145,25 @@ def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
         assert json.loads(answer.result(30)[1])["choices"][0]["text"] == "alive"
 
 
-def test_rank_that_ends_is_told_to_its_clients(tmp_path: Path) -> None:
+def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True}).encode()
     with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
-        whole, stream = pool.submit(world.post), pool.submit(world.post, stream=True)
-        world.take()
-        world.take()
-        world.announce(LIFE + 1)
-        status, body = whole.result(30)
-        assert (status, json.loads(body)["error"]["code"]) == (503, "rank_lost")
-        status, body = stream.result(30)
-        assert status == 200
-        assert json.loads(body.removeprefix("data: "))["error"]["code"] == "rank_lost"
-        again = pool.submit(world.post)
-        identity, add = world.take()
-        assert (add.incarnation, add.number) == (LIFE + 1, 1)
-        world.answer(identity, add, "again", life=LIFE + 1)
-        assert again.result(30)[0] == 200
+        opening = pool.submit(urllib.request.urlopen, f"{world.url}/v1/completions", body, timeout=30)
+        identity, first = world.take()
+        begun = Output(first.request, [1], "begun")
+        world.rank.send_multipart([identity, codec.encode(Outputs(0, LIFE, [begun]))])
+        with opening.result(30) as stream:
+            while "begun" not in stream.readline().decode():
+                pass
+            world.announce(LIFE + 1)
+            identity, again = world.take()
+            assert (again.incarnation, again.number, again.made_token_ids) == (LIFE + 1, 1, [1])
+            assert again.request != first.request
+            world.answer(identity, first, "from the grave", life=LIFE)
+            world.answer(identity, again, ", ended", life=LIFE + 1)
+            events = [line.removeprefix("data: ") for line in stream.read().decode().splitlines() if line]
+        assert [json.loads(event)["choices"][0]["text"] for event in events[:-1]] == [", ended"]
+        assert events[-1] == "[DONE]"
 
 
 def test_engine_error_reaches_the_client(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_one_seed_is_one_run_in_any_process() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_256_ranks_pass() -> None:
     outcome = simulate(Options(7, ranks=256, lockstep=True, encode=False))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])

@@ -41,6 +41,7 @@ class Binding:
         self._asks_again = "unsent-asked-again" not in without
         self._queued = 0
         self._has_queue = False
+        self._named = False
         self._away = False
         self._shares: dict[int, Share] = {}
         self._edition = 0
@@ -132,6 +133,7 @@ class Binding:
         self._shares = {}
         self._edition = self._returned = self._heard = self._queued = 0
         self._answered = self._behind_since = now
+        self._named = False
         return bool(self.held) and self._asks_again
 
     def ask_again(self, now: float) -> Effect:
@@ -139,17 +141,22 @@ class Binding:
         self._behind_since = now
         return self._ask(list(self.held.values()), True, now)
 
-    def take_view(self, view: LoadView) -> None:
-        """Shares, and whether there is a queue at all."""
+    def take_view(self, view: LoadView) -> bool:
+        """Shares, and whether there is a queue at all. Returns whether this front-end has been forgotten there, as one
+        that hangs is, and must say hello.
+        """
         self._has_queue = self._brokered and view.shares is not None
         self._queued = view.queued
         self._shares = {}
+        before, self._named = self._named, False
         for shares in view.shares or ():
             if shares.front_end == self._identity:
+                self._named = True
                 self._away = False
                 self._edition = max(self._edition, shares.edition)
                 if shares.edition > self._returned and not self.held:
                     self._shares = {share.rank: share for share in shares.shares}
+        return self._has_queue and before and not self._named
 
     def take_grants(self, message: Grants, now: float) -> tuple[list[Grant], list[Effect]]:
         """Returns the grants of requests that are held here, and what to answer."""

@@ -50,8 +50,8 @@ class Board:
                     ledger.reported(taken)
         return True
 
-    def sent(self, front_end: int, send: Send) -> None:
-        """A front-end said that it sent a request to a rank."""
+    def sent(self, front_end: int, send: Send) -> bool:
+        """A front-end said that it sent a request to a rank. Returns whether it is on the wire: not reported yet."""
         ledgers = self._ledgers.setdefault((send.rank, send.incarnation), {})
         ledger = ledgers.get(front_end)
         if ledger is None:
@@ -59,7 +59,9 @@ class Board:
             report = self._reports.get(send.rank)
             if report is not None and report.incarnation == send.incarnation:
                 ledger.reported(report.taken.get(front_end, 0))
+        before = ledger.requests
         ledger.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
+        return ledger.requests > before
 
     def known(self, rank: int, incarnation: int) -> tuple[Load, Amount] | None:
         """The latest report of this life of a rank, and what is on the wire to it; None where it has not reported."""

@@ -3,9 +3,9 @@
 A request that is bound when it arrives waits behind one rank, and stays there although another rank is free a moment
 later: lengths of answers are not known, so no policy can foresee which. Here nobody waits behind a rank. The
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
-that one can start it: a slot is free, the prompts ahead are fewer than two steps compute (in lockstep one), and the KV
-memory holds the prompt and the longest answer with some to spare (`rooms.py`). Of those ranks it takes the least
-loaded.
+that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than two steps compute (in
+lockstep one); and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
+(`rooms.py`). Of those ranks it takes the least loaded.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
@@ -16,12 +16,14 @@ takes anything. So who has k requests before it by arrival is granted after at m
 plus the times that k + 1 ranks take to end what they run.
 
 What a grant is. It says that this request goes to this life of this rank, and counts against the rank's room at once.
-The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it like
-any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant may be
-lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that nobody
-confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the client
-has gone or the request has a rank already, a Withdraw. A grant for a life of a rank that has ended goes back to its
-old place in the queue, which the order keeps for it.
+The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it
+like any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant
+may be lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that
+nobody confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the
+client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its recalled shares, for
+`brokerage.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
+When it goes on it sees that no view names it, and says hello again. A grant for a life of a rank that has ended goes
+back to its old place in the queue, which the order keeps for it.
 
 No hop while ranks are free. As long as nobody waits, each front-end holds grants in advance: a share of each rank's
 room that it may use without a word (`shares.py`). Who has no fitting share asks, and is answered at once where there
@@ -40,6 +42,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Set
 
 from paceline.protocol.binding_messages import Descriptor
+from paceline.protocol.messages import Send
 from paceline.protocol.rooms import BUDGETS_AHEAD, LOCKSTEP_BUDGETS_AHEAD, Room, Rooms
 from paceline.protocol.waiting_line import WaitingLine
 
@@ -55,9 +58,20 @@ small requests take what large ones wait for (`bench/results/routing.md`).
 
 
 class Entry:
-    """One descriptor. `room`: what it was granted, None while it is `waiting`."""
+    """One descriptor. `room`: what it was granted, None while it is `waiting`; `granted_at`: when."""
 
-    __slots__ = ("arrival", "front_end", "kv", "number", "priority", "request", "room", "tokens", "waiting")
+    __slots__ = (
+        "arrival",
+        "front_end",
+        "granted_at",
+        "kv",
+        "number",
+        "priority",
+        "request",
+        "room",
+        "tokens",
+        "waiting",
+    )
 
     def __init__(
         self, front_end: int, request: int, tokens: int, kv: int, priority: int, arrival: float, number: int
@@ -70,6 +84,7 @@ class Entry:
         self.arrival = arrival
         self.number = number
         self.room: Room | None = None
+        self.granted_at = 0.0
         self.waiting = True
 
 
@@ -126,6 +141,22 @@ class Broker:
         self.counts[front_end] = self.counts.get(front_end, 0) + 1
         self._join(Entry(*key, descriptor.tokens, kv, descriptor.priority, arrival, self._next_number))
 
+    def confirm(self, front_end: int, send: Send) -> bool:
+        """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
+        that is so. It takes no more room than before, so nothing has to be looked at anew.
+        """
+        entry = self.granted.get((front_end, send.request))
+        room = entry.room if entry is not None else None
+        if entry is None or room is None or (room.rank, room.incarnation) != (send.rank, send.incarnation):
+            return False
+        if not self._counts or (entry.tokens, entry.kv) != (send.tokens, send.tokens + send.answer_tokens):
+            return False
+        del self.granted[front_end, send.request]
+        room.granted.add(-1, -entry.tokens, -entry.kv)
+        room.has.add(1, entry.tokens, entry.kv)
+        self._count_out(front_end)
+        return True
+
     def drop(self, front_end: int, request: int) -> None:
         """The request has been sent, or is not wanted any more."""
         key = (front_end, request)
@@ -135,9 +166,7 @@ class Broker:
         entry.waiting = False
         if entry.room is not None:
             self._promise(entry.room, entry, -1)
-        self.counts[front_end] -= 1
-        if not self.counts[front_end]:
-            del self.counts[front_end]
+        self._count_out(front_end)
 
     def drop_front_end(self, front_end: int) -> None:
         """Nothing of it waits any more."""
@@ -180,6 +209,8 @@ class Broker:
 
     def _next(self) -> tuple[Entry, Room] | None:
         """Who is granted next, and which rank."""
+        if not self.rooms.open() and self._first.room is None and self._oldest.room is None:
+            return None
         first, oldest = self._by_order.first(), self._by_age.first()
         self._watch(self._oldest, oldest)
         # One request has one turn.
@@ -189,11 +220,13 @@ class Broker:
                 room = self._turn(turn, turn.entry)
                 if room is not None:
                     return turn.entry, room
+        if first is None or not self.rooms.open():
+            return None
         for looked, entry in enumerate(self._by_order):
             room = self.rooms.best(entry.kv)
             if room is not None:
                 return entry, room
-            if looked == LOOK_AHEAD or (not looked and self.rooms.best(0) is None):
+            if looked == LOOK_AHEAD:
                 break
         return None
 
@@ -221,6 +254,11 @@ class Broker:
         self.queued[entry.front_end, entry.request] = entry
         self._by_order.join(entry)
         self._by_age.join(entry)
+
+    def _count_out(self, front_end: int) -> None:
+        self.counts[front_end] -= 1
+        if not self.counts[front_end]:
+            del self.counts[front_end]
 
     def _promise(self, room: Room, entry: Entry, sign: int) -> None:
         if self._counts:

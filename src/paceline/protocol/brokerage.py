@@ -19,6 +19,9 @@ from paceline.protocol.shares import ShareBook
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
 
+UNANSWERED_S = 1.0
+"""A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
+
 
 class Pool:
     """The front-ends that balance over the same ranks, None for all, with their queue."""
@@ -28,6 +31,10 @@ class Pool:
         self.broker = Broker(without, lockstep)
         self.shares = ShareBook()
         self.marked: set[int] = set()
+        self.recalled: float | None = None
+        """Since when all shares have been recalled; None where they are not."""
+        self.stale = False
+        """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
 
 class Brokerage:
@@ -90,6 +97,7 @@ class Brokerage:
         pool = self._pool_of.get(message.front_end)
         if pool is None:
             return
+        pool.stale = True
         match message:
             case Ask():
                 self._ask(pool, message, now)
@@ -111,13 +119,22 @@ class Brokerage:
         for descriptor in ask.descriptors:
             pool.broker.ask(ask.front_end, descriptor, now)
 
-    def sent(self, front_end: int, send: Send) -> None:
-        """A front-end has sent a request: one that waited, or one of its share. The board has been told."""
-        self.mark(send.rank)
+    def sent(self, front_end: int, send: Send, on_the_wire: bool) -> None:
+        """A front-end has sent a request: one that waited, or one of its share. `on_the_wire`: by the board, which has
+        been told.
+        """
         pool = self._pool_of.get(front_end)
-        if pool is None:
+        confirmed = pool is not None and on_the_wire and pool.broker.confirm(front_end, send)
+        for one in self._pools.values():
+            if (one is not pool or not confirmed) and (one.ranks is None or send.rank in one.ranks):
+                one.marked.add(send.rank)
+        if pool is None or confirmed:
             return
         if send.request:
+            granted = pool.broker.granted.get((front_end, send.request))
+            if granted is not None and granted.room is not None and granted.room.rank != send.rank:
+                # It went elsewhere: there is room where it was granted.
+                pool.stale = True
             pool.broker.drop(front_end, send.request)
         else:
             pool.shares.spent(front_end, send, pool.broker.rooms)
@@ -132,6 +149,7 @@ class Brokerage:
         pool.shares.leave(front_end, pool.broker.rooms)
         # What it had on the wire does not count any more.
         pool.marked.update(room.rank for room in pool.broker.rooms)
+        pool.stale = True
         if not len(pool.shares):
             del self._pools[pool.ranks]
 
@@ -142,11 +160,13 @@ class Brokerage:
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 pool.marked.add(rank)
+                pool.stale = True
 
     def lost(self, rank: int) -> None:
         """The rank is gone, or may be: nothing is granted there until it is heard again."""
         for pool in self._pools.values():
             pool.marked.discard(rank)
+            pool.stale = True
             pool.broker.lost(rank)
             pool.shares.lost(rank)
 
@@ -157,34 +177,61 @@ class Brokerage:
         if not self._pools:
             self._due = None
             return None
+        repeat = self._due is None or now >= self._due
+        if repeat:
+            self._forget_silent(now)
         made: list[Grant] = []
-        recall = False
-        asked: set[int] = set()
+        recall = waiting = False
         for pool in self._pools.values():
             broker = pool.broker
-            if broker.queued:
+            waiting = waiting or bool(broker.counts)
+            if broker.queued and pool.stale and free:
                 _look(pool, board, membership)
-                made += [_grant(entry) for entry in (broker.grant() if free else ())]
-                recall = recall or (bool(broker.queued) and pool.shares.outstanding)
-            asked.update(broker.counts)
+                pool.stale = False
+                for entry in broker.grant():
+                    entry.granted_at = now
+                    made.append(_grant(entry))
+            recalled = bool(broker.queued) and pool.shares.outstanding
+            pool.recalled = (now if pool.recalled is None else pool.recalled) if recalled else None
+            recall = recall or recalled
         news = bool(made) or (recall and not self._recalling)
         self._recalling = recall
-        if not asked:
+        if not waiting:
             self._due = None
             return None
-        repeat = self._due is None or now >= self._due
         if not news and not repeat:
             return None
         if repeat and self._repeats:
             made = [_grant(entry) for pool in self._pools.values() for entry in pool.broker.granted.values()]
         if repeat:
             self._due = now + REPEAT_S
+        asked = (front_end for pool in self._pools.values() for front_end in pool.broker.counts)
         told = {front_end: self._told.get(front_end, 0) for front_end in asked}
         return Grants(self._identity, made, told, self.queued, recall)
 
+    def _forget_silent(self, now: float) -> None:
+        """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""
+        late = now - UNANSWERED_S
+        # Where this process itself has hung, the answers may be there, unread.
+        hung = self._due is not None and now >= self._due + UNANSWERED_S / 2
+        for pool in list(self._pools.values()):
+            if hung:
+                pool.recalled = None
+                for entry in pool.broker.granted.values():
+                    entry.granted_at = now
+            silent = {entry.front_end for entry in pool.broker.granted.values() if entry.granted_at <= late}
+            if pool.recalled is not None and pool.recalled <= late:
+                silent.update(pool.shares.holders())
+                pool.recalled = None
+            for front_end in silent:
+                self.forget_front_end(front_end)
+
     def emptied(self) -> bool:
         """Whether, since this was last asked, the last one that waited has been granted or has gone."""
-        before, self._waited = self._waited, self.queued > 0
+        before, self._waited = self._waited, False
+        for pool in self._pools.values():
+            if pool.broker.queued:
+                self._waited = True
         return before and not self._waited
 
     def shares(self, board: Board, membership: Membership, free: bool) -> list[Shares]:

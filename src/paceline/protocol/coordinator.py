@@ -19,15 +19,18 @@ from paceline.protocol.coordinator_events import (
     Event,
     FrontEndGone,
     FrontEndSaid,
+    FrontEndsSaid,
     FrontEndSubscribed,
     Note,
     RankGone,
     RankSaid,
     RanksReported,
     RankSubscribed,
-    Tick,
     ToFrontEnds,
     ToRanks,
+)
+from paceline.protocol.coordinator_events import (
+    Tick as Tick,
 )
 from paceline.protocol.generation import Generations, Position
 from paceline.protocol.introductions import PATIENCE_S, Introductions
@@ -50,7 +53,6 @@ from paceline.protocol.messages import (
     ReturnShares,
     SendNotice,
     StallReport,
-    StartDPWave,
     StartWave,
     SuspensionState,
     WakeNotice,
@@ -84,7 +86,7 @@ class Coordinator:
         self._without = checked(without)
         self._group = GroupWave(self._without)
         patience_s = None if lockstep else PATIENCE_S
-        self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=self._without)
+        self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
         self._generations = Generations(engine_count)
         self._stalls = Stalls()
         self._suspension = GroupSuspension(self._without)
@@ -119,6 +121,9 @@ class Coordinator:
                     self._on_rank(report, now, effects)
             case FrontEndSaid(message):
                 self._on_front_end(message, now)
+            case FrontEndsSaid(messages):
+                for message in messages:
+                    self._on_front_end(message, now)
             case RankSubscribed(rank, incarnation):
                 if rank >= 0:
                     self._membership.connected(rank, incarnation)
@@ -131,8 +136,6 @@ class Coordinator:
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
                 self._forget_front_end(front_end, now)
-            case Tick():
-                pass
         self._say_what_is_due(now, effects)
         return effects
 
@@ -264,10 +267,10 @@ class Coordinator:
             case SendNotice(front_end, sends, told):
                 self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
                 for send in sends:
-                    if self._membership.is_current(send.rank, send.incarnation):
-                        self._board.sent(front_end, send)
+                    current = self._membership.is_current(send.rank, send.incarnation)
+                    self.broker.sent(front_end, send, current and self._board.sent(front_end, send))
+                    if current:
                         self._publisher.loads_changed(now)
-                    self.broker.sent(front_end, send)
             case Ask() | Withdraw() | ReturnShares():
                 self.broker.said(message, now)
             case ControlRequest():
@@ -314,14 +317,12 @@ class Coordinator:
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
         shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
-        stalls = self._stalls.found
-        effects += self._publisher.publish(shown, self._board, self._membership, stalls, self.broker, now)
+        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, self.broker, now)
 
     def _answer_calls(self, now: float, effects: list[Effect]) -> None:
         if not len(self._calls) or not self._introductions.acquainted(now):
             return
-        number = self._suspension.standing.number
-        answers = self._calls.serve(lambda action: self._suspension.ask(action, now), number)
+        answers = self._calls.serve(lambda action: self._suspension.ask(action, now), self._suspension.standing.number)
         self._suspension_changed(now)
         effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
 
@@ -339,8 +340,7 @@ class Coordinator:
             self._introductions.wanted(now)
         if self._introductions.ask(now, lambda: [*self._membership.missing(), *self._generations.silent()]):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
-        wake: StartDPWave | None = self._group.wake(now)
-        if wake is not None:
+        if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
             if self._suspension.standing.suspended:
                 self._suspension.woke(now)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from paceline.protocol.messages import FromFrontEnd, FromRank, RankReport, ToFrontEnd, ToRank
+from paceline.protocol.messages import FromFrontEnd, FromRank, OfRequests, RankReport, ToFrontEnd, ToRank
 
 # Events ---------------------------------------------------------------------------------------
 
@@ -31,6 +31,14 @@ class FrontEndSaid(Struct, frozen=True):
     """A message from a front-end."""
 
     message: FromFrontEnd
+
+
+class FrontEndsSaid(Struct, frozen=True):
+    """What front-ends said of their requests, in the order in which it came: as FrontEndSaid one after the other, but
+    for less.
+    """
+
+    messages: Sequence[OfRequests]
 
 
 class RankSubscribed(Struct, frozen=True):
@@ -60,7 +68,10 @@ class FrontEndGone(Struct, frozen=True):
     front_end: int
 
 
-Event = Tick | RankSaid | RanksReported | FrontEndSaid | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
+Event = (
+    Tick | RankSaid | RanksReported | FrontEndSaid | FrontEndsSaid
+    | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
+)  # fmt: skip
 
 # Effects --------------------------------------------------------------------------------------
 

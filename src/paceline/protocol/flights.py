@@ -1,23 +1,52 @@
-"""The requests of one front-end that have a rank: numbered, told of, in flight, and over; and the ranks themselves."""
+"""The requests of one front-end that have a rank: numbered, told of, in flight, and over; and the ranks themselves.
+
+A rank may die with requests half answered. So of each there is kept what its client has been given; where the rank's
+connection ends, the request is sent to another one with the tokens made so far, and goes on behind them. To the ranks
+each send is another request, with an id of its own: what still comes of the one before is nobody's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from paceline.protocol.frontend_events import (
-    Deliver,
-    Disconnect,
-    Effect,
-    Placed,
-    Refuse,
-    Submit,
-    ToCoordinator,
-    ToRank,
-)
+from msgspec import Struct
+from msgspec.structs import replace
+
+from paceline.protocol.frontend_events import Deliver, Effect, Placed, Submit, ToCoordinator, ToRank
 from paceline.protocol.frontend_link import RankLink
-from paceline.protocol.messages import AbortRequests, AddRequest, LoadView, Outputs, Send, SendNotice, WakeNotice
+from paceline.protocol.messages import (
+    AbortRequests,
+    AddRequest,
+    LoadView,
+    Output,
+    Outputs,
+    Send,
+    SendNotice,
+    WakeNotice,
+)
 from paceline.protocol.policy import Decision
 from paceline.protocol.router import Router
+
+FIRST_RESEND = 2**62
+"""Ids of requests that are sent again; those of clients' requests are far below."""
+
+
+class Flight(Struct, gc=False):
+    """A request that has been sent: what its client asked for, and the tokens that it has.
+
+    `losses`: how often it has lost its rank without a token in between; `made_before`: its tokens at the last loss.
+    """
+
+    submit: Submit
+    link: RankLink
+    made: list[int]
+    losses: int = 0
+    made_before: int = -1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute before the next one of the answer."""
+        return len(self.submit.prompt_token_ids) + len(self.made)
 
 
 class Flights:
@@ -30,68 +59,118 @@ class Flights:
         """Whether the ranks are believed to run in it."""
         self.links: dict[int, RankLink] = {}
         """By rank: those that requests can go to."""
+        self.down: dict[int, RankLink] = {}
+        """By rank: those whose connection has ended and may come up again."""
         self.void = 0
         """Messages that were of a life that is over."""
+        self.moved = 0
+        """Requests sent again, since their ranks were lost."""
         self._identity = identity
         self._router = router
         self._share_sends = share_sends
         self._lockstep = lockstep
-        self._placed: dict[int, RankLink] = {}
+        # By the id that the rank knows, which is the client's but for requests that were sent again.
+        self._flights: dict[int, Flight] = {}
+        self._resent: dict[int, int] = {}
+        self._next_resend = FIRST_RESEND
         self._told = 0
 
     def __len__(self) -> int:
         """Requests sent and not finished."""
-        return len(self._placed)
+        return len(self._flights)
 
-    def __contains__(self, request: int) -> bool:
-        return request in self._placed
+    # Ranks --------------------------------------------------------------------------------------
 
     def join(self, rank: int, incarnation: int) -> None:
         """A rank is there."""
         self.links[rank] = link = RankLink(rank, incarnation)
         self._router.joined(link)
 
-    def lose(self, link: RankLink) -> list[Effect]:
-        """That life of a rank has ended, and its requests with it."""
+    def known(self) -> list[RankLink]:
+        """All lives of ranks that are connected to, whether that is up or not."""
+        return [*self.links.values(), *self.down.values()]
+
+    def lose(self, link: RankLink) -> list[Flight]:
+        """That life of a rank has ended; returns its requests, which have no rank now."""
+        if self.down.pop(link.rank, None) is not None:
+            return []
         del self.links[link.rank]
         self._router.lost(link)
-        effects: list[Effect] = [Disconnect(link.rank)]
-        for request in sorted(link.in_flight):
-            del self._placed[request]
-            effects.append(Refuse(request, "rank-lost", f"rank {link.rank} ended while it served this request"))
-        return effects
+        return self._take_off(link)
+
+    def put_down(self, rank: int) -> list[Flight]:
+        """A rank's connection has ended, for now or for good; returns its requests, which have no rank now."""
+        link = self.links.pop(rank, None)
+        if link is None:
+            return []
+        self.down[rank] = link
+        self._router.lost(link)
+        link.left += sorted(link.in_flight)
+        return self._take_off(link)
+
+    def put_up(self, rank: int) -> list[Effect]:
+        """A rank's connection is there again, and it is the same life: what went on elsewhere, it forgets."""
+        link = self.down.pop(rank, None)
+        if link is None:
+            return []
+        self.links[rank] = link
+        # What was sent has arrived and is about to be forgotten, or has not and never will.
+        link.ledger.reported(link.ledger.last)
+        self._router.joined(link)
+        left, link.left = link.left, []
+        return [ToRank(rank, AbortRequests(left))] if left else []
+
+    def _take_off(self, link: RankLink) -> list[Flight]:
+        flights = [self._forget(wire) for wire in sorted(link.in_flight)]
+        return [flight for flight in flights if flight is not None]
+
+    # Requests -----------------------------------------------------------------------------------
 
     def send(self, submit: Submit, rank: int, decision: Decision | None, *, waited: bool) -> list[Effect]:
         """Send a request to a rank that is there. `waited`: whether the coordinator was asked."""
-        link = self.links[rank]
-        tokens, answer_tokens = len(submit.prompt_token_ids), submit.params.max_tokens
+        effects = self._send(submit.request, Flight(submit, self.links[rank], []), waited)
+        # The client hears of its rank before anything that the coordinator is told.
+        return [effects[0], Placed(submit.request, rank, decision), *effects[1:]]
+
+    def send_again(self, flight: Flight, rank: int) -> list[Effect]:
+        """Send a request that has lost its rank to another one, to be gone on with."""
+        wire, self._next_resend = self._next_resend, self._next_resend + 1
+        self._resent[flight.submit.request] = wire
+        self.moved += 1
+        flight.link = self.links[rank]
+        return self._send(wire, flight, waited=False)
+
+    def _send(self, wire: int, flight: Flight, waited: bool) -> list[Effect]:
+        link, submit, tokens = flight.link, flight.submit, flight.tokens
+        answer_tokens = submit.params.max_tokens - len(flight.made)
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
-        link.in_flight.add(submit.request)
-        self._placed[submit.request] = link
+        link.in_flight.add(wire)
+        self._flights[wire] = flight
         add = AddRequest(
-            submit.request, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority
-        )
-        effects: list[Effect] = [ToRank(rank, add), Placed(submit.request, rank, decision)]
+            wire, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority,
+            list(flight.made),
+        )  # fmt: skip
+        effects: list[Effect] = [ToRank(link.rank, add)]
         if self._lockstep and not self.running:
-            effects.append(ToCoordinator(WakeNotice(self._identity, rank, self.wave)))
+            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, self.wave)))
         if self._share_sends:
             self._told += 1
             link.unheard.sent(self._told, tokens, tokens + answer_tokens)
-            send = Send(rank, link.incarnation, number, tokens, answer_tokens, submit.request if waited else 0)
+            send = Send(link.rank, link.incarnation, number, tokens, answer_tokens, submit.request if waited else 0)
             effects.append(ToCoordinator(SendNotice(self._identity, [send], self._told)))
         self._router.touched(link)
         return effects
 
-    def abandon(self, requests: Sequence[int]) -> list[Effect]:
+    def abandon(self, requests: Iterable[int]) -> list[Effect]:
         """The clients of these requests have gone. Those that have no rank are left out."""
         by_rank: dict[int, list[int]] = {}
         for request in requests:
-            link = self._placed.pop(request, None)
-            if link is not None:
-                link.in_flight.discard(request)
-                self._router.touched(link)
-                by_rank.setdefault(link.rank, []).append(request)
+            wire = self._resent.get(request, request)
+            flight = self._forget(wire)
+            if flight is not None:
+                self._router.touched(flight.link)
+                by_rank.setdefault(flight.link.rank, []).append(wire)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
     def outputs(self, message: Outputs) -> list[Effect]:
@@ -100,28 +179,50 @@ class Flights:
         if link is None or link.incarnation != message.incarnation:
             self.void += 1
             return []
-        placed = self._placed
+        flights = self._flights
         outputs = message.outputs
-        # Outputs of an abandoned request may still be on their way; nobody waits for them.
-        if not all(output.request in placed for output in outputs):
-            outputs = [output for output in outputs if output.request in placed]
+        # Outputs of a request that was abandoned, or went elsewhere, may still be on their way.
+        if not all(output.request in flights for output in outputs):
+            outputs = [output for output in outputs if output.request in flights]
+        resent = False
+        for output in outputs:
+            flights[output.request].made += output.token_ids
+            resent = resent or output.request >= FIRST_RESEND
+        if not outputs:
+            return []
+        delivered = [self._as_asked(output) for output in outputs] if resent else outputs
         for output in outputs:
             if output.finish_reason is not None:
-                placed.pop(output.request, None)
-                link.in_flight.discard(output.request)
+                self._forget(output.request)
                 self._router.touched(link)
-        return [Deliver(outputs)] if outputs else []
+        return [Deliver(delivered)]
+
+    def _as_asked(self, output: Output) -> Output:
+        """An output under the number that the client's request has."""
+        return replace(output, request=self._flights[output.request].submit.request)
+
+    def _forget(self, wire: int) -> Flight | None:
+        flight = self._flights.pop(wire, None)
+        if flight is not None:
+            flight.link.in_flight.discard(wire)
+            self._resent.pop(flight.submit.request, None)
+        return flight
+
+    # The coordinator ----------------------------------------------------------------------------
 
     def take_view(self, view: LoadView) -> None:
         """Take in every rank's load, and what the coordinator has heard of."""
         for entry in view.ranks or ():
-            link = self.links.get(entry.rank)
+            link = self.links.get(entry.rank) or self.down.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:
                 link.take_view(entry, self._identity)
-                self._router.touched(link)
+                if entry.rank in self.links:
+                    self._router.touched(link)
         # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
         # less loaded than those for which the others' sends are still guessed.
         heard = view.heard.get(self._identity, 0)
+        for link in self.down.values():
+            link.unheard.reported(heard)
         for link in self.links.values():
             if link.unheard.requests:
                 self._router.touched(link)

@@ -4,7 +4,7 @@
 
 The shell owns sockets and HTTP; this machine decides to whom a request goes, numbers it, tells the
 coordinator where the ranks are paused, and drops what comes from a life of a rank that is over. Tokens
-of a whole step pass through in one event; only endings change state here.
+of a whole step pass through in one event. Where a rank dies, its requests go on at others (`stranded.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from paceline.protocol.frontend_events import (
     Disconnect,
     Effect,
     Event,
+    LinkDown,
     LinkFailed,
+    LinkUp,
     RankSaid,
     Submit,
     Tick,
@@ -49,6 +51,7 @@ from paceline.protocol.router import Router
 from paceline.protocol.routing_least import LeastLoad
 from paceline.protocol.rules import checked
 from paceline.protocol.stalls import describe
+from paceline.protocol.stranded import Stranded
 
 NOBODY = -1
 """No coordinator has been heard yet."""
@@ -61,13 +64,14 @@ class FrontEnd:
     for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
     all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
     and are told of this one's sends. `brokered`: whether requests wait in the coordinator's queue where it has one
-    (for LeastLoad alone: ValueError). `without`: rules (`rules.py`) left out, to show what breaks.
+    (for LeastLoad alone: ValueError). `resumes`: whether the engine goes on with an answer that another rank has begun.
+    `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
         share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
-        without: Set[str] = frozenset(),
+        resumes: bool = False, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         if brokered and not isinstance(policy, LeastLoad):
             raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
@@ -80,6 +84,7 @@ class FrontEnd:
         self._binding = Binding(identity, brokered, checked(without))
         self._calls = FrontEndCalls(identity)
         self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
+        self._stranded = Stranded(self._flights, self._router, resumes=resumes)
         self._ranks = ranks
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
@@ -95,6 +100,7 @@ class FrontEnd:
             case Submit():
                 return self._placement.submit(event, now)
             case Abandon(requests):
+                self._stranded.drop(requests)
                 return [*self._flights.abandon(requests), *self._binding.drop(requests, now)]
             case CoordinatorSaid(LoadView() as view):
                 return self._on_view(view, now)
@@ -112,8 +118,13 @@ class FrontEnd:
             case LinkFailed(rank):
                 link = self._flights.links[rank]
                 self._unreachable.add((rank, link.incarnation))
-                lost = [effect for effect in self._flights.lose(link) if not isinstance(effect, Disconnect)]
-                return [*lost, *self._placement.end_waiting(now), *self._bind_alone(now)]
+                moved = self._stranded.move(self._flights.lose(link), now)
+                return [*moved, *self._placement.end_waiting(now), *self._bind_alone(now)]
+            case LinkDown(rank):
+                moved = self._stranded.move(self._flights.put_down(rank), now)
+                return [*moved, *self._placement.end_waiting(now)]
+            case LinkUp(rank):
+                return [*self._flights.put_up(rank), *self._stranded.settle(now), *self._placement.settle(now)]
             case Connected():
                 return [self._hello()]
             case Tick():
@@ -123,7 +134,7 @@ class FrontEnd:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        return self._binding.deadline
+        return min(self._placement.deadline, self._stranded.deadline)
 
     # What the machine knows ---------------------------------------------------------------------
 
@@ -148,11 +159,11 @@ class FrontEnd:
 
     def in_flight(self) -> int:
         """Requests sent and not finished."""
-        return len(self._flights)
+        return len(self._flights) + len(self._stranded)
 
     def believed(self, rank: int) -> Load:
         """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
-        return self._flights.links[rank].believed()
+        return (self._flights.links.get(rank) or self._flights.down[rank]).believed()
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
@@ -183,6 +194,7 @@ class FrontEnd:
             "stalls": [describe(stall) for stall in self.stalls],
             "suspension": msgspec.structs.asdict(self.suspension),
             "in_flight": self.in_flight(),
+            "moved": self._flights.moved,
             "waiting": self.waiting(),
             "held": len(self.held()),
             "queued": self.queued(),
@@ -197,18 +209,20 @@ class FrontEnd:
         self.stalls = message.stalls
         self.missing = [rank for rank in message.missing if self._serves(rank)]
         members = {member.rank: member for member in message.members if self._serves(member.rank)}
-        for rank, link in list(self._flights.links.items()):
-            member = members.get(rank)
+        flights = self._flights
+        for link in flights.known():
+            rank, member = link.rank, members.get(link.rank)
             # A coordinator that has just come back does not know all ranks yet, so a rank that it does
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
             ended = (rank, link.incarnation) in message.ended
             if ended or (member is not None and member.incarnation != link.incarnation):
-                effects += self._flights.lose(link)
+                effects += [Disconnect(rank), *self._stranded.move(flights.lose(link), now)]
         for rank, member in members.items():
-            if rank not in self._flights.links and (rank, member.incarnation) not in self._unreachable:
-                self._flights.join(rank, member.incarnation)
+            connected = rank in flights.links or rank in flights.down
+            if not connected and (rank, member.incarnation) not in self._unreachable:
+                flights.join(rank, member.incarnation)
                 effects.append(Connect(member))
-        return [*effects, *self._placement.end_waiting(now)]
+        return [*effects, *self._stranded.settle(now), *self._placement.settle(now)]
 
     def _on_view(self, view: LoadView, now: float) -> list[Effect]:
         effects = self._coordinator_is(view.coordinator, now)
@@ -218,9 +232,9 @@ class FrontEnd:
         self._view_number = view.number
         self._wave_is(view.wave, view.running)
         self._flights.take_view(view)
-        self._binding.take_view(view)
+        forgotten = self._binding.take_view(view)
         current, served = self._calls.learn(view.suspension)
-        if not current and not effects:
+        if (forgotten or not current) and not effects:
             effects.append(self._hello())
         return [*effects, *served, *self._placement.settle(now)]
 
@@ -231,6 +245,9 @@ class FrontEnd:
         return self._placement.grants(message, now)
 
     def _on_tick(self, now: float) -> list[Effect]:
+        over = [*self._stranded.settle(now), *self._placement.end_waiting(now)]
+        if over:
+            return over
         if self._binding.away(now):
             return self._placement.settle(now)
         return [self._hello(), self._binding.ask_again(now)] if now >= self._binding.deadline else []

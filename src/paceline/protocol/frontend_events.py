@@ -81,7 +81,32 @@ class Tick(Struct, frozen=True):
     """Time has passed."""
 
 
-Event = Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | ControlGivenUp | LinkFailed | Tick
+class LinkDown(Struct, frozen=True):
+    """The connection to this rank has ended, or its peer has been silent for the rank timeout: it is dead, or will be
+    there again (`LinkUp`)."""
+
+    rank: int
+
+
+class LinkUp(Struct, frozen=True):
+    """The connection to this life of the rank has come up, again or for the first time."""
+
+    rank: int
+
+
+Event = (
+    Submit
+    | Abandon
+    | CoordinatorSaid
+    | RankSaid
+    | Connected
+    | Control
+    | ControlGivenUp
+    | LinkFailed
+    | LinkDown
+    | LinkUp
+    | Tick
+)
 
 # Effects --------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ class RankLink:
         "in_flight",
         "incarnation",
         "ledger",
+        "left",
         "load",
         "rank",
         "step",
@@ -33,7 +34,9 @@ class RankLink:
         self.load = Load()
         self.step = -1
         self.ledger = Ledger()
+        # By the ids that the rank knows: those that are under way, and those that went elsewhere while it was away.
         self.in_flight: set[int] = set()
+        self.left: list[int] = []
         # What the other front-ends have on the wire, by the latest view.
         self.wire_requests = 0
         self.wire_tokens = 0

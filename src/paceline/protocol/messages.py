@@ -232,9 +232,10 @@ class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
     front_end: Identity
 
 
-FromFrontEnd = (
-    FrontEndHello | WakeNotice | SendNotice | Ask | Withdraw | ReturnShares | ControlRequest | FrontEndLeaving
-)
+OfRequests = SendNotice | Ask | Withdraw | ReturnShares
+"""What a front-end says of its requests: by far the most of what it says."""
+
+FromFrontEnd = FrontEndHello | WakeNotice | OfRequests | ControlRequest | FrontEndLeaving
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------

@@ -15,6 +15,7 @@ from paceline.protocol.frontend_events import Deliver, Effect, Refuse, Submit
 from paceline.protocol.messages import Grants, Output
 from paceline.protocol.policy import Query
 from paceline.protocol.router import NAMED, Router
+from paceline.protocol.stranded import PATIENCE_S
 
 BROKER = "broker"
 """In place of the policy's name, where the coordinator chose the rank."""
@@ -31,6 +32,14 @@ class Placement:
         self._binding = binding
         self._calls = calls
         self._max_waiting = max_waiting
+        self._rankless_since: float | None = None
+
+    @property
+    def deadline(self) -> float:
+        """When something must be done about what waits, at the latest."""
+        if self._rankless_since is None or not self._binding.held:
+            return self._binding.deadline
+        return self._rankless_since + PATIENCE_S
 
     # Requests -----------------------------------------------------------------------------------
 
@@ -105,12 +114,14 @@ class Placement:
     def stop(self, now: float) -> list[Effect]:
         """The coordinator is asked no more: it grants ranks that cannot be reached from here."""
         self._binding.stop()
-        return self._bind_held(now)
+        return self._bind_held(now) if self._flights.links else []
 
     def settle(self, now: float) -> list[Effect]:
         """What is known of the coordinator, the ranks or the suspension has changed: see to what waits."""
         effects = self.end_waiting(now)
-        return effects if self._binding.available else [*effects, *self._bind_held(now)]
+        if self._binding.available or not self._flights.links:
+            return effects
+        return [*effects, *self._bind_held(now)]
 
     def _bind_held(self, now: float) -> list[Effect]:
         """There is no broker: bind what is held by this front-end's own accounting."""
@@ -132,11 +143,15 @@ class Placement:
         return self._flights.send(submit, rank, decision, waited=True)
 
     def end_waiting(self, now: float) -> list[Effect]:
-        """What waits is ended where there is nothing to wait for: no rank, or a suspension that aborts."""
+        """What waits is ended where there is nothing to wait for: no rank, for long, or a suspension that aborts."""
+        if self._flights.links:
+            self._rankless_since = None
+        elif self._rankless_since is None:
+            self._rankless_since = now
         if not self._binding.held:
             return []
         waiting = list(self._binding.held)
-        if not self._flights.links:
+        if self._rankless_since is not None and now >= self._rankless_since + PATIENCE_S:
             refusals: list[Effect] = [Refuse(request, "no-rank", "no rank is ready") for request in waiting]
             return [*self._binding.drop(waiting, now), *refusals]
         if self._calls.suspended and self._calls.suspension.mode == "abort":

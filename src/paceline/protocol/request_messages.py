@@ -72,7 +72,9 @@ class Output(Message, frozen=True):
 
 
 class Outputs(Message, frozen=True, tag="outputs"):
-    """All that one step made for one front-end: one message a step, however many requests."""
+    """All that one step made for one front-end: one message a step, however many requests. Without any, it asks
+    whether the front-end is there.
+    """
 
     rank: RankNumber
     incarnation: Identity

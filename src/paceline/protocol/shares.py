@@ -48,6 +48,10 @@ class ShareBook:
         """Whether anybody holds any."""
         return any(holding.amounts for holding in self._holdings.values())
 
+    def holders(self) -> list[int]:
+        """The front-ends that hold any."""
+        return [front_end for front_end, holding in self._holdings.items() if holding.amounts]
+
     def join(self, front_end: int) -> None:
         """The front-end is there, and gets shares from now on."""
         self._holdings.setdefault(front_end, Holding())

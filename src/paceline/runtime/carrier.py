@@ -4,6 +4,10 @@ Everything that arrives becomes an event in `inbox`; everything to be sent comes
 wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (reports are dropped, and
 asked for again when it is back), a front-end may not read (its queue is bounded; when it is full, the
 front-end is given up and its requests are dropped, so that it costs a set amount of memory).
+
+A front-end that has died is found out at once, not when there is something to send to it: its requests may wait for
+long. The end of a connection does not say whose it was, so each front-end is then sent an empty message, which
+ZeroMQ refuses where nobody is there.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -25,6 +30,8 @@ from paceline.runtime.wakeup import Wakeup
 logger = logging.getLogger("paceline.rank")
 
 MESSAGES_A_TURN = 256
+PROBES_S = (0.01, 0.1, 0.5)
+"""When front-ends are asked for, after the end of a connection: that is seen before the connection is taken away."""
 
 
 class Carrier:
@@ -47,6 +54,10 @@ class Carrier:
         self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests)
         self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
         self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
+        self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._front_ends: set[int] = set()
+        self._probes_due: list[float] = []
+        self._nothing = codec.encode(Outputs(rank, incarnation, []))
         self._broadcasts.send(b"\x01")
         self._broadcasts.send(b"\x01" + codec.rank_topic(rank, incarnation))
         self.address = bound_address(self._router)
@@ -82,18 +93,25 @@ class Carrier:
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._broadcasts, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
+        poller.register(self._ends, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll())
+            ready = dict(poller.poll(self._until_probe_ms()))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             closing = self._closing
             self._send_all()
             if closing:
                 break
+            if self._ends in ready:
+                self._read_ends()
+            if self._probes_due and time.monotonic() >= self._probes_due[0]:
+                self._probe()
             if self._broadcasts in ready:
                 self._read_broadcasts()
             if self._router in ready:
                 self._read_requests()
+        self._router.disable_monitor()
+        self._ends.close()
         # What was sent last (that the rank leaves) gets a moment to go out.
         self._context.destroy(linger=200)
         self._wakeup.close()
@@ -118,7 +136,36 @@ class Carrier:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
                 if front_end is not None:
+                    self._front_ends.discard(front_end)
                     self.inbox.put(FrontEndGone(front_end))
+
+    # Front-ends that have died ------------------------------------------------------------------
+
+    def _read_ends(self) -> None:
+        """Some connection has ended: look who is there, soon and again."""
+        while True:
+            try:
+                self._ends.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+        now = time.monotonic()
+        self._probes_due = sorted([*self._probes_due[-1:], *(now + after_s for after_s in PROBES_S)])
+
+    def _until_probe_ms(self) -> int | None:
+        return int(max(0.0, self._probes_due[0] - time.monotonic()) * 1000) + 1 if self._probes_due else None
+
+    def _probe(self) -> None:
+        self._probes_due.pop(0)
+        for front_end in list(self._front_ends):
+            try:
+                self._router.send_multipart([front_end.to_bytes(8, "little"), self._nothing], zmq.NOBLOCK)
+            except zmq.Again:
+                continue
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                self._front_ends.discard(front_end)
+                self.inbox.put(FrontEndGone(front_end))
 
     # In -----------------------------------------------------------------------------------------
 
@@ -153,4 +200,5 @@ class Carrier:
             except codec.BadMessage as error:
                 self.garbage_requests.add(error.kind, error.detail)
                 continue
+            self._front_ends.add(front_end)
             self.inbox.put(FrontEndSaid(front_end, message))

@@ -24,9 +24,6 @@ from paceline.protocol import codec
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Event,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndSubscribed,
     Note,
     RankGone,
     RankSubscribed,
@@ -34,9 +31,10 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
+from paceline.runtime.front_end_inbox import FrontEndInbox
 from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
-from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, open_socket, tcp_address
+from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -53,6 +51,7 @@ class DPCoordinator:
     """Starts a coordinator process and knows its addresses.
 
     `parallel_config`: any object with the fields of `paceline.config.ParallelConfig`, vLLM's own included.
+    `rank_timeout_s`: how long a rank's process may be silent before it is taken for lost, 0 for ever.
     Raises StartupError where it does not come up within `startup_timeout_s`.
     """
 
@@ -62,10 +61,12 @@ class DPCoordinator:
         enable_wave_coordination: bool = True,
         logging_config: dict[str, Any] | None = None,
         startup_timeout_s: float = 30.0,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         self._folder = SocketFolder()
         self._arguments = _process_arguments(parallel_config, self._folder)
         self._arguments["enable_wave_coordination"] = enable_wave_coordination
+        self._arguments["rank_timeout_s"] = rank_timeout_s
         self._log_level = (logging_config or {}).get("level", "info")
         self._startup_timeout_s = startup_timeout_s
         self._processes: list[SpawnProcess] = []
@@ -130,6 +131,7 @@ class DPCoordinatorProc:
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
         fresh: bool = True,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         self._machine = Coordinator(
             engine_count,
@@ -140,8 +142,8 @@ class DPCoordinatorProc:
             fresh=fresh,
         )
         self._engine_count = engine_count
+        self._patience = giving_up_after(rank_timeout_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._from_front_end = codec.from_front_end()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
         self._stopping = False
@@ -158,6 +160,7 @@ class DPCoordinatorProc:
         enable_wave_coordination: bool = True,
         publish_loads: bool = True,
         fresh: bool = True,
+        rank_timeout_s: float = 0.0,
     ) -> None:
         """Bind, report the bound addresses through the pipe, and run until SIGTERM.
 
@@ -165,7 +168,7 @@ class DPCoordinatorProc:
         that says why they cannot be. `fresh`: False where it takes the place of one that has ended.
         """
         interval_ms, waves = min_stats_update_interval_ms, enable_wave_coordination
-        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh)
+        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh, rank_timeout_s)
         process.stop_on_signals()
         try:
             addresses = process.bind(front_publish_address, back_output_address, back_publish_address)
@@ -183,10 +186,12 @@ class DPCoordinatorProc:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
         self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
+        self._front_inbox = FrontEndInbox(self._front, self._garbage_front, self._handle)
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
         self._inbox = RankInbox(self._back_in, self._garbage_back, self._handle, every_report=self._machine.lockstep)
-        self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit)
+        patience = self._patience
+        self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit, options=patience)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
     def stop_on_signals(self) -> None:
@@ -214,9 +219,9 @@ class DPCoordinatorProc:
                 select.select(files, (), (), wait_s)
                 ready = dict(poller.poll(0))
             if self._back_out in ready:
-                self._read(self._back_out, self._on_rank_subscription)
+                self._read_subscriptions()
             if self._front in ready:
-                self._read(self._front, self._on_front_end_frame)
+                self._front_inbox.read()
             if self._back_in in ready:
                 self._inbox.read(self._machine.deadline)
             self._handle(Tick())
@@ -228,13 +233,13 @@ class DPCoordinatorProc:
         garbage = {"front_ends": dict(self._garbage_front.counts), "ranks": dict(self._garbage_back.counts)}
         return self._machine.statistics() | {"garbage": garbage}
 
-    def _read(self, socket: zmq.Socket[bytes], take: Any) -> None:
+    def _read_subscriptions(self) -> None:
         for _ in range(MESSAGES_A_TURN):
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._back_out.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            take(frames)
+            self._on_rank_subscription(frames)
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
@@ -246,25 +251,6 @@ class DPCoordinatorProc:
                 self._handle(RankGone(*life))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
-
-    def _on_front_end_frame(self, frames: list[bytes]) -> None:
-        if len(frames) != 1 or not frames[0]:
-            self._garbage_front.add("frames", f"{len(frames)} frames in place of one")
-            return
-        frame = frames[0]
-        if frame[0] == 1:
-            self._handle(FrontEndSubscribed())
-        elif frame[0] == 0:
-            front_end = codec.read_front_end_topic(frame[1:])
-            if front_end is not None:
-                self._handle(FrontEndGone(front_end))
-        else:
-            try:
-                message = self._from_front_end.decode(frame)
-            except codec.BadMessage as error:
-                self._garbage_front.add(error.kind, error.detail)
-                return
-            self._handle(FrontEndSaid(message))
 
     def _handle(self, event: Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):

@@ -55,6 +55,15 @@ class GroupSeat:
         group = self._group
         return None if group is None else group.waiting()
 
+    def break_off(self, generation: int) -> None:
+        """End the group that there is for all its members, if it is of an earlier generation; any thread may call it.
+
+        A step that is in it is made anew in the next one.
+        """
+        group = self._group
+        if group is not None and group.generation < generation:
+            group.leave()
+
     def leave(self) -> None:
         """End the generation for this rank and so for all, for good; any thread may call it."""
         self._left = True

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from paceline.engines.base import Engine, EngineError, EngineRequest
 from paceline.engines.group import GenerationEnded as GroupEnded
 from paceline.errors import StartupError
-from paceline.protocol.messages import ToRank
+from paceline.protocol.messages import Form, ToRank
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
     IN_MID_STEP,
@@ -148,6 +148,9 @@ class EngineRank:
     def _on_broadcast(self, message: ToRank) -> None:
         """In the carrier's thread."""
         if not isinstance(message, IN_MID_STEP):
+            if isinstance(message, Form) and self._seat is not None:
+                # Its members may wait in a collective for one that is stopped, or cut off, and not of the new group.
+                self._seat.break_off(message.generation)
             self._carrier.inbox.put(CoordinatorSaid(message))
             return
         self._decide(CoordinatorSaid(message))

@@ -7,7 +7,7 @@ starting it in a circle costs its neighbours. So what is counted is restarts in 
 
 from __future__ import annotations
 
-STEADY_S = 60.0
+STEADY_S = 10.0
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 

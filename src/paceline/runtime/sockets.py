@@ -118,6 +118,19 @@ def open_socket(
     return socket
 
 
+def giving_up_after(silence_s: float) -> dict[zmq.SocketOption, int]:
+    """Options for a socket that gives up a peer whose process shows no sign of life for so long; 0 for never.
+
+    The peer is asked after half the time and given up when the other half has brought no answer. ZeroMQ's own thread
+    answers there: a peer that computes is not silent.
+    """
+    if not silence_s:
+        return {}
+    half_ms = max(1, round(silence_s * 500))
+    while_connecting = dict.fromkeys((zmq.CONNECT_TIMEOUT, zmq.HANDSHAKE_IVL), 2 * half_ms)
+    return {zmq.HEARTBEAT_IVL: half_ms, zmq.HEARTBEAT_TIMEOUT: half_ms, **while_connecting}
+
+
 def bound_address(socket: zmq.Socket[bytes]) -> str:
     """Where a bound socket can be reached, with the port that was found for port 0."""
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")

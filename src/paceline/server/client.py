@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import zmq
 
@@ -30,7 +31,9 @@ from paceline.protocol.frontend_events import (
     Deliver,
     Disconnect,
     Event,
+    LinkDown,
     LinkFailed,
+    LinkUp,
     Placed,
     RankSaid,
     Refuse,
@@ -41,7 +44,8 @@ from paceline.protocol.frontend_events import (
 )
 from paceline.protocol.messages import AddRequest, FrontEndLeaving, Output
 from paceline.protocol.sampling import ControlAction, SamplingParams
-from paceline.runtime.sockets import Garbage, open_socket
+from paceline.runtime.link_monitor import LinkMonitor
+from paceline.runtime.sockets import Garbage, giving_up_after, open_socket
 from paceline.server.delivery import Sink
 from paceline.server.errors import Refused
 
@@ -56,10 +60,11 @@ ASK_AGAIN_S = 0.25
 class Client:
     """One front-end's connections to the coordinator and the ranks, in the running event loop.
 
-    `machine` decides; `coordinator` is where the coordinator publishes to front-ends.
+    `machine` decides; `coordinator` is where the coordinator publishes to front-ends. `rank_timeout_s`: how long a
+    rank's process may be silent before its requests go on elsewhere, 0 for ever.
     """
 
-    def __init__(self, machine: FrontEnd, coordinator: str) -> None:
+    def __init__(self, machine: FrontEnd, coordinator: str, rank_timeout_s: float = 0.0) -> None:
         self.machine = machine
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -70,6 +75,8 @@ class Client:
         self.garbage_ranks = Garbage(logger, "a rank's outputs")
         self.garbage_coordinator = Garbage(logger, "the coordinator's broadcasts")
         self._ranks: dict[int, zmq.Socket[bytes]] = {}
+        self._monitors: dict[int, LinkMonitor] = {}
+        self._patience = giving_up_after(rank_timeout_s)
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
         self._changed: list[asyncio.Future[None]] = []
         self._calls: dict[int, asyncio.Future[Controlled]] = {}
@@ -252,6 +259,7 @@ class Client:
                 connect=address,
                 max_bytes=codec.MAX_REQUEST_BYTES,
                 routing_id=self.machine.identity.to_bytes(8, "little"),
+                options=self._patience,
             )
         except StartupError as error:
             logger.warning("rank %d cannot be used: %s", rank, error)
@@ -259,14 +267,27 @@ class Client:
             return
         self._ranks[rank] = socket
         self._watch(socket, self._on_rank_frames)
+        monitor = self._monitors[rank] = LinkMonitor(socket, partial(self._on_link, rank))
+        self._loop.add_reader(monitor.socket.fileno(), monitor.read)
+        # What happened before it was watched is no change that the loop would see.
+        self._loop.call_soon(monitor.read)
         self._ranks_changed()
 
     def _disconnect(self, rank: int) -> None:
-        socket = self._ranks.pop(rank)
+        socket, monitor = self._ranks.pop(rank), self._monitors.pop(rank)
+        self._loop.remove_reader(monitor.socket.fileno())
+        monitor.close()
         self._loop.remove_reader(socket.fileno())
         del self._handlers[socket]
         socket.close()
         self._ranks_changed()
+
+    def _on_link(self, rank: int, up: bool) -> None:
+        """A connection has come up or ended. What came before its end counts."""
+        self._drain(self._ranks[rank])
+        if rank in self._ranks:
+            self._feed(LinkUp(rank) if up else LinkDown(rank))
+            self._ranks_changed()
 
     def _ranks_changed(self) -> None:
         waiters, self._changed = self._changed, []

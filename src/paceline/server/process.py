@@ -43,6 +43,7 @@ class FrontEndSettings(Struct, frozen=True):
     """What one front-end's process needs to know.
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks.
+    `rank_timeout_s`: how long a rank may be silent, 0 for ever.
     `brokered`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
@@ -61,6 +62,7 @@ class FrontEndSettings(Struct, frozen=True):
     max_body_bytes: int
     drain_timeout_s: float
     first_life: bool = True
+    rank_timeout_s: float = 0.0
     brokered: bool = False
 
 
@@ -87,9 +89,10 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         share_sends=settings.count > 1,
         lockstep=engine_class.lockstep,
         routing=settings.routing,
+        resumes=engine_class.resumes,
         brokered=settings.brokered,
     )
-    client = Client(machine, settings.coordinator)
+    client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes)
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)

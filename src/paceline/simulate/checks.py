@@ -203,6 +203,11 @@ class Checks:
         """A front-end begins to send to a life of a rank."""
         self._known.setdefault(party.machine.identity, {})[member.rank] = _Known(member.incarnation)
 
+    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+        """A connection is there again: of what was sent before nothing is there, or will not be in a moment."""
+        known = self._known[party.machine.identity][rank]
+        known.taken = len(known.tokens_after) - 1
+
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
         """Sends to one life are numbered 1, 2, 3, …, and no request is sent twice."""
         if (party.machine.identity, request.request) in self._sent:
@@ -212,7 +217,7 @@ class Checks:
         if (request.incarnation, request.number) != (known.incarnation, len(known.tokens_after)):
             text = f"{party.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
             raise Violation(text, party.name, f"rank {rank}")
-        known.tokens_after.append(known.tokens_after[-1] + len(request.prompt_token_ids))
+        known.tokens_after.append(known.tokens_after[-1] + request.tokens)
 
     def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
         """Its wave never goes down, and it believes what was reported and what it has sent since, no more, no less."""

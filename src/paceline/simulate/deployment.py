@@ -82,6 +82,7 @@ class Deployment:
         """Front-ends that have died, with what their clients got."""
         self._links: list[Link] = []
         self._backs: dict[tuple[int, int], tuple[FrontEndParty, Link]] = {}
+        self._severed: set[tuple[int, int]] = set()
         self._lives = itertools.count(1)
         self._connecting = self.seeds.stream("connecting")
 
@@ -154,6 +155,38 @@ class Deployment:
         if party.connected:
             gone, life = coordinator.RankGone(number, party.machine.incarnation), self.coordinator
             self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(life, gone))
+        for front_end in self.front_ends.values():
+            down = partial(front_end.link_down, number, party.machine.incarnation)
+            self.world.after(self.shape.links.draw(self._connecting), down)
+
+    def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None] | None:
+        """A front-end's connection to a rank that lives ends. Returns what brings it up again; None where it has none.
+
+        `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
+        late, as when the rank's process was stopped and goes on.
+        """
+        rank, front_end = self.ranks[number], self.front_ends[index]
+        life, identity = rank.machine.incarnation, front_end.machine.identity
+        if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
+            return None
+        links = [link for link in (front_end.to_ranks.get(number), self._back(rank, identity)) if link is not None]
+        for link in links:
+            if severed:
+                link.cut()
+            link.hold()
+        if severed:
+            rank.gone.add(identity)
+            self._severed.add((identity, life))
+        front_end.link_down(number, life)
+
+        def up() -> None:
+            self._severed.discard((identity, life))
+            if rank.alive:
+                front_end.link_up(number, life)
+            for link in links:
+                link.release()
+
+        return up
 
     def start_front_end(self, index: int) -> FrontEndParty:
         """A new life of a front-end."""
@@ -162,7 +195,7 @@ class Deployment:
             1_000_000 + next(self._lives), LeastLoad(index, shape.front_ends),
             ranks=frozenset({index}) if shape.external else None,
             share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
-            brokered=shape.brokered, without=self.without,
+            brokered=shape.brokered, resumes=True, without=self.without,
         )  # fmt: skip
         party = FrontEndParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
         party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_front_end(), self._from_front_end)
@@ -275,7 +308,8 @@ class Deployment:
                 return None
             link = self._link(f"{rank.name} to {front_end.name}", codec.outputs(), partial(_outputs, front_end))
             self._backs[identity, rank.machine.incarnation] = (front_end, link)
-        return link if front_end.alive else None
+        severed = (identity, rank.machine.incarnation) in self._severed
+        return link if front_end.alive and not severed else None
 
     def _link(self, name: str, decoder: codec.Decoder[Any], deliver: Callable[[Any], None]) -> Link:
         decoder_used = decoder if self.shape.encode else None

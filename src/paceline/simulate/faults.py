@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Literal
 
 from msgspec import Struct
@@ -13,13 +14,14 @@ from paceline.protocol.sampling import ControlAction
 from paceline.simulate.deployment import Deployment
 
 FaultKind = Literal[
-    "coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "unheard", "lost-wake"
+    "coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "unheard", "lost-wake", "link-down"
 ]
-"""`cut-off`: a rank hears the coordinator late. `unheard`: the coordinator hears a rank late."""
+"""`link-down`: a front-end's connection to a rank that lives ends, and comes up again. `cut-off`: a rank hears the
+coordinator late. `unheard`: the coordinator hears a rank late."""
 MODES: tuple[ControlAction, ...] = ("keep", "wait", "abort")
 
 CRASHES: tuple[FaultKind, ...] = ("coordinator-crash", "rank-crash", "front-end-crash")
-TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake")
+TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake", "link-down")
 
 
 class Fault(Struct, frozen=True):
@@ -80,6 +82,7 @@ class Mishaps:
         self.happened: Counter[str] = Counter()
         self._deployment = deployment
         self._down: set[tuple[str, int]] = set()
+        self._to_mend: dict[int, Callable[[], None]] = {}
 
     def schedule(self, faults: list[Fault]) -> None:
         """Put the faults on the agenda."""
@@ -126,6 +129,12 @@ class Mishaps:
                 deployment.ranks[number].broadcasts.hold()
             case "unheard":
                 deployment.ranks[number].to_coordinator.hold()
+            case "link-down":
+                index, severed = int(fault.at * 1000) % len(deployment.front_ends), fault.factor > 2.0
+                mend = deployment.cut_link(number, index, severed=severed)
+                if mend is None:
+                    return False
+                self._to_mend[number] = mend
             case "lost-wake":
                 if not deployment.shape.lockstep:
                     return False
@@ -146,6 +155,8 @@ class Mishaps:
                 deployment.ranks[number].engine.slowness = 1.0
             case "cut-off":
                 deployment.ranks[number].broadcasts.release()
+            case "link-down":
+                self._to_mend.pop(number)()
             case "unheard" if deployment.coordinator is not None:
                 deployment.ranks[number].to_coordinator.release()
 

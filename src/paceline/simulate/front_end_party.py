@@ -58,6 +58,9 @@ class FrontEndChecks(Protocol):
     def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
         """`event` has been handled, its effects not yet done."""
 
+    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+        """The connection to a rank has come up again."""
+
     def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
         """A request goes to a rank."""
 
@@ -80,6 +83,8 @@ class FrontEndParty:
         self.answers: dict[int, Answer] = {}
         self.calls: dict[int, Call] = {}
         self.to_ranks: dict[int, Link] = {}
+        self.lives: dict[int, int] = {}
+        """By rank, the life that it is connected to."""
         self._open = 0
         self._checks = checks
         self._dial = dial
@@ -132,6 +137,17 @@ class FrontEndParty:
         """A broadcast of the coordinator."""
         self.feed(frontend_events.CoordinatorSaid(message))
 
+    def link_down(self, rank: int, life: int) -> None:
+        """The connection to this life of a rank has ended."""
+        if self.lives.get(rank) == life:
+            self.feed(frontend_events.LinkDown(rank))
+
+    def link_up(self, rank: int, life: int) -> None:
+        """Likewise: it is there again."""
+        if self.lives.get(rank) == life:
+            self._checks.reconnected(self, rank)
+            self.feed(frontend_events.LinkUp(rank))
+
     def feed(self, event: frontend_events.Event) -> None:
         """Let the machine handle `event`, and do what it says."""
         if not self.alive:
@@ -169,8 +185,10 @@ class FrontEndParty:
                 self.to_coordinator.send(message)
             case frontend_events.Connect(member):
                 self.to_ranks[member.rank] = self._dial(self, member)
+                self.lives[member.rank] = member.incarnation
             case frontend_events.Disconnect(rank):
                 self.to_ranks.pop(rank).closed = True
+                del self.lives[rank]
             case frontend_events.Placed(request, rank):
                 self.answers[request].rank = rank
             case frontend_events.Refuse(request, reason):

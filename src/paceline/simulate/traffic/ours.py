@@ -259,36 +259,33 @@ class Paceline(ControlPlane):
             while len(self._views) > 1 and self._views[1][0] <= self._clock.now:
                 self._views.popleft()
             self._last_view = self._clock.now
-            self._clock.at(self._clock.now + self._links.interval_s - SOON_S, self._ask_ranks_of, self._last_view)
+            self._clock.at(self._clock.now + self._links.interval_s - SOON_S, self._ask_ranks, self._last_view)
             return
         for front in self._fronts:
             front.inbox.append((when, said))
             self._clock.at(when, self._look, front)
 
-    def _ask_ranks(self, _: None) -> None:
-        """A view is due in a moment: what have ranks reported that are in the midst of many steps?"""
+    def _ask_ranks(self, view: float) -> None:
+        """The view after that of `view` is due in a moment: what have ranks reported that make many steps in one go?"""
+        if view != self._last_view:
+            return
         when = self._clock.now - self._links.delay_s
-        asked = [self._progress(rank, when) for rank in self._fleet.ranks]
-        if not any(asked):
-            # The next report, if there is one, will be the first change after quiet.
-            ends = [self._fleet.step_end(rank, when) for rank in self._fleet.ranks]
-            soonest = min((end for end in ends if end is not None), default=None)
-            if soonest is not None:
-                self._clock.at(soonest + self._links.delay_s + SOON_S, self._ask_ranks_of, self._last_view)
+        ranks = self._fleet.ranks
+        reports = [self._report(rank, when) for rank in ranks if self._has_more(rank, when)]
+        if reports:
+            self._tell_coordinator(at_coordinator.RanksReported(reports))
+            return
+        # The next report, if there is one, will be the first change after quiet.
+        ends = [self._fleet.step_end(rank, when) for rank in ranks]
+        soonest = min((end for end in ends if end is not None), default=None)
+        if soonest is not None:
+            self._clock.at(soonest + self._links.delay_s + SOON_S, self._ask_ranks, view)
 
-    def _ask_ranks_of(self, view: float) -> None:
-        if view == self._last_view:
-            self._ask_ranks(None)
-
-    def _progress(self, rank: SimulatedRank, when: float) -> bool:
-        """Have its newest report at the coordinator, if it has made any since the last one."""
-        if (
-            self._fleet.grown(rank, when)
-            and rank.step + self._fleet.steps_done(rank, when) > self._reported[rank.number]
-        ):
-            self._tell_coordinator(at_coordinator.RankSaid(self._report(rank, when)))
-            return True
-        return False
+    def _has_more(self, rank: SimulatedRank, when: float) -> bool:
+        """Whether it has made a step since its last report that changed its load."""
+        if not self._fleet.grown(rank, when):
+            return False
+        return rank.step + self._fleet.steps_done(rank, when) > self._reported[rank.number]
 
     def _watch_deadline(self) -> None:
         deadline = self._coordinator.deadline

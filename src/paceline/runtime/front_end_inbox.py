@@ -1,0 +1,72 @@
+"""What front-ends say to the coordinator, read in batches: the more they say, the less each of it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import zmq
+
+from paceline.protocol import codec
+from paceline.protocol.coordinator_events import (
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndsSaid,
+    FrontEndSubscribed,
+)
+from paceline.protocol.messages import FromFrontEnd, OfRequests
+from paceline.runtime.sockets import Garbage
+
+READ_AT_ONCE = 256
+"""Messages that are read before others get their turn and what is due is sent."""
+
+
+class FrontEndInbox:
+    """The coordinator's end of the front-ends' sockets. `handle`: the machine's door."""
+
+    def __init__(self, socket: zmq.Socket[bytes], garbage: Garbage, handle: Callable[[Event], None]) -> None:
+        self._socket = socket
+        self._garbage = garbage
+        self._handle = handle
+        self._decoder = codec.from_front_end()
+        self._of_requests: list[OfRequests] = []
+
+    def read(self) -> None:
+        """Read what is there, up to READ_AT_ONCE."""
+        for _ in range(READ_AT_ONCE):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if len(frames) != 1 or not frames[0]:
+                self._garbage.add("frames", f"{len(frames)} frames in place of one")
+            elif frames[0][0] in (0, 1):
+                self._on_subscription(frames[0])
+            else:
+                message = self._decoded(frames[0])
+                if isinstance(message, OfRequests):
+                    self._of_requests.append(message)
+                elif message is not None:
+                    self._flush()
+                    self._handle(FrontEndSaid(message))
+        self._flush()
+
+    def _flush(self) -> None:
+        """Everything is heard in its place."""
+        if self._of_requests:
+            messages, self._of_requests = self._of_requests, []
+            self._handle(FrontEndsSaid(messages))
+
+    def _on_subscription(self, frame: bytes) -> None:
+        self._flush()
+        if frame[0] == 1:
+            self._handle(FrontEndSubscribed())
+        elif (front_end := codec.read_front_end_topic(frame[1:])) is not None:
+            self._handle(FrontEndGone(front_end))
+
+    def _decoded(self, frame: bytes) -> FromFrontEnd | None:
+        try:
+            return self._decoder.decode(frame)
+        except codec.BadMessage as error:
+            self._garbage.add(error.kind, error.detail)
+            return None

@@ -1,0 +1,104 @@
+"""The coordinator's inbox for front-ends on real sockets: what is handled together, and that nothing changes places."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+
+import pytest
+import zmq
+
+from paceline.protocol import codec
+from paceline.protocol.coordinator_events import (
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndsSaid,
+    FrontEndSubscribed,
+)
+from paceline.protocol.messages import Ask, Descriptor, FromFrontEnd, SendNotice, WakeNotice, Withdraw
+from paceline.runtime.front_end_inbox import READ_AT_ONCE, FrontEndInbox
+from paceline.runtime.sockets import Garbage, open_socket
+
+DEADLINE_S = 10.0
+FRONT_END = 5
+
+
+class Pair:
+    """A front-end's socket, an inbox, and what was handled."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.inbox_socket = open_socket(self.context, zmq.XPUB, max_bytes=1 << 20, bind="inproc://inbox")
+        self.front_end = open_socket(self.context, zmq.XSUB, max_bytes=1 << 20, connect="inproc://inbox")
+        self.garbage = Garbage(logging.getLogger("test"), "the front-ends' socket")
+        self.events: list[Event] = []
+        self.inbox = FrontEndInbox(self.inbox_socket, self.garbage, self.events.append)
+
+    def send(self, *messages: FromFrontEnd) -> None:
+        for message in messages:
+            self.front_end.send(codec.encode(message))
+
+    def read(self, count: int) -> list[object]:
+        """Read until so much was handled or found to be garbage; returns messages and other events in order."""
+        until = time.monotonic() + DEADLINE_S
+        while len(self.handled()) + self.garbage.counts.total() < count:
+            assert time.monotonic() < until, f"{len(self.handled())} of {count} came"
+            self.inbox.read()
+        return self.handled()
+
+    def handled(self) -> list[object]:
+        found: list[object] = []
+        for event in self.events:
+            if isinstance(event, FrontEndsSaid):
+                found += event.messages
+            else:
+                found.append(event.message if isinstance(event, FrontEndSaid) else event)
+        return found
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.context.destroy(linger=0)
+
+
+def ask(request: int) -> Ask:
+    return Ask(FRONT_END, request, 0, [Descriptor(request, 10, 10)])
+
+
+def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
+    said = [ask(number) for number in range(2 * READ_AT_ONCE)]
+    pair.send(*said)
+    assert pair.read(len(said)) == said
+    assert len(pair.events) < len(said)
+
+
+def test_what_else_is_said_is_heard_in_its_place(pair: Pair) -> None:
+    said: list[FromFrontEnd] = [
+        ask(1),
+        WakeNotice(FRONT_END, 0, 3),
+        SendNotice(FRONT_END, []),
+        Withdraw(FRONT_END, 2, [1]),
+    ]
+    pair.send(*said)
+    assert pair.read(len(said)) == said
+
+
+def test_coming_and_going_too(pair: Pair) -> None:
+    topic = codec.front_end_topic(FRONT_END)
+    pair.front_end.send(b"\x01" + topic)
+    pair.send(ask(1))
+    pair.front_end.send(b"\x00" + topic)
+    assert pair.read(3) == [FrontEndSubscribed(), ask(1), FrontEndGone(FRONT_END)]
+
+
+def test_garbage_loses_nothing_else(pair: Pair) -> None:
+    pair.send(ask(1))
+    pair.front_end.send_multipart([codec.encode(ask(2)), b"more"])
+    pair.front_end.send(codec.encode(ask(3))[:-1])
+    pair.send(ask(4))
+    assert pair.read(4) == [ask(1), ask(4)]
+    assert pair.garbage.counts == {"frames": 1, "malformed": 1}

@@ -1,0 +1,223 @@
+"""Ranks that die, or stop, under streams: no client sees an error, a gap or a repeated token."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serving import Deployment, deployment, wait_until
+
+pytestmark = pytest.mark.slow
+
+TIMED = ("--engine", "timed", "--engine-option", "step_ms=10")
+MOE = (
+    "--engine",
+    "moe",
+    "--engine-option",
+    "layers=2",
+    "--engine-option",
+    "step_ms=10",
+    "--engine-option",
+    "d_model=32",
+)
+
+
+def model(running: Deployment) -> str:
+    """The name of the one that is served."""
+    return str(running.openai.models.list().data[0].id)
+
+
+class Streams:
+    """Clients that read one stream each; `texts` is what they have by now."""
+
+    def __init__(self, running: Deployment, pool: ThreadPoolExecutor, asks: list[dict[str, Any]]) -> None:
+        self.texts = [""] * len(asks)
+        self.finishes: list[str | None] = [None] * len(asks)
+        self._running = running
+        self._model = model(running)
+        self._futures: list[Future[None]] = [pool.submit(self._read, index, ask) for index, ask in enumerate(asks)]
+
+    def begun(self, characters: int = 10) -> bool:
+        """Whether all have got so much. Raises what a client got in place of text."""
+        for future in self._futures:
+            if future.done():
+                future.result()
+        return all(len(text) >= characters for text in self.texts)
+
+    def wait(self) -> list[str]:
+        """All texts, whole. Raises what a client got in place of one."""
+        for future in self._futures:
+            future.result(60)
+        assert set(self.finishes) <= {"length", "stop"}
+        return self.texts
+
+    def _read(self, index: int, ask: dict[str, Any]) -> None:
+        stream = self._running.openai.completions.create(**{"model": self._model, "stream": True, **ask})
+        for chunk in stream:
+            for choice in chunk.choices:
+                self.texts[index] += choice.text
+                self.finishes[index] = choice.finish_reason
+
+
+def whole(running: Deployment, ask: dict[str, Any]) -> str:
+    """The text of an undisturbed answer."""
+    return str(running.openai.completions.create(**{"model": model(running), **ask}).choices[0].text)
+
+
+@contextmanager
+def streams(running: Deployment, asks: list[dict[str, Any]]) -> Iterator[Streams]:
+    with ThreadPoolExecutor(len(asks)) as pool:
+        made = Streams(running, pool, asks)
+        wait_until(made.begun, "all streams have begun")
+        yield made
+
+
+def test_what_a_killed_front_end_has_sent_is_aborted_wherever_it_waits() -> None:
+    """Of one rank's slots all are taken: most of its requests have nothing to be told that could fail."""
+    few_slots = ("--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--bind", "arrival")
+    with deployment(*TIMED, "-dp", "2", "-asc", "2", *few_slots) as running:
+        gone: list[Future[Any]] = []
+        with ThreadPoolExecutor(12) as pool:
+            ask = {"model": "timed", "prompt": "a", "max_tokens": 30000}
+            gone += [pool.submit(running.openai.completions.create, **ask) for _ in range(12)]
+            busy = lambda: sum(loads(running, "running")) + sum(loads(running, "waiting")) >= 12  # noqa: E731
+            wait_until(busy, "the ranks have them all")
+            for index in range(2):
+                kill(running, f"front-end {index}")
+            running.http.close()
+            for request in gone:
+                with pytest.raises(openai.APIConnectionError):
+                    request.result(30)
+            running.wait_line("front-end 0 is back")
+            running.wait_line("front-end 1 is back")
+            running.connect()
+            wait_until(
+                lambda: loads(running, "running") == loads(running, "kv_used") == [0, 0], "the ranks are free", 2.0
+            )
+
+
+def kill(running: Deployment, name: str) -> None:
+    os.kill(running.pid_of(name), signal.SIGKILL)
+
+
+def loads(running: Deployment, name: str) -> list[int]:
+    """One figure of each rank's load."""
+    return [load[name] for load in running.http.get("/loads").json()["ranks"]]
+
+
+def moved(running: Deployment) -> int:
+    return int(running.health()["moved"])
+
+
+def test_streams_of_killed_ranks_go_on_elsewhere() -> None:
+    expected = "".join(f" {index}" for index in range(300))
+    with deployment(*TIMED, "-dp", "3") as running:
+        asks = [{"prompt": "a" * 20, "max_tokens": 300, "extra_headers": {"X-data-parallel-rank": str(index % 3)}}
+                for index in range(9)]  # fmt: skip
+        with streams(running, asks) as read:
+            kill(running, "rank 1")
+            running.wait_line("rank 1 is back")
+            kill(running, "rank 0")
+            kill(running, "rank 2")
+            assert read.wait() == [expected] * 9
+        assert moved(running) >= 9
+        wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
+        wait_until(lambda: loads(running, "running") == [0, 0, 0], "nobody works for nobody")
+        assert "Traceback" not in running.output
+
+
+def test_the_only_rank_is_waited_for() -> None:
+    with deployment(*TIMED, "-dp", "1") as running:
+        ask = {"prompt": "a", "max_tokens": 100}
+        with streams(running, [ask] * 3) as read:
+            kill(running, "rank 0")
+            assert read.wait() == ["".join(f" {index}" for index in range(100))] * 3
+
+
+def test_a_stopped_rank_loses_its_requests_and_is_back_when_it_goes_on() -> None:
+    expected = "".join(f" {index}" for index in range(400))
+    with deployment(*TIMED, "-dp", "2", "--rank-timeout", "1") as running:
+        asks = [{"prompt": "a", "max_tokens": 400, "extra_headers": {"X-data-parallel-rank": str(index % 2)}}
+                for index in range(6)]  # fmt: skip
+        with streams(running, asks) as read:
+            stopped = running.pid_of("rank 1")
+            os.kill(stopped, signal.SIGSTOP)
+            wait_until(lambda: moved(running) == 3, "its requests have gone elsewhere", 5.0)
+            os.kill(stopped, signal.SIGCONT)
+            assert read.wait() == [expected] * 6
+        wait_until(lambda: running.health()["missing"] == [], "it is back")
+        assert running.pid_of("rank 1") == stopped
+        again = {"prompt": "a", "max_tokens": 3, "extra_headers": {"X-data-parallel-rank": "1"}}
+        assert whole(running, again) == " 0 1 2"
+
+
+def test_lockstep_ranks_go_on_without_a_stopped_one() -> None:
+    asks: list[dict[str, Any]] = [
+        {"prompt": f"Hello {index}", "max_tokens": 80, "temperature": 0,
+         "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index)}}
+        for index in range(3)
+    ]  # fmt: skip
+    with deployment(*MOE, "-dp", "3", "--rank-timeout", "1") as running:
+        with streams(running, asks) as read:
+            expected = list(read.wait())
+        with streams(running, asks) as read:
+            stopped = running.pid_of("rank 1")
+            os.kill(stopped, signal.SIGSTOP)
+            assert read.wait() == expected
+        os.kill(stopped, signal.SIGCONT)
+        wait_until(lambda: running.health()["missing"] == [], "it is back")
+        with streams(running, asks) as read:
+            assert read.wait() == expected
+        assert running.pid_of("rank 1") == stopped
+
+
+def test_a_rank_in_a_long_step_is_not_dead() -> None:
+    with deployment("--engine", "timed", "--engine-option", "step_ms=3000", "--rank-timeout", "1") as running:
+        assert whole(running, {"prompt": "a", "max_tokens": 2}) == " 0 1"
+        assert moved(running) == 0
+
+
+def test_real_text_goes_on_as_if_nothing_had_happened() -> None:
+    """Greedy, and drawn with a seed: bit for bit, at a rank that computes the same in another batch."""
+    prompts = ["The capital of France is", "In Japanese: 東京は"]
+    asks: list[dict[str, Any]] = [
+        {"prompt": prompt, "max_tokens": 40, "extra_body": {"ignore_eos": True}, **how}
+        for prompt in prompts
+        for how in ({"temperature": 0}, {"temperature": 1.0, "seed": 7, "frequency_penalty": 0.3})
+    ]  # fmt: skip
+    with deployment("-dp", "2", "--max-num-seqs", "8", "--max-model-len", "512") as running:
+        with streams(running, asks) as read:
+            expected = list(read.wait())
+        with streams(running, asks) as read:
+            kill(running, "rank 0")
+            assert read.wait() == expected
+        assert moved(running) >= 1
+        wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
+
+
+def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life() -> None:
+    """Rank 0, of all."""
+    asks: list[dict[str, Any]] = [
+        {"prompt": f"Hello {index}", "max_tokens": 100, "seed": index, "temperature": index % 2,
+         "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index % 4)}}
+        for index in range(8)
+    ]  # fmt: skip
+    with deployment(*MOE, "-dp", "4") as running:
+        with streams(running, asks) as read:
+            expected = list(read.wait())
+        with streams(running, asks) as read:
+            kill(running, "rank 0")
+            before = list(read.texts)
+            grown = lambda: all(len(text) > len(old) for text, old in zip(read.texts, before, strict=True))  # noqa: E731
+            wait_until(grown, "every stream goes on")
+            assert read.wait() == expected
+        wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
+        assert [whole(running, ask) for ask in asks[:4]] == expected[:4]
+        assert "Traceback" not in running.output
