@@ -101,7 +101,10 @@ class Flood(Struct, frozen=True):
 
 
 def flood(rig: Rig, messages: int = BACKLOG) -> Flood:
-    """The coordinator is stopped, the backlog sent, and the coordinator let go."""
+    """The coordinator is stopped, the backlog sent, and the coordinator let go.
+
+    The reports are of the wave that has just ended: those of a running one would make the notice needless.
+    """
     end_wave(rig)
     time.sleep(QUIET_S)
     rig.drain()
@@ -111,7 +114,7 @@ def flood(rig: Rig, messages: int = BACKLOG) -> Flood:
     for step in range(each):
         for rank, output in enumerate(rig.outputs):
             if step % 50 == 0 or step == each - 1:
-                rig_frame[rank] = report(rank, 1 + step % 7 if step < each - 1 else 1234, 0, rig.wave, 1 + step)
+                rig_frame[rank] = report(rank, 1 + step % 7 if step < each - 1 else 1234, 0, rig.wave - 1, step)
             output.send(rig_frame[rank])
     rig.outputs[-1].send(start(rig.size - 1, rig.wave + 1))
     rig.front_ends[0].send(msgspec.msgpack.encode((b"\x00\x00", rig.wave)))

@@ -12,10 +12,10 @@ HEAD = """\
 # vLLM's own coordinator and ours
 
 `make bench-vllm` wrote this: vLLM {version}'s coordinator process and ours (the keeper counted in), fed by the same
-sockets with the frames that vLLM's ranks and front-ends send, turn by turn in one run. {machine}; other work ran on it,
-so read the ratios. `floor` is a process that turns a front-end's frame into a wake and does nothing else. Ours
-publishes every 10 ms at most, vLLM's every 100. vLLM's warnings are switched off, which makes it faster. Goals are the
-issue's; ✗ marks one that is missed.
+sockets with the frames that vLLM's ranks and front-ends send, turn by turn in one run on {machine}.
+Other work ran there, so read the ratios. `floor` is a process that turns a front-end's frame into a wake and does
+nothing else. Ours publishes every 10 ms at most, vLLM's every 100. vLLM's warnings are switched off, which makes it
+faster. Goals are the issue's; ✗ marks one that is missed.
 
 """
 

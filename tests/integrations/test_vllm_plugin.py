@@ -12,6 +12,7 @@ import pytest
 from paceline.errors import ConfigError
 from paceline.integrations.vllm import changed, dialect_of, register
 from paceline.integrations.vllm_dialect import VllmDialect
+from tests.test_tidy import loaded_by
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 WAITS = 'assert coord_socket.recv() == b"READY"\n'
@@ -58,6 +59,14 @@ def test_a_dialect_can_be_set() -> None:
 def test_a_dialect_that_cannot_be_is_named(wrong: str) -> None:
     with pytest.raises(ConfigError, match="PACELINE_VLLM_DIALECT"):
         changed(VllmDialect(), wrong)
+
+
+@pytest.mark.slow
+def test_the_keeper_needs_the_standard_library_alone() -> None:
+    # It stays beside every deployment and must not be what breaks.
+    top = {module.split(".")[0] for module in loaded_by("paceline.integrations.vllm_keeper")}
+    assert "multiprocessing" in top
+    assert not top - {"paceline"} - sys.stdlib_module_names
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,15 +38,14 @@ class Server:
         self.port = port
         self.log = log
 
-    def complete(self, prompt: str, tokens: int = 16) -> str:
+    def complete(self, prompt: str, tokens: int = 16, **headers: str) -> str:
         """The greedy text after a prompt. Raises OSError where the server does not answer with one."""
         body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-        return str(self.post("/v1/completions", body)["choices"][0]["text"])
+        return str(self.post("/v1/completions", body, **headers)["choices"][0]["text"])
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+    def post(self, path: str, body: dict[str, Any], **headers: str) -> dict[str, Any]:
+        known = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), known)
         with urllib.request.urlopen(request, timeout=REQUEST_S) as answer:
             read: dict[str, Any] = json.loads(answer.read())
             return read
@@ -68,14 +68,18 @@ class Server:
 
     def coordinator_pids(self) -> list[int]:
         """Our coordinator's process, under its keeper; none while it is being started again."""
-        found = subprocess.run(["pgrep", "-g", str(self.process.pid), "-f", "python -m paceline"], capture_output=True)
+        return self.pids("python -m paceline")
+
+    def pids(self, command: str) -> list[int]:
+        """Its processes whose command line matches."""
+        found = subprocess.run(["pgrep", "-g", str(self.process.pid), "-f", command], capture_output=True, check=False)
         return [int(pid) for pid in found.stdout.split()]
 
 
 @contextlib.contextmanager
 def vllm(model: str, folder: Path, *, paceline: bool, api_servers: int = 2, **variables: str) -> Iterator[Server]:
     """Two ranks of `dense` or `moe` on this machine, behind `api_servers`; its log lies in `folder`."""
-    port = _free_port()
+    port = free_port()
     binaries = environment.environment_of(VERSION) / "bin"
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1",
@@ -106,7 +110,16 @@ def burst(server: Server, prompts: list[str], tokens: int = 16) -> list[str]:
         return list(pool.map(lambda prompt: server.complete(prompt, tokens), prompts))
 
 
-def _free_port() -> int:
+def waves(server: Server) -> list[int]:
+    """The waves that have ended, by rank 0's own words."""
+    return [int(number) for number in re.findall(r"Wave (\d+) finished", server.text())]
+
+
+def rest(seconds: float) -> None:
+    threading.Event().wait(seconds)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

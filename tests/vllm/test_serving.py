@@ -8,18 +8,15 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import re
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from msgspec import Struct
 
-from tests.vllm.serving import PROMPTS, Server, burst, vllm
+from tests.vllm.serving import PROMPTS, Server, burst, rest, vllm, waves
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -65,14 +62,6 @@ def forty(server: Server) -> list[str]:
     for length in (4, 16, 32):
         texts += burst(server, PROMPTS, length)
     return texts
-
-
-def rest(seconds: float) -> None:
-    threading.Event().wait(seconds)
-
-
-def waves(server: Server) -> list[int]:
-    return [int(number) for number in re.findall(r"Wave (\d+) finished", server.text())]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -142,15 +131,3 @@ def test_it_can_die(case: Case) -> None:
         seen = waves(case.server)
         assert len(seen) > before
         assert seen == list(range(len(seen)))
-
-
-def test_no_notice_is_heard(tmp_path: Path) -> None:
-    """A MoE deployment whose coordinator drops every front-end's notice: what ranks report wakes the others."""
-    variables = {"PACELINE_TEST_COORDINATOR": "paceline_deaf_coordinator", "VLLM_LOGGING_LEVEL": "DEBUG"}
-    with vllm("moe", tmp_path, paceline=True, **variables) as server:
-        for prompt in PROMPTS:
-            assert server.complete(prompt)
-            rest(0.5)
-        assert all(burst(server, PROMPTS))
-        assert "a notice is not heard" in server.text()
-        assert len(waves(server)) >= 6

@@ -51,8 +51,8 @@ logger = logging.getLogger("paceline.vllm")
 
 MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
-READ_S = 0.002
-"""As long may ranks' messages be read."""
+READ_S = 0.005
+"""As long may ranks be read, where they have said that much, before front-ends get their turn."""
 REPORTS_KEPT = 1000
 """Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
 
