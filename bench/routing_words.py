@@ -49,6 +49,13 @@ BEHIND = """## What was served
 - Where a prompt does not fit, two behind it are looked at in place of eight, and 2% of the memory are kept free in
   place of 5%: p99 1.12 of the oracle's in place of 1.50 (mooncake, 8 ranks, steady), at 1.4 s p50 in place of 1.0 s.
 
+## What these figures were chosen on
+
+"Untuned" means one setting for every row, not that the rows had no say. The number of slots and the KV memory were
+taken from a sweep, as those whose lockstep ratios come closest to an independent model's; and the broker's constants
+(how many look past the first, KV to spare, budgets ahead in lockstep) were settled on rows of this table. No trace was
+held out.
+
 ## With more slots
 
 256 slots with the same memory, azure, 32 ranks, 4 front-ends: memory, not slots, bounds the batch, and a long step
