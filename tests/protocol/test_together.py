@@ -232,6 +232,20 @@ def test_external_mode_serves_each_rank_by_its_own_front_end_and_publishes_no_lo
     assert all(view.ranks is None for view in views)
 
 
+def test_in_external_mode_what_has_ended_does_not_wait() -> None:
+    deployment = Deployment(ranks=1, front_ends=1, lockstep=False, external=True).ready()
+    front_end = deployment.front_ends[0]
+    for _ in range(3):
+        front_end.submit()
+        deployment.finish()
+    front_end.abandon(front_end.submit())
+    assert front_end.machine.waiting() == 0
+    assert front_end.machine.believed(0).waiting == 0
+    kept = [front_end.submit(max_tokens=50) for _ in range(4)]
+    assert front_end.machine.believed(0).waiting == len(kept)
+    deployment.rest()
+
+
 def schedules(*actions: str) -> st.SearchStrategy[list[tuple[float, str, int]]]:
     steps = st.tuples(st.floats(0.0, 0.3), st.sampled_from(["submit", "submit", *actions]), st.integers(0, 11))
     return st.lists(steps, max_size=25)

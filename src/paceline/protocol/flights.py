@@ -68,6 +68,8 @@ class Flights:
         self._identity = identity
         self._router = router
         self._share_sends = share_sends
+        # Whether any view had loads; in external mode none ever has.
+        self._with_loads = False
         self._lockstep = lockstep
         # By the id that the rank knows, which is the client's but for requests that were sent again.
         self._flights: dict[int, Flight] = {}
@@ -205,6 +207,9 @@ class Flights:
         flight = self._flights.pop(wire, None)
         if flight is not None:
             flight.link.in_flight.discard(wire)
+            if not self._with_loads:
+                # Nothing else says that it does not wait any more.
+                flight.link.ledger.keep(len(flight.link.in_flight))
             self._resent.pop(flight.submit.request, None)
         return flight
 
@@ -212,6 +217,7 @@ class Flights:
 
     def take_view(self, view: LoadView) -> None:
         """Take in every rank's load, and what the coordinator has heard of."""
+        self._with_loads = self._with_loads or view.ranks is not None
         for entry in view.ranks or ():
             link = self.links.get(entry.rank) or self.down.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:

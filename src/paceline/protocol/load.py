@@ -63,6 +63,11 @@ class Ledger:
         while self._sends and self._sends[0][0] <= taken:
             self._drop_first()
 
+    def keep(self, count: int) -> None:
+        """No more than so many are under way: the first sends have ended."""
+        while self.requests > count:
+            self._drop_first()
+
     def _drop_first(self) -> None:
         _, tokens, kv = self._sends.popleft()
         self.requests -= 1
