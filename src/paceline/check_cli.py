@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from paceline.protocol.rules import checked
+from paceline.protocol.rules import BINDING_RULES, RULES, checked
 from paceline.protocol.sampling import SuspendMode
 from paceline.protocol.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
@@ -21,6 +21,9 @@ from paceline.simulate.explore_binding import Finding, explore
 from paceline.simulate.explore_binding_world import Limits
 
 FOUND, NOT_DECIDED = 1, 2
+OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
+OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "max_memory_mb")
+"""Flags that say nothing of brokered binding's walk."""
 
 
 def check(
@@ -45,13 +48,15 @@ def check(
 ) -> None:
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
     if binding:
-        names = ("ranks", "front_ends", "requests", "losses", "crashes")
-        given = {name: context.params[name] for name in names if _is_given(context, name)}
-        _check_binding(given, _rules(without or []), as_json)
+        for name in OF_WAVES:
+            if _is_given(context, name):
+                raise typer.BadParameter("not with --binding", param_hint=f"--{name.replace('_', '-')}")
+        given = {name: context.params[name] for name in OF_BOTH if _is_given(context, name)}
+        _check_binding(given, _rules(without or [], BINDING_RULES), as_json)
         return
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
-        max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or []),
+        max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or [], RULES),
         backlog=backlog, grouped=grouped,
     )  # fmt: skip
     with progress() as report:
@@ -114,11 +119,16 @@ def _mode(name: str) -> SuspendMode:
     raise typer.BadParameter(f"{name} is not one of {', '.join(MODES)}", param_hint="--mode")
 
 
-def _rules(names: list[str]) -> frozenset[str]:
+def _rules(names: list[str], walked: Collection[str]) -> frozenset[str]:
+    """`walked`: the rules of what is walked. Another one, left out, would break nothing there."""
     try:
-        return checked(frozenset(names))
+        rules = checked(frozenset(names))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--without") from error
+    for name in sorted(rules.difference(walked)):
+        when = "only with --binding" if name in BINDING_RULES else "not with --binding"
+        raise typer.BadParameter(f"{name}: {when}", param_hint="--without")
+    return rules
 
 
 def document(result: Result) -> dict[str, object]:

@@ -1,88 +1,101 @@
-"""What a queue holds of a rank's room is what the board says, however it came to know of it."""
+"""The coordinator's side of brokered binding, told anything that can be decoded."""
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.protocol.binding_messages import Ask, Descriptor, Grant
-from paceline.protocol.board import Board
-from paceline.protocol.brokerage import Brokerage
-from paceline.protocol.membership import Membership
-from paceline.protocol.messages import PROTOCOL_VERSION, FrontEndHello, Load, RankReport, Send
-from paceline.protocol.rooms import Amount
+from paceline.protocol import codec, coordinator
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ask,
+    Descriptor,
+    FromFrontEnd,
+    FrontEndHello,
+    FrontEndLeaving,
+    Load,
+    LoadView,
+    RankHello,
+    RankReport,
+    ReturnShares,
+    Send,
+    SendNotice,
+    Withdraw,
+)
 
-FRONT_ENDS = (11, 12)
-RANKS, LIFE, SLOTS = 2, 7, 3
+GOOD, OTHER = 100, 101
+LARGEST = 2**53 - 1
 
-steps = st.lists(
-    st.one_of(
-        st.tuples(st.just("ask"), st.sampled_from(FRONT_ENDS), st.integers(1, 50)),
-        st.tuples(st.just("send"), st.integers(0, 9), st.booleans()),
-        st.tuples(st.just("report"), st.integers(0, RANKS - 1), st.integers(0, SLOTS)),
+front_ends = st.sampled_from([GOOD, OTHER])
+requests = st.integers(1, 4) | st.sampled_from([0, 2**63 - 1])
+counts = st.integers(0, 20) | st.sampled_from([2**31, LARGEST])
+priorities = st.integers(-1, 1) | st.sampled_from([-(2**63), 2**63 - 1])
+said: st.SearchStrategy[FromFrontEnd] = st.one_of(
+    st.builds(
+        Ask, front_ends, counts, counts, st.lists(st.builds(Descriptor, requests, counts, counts, priorities, counts))
     ),
-    max_size=40,
-)  # fmt: skip
+    st.builds(Withdraw, front_ends, counts, st.lists(requests)),
+    st.builds(ReturnShares, front_ends, counts),
+    st.builds(
+        SendNotice,
+        front_ends,
+        st.lists(st.builds(Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
+        counts,
+    ),
+    st.builds(FrontEndLeaving, st.just(OTHER)),
+    st.builds(lambda ranks: FrontEndHello(PROTOCOL_VERSION, OTHER, 0, "keep", True, ranks), st.none() | st.just([0])),
+)
+steps = st.lists(st.tuples(said, st.floats(0.0, 0.3)), max_size=20)
 
 
-class Queue:
-    """A brokerage with its board, and what its front-ends would do."""
+class Told:
+    """A coordinator over two ranks. What it says is decoded as front-ends decode it."""
 
     def __init__(self) -> None:
-        self.board, self.membership, self.brokerage = Board(), Membership(RANKS), Brokerage(1)
-        self.asked = dict.fromkeys(FRONT_ENDS, 0)
-        self.numbers = {(front_end, rank): 0 for front_end in FRONT_ENDS for rank in range(RANKS)}
-        self.granted: dict[tuple[int, int], Grant] = {}
-        self.tokens: dict[tuple[int, int], int] = {}
-        for rank in range(RANKS):
-            self.membership.hello(rank, LIFE, "ipc://x", True)
-            self.report(rank, 0)
-        for front_end in FRONT_ENDS:
-            self.brokerage.hello(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True), range(RANKS))
+        self.machine = Coordinator(2, 1, 0.1, lockstep=False)
+        self.view: LoadView | None = None
+        self.now = 0.0
+        for rank in range(2):
+            self.tell(coordinator.RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)))
+            report = RankReport(rank, 10 + rank, 1, 0, False, Load(slots=4, step_tokens=LARGEST, kv_total=LARGEST), {})
+            self.tell(coordinator.RankSaid(report))
+        for front_end in (GOOD, OTHER):
+            self.hear(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True))
 
-    def ask(self, front_end: int, tokens: int) -> None:
-        self.asked[front_end] = number = self.asked[front_end] + 1
-        self.tokens[front_end, number] = tokens
-        self.brokerage.said(Ask(front_end, number, 1000, [Descriptor(number, tokens, 5)]), 0.0)
+    def hear(self, message: FromFrontEnd) -> None:
+        self.tell(coordinator.FrontEndSaid(codec.from_front_end().decode(codec.encode(message))))
 
-    def send(self, which: int, elsewhere: bool) -> None:
-        """A front-end does as it was granted, or sends to another rank (it had bound it before the grant came)."""
-        if not self.granted:
-            return
-        key = sorted(self.granted)[which % len(self.granted)]
-        grant = self.granted.pop(key)
-        rank = (grant.rank + elsewhere) % RANKS
-        self.numbers[key[0], rank] = number = self.numbers[key[0], rank] + 1
-        send = Send(rank, LIFE, number, self.tokens[key], 5, key[1])
-        self.brokerage.sent(key[0], send, self.board.sent(key[0], send))
+    def tell(self, event: coordinator.Event) -> None:
+        for effect in self.machine.handle(event, self.now):
+            if isinstance(effect, coordinator.ToFrontEnds):
+                message = codec.to_front_end().decode(codec.encode(effect.message))
+                if isinstance(message, LoadView):
+                    self.view = message
 
-    def report(self, rank: int, running: int) -> None:
-        # It has taken all that was sent, also what nobody has told of yet.
-        taken = {front_end: self.numbers[front_end, rank] + 1 for front_end in FRONT_ENDS}
-        load = Load(0, running, SLOTS, 10 * running, kv_reserved=running, kv_total=10_000, step_tokens=512)
-        self.board.report(RankReport(rank, LIFE, 0, 0, False, load, taken))
-        self.brokerage.mark(rank)
-
-    def settle(self) -> None:
-        grants = self.brokerage.grants(self.board, self.membership, True, 0.0)
-        for grant in grants.grants if grants is not None else ():
-            self.granted[grant.front_end, grant.request] = grant
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.machine.deadline <= until:
+            self.now = max(self.now, self.machine.deadline)
+            self.tell(coordinator.Tick())
+        self.now = until
 
 
 @given(steps)
-def test_a_room_is_what_the_board_says(said: list[tuple[str, int, int]]) -> None:
-    queue = Queue()
-    for name, first, second in said:
-        getattr(queue, name)(first, second)
-        queue.settle()
-        (pool,) = queue.brokerage._pools.values()
-        for room in pool.broker.rooms:
-            if room.rank in pool.marked:
-                continue
-            load, wire = queue.board.known(room.rank, LIFE) or (Load(), Amount())
-            assert room.has == Amount(
-                load.running + wire.requests, load.prefill_tokens + wire.tokens, load.kv_reserved + wire.kv
-            )
-            promised = [entry for entry in pool.broker.granted.values() if entry.room is room]
-            assert room.granted.requests == len(promised)
-            assert room.granted.tokens == sum(entry.tokens for entry in promised)
+@settings(max_examples=150)
+def test_whatever_front_ends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
+    story: list[tuple[FromFrontEnd, float]],
+) -> None:
+    told = Told()
+    for message, seconds in story:
+        told.hear(message)
+        told.wait(seconds)
+    for front_end in (GOOD, OTHER):
+        told.tell(coordinator.FrontEndGone(front_end))
+    assert not list(told.machine.broker.descriptors())
+    told.hear(FrontEndHello(PROTOCOL_VERSION, 102, brokered=True))
+    told.wait(5.0)
+    assert told.view is not None
+    assert told.view.shares is not None
+    assert [shares.front_end for shares in told.view.shares] == [102]
+    assert all(share.requests == 4 for share in told.view.shares[0].shares)

@@ -17,7 +17,16 @@ from paceline.protocol.coordinator_events import (
     FrontEndsSaid,
     FrontEndSubscribed,
 )
-from paceline.protocol.messages import Ask, Descriptor, FromFrontEnd, SendNotice, WakeNotice, Withdraw
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ask,
+    Descriptor,
+    FromFrontEnd,
+    FrontEndHello,
+    SendNotice,
+    WakeNotice,
+    Withdraw,
+)
 from paceline.runtime.front_end_inbox import READ_AT_ONCE, FrontEndInbox
 from paceline.runtime.sockets import Garbage, open_socket
 
@@ -93,6 +102,17 @@ def test_coming_and_going_too(pair: Pair) -> None:
     pair.send(ask(1))
     pair.front_end.send(b"\x00" + topic)
     assert pair.read(3) == [FrontEndSubscribed(), ask(1), FrontEndGone(FRONT_END)]
+
+
+def test_a_hello_counts_only_while_its_sender_is_present(pair: Pair) -> None:
+    topic, hello = codec.front_end_topic(FRONT_END), FrontEndHello(PROTOCOL_VERSION, FRONT_END, brokered=True)
+    pair.send(hello)
+    pair.front_end.send(b"\x01" + topic)
+    pair.send(hello)
+    pair.front_end.send(b"\x00" + topic)
+    pair.send(hello)
+    assert pair.read(5) == [FrontEndSubscribed(), hello, FrontEndGone(FRONT_END)]
+    assert pair.garbage.counts == {"no-presence": 2}
 
 
 def test_garbage_loses_nothing_else(pair: Pair) -> None:

@@ -65,3 +65,19 @@ def test_the_command() -> None:
     assert done.exit_code == 1
     assert "request 1 comes" in done.stdout
     assert "A violation was found." in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--binding", "--grouped"], "--grouped"),
+        (["--binding", "--suspensions", "1"], "--suspensions"),
+        (["--binding", "--max-memory-mb", "100"], "--max-memory-mb"),
+        (["--binding", "--without", "own-report"], "own-report: not with --binding"),
+        (["--without", "grants-count"], "grants-count: only with --binding"),
+    ],
+)
+def test_what_the_walk_would_not_look_at_is_refused(flags: list[str], named: str) -> None:
+    done = CliRunner().invoke(app, flags)
+    assert done.exit_code == 2
+    assert named in done.output

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from paceline.protocol.load import Ledger
 from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
-from paceline.protocol.rooms import Amount
+from paceline.protocol.rooms import ANY, Amount
 
 HEARTBEAT_S = 4.0
 STEP_WAIT_S = 0.003
@@ -96,7 +96,7 @@ class Board:
         for (rank, _), ledgers in self._ledgers.items():
             for front_end, ledger in ledgers.items():
                 if ledger.requests:
-                    entry = OnTheWire(front_end, ledger.last, ledger.requests, ledger.tokens)
+                    entry = OnTheWire(front_end, ledger.last, ledger.requests, min(ledger.tokens, ANY))
                     on_the_wire.setdefault(rank, []).append(entry)
         views: list[RankView] = []
         for member in members:

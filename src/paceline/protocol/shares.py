@@ -65,7 +65,8 @@ class ShareBook:
     def returned(self, front_end: int, edition: int, rooms: Rooms) -> None:
         """The front-end uses nothing of this edition, or an earlier one, any more."""
         holding = self._holdings.get(front_end)
-        if holding is not None and edition >= holding.edition:
+        # The largest number has no next one, which a view could carry.
+        if holding is not None and holding.edition <= edition < ANY:
             self._clear(holding, rooms)
             holding.edition = edition + 1
 
@@ -110,7 +111,8 @@ class ShareBook:
             for rank, amount in holding.amounts.items():
                 room = rooms.of(rank)
                 if room is not None and amount.requests:
-                    shares.append(Share(rank, room.incarnation, amount.requests, amount.tokens, amount.kv))
+                    limits = (min(amount.requests, ANY), min(amount.tokens, ANY), min(amount.kv, ANY))
+                    shares.append(Share(rank, room.incarnation, *limits))
             found.append(Shares(front_end, holding.edition, shares))
         return found
 

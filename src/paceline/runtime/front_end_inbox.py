@@ -14,7 +14,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndsSaid,
     FrontEndSubscribed,
 )
-from paceline.protocol.messages import FromFrontEnd, OfRequests
+from paceline.protocol.messages import FromFrontEnd, FrontEndHello, OfRequests
 from paceline.runtime.sockets import Garbage
 
 READ_AT_ONCE = 256
@@ -22,7 +22,11 @@ READ_AT_ONCE = 256
 
 
 class FrontEndInbox:
-    """The coordinator's end of the front-ends' sockets. `handle`: the machine's door."""
+    """The coordinator's end of the front-ends' sockets. `handle`: the machine's door.
+
+    Who says hello is there until its presence ends, and what it asks for waits until then. So a hello counts only from
+    one whose presence has appeared: of any other nobody would ever learn that it has gone.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes], garbage: Garbage, handle: Callable[[Event], None]) -> None:
         self._socket = socket
@@ -30,6 +34,7 @@ class FrontEndInbox:
         self._handle = handle
         self._decoder = codec.from_front_end()
         self._of_requests: list[OfRequests] = []
+        self._present: set[int] = set()
 
     def read(self) -> None:
         """Read what is there, up to READ_AT_ONCE."""
@@ -46,6 +51,8 @@ class FrontEndInbox:
                 message = self._decoded(frames[0])
                 if isinstance(message, OfRequests):
                     self._of_requests.append(message)
+                elif isinstance(message, FrontEndHello) and message.front_end not in self._present:
+                    self._garbage.add("no-presence", f"front-end {message.front_end} has not subscribed its presence")
                 elif message is not None:
                     self._flush()
                     self._handle(FrontEndSaid(message))
@@ -59,9 +66,13 @@ class FrontEndInbox:
 
     def _on_subscription(self, frame: bytes) -> None:
         self._flush()
+        front_end = codec.read_front_end_topic(frame[1:])
         if frame[0] == 1:
+            if front_end is not None:
+                self._present.add(front_end)
             self._handle(FrontEndSubscribed())
-        elif (front_end := codec.read_front_end_topic(frame[1:])) is not None:
+        elif front_end is not None:
+            self._present.discard(front_end)
             self._handle(FrontEndGone(front_end))
 
     def _decoded(self, frame: bytes) -> FromFrontEnd | None:
