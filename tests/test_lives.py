@@ -49,10 +49,11 @@ def test_a_killed_front_end_comes_back_and_the_port_answers_meanwhile() -> None:
         victim = kill(running, "front-end 0")
         wait_until(lambda: not is_alive(victim), "it is dead")
         for _ in range(8):
-            answer = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
-            assert answer.status_code == 200
+            # Its own connections have ended with it.
             running.http.close()
             running.connect()
+            answer = running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+            assert answer.status_code == 200
         wait_back(running, "front-end 0", victim)
 
 
