@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from paceline.protocol.binding_messages import Descriptor
@@ -20,7 +20,7 @@ class Ranks:
         self.broker = Broker()
         self.slots, self.total = slots, total
         self.running: dict[int, list[Entry]] = {rank: [] for rank in range(count)}
-        self.life = 10
+        self.lives = {rank: 10 + rank for rank in range(count)}
         for rank in self.running:
             self.report(rank)
 
@@ -28,7 +28,7 @@ class Ranks:
         running = self.running[rank]
         kv = sum(entry.kv for entry in running)
         load = Load(0, len(running), self.slots, kv_total=self.total, kv_reserved=kv)
-        self.broker.rooms.heard(rank, self.life + rank, load, Amount())
+        self.broker.rooms.heard(rank, self.lives[rank], load, Amount())
 
     def ask(self, request: int, *, tokens: int = 10, answer: int = 10, priority: int = 0, front_end: int = 1) -> None:
         self.broker.ask(front_end, Descriptor(request, tokens, answer, priority), float(request))
@@ -112,7 +112,7 @@ def test_a_rank_that_is_lost_gives_its_grants_back_to_their_places() -> None:
     ranks.broker.drop(1, 1)
     lost = [entry.request for entry in made if entry.room is not None and entry.room.rank == 0]
     ranks.broker.lost(0)
-    ranks.life += 100
+    ranks.lives[0] += 100
     ranks.report(0)
     assert [entry.request for entry in ranks.broker.grant()] == [*lost, 4]
 
@@ -213,6 +213,7 @@ MOVES = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(MOVES)
+@example([*[("ask", 0)] * 5, ("grant", 0), ("lose", 0), ("confirm", 2), ("grant", 0), ("confirm", 0)])
 def test_what_is_granted_is_never_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
     ranks = Ranks(3, slots=2)
     broker, asked, sent = ranks.broker, 0, set()
@@ -229,7 +230,7 @@ def test_what_is_granted_is_never_more_than_there_is_room_for(moves: list[tuple[
             broker.drop(number % 2, 1 + number % asked)
         elif what == "lose":
             ranks.running[rank] = []
-            ranks.life += 10
+            ranks.lives[rank] += 10
             broker.lost(rank)
             ranks.report(rank)
         elif what == "confirm" and broker.granted:
