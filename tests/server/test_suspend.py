@@ -86,6 +86,8 @@ def state(server: Deployment) -> dict[str, Any]:
 
 def in_flight(server: Deployment, background: ThreadPoolExecutor, max_tokens: int) -> list[Future[Any]]:
     """A long request at each rank, both of which run."""
+    # What has just ended is in the loads until the next view.
+    wait_until(lambda: running(server) == 0, "nothing runs from before")
     answers = [background.submit(complete, server, max_tokens, rank) for rank in (0, 1)]
     wait_until(lambda: running(server) == 2, "both requests run")
     return answers

@@ -47,7 +47,7 @@ def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
     bounds, violation = BREAKS[rule]
     found = explore(Limits(**QUIET | bounds, without=frozenset({rule})))
     assert found.violation == violation
-    assert len(found.story) > 5
+    assert len(found.story) > 3
 
 
 def test_numbers_that_compare_alike_are_one() -> None:
