@@ -68,8 +68,8 @@ class Flights:
         self._identity = identity
         self._router = router
         self._share_sends = share_sends
-        # Whether any view had loads; in external mode none ever has.
-        self._with_loads = False
+        # Whether views come without loads, always: external mode. None until one has come.
+        self._without_loads: bool | None = None
         self._lockstep = lockstep
         # By the id that the rank knows, which is the client's but for requests that were sent again.
         self._flights: dict[int, Flight] = {}
@@ -207,7 +207,7 @@ class Flights:
         flight = self._flights.pop(wire, None)
         if flight is not None:
             flight.link.in_flight.discard(wire)
-            if not self._with_loads:
+            if self._without_loads:
                 # Nothing else says that it does not wait any more.
                 flight.link.ledger.keep(len(flight.link.in_flight))
             self._resent.pop(flight.submit.request, None)
@@ -217,7 +217,7 @@ class Flights:
 
     def take_view(self, view: LoadView) -> None:
         """Take in every rank's load, and what the coordinator has heard of."""
-        self._with_loads = self._with_loads or view.ranks is not None
+        self._without_loads = view.ranks is None and self._without_loads is not False
         for entry in view.ranks or ():
             link = self.links.get(entry.rank) or self.down.get(entry.rank)
             if link is not None and link.incarnation == entry.incarnation:
