@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from pathlib import Path
 
@@ -79,7 +80,9 @@ async def run_waves(made: Fleet) -> tuple[int, list[Answer]]:
         # All rest when the last wave has been announced to both.
         async with asyncio.timeout(DEADLINE_S):
             while any(client.machine.running for client in clients) or len({c.machine.wave for c in clients}) > 1:
-                await waves.pauses.get()
+                # The queue tells of what the first hears; the other one may hear it a moment later.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(waves.pauses.get(), 0.05)
         return clients[0].machine.wave, waves.answers
 
 
