@@ -46,10 +46,12 @@ from paceline.protocol.messages import (
     SuspensionState,
 )
 from paceline.protocol.placement import Placement
+from paceline.protocol.plausible import plausible
 from paceline.protocol.policy import Policy
 from paceline.protocol.router import Router
 from paceline.protocol.routing_least import LeastLoad
 from paceline.protocol.rules import checked
+from paceline.protocol.sampling import LARGEST_STAMP
 from paceline.protocol.stalls import describe
 from paceline.protocol.stranded import Stranded
 
@@ -260,10 +262,10 @@ class FrontEnd:
         return [self._hello(), *self._placement.stop(now)]
 
     def _hello(self) -> Effect:
-        known = self.suspension
+        known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
         ranks = sorted(self._ranks) if self._brokered and self._ranks is not None else None
         return ToCoordinator(
-            FrontEndHello(PROTOCOL_VERSION, self.identity, known.number, known.mode, self._brokered, ranks)
+            FrontEndHello(PROTOCOL_VERSION, self.identity, number, known.mode, self._brokered, ranks)
         )
 
     def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
@@ -277,7 +279,7 @@ class FrontEnd:
         return [*hello, *([self._binding.ask_again(now)] if asks else [])]
 
     def _wave_is(self, wave: int, running: bool) -> None:
-        if wave >= self.wave:
+        if wave >= self.wave and plausible(wave, self.wave):
             self._flights.wave, self._flights.running = wave, running
 
     def _serves(self, rank: int) -> bool:

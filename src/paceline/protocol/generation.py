@@ -24,6 +24,7 @@ from collections.abc import Set
 from msgspec import Struct
 
 from paceline.protocol.messages import GroupMember
+from paceline.protocol.plausible import plausible
 from paceline.protocol.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 
 LOST_S = 0.1
@@ -86,6 +87,8 @@ class Generations:
 
     def heard(self, rank: int, position: Position, now: float) -> None:
         """A rank said hello."""
+        if not plausible(max(position.generation, position.told), self.number):
+            return
         before = self._ranks.get(rank)
         self._ranks[rank] = position
         self._lost.discard(rank)

@@ -1,0 +1,78 @@
+"""A target fed with so many inputs from a seed, which replay exactly."""
+
+from __future__ import annotations
+
+import faulthandler
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from paceline.protocol.codec import encode
+from tests.fuzz.corpus import frames_of
+from tests.fuzz.grammar import Grammar
+from tests.fuzz.mutate import Mutator
+from tests.fuzz.size import size_of
+from tests.fuzz.target import Target
+
+ROUND = 5000
+"""Inputs for one life of a target."""
+HANG_S = 30.0
+
+
+@dataclass
+class Row:
+    """What came of one target."""
+
+    name: str
+    inputs: int = 0
+    seconds: float = 0.0
+    errors: int = 0
+    largest: int = 0
+    rss_before_mb: float = 0.0
+    rss_after_mb: float = 0.0
+    first_error: str = ""
+
+
+def rss_mb(pid: int | str = "self") -> float:
+    """A process's resident memory."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def fuzz(
+    kind: type[Target], inputs: int, seed: int, progress: Callable[[Row], None] = lambda row: None, stop_at: int = 1
+) -> Row:
+    """Feed it. `stop_at`: errors after which it is enough. A hang ends the process, with a traceback."""
+    draw = random.Random(f"{kind.name} {seed}")
+    target = kind(draw)
+    grammar = Grammar(draw, kind.known, kind.parties)
+    make = (lambda: encode(grammar.message(kind.kinds))) if kind.kinds else None
+    mutator = Mutator(draw, frames_of(kind.corpus), make)
+    row, begin = Row(kind.name), time.monotonic()
+    while row.inputs < inputs and row.errors < stop_at:
+        frame = b""
+        try:
+            target.begin()
+            for _ in range(min(ROUND, inputs - row.inputs)):
+                frame = mutator.next()
+                row.inputs += 1
+                if not row.inputs % 500:
+                    faulthandler.dump_traceback_later(HANG_S, exit=True)
+                target.feed(frame)
+            target.check()
+            row.largest = max(row.largest, size_of(target.machines()))
+            assert row.largest <= kind.largest, f"it remembers {row.largest} things"
+        except Exception as error:
+            row.errors += 1
+            row.first_error = row.first_error or f"{type(error).__name__}: {error} at input {row.inputs}: {frame[:200]!r}"
+            traceback.print_exc(file=sys.stderr)
+        if not row.rss_before_mb:
+            row.rss_before_mb = rss_mb()
+        row.seconds = time.monotonic() - begin
+        progress(row)
+    faulthandler.cancel_dump_traceback_later()
+    row.rss_after_mb = rss_mb()
+    return row
