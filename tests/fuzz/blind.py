@@ -67,7 +67,9 @@ def fuzz(
             assert row.largest <= kind.largest, f"it remembers {row.largest} things"
         except Exception as error:
             row.errors += 1
-            row.first_error = row.first_error or f"{type(error).__name__}: {error} at input {row.inputs}: {frame[:200]!r}"
+            row.first_error = (
+                row.first_error or f"{type(error).__name__}: {error} at input {row.inputs}: {frame[:200]!r}"
+            )
             traceback.print_exc(file=sys.stderr)
         if not row.rss_before_mb:
             row.rss_before_mb = rss_mb()

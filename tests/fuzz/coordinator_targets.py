@@ -51,9 +51,7 @@ class CoordinatorTarget(Target):
         self.said: list[Any] = []
         self.front, self.back = Frames(), Frames()
         self._front_inbox = FrontEndInbox(self.front, Garbage(logger, "front"), self.handle)  # type: ignore[arg-type]
-        self._inbox = RankInbox(
-            self.back, Garbage(logger, "back"), self.handle, every_report=lockstep
-        )  # type: ignore[arg-type]
+        self._inbox = RankInbox(self.back, Garbage(logger, "back"), self.handle, every_report=lockstep)  # type: ignore[arg-type]
         for rank, life in enumerate(LIVES):
             self.handle(RankSubscribed(rank, life))
             self.hello(rank)

@@ -74,7 +74,9 @@ class Recorder:
         Link.send = lambda link, message: (self.keep(message), send(link, message))[1]  # type: ignore[method-assign]
         try:
             for lockstep in (True, False):
-                deployment = Deployment(ranks=2, front_ends=2, lockstep=lockstep, brokered=not lockstep, slots=1).ready()
+                deployment = Deployment(
+                    ranks=2, front_ends=2, lockstep=lockstep, brokered=not lockstep, slots=1
+                ).ready()
                 first, second = deployment.front_ends
                 for number in range(6):
                     (first, second)[number % 2].submit(tokens=5, max_tokens=4)
@@ -112,7 +114,14 @@ def others() -> dict[str, dict[str, bytes]]:
     row = struct.pack(f"<{len(parts)}q", *parts)
     vllm = {name.lower(): frame for name, frame in vars(vllm_frames).items() if isinstance(frame, bytes)}
     notice = vllm.pop("notice_of_rank_1")
-    completion = {"prompt": "Once", "max_tokens": 5, "temperature": 0.5, "logit_bias": {"3": 1.5}, "stop": ["a"], "n": 2}
+    completion = {
+        "prompt": "Once",
+        "max_tokens": 5,
+        "temperature": 0.5,
+        "logit_bias": {"3": 1.5},
+        "stop": ["a"],
+        "n": 2,
+    }
     chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}}
     return {
         "subscriptions": {

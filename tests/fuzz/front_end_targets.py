@@ -25,7 +25,7 @@ from paceline.protocol.frontend_events import (
     ToRank,
 )
 from paceline.protocol.messages import PROTOCOL_VERSION, Load, LoadView, Member, Members, RankView
-from paceline.protocol.routing import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import SamplingParams
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well

@@ -93,4 +93,7 @@ class Mutator:
                 part = frame[at : at + draw.randrange(1, 9)]
                 return frame[:at] + part * draw.choice((2, 50)) + frame[at:]
             case _:
-                return draw.choice((b"\xdd\xff\xff\xff\xff", b"\xc6\x7f\xff\xff\xff", b"\x91" * 2000, b"\xc1")) + frame[at:]
+                return (
+                    draw.choice((b"\xdd\xff\xff\xff\xff", b"\xc6\x7f\xff\xff\xff", b"\x91" * 2000, b"\xc1"))
+                    + frame[at:]
+                )

@@ -17,7 +17,7 @@ from paceline.integrations.vllm_keeper import Keeper
 from paceline.protocol import codec
 from paceline.protocol.messages import AddRequest
 from paceline.runtime.collective import SocketGroup
-from paceline.runtime.rendezvous import Here, read_answer, read_question, answer_to
+from paceline.runtime.rendezvous import Here, answer_to, read_answer, read_question
 from paceline.server.errors import ApiError
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest

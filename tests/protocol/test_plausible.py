@@ -11,8 +11,7 @@ from paceline.protocol import codec
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import FrontEndSaid, RankSaid, ToFrontEnds, ToRanks
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import CoordinatorSaid as FrontEndHears
-from paceline.protocol.frontend_events import Submit
+from paceline.protocol.frontend_events import CoordinatorSaid as FrontEndHears, Submit
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -35,8 +34,8 @@ from paceline.protocol.messages import (
 )
 from paceline.protocol.plausible import FAR, NEAR, plausible
 from paceline.protocol.rank import Rank
-from paceline.protocol.rank_events import CoordinatorSaid, FormGroup, Formed, Loaded, ToCoordinator, Turn
-from paceline.protocol.routing import LeastLoad
+from paceline.protocol.rank_events import CoordinatorSaid, Formed, FormGroup, Loaded, ToCoordinator, Turn
+from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import LARGEST_STAMP, SamplingParams
 
 LARGEST = 2**53 - 1

@@ -10,14 +10,13 @@ from typing import Any
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
-from paceline.protocol import codec, frontend_events, rank_events
-from paceline.protocol import coordinator_events as coordinator
+from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import Member, ToFrontEnd, ToRank
 from paceline.protocol.quota import OFF
 from paceline.protocol.rank import Rank
-from paceline.protocol.routing import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
 from paceline.simulate.checks import Checks
 from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty

@@ -14,8 +14,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as at_coordinator
-from paceline.protocol import frontend_events as at_front_end
+from paceline.protocol import coordinator_events as at_coordinator, frontend_events as at_front_end
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import (
@@ -32,7 +31,7 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     WaveComplete,
 )
-from paceline.protocol.policy import Policy
+from paceline.protocol.routing.policy import Policy
 from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.plane import ControlPlane, Fleet

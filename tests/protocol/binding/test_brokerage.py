@@ -1,0 +1,100 @@
+"""The coordinator's side of brokered binding, told anything that can be decoded."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings, strategies as st
+
+from paceline.protocol import codec, coordinator
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ask,
+    Descriptor,
+    FromFrontEnd,
+    FrontEndHello,
+    FrontEndLeaving,
+    Load,
+    LoadView,
+    RankHello,
+    RankReport,
+    ReturnShares,
+    Send,
+    SendNotice,
+    Withdraw,
+)
+
+GOOD, OTHER = 100, 101
+LARGEST = 2**53 - 1
+
+front_ends = st.sampled_from([GOOD, OTHER])
+requests = st.integers(1, 4) | st.sampled_from([0, 2**63 - 1])
+counts = st.integers(0, 20) | st.sampled_from([2**31, LARGEST])
+priorities = st.integers(-1, 1) | st.sampled_from([-(2**63), 2**63 - 1])
+said: st.SearchStrategy[FromFrontEnd] = st.one_of(
+    st.builds(
+        Ask, front_ends, counts, counts, st.lists(st.builds(Descriptor, requests, counts, counts, priorities, counts))
+    ),
+    st.builds(Withdraw, front_ends, counts, st.lists(requests)),
+    st.builds(ReturnShares, front_ends, counts),
+    st.builds(
+        SendNotice,
+        front_ends,
+        st.lists(st.builds(Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
+        counts,
+    ),
+    st.builds(FrontEndLeaving, st.just(OTHER)),
+    st.builds(lambda ranks: FrontEndHello(PROTOCOL_VERSION, OTHER, 0, "keep", True, ranks), st.none() | st.just([0])),
+)
+steps = st.lists(st.tuples(said, st.floats(0.0, 0.3)), max_size=20)
+
+
+class Told:
+    """A coordinator over two ranks. What it says is decoded as front-ends decode it."""
+
+    def __init__(self) -> None:
+        self.machine = Coordinator(2, 1, 0.1, lockstep=False)
+        self.view: LoadView | None = None
+        self.now = 0.0
+        for rank in range(2):
+            self.tell(coordinator.RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)))
+            report = RankReport(rank, 10 + rank, 1, 0, False, Load(slots=4, step_tokens=LARGEST, kv_total=LARGEST), {})
+            self.tell(coordinator.RankSaid(report))
+        for front_end in (GOOD, OTHER):
+            self.hear(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True))
+
+    def hear(self, message: FromFrontEnd) -> None:
+        self.tell(coordinator.FrontEndSaid(codec.from_front_end().decode(codec.encode(message))))
+
+    def tell(self, event: coordinator.Event) -> None:
+        for effect in self.machine.handle(event, self.now):
+            if isinstance(effect, coordinator.ToFrontEnds):
+                message = codec.to_front_end().decode(codec.encode(effect.message))
+                if isinstance(message, LoadView):
+                    self.view = message
+
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.machine.deadline <= until:
+            self.now = max(self.now, self.machine.deadline)
+            self.tell(coordinator.Tick())
+        self.now = until
+
+
+@given(steps)
+@settings(max_examples=150)
+def test_whatever_front_ends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
+    story: list[tuple[FromFrontEnd, float]],
+) -> None:
+    told = Told()
+    for message, seconds in story:
+        told.hear(message)
+        told.wait(seconds)
+    for front_end in (GOOD, OTHER):
+        told.tell(coordinator.FrontEndGone(front_end))
+    assert not list(told.machine.broker.descriptors())
+    told.hear(FrontEndHello(PROTOCOL_VERSION, 102, brokered=True))
+    told.wait(5.0)
+    assert told.view is not None
+    assert told.view.shares is not None
+    assert [shares.front_end for shares in told.view.shares] == [102]
+    assert all(share.requests == 4 for share in told.view.shares[0].shares)
