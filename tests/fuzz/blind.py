@@ -17,20 +17,23 @@ from tests.fuzz.mutate import Mutator
 from tests.fuzz.size import size_of
 from tests.fuzz.target import Target
 
-ROUND = 5000
+ROUND = 20_000
 """Inputs for one life of a target."""
 HANG_S = 30.0
+"""For so few inputs that they take a fraction of a second."""
+WATCHED = 500
+"""That many inputs."""
 
 
 @dataclass
 class Row:
-    """What came of one target."""
+    """What came of one target. `things`: the most that it remembered at the end of a round."""
 
     name: str
     inputs: int = 0
     seconds: float = 0.0
     errors: int = 0
-    largest: int = 0
+    things: int = 0
     rss_before_mb: float = 0.0
     rss_after_mb: float = 0.0
     first_error: str = ""
@@ -47,10 +50,7 @@ def fuzz(
 ) -> Row:
     """Feed it. `stop_at`: errors after which it is enough. A hang ends the process, with a traceback."""
     draw = random.Random(f"{kind.name} {seed}")
-    target = kind(draw)
-    grammar = Grammar(draw, kind.known, kind.parties)
-    make = (lambda: encode(grammar.message(kind.kinds))) if kind.kinds else None
-    mutator = Mutator(draw, frames_of(kind.corpus), make)
+    target, mutator = kind(draw), mutator_of(kind, draw)
     row, begin = Row(kind.name), time.monotonic()
     while row.inputs < inputs and row.errors < stop_at:
         frame = b""
@@ -59,22 +59,26 @@ def fuzz(
             for _ in range(min(ROUND, inputs - row.inputs)):
                 frame = mutator.next()
                 row.inputs += 1
-                if not row.inputs % 500:
+                if not row.inputs % WATCHED:
                     faulthandler.dump_traceback_later(HANG_S, exit=True)
                 target.feed(frame)
             target.check()
-            row.largest = max(row.largest, size_of(target.machines()))
-            assert row.largest <= kind.largest, f"it remembers {row.largest} things"
+            row.things = max(row.things, size_of(target.machines()))
+            assert row.things <= kind.largest, f"it remembers {row.things} things"
         except Exception as error:
             row.errors += 1
-            row.first_error = (
-                row.first_error or f"{type(error).__name__}: {error} at input {row.inputs}: {frame[:200]!r}"
-            )
+            where = f"input {row.inputs} of seed {seed}: {frame[:200]!r}"
+            row.first_error = row.first_error or f"{type(error).__name__}: {error} at {where}"
             traceback.print_exc(file=sys.stderr)
-        if not row.rss_before_mb:
-            row.rss_before_mb = rss_mb()
+        row.rss_before_mb = row.rss_before_mb or rss_mb()
         row.seconds = time.monotonic() - begin
         progress(row)
     faulthandler.cancel_dump_traceback_later()
     row.rss_after_mb = rss_mb()
     return row
+
+
+def mutator_of(kind: type[Target], draw: random.Random) -> Mutator:
+    """What makes a target's inputs."""
+    grammar = Grammar(draw, kind.known, kind.parties)
+    return Mutator(draw, frames_of(kind.corpus), (lambda: encode(grammar.message(kind.kinds))) if kind.kinds else None)

@@ -38,7 +38,7 @@ logger.setLevel(logging.CRITICAL)
 class CoordinatorTarget(Target):
     """A coordinator of four ranks and two front-ends who are what they should be, in lockstep or not."""
 
-    largest = 30_000
+    largest = 5_000
 
     def __init__(self, draw: random.Random) -> None:
         super().__init__(draw)

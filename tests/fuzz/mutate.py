@@ -11,6 +11,7 @@ import msgspec
 from tests.fuzz.grammar import EDGES, FLOATS, TEXTS
 
 LARGEST = 1 << 16
+BAD_HEADS = (b"\xdd\xff\xff\xff\xff", b"\xc6\x7f\xff\xff\xff", b"\x91" * 2000, b"\xc1")
 
 
 class Mutator:
@@ -93,7 +94,4 @@ class Mutator:
                 part = frame[at : at + draw.randrange(1, 9)]
                 return frame[:at] + part * draw.choice((2, 50)) + frame[at:]
             case _:
-                return (
-                    draw.choice((b"\xdd\xff\xff\xff\xff", b"\xc6\x7f\xff\xff\xff", b"\x91" * 2000, b"\xc1"))
-                    + frame[at:]
-                )
+                return draw.choice(BAD_HEADS) + frame[at:]

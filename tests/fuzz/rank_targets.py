@@ -8,7 +8,7 @@ from typing import Any
 
 from paceline.protocol import codec
 from paceline.protocol.agreement import REDUCTIONS, integers, outcome
-from paceline.protocol.messages import PROTOCOL_VERSION, Admit, Identify
+from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, Admit, Identify
 from paceline.protocol.quota import AUTO
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import (
@@ -31,6 +31,7 @@ from paceline.protocol.rank_events import (
     ToFrontEnd,
     Turn,
 )
+from paceline.protocol.sampling import SamplingParams
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well
 from tests.protocol.deployment import TinyEngine
@@ -151,20 +152,17 @@ class Agreements(RankTarget):
 
     def begin(self) -> None:
         super().begin()
-        self._row: bytes = b""
+        self._row = b""
+        self._sent = 0
 
     def feed(self, frame: bytes) -> None:
         self._row = frame[13:]
-        self.handle(FrontEndSaid(FRONT_ENDS[0], self._request()))
+        if not self.engine.requests:
+            self._sent += 1
+            request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
+            self.handle(FrontEndSaid(FRONT_ENDS[0], request))
         for _ in range(4):
             self.turn()
-
-    def _request(self) -> Any:
-        from paceline.protocol.messages import AddRequest
-        from paceline.protocol.sampling import SamplingParams
-
-        self._sent = getattr(self, "_sent", 0) + 1
-        return AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
 
     def agree(self, own: Agree) -> None:
         mine = integers(own)

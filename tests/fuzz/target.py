@@ -18,9 +18,9 @@ PAUSES_S = (0.0, 0.0, 1e-4, 1e-3, 0.02, 0.3, 5.0)
 class Target(ABC):
     """Lives for a round of inputs, is checked, and begins anew: `begin`, many times `feed`, `check`.
 
-    `corpus`: its folder. `kinds`: the classes of messages that its grammar makes, none where it is fed other bytes. `known`: integers that
-    mean something to it; `parties`: those of them that belong together, by the names of fields. `largest`: what it may remember at the end of a round, as `size_of` counts it, however long
-    the round was.
+    `corpus`: its folder. `kinds`: the classes of messages that its grammar makes, none where it is fed other bytes.
+    `known`: integers that mean something to it; `parties`: those of them that belong together, by the names of fields.
+    `largest`: what it may remember, as `size_of` counts it, however long a round is.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Target(ABC):
     def feed(self, frame: bytes) -> None:
         """One input. Raises nothing, whatever it is."""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """The round is over: whatever must be so still is."""
 
     def machines(self) -> list[Any]:

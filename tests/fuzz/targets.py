@@ -12,7 +12,8 @@ from tests.fuzz.vllm_targets import VllmFrontEnds, VllmRanks
 TARGETS: dict[str, type[Target]] = {
     target.name: target
     for target in (
-        FromStrangeRanks, FromRanks, FromFrontEnds, RankSubscriptions, FromCoordinator, Requests, Agreements, Broadcasts,
-        Tokens, VllmRanks, VllmFrontEnds, KeeperStatus, Collectives, RendezvousQuestions, RendezvousAnswers, HttpBodies,
+        FromStrangeRanks, FromRanks, FromFrontEnds, RankSubscriptions, FromCoordinator, Requests, Agreements,
+        Broadcasts, Tokens, VllmRanks, VllmFrontEnds, KeeperStatus, Collectives, RendezvousQuestions,
+        RendezvousAnswers, HttpBodies,
     )
 }  # fmt: skip

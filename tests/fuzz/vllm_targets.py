@@ -33,7 +33,7 @@ class VllmTarget(Target):
     """A coordinator under vLLM, of one version or another."""
 
     corpus = "vllm-rank"
-    largest = 60_000
+    largest = 40_000
 
     def begin(self) -> None:
         dialect = VllmDialect(count_fields=self.draw.choice((2, 3)), says_started=self.draw.random() < 0.7)
