@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.load import Ledger
-from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.ranks.requests import RankRequests
 from paceline.protocol.rules import RULES
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_command
@@ -112,7 +112,7 @@ def a_report_that_is_not_true(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("paceline.protocol.board.HEARTBEAT_S", 0.05)
+    patch.setattr("paceline.protocol.coordination.board.HEARTBEAT_S", 0.05)
 
 
 def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:
