@@ -56,7 +56,7 @@ from paceline.protocol.rules import checked
 from paceline.protocol.sampling import LARGEST_STAMP
 
 NOBODY = -1
-"""No coordinator has been heard yet."""
+"""No coordinator has been heard yet; else its identity, which each life of it has anew."""
 
 
 class FrontEnd:
@@ -189,6 +189,7 @@ class FrontEnd:
     def statistics(self) -> dict[str, object]:
         """For `/health`, metrics and tests."""
         return {
+            "coordinator": self._coordinator,
             "wave": self.wave,
             "running": self.running,
             "ready": self.ready_ranks(),
