@@ -19,8 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from paceline.protocol import codec
-from paceline.protocol import coordinator_events as coordinator
+from paceline.protocol import codec, coordinator_events as coordinator
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,

@@ -20,8 +20,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 from routing import DATA, TRACES, at_random
-from serve_deployment import Deployment as Served
-from serve_deployment import ending_on_signals
+from serve_deployment import Deployment as Served, ending_on_signals
 
 from paceline.engines.timed import CostModel
 from paceline.simulate.traffic.engine import EngineShape

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bars
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from paceline.protocol.rules import BINDING_RULES, RULES, checked
 from paceline.protocol.sampling import SuspendMode

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from paceline.engines.llama import LlamaEngine
 from paceline.engines.llama_sampling import RANDOM_SEED, read_logprobs

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paceline.engines.moe_arithmetic import MOST_ELEMENTS, Floats, attend, normalise, rows_times, softmax
 

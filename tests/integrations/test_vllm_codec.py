@@ -6,8 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from paceline.integrations import vllm_codec as codec
 from paceline.integrations.vllm_codec import Notice, RankStats, Scale

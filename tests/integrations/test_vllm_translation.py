@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paceline.integrations.vllm_codec import Notice, RankMessage, RankStats, read_front_end, read_rank
 from paceline.integrations.vllm_dialect import VllmDialect

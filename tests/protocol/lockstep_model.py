@@ -12,8 +12,7 @@ from msgspec import Struct
 
 from paceline.protocol.candidates import Candidate, Candidates
 from paceline.protocol.policy import Policy, Query
-from paceline.protocol.quota import Outcome as Quota
-from paceline.protocol.quota import Part, decide, reduced
+from paceline.protocol.quota import Outcome as Quota, Part, decide, reduced
 
 STEP_S = 0.004
 TOKEN_S = 0.00004

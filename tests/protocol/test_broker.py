@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from paceline.protocol.binding_messages import Descriptor
 from paceline.protocol.broker import PATIENCE, Broker, Entry

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from paceline.protocol.generation import FORM_TIMEOUT_S, LOST_S, SILENT_S, Generations, Position
 from paceline.protocol.messages import GroupMember

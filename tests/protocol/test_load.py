@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
 from paceline.protocol.load import MAX_LEDGER_SENDS, Ledger, SpeedMeter, believed, waiting_for_a_slot

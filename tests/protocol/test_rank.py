@@ -103,8 +103,16 @@ def test_an_admission_of_another_rank_or_life_or_a_second_one_changes_nothing() 
         assert machine.handle(CoordinatorSaid(Admit(rank, life, 6)), 0.0) == []
     assert machine.statistics()["phase"] == "joining"
     machine = ready(wave=4)
-    assert machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 9)), 0.0) == []
+    assert machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 4)), 0.0) == []
     assert machine.wave == 4
+
+
+def test_a_ready_rank_is_told_of_waves_that_were_finished_while_it_joined_unless_it_runs() -> None:
+    machine = ready(wave=4, lockstep=True)
+    assert said(machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 9)), 0.0), RankHello, ready=True, wave=9)
+    add(machine, 1, wave=9)
+    assert machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 11)), 0.0) == []
+    assert (machine.wave, machine.running) == (9, True)
 
 
 def test_who_asks_is_told_who_it_is_once_the_engine_is_there() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import Effect, RankSaid, RanksReported, Tick, ToFrontEnds

@@ -8,8 +8,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paceline.protocol import coordinator, frontend_events
 from paceline.protocol.coordinator import Coordinator

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paceline.protocol.messages import Load, Send
 from paceline.protocol.rooms import KV_SHARE, Amount, Rooms

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import Phase, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import Phase, example, given, settings, strategies as st
 
 from paceline.protocol.messages import LoadView, StartDPWave, WakeNotice
 from tests.protocol.deployment import Deployment

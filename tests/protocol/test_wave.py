@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from paceline.protocol.messages import StartDPWave
 from paceline.protocol.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S, GroupWave
@@ -16,7 +15,6 @@ def paused(ranks: int = 3, wave: int = 0) -> GroupWave:
     """A group of paused ranks, all of which have said so."""
     group = GroupWave()
     for rank in range(ranks):
-        group.joined(rank, 0.0)
         group.observe(rank, wave, False, 0.0)
     return group
 
@@ -148,7 +146,7 @@ def test_two_ranks_that_start_at_once_are_one_wave() -> None:
 def test_a_rank_that_starts_in_a_finished_wave_has_the_others_woken_to_this_one() -> None:
     group = paused(3, wave=5)
     group.forget(2, 1.0)
-    group.joined(2, 1.0)
+    group.observe(2, 0, False, 1.0)
     group.started(2, 3, 2.0)
     assert (group.wave, group.running) == (5, False)
     assert group.wake(2.0) == StartDPWave(5, None)
@@ -179,7 +177,7 @@ def test_any_rank_may_be_the_first_to_say_that_the_wave_is_over(order: tuple[int
 def test_a_rank_that_joins_while_the_others_run_is_woken() -> None:
     group = paused(2)
     answer(group, 0, 0, 1)
-    group.joined(2, 2.0)
+    group.observe(2, 0, False, 2.0)
     assert group.lagging() == [2]
     assert group.wake(2.0) == StartDPWave(0, None)
     answer(group, 0, 2, now=2.1)
@@ -188,11 +186,28 @@ def test_a_rank_that_joins_while_the_others_run_is_woken() -> None:
 
 def test_a_rank_that_joins_at_wave_0_takes_the_group_no_step_back() -> None:
     group = paused(2, wave=6)
-    group.joined(2, 1.0)
+    group.observe(2, 0, False, 1.0)
     group.observe(2, 0, False, 1.0)
     assert (group.wave, group.running, group.wake_due) == (6, False, None)
     group.started(2, 6, 2.0)
     assert group.wake(2.0) == StartDPWave(6, 2)
+
+
+def test_a_rank_that_rests_a_wave_behind_is_late_until_it_knows() -> None:
+    group = paused(2, wave=5)
+    group.observe(2, 5, False, 0.0)
+    for rank in (0, 1):
+        group.observe(rank, 6, False, 1.0)
+    assert group.late() == [2]
+    group.observe(2, 6, False, 1.2)
+    assert group.late() == []
+
+
+def test_a_rank_that_rests_while_the_others_run_is_woken_and_not_late() -> None:
+    group = paused(2, wave=5)
+    answer(group, 5, 0, 1)
+    group.observe(2, 0, False, 1.0)
+    assert (group.lagging(), group.late()) == ([2], [])
 
 
 def test_nothing_is_owed_to_or_by_a_rank_that_is_gone() -> None:
@@ -202,7 +217,7 @@ def test_nothing_is_owed_to_or_by_a_rank_that_is_gone() -> None:
     answer(group, 0, 1)
     group.forget(2, 1.1)
     assert (group.lagging(), group.wake_due) == ([], None)
-    group.joined(2, 1.2)
+    group.observe(2, 0, False, 1.2)
     assert group.lagging() == [2]
     group.forget(2, 1.3)
     for rank in (0, 1):
@@ -213,7 +228,6 @@ def test_nothing_is_owed_to_or_by_a_rank_that_is_gone() -> None:
 def test_a_new_coordinator_takes_the_highest_wave_and_wakes_those_behind() -> None:
     group = GroupWave()
     for rank, wave, running in ((0, 3, False), (1, 4, True), (2, 4, False)):
-        group.joined(rank, 1.0)
         group.observe(rank, wave, running, 1.0)
     assert (group.wave, group.running, group.lagging()) == (4, True, [0, 2])
     assert group.wake(1.0) == StartDPWave(4, None)
@@ -221,16 +235,16 @@ def test_a_new_coordinator_takes_the_highest_wave_and_wakes_those_behind() -> No
 
 def test_a_rank_that_stays_behind_in_an_old_wave_has_the_others_woken() -> None:
     group = GroupWave()
-    group.joined(1, 0.0)
+    group.observe(1, 0, False, 0.0)
     group.started(1, 0, 0.0)
-    group.joined(0, 0.1)
+    group.observe(0, 0, False, 0.1)
     group.observe(0, 5, False, 0.1)
     wakes = [group.wake(now / 100) for now in range(10, 100)]
     assert StartDPWave(5, None) in wakes
 
 
 words = st.tuples(
-    st.sampled_from(["observe", "started", "noticed", "joined", "forget", "wake"]),
+    st.sampled_from(["observe", "started", "noticed", "forget", "wake"]),
     st.integers(0, 3), st.integers(0, 5), st.booleans(), st.floats(0, 0.2),
 )  # fmt: skip
 
@@ -247,9 +261,9 @@ def test_whatever_is_said_the_wave_grows_and_a_wake_is_due_while_one_is_owed(
         if what == "wake":
             wake = group.wake(now)
             assert wake is None or wake.wave == group.wave
-        elif what in {"joined", "forget"}:
-            getattr(group, what)(rank, now)
-            last.pop(rank, None) if what == "forget" else last.setdefault(rank, (0, False))
+        elif what == "forget":
+            group.forget(rank, now)
+            last.pop(rank, None)
         elif what == "noticed":
             group.noticed(rank, number, now)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paceline.protocol.messages import Form, StartDPWave, Suspension
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.rest import check_rest
-from tests.simulate.test_scenarios import deploy, run_a_wave, running
+from tests.simulate.test_scenarios import deploy, run_a_wave, running, waves
 from tests.simulate.test_scenarios_suspended import control, steps
 
 NONE: frozenset[str] = frozenset()
@@ -134,4 +134,27 @@ def test_a_new_coordinator_lets_survivors_go_on_without_a_rank_that_died_meanwhi
     deployment.start_rank(0)
     deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0)
     run_a_wave(deployment)
+    check_rest(deployment)
+
+
+def test_a_wave_that_survivors_finish_while_another_rejoins_is_told_to_it() -> None:
+    """The survivors paused just before they were told to form a generation with the next life, which was told the wave
+    that they had finished: at rest it stayed a wave behind, until the next wake."""
+    deployment = deploy(NONE, ranks=3)
+    survivors = [deployment.ranks[number] for number in (0, 1)]
+    deployment.front_ends[0].submit(rank=0, max_tokens=40)
+    deployment.world.run_for(0.1)
+    deployment.crash_rank(2)
+    deployment.world.run_until(lambda: {rank.machine.generation for rank in survivors} == {2})
+    for rank in survivors:
+        rank.broadcasts.lose(Form, times=100)
+    joiner = deployment.start_rank(2)
+    deployment.world.run_until(lambda: joiner.machine.told == 3)
+    assert len(running(deployment)) == 2
+    deployment.world.run_until(lambda: not running(deployment))
+    for rank in survivors:
+        rank.broadcasts.lose_no_more()
+    deployment.world.run_until(lambda: all_formed(deployment))
+    assert deployment.world.run_until(lambda: waves(deployment) == {1}, limit_s=2.0) < 0.5
+    deployment.world.run_for(0.5)
     check_rest(deployment)

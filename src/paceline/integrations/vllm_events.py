@@ -5,8 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from paceline.integrations.vllm_codec import Notice, RankMessage, Scale
-from paceline.protocol.coordinator_events import Note as Note
-from paceline.protocol.coordinator_events import Tick as Tick
+from paceline.protocol.coordinator_events import Note as Note, Tick as Tick
 
 # Events ---------------------------------------------------------------------------------------
 

@@ -26,11 +26,9 @@ from paceline.protocol.coordinator_events import (
     RankSaid,
     RanksReported,
     RankSubscribed,
+    Tick as Tick,
     ToFrontEnds,
     ToRanks,
-)
-from paceline.protocol.coordinator_events import (
-    Tick as Tick,
 )
 from paceline.protocol.generation import Generations, Position
 from paceline.protocol.introductions import PATIENCE_S, Introductions
@@ -208,7 +206,6 @@ class Coordinator:
             self._generations.heard(hello.rank, position, now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
-                self._group.joined(hello.rank, now)
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
             self._suspension_changed(now)
@@ -216,13 +213,10 @@ class Coordinator:
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
-        elif (
-            not grouped
-            and self._introductions.acquainted(now)
-            and self._introductions.admits(hello.rank, hello.incarnation, now)
-        ):
-            told = self._suspension.told()
-            effects.append(ToRanks(Admit(hello.rank, hello.incarnation, self._joiners_wave(), told)))
+        asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
+        if asks and self._introductions.admits(hello.rank, hello.incarnation, now):
+            admit = Admit(hello.rank, hello.incarnation, self._joiners_wave(), self._suspension.told())
+            effects.append(ToRanks(admit))
 
     def _on_report(self, report: RankReport, now: float) -> None:
         if not self._board.report(report):
@@ -246,6 +240,13 @@ class Coordinator:
         self._stalls.forget(rank)
         self.broker.lost(rank)
         self._suspension_changed(now)
+
+    def _unheard(self) -> list[int]:
+        return [*self._membership.missing(), *self._generations.silent(), *self._late()]
+
+    def _late(self) -> list[int]:
+        """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
+        return self._group.late() if self._generations.number else []
 
     def _joiners_wave(self) -> int:
         return 0 if "joiner-told-the-wave" in self._without else self._group.wave
@@ -333,12 +334,11 @@ class Coordinator:
             self._introductions.heard(rank)
             self._suspension_changed(now)
         if formed is not None:
-            number, members = formed
-            effects.append(ToRanks(Form(number, self._joiners_wave(), members, self._suspension.told())))
-        if self._generations.asks:
+            effects.append(ToRanks(Form(formed[0], self._joiners_wave(), formed[1], self._suspension.told())))
+        if self._generations.asks or (self._introductions.due is None and self._late()):
             self._generations.asks = False
             self._introductions.wanted(now)
-        if self._introductions.ask(now, lambda: [*self._membership.missing(), *self._generations.silent()]):
+        if self._introductions.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))

@@ -78,7 +78,9 @@ class Introductions:
         return True
 
     def admits(self, rank: int, incarnation: int, now: float) -> bool:
-        """Whether this hello is to be answered."""
+        """Whether this hello is to be answered: by whoever is acquainted, and not twice in a moment."""
+        if not self.acquainted(now):
+            return False
         life, when = self._admitted.get(rank, (-1, float("-inf")))
         if life == incarnation and now < when + ADMIT_AGAIN_S:
             return False

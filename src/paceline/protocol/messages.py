@@ -22,26 +22,32 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from paceline.protocol.binding_messages import Ask as Ask
-from paceline.protocol.binding_messages import Descriptor as Descriptor
-from paceline.protocol.binding_messages import Grant as Grant
-from paceline.protocol.binding_messages import Grants as Grants
-from paceline.protocol.binding_messages import ReturnShares as ReturnShares
-from paceline.protocol.binding_messages import Share as Share
-from paceline.protocol.binding_messages import Shares as Shares
-from paceline.protocol.binding_messages import Withdraw as Withdraw
-from paceline.protocol.control_messages import ControlAnswer as ControlAnswer
-from paceline.protocol.control_messages import ControlRequest as ControlRequest
-from paceline.protocol.control_messages import Stall as Stall
-from paceline.protocol.control_messages import StallReport as StallReport
-from paceline.protocol.control_messages import Suspension as Suspension
-from paceline.protocol.control_messages import SuspensionState as SuspensionState
-from paceline.protocol.request_messages import AbortRequests as AbortRequests
-from paceline.protocol.request_messages import AddRequest as AddRequest
-from paceline.protocol.request_messages import FromFrontEndToRank as FromFrontEndToRank
-from paceline.protocol.request_messages import Output as Output
-from paceline.protocol.request_messages import Outputs as Outputs
-from paceline.protocol.request_messages import ToFrontEndFromRank as ToFrontEndFromRank
+from paceline.protocol.binding_messages import (
+    Ask as Ask,
+    Descriptor as Descriptor,
+    Grant as Grant,
+    Grants as Grants,
+    ReturnShares as ReturnShares,
+    Share as Share,
+    Shares as Shares,
+    Withdraw as Withdraw,
+)
+from paceline.protocol.control_messages import (
+    ControlAnswer as ControlAnswer,
+    ControlRequest as ControlRequest,
+    Stall as Stall,
+    StallReport as StallReport,
+    Suspension as Suspension,
+    SuspensionState as SuspensionState,
+)
+from paceline.protocol.request_messages import (
+    AbortRequests as AbortRequests,
+    AddRequest as AddRequest,
+    FromFrontEndToRank as FromFrontEndToRank,
+    Output as Output,
+    Outputs as Outputs,
+    ToFrontEndFromRank as ToFrontEndFromRank,
+)
 from paceline.protocol.sampling import (
     Address,
     Count,
@@ -52,12 +58,14 @@ from paceline.protocol.sampling import (
     SuspendMode,
     Wave,
 )
-from paceline.protocol.to_rank_messages import Admit as Admit
-from paceline.protocol.to_rank_messages import Form as Form
-from paceline.protocol.to_rank_messages import GroupMember as GroupMember
-from paceline.protocol.to_rank_messages import Identify as Identify
-from paceline.protocol.to_rank_messages import StartDPWave as StartDPWave
-from paceline.protocol.to_rank_messages import ToRank as ToRank
+from paceline.protocol.to_rank_messages import (
+    Admit as Admit,
+    Form as Form,
+    GroupMember as GroupMember,
+    Identify as Identify,
+    StartDPWave as StartDPWave,
+    ToRank as ToRank,
+)
 
 PROTOCOL_VERSION = 1
 

@@ -265,7 +265,7 @@ class Rank:
             case Suspension():
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self._learn(message)
+                self.standing.hear(message)
                 # The next agreement would stop the wave, some steps from now: it is brought forward.
                 urgent = self._lockstep and self.running and stops(self.standing.packed)
                 return [self._hello(), *([Urge()] if urgent else [])]
@@ -278,17 +278,17 @@ class Rank:
         raise TypeError(f"rank {self.rank}: {type(message).__name__} is no message to a rank")
 
     def _on_admit(self, admit: Admit) -> list[Effect]:
-        if (admit.rank, admit.incarnation, self.phase) != (self.rank, self.incarnation, Phase.JOINING):
+        # Who is ready may be behind: the others have finished a wave while it joined.
+        behind = self.phase is Phase.READY and not self.running and admit.wave > self.wave
+        if (admit.rank, admit.incarnation) != (self.rank, self.incarnation):
+            return []
+        if not behind and self.phase is not Phase.JOINING:
             return []
         self.phase = Phase.READY
         self._hello_due = None
         self.waves.reach(admit.wave)
-        self._learn(admit.suspension)
+        self.standing.hear(admit.suspension)
         return [self._hello()]
-
-    def _learn(self, told: Suspension | None) -> None:
-        if told is not None:
-            self.standing.learn(told.number, told.mode, told.released)
 
     def _on_form(self, form: Form) -> list[Effect]:
         lives = {(member.rank, member.incarnation) for member in form.members}
@@ -298,7 +298,7 @@ class Rank:
             return [self._hello()] if form.generation == self.generation else []
         if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
-        self._learn(form.suspension)
+        self.standing.hear(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.generation = 0
         self.told = form.generation

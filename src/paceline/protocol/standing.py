@@ -7,6 +7,7 @@ crosswise. An even number is in force once it is `released`: every rank has said
 
 from __future__ import annotations
 
+from paceline.protocol.messages import Suspension
 from paceline.protocol.sampling import SuspendMode
 
 MODES: tuple[SuspendMode, ...] = ("keep", "wait", "abort")
@@ -50,6 +51,11 @@ class Standing:
             self.released = True
             return True
         return False
+
+    def hear(self, told: Suspension | None) -> None:
+        """Take in what the coordinator says, if it says anything."""
+        if told is not None:
+            self.learn(told.number, told.mode, told.released)
 
     def learn_packed(self, packed: int) -> bool:
         """Take in what the ranks agreed on. Returns whether it was news."""

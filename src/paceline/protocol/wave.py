@@ -9,6 +9,8 @@ Here two rules stand instead:
 - A wake is owed as long as some rank runs in the current wave (or a front-end says that it has sent a
   request) and another ready rank has not said that it runs in that wave or has finished it. It is
   repeated until no rank owes an answer. A rank that gets it twice changes nothing.
+- A rank that is paused a wave behind the others, while all rest, is told theirs. It joined while they finished the
+  wave that it was told.
 
 From these it follows that any sign of work wakes the others: a StartWave, but also the plain report of
 a rank that runs, and that a new coordinator that knows nothing picks up a half-started wave by hearing
@@ -48,6 +50,8 @@ class GroupWave:
         self._behind: set[int] = set()
         # Those that run in a wave that the others have finished, and have not said that they have.
         self._stranded: set[int] = set()
+        # Those that are paused and do not know that the others have finished a wave.
+        self._late: set[int] = set()
         self._prompt_wake = False
         self._noticed_wave = -1
         self._exclude: int | None = None
@@ -110,6 +114,7 @@ class GroupWave:
         self._running.discard(rank)
         self._behind.discard(rank)
         self._stranded.discard(rank)
+        self._late.discard(rank)
         self._settle(now)
 
     def told(self, wave: int, now: float) -> None:
@@ -117,16 +122,13 @@ class GroupWave:
         self._advance(wave)
         self._settle(now)
 
-    def joined(self, rank: int, now: float) -> None:
-        """A rank is ready. It has said nothing of waves yet but what its hello said."""
-        if rank not in self._observed:
-            self._observed[rank] = Observed(0, False)
-            self._place(rank, self._observed[rank])
-            self._settle(now)
-
     def lagging(self) -> list[int]:
         """Ranks that have been or will be woken and have not answered."""
         return sorted(self._behind) if self._owed() else []
+
+    def late(self) -> list[int]:
+        """Ranks that rest a wave behind the others, which rest as well. Where they do not, the wake tells the wave."""
+        return [] if self._owed() else sorted(self._late)
 
     def wake(self, now: float) -> StartDPWave | None:
         """The wake to broadcast now, if one is due; the next repeat is set."""
@@ -170,6 +172,8 @@ class GroupWave:
         (self._behind.discard if current else self._behind.add)(rank)
         stranded = state.running and state.wave < self.wave
         (self._stranded.add if stranded else self._stranded.discard)(rank)
+        late = not state.running and state.wave < self.wave
+        (self._late.add if late else self._late.discard)(rank)
 
     def _settle(self, now: float) -> None:
         """Set or clear the wake after anything was learned."""

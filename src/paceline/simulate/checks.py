@@ -30,8 +30,7 @@ from paceline.protocol.messages import (
 )
 from paceline.protocol.quota import PATIENCE
 from paceline.protocol.rank import Phase
-from paceline.simulate.coordinator_party import NAME as COORDINATOR
-from paceline.simulate.coordinator_party import CoordinatorParty
+from paceline.simulate.coordinator_party import NAME as COORDINATOR, CoordinatorParty
 from paceline.simulate.front_end_party import FrontEndParty
 from paceline.simulate.rank_party import RankParty
 from paceline.simulate.world import Violation

@@ -10,8 +10,7 @@ from typing import Any
 from msgspec import Struct
 
 from paceline.engines.timed import CostModel
-from paceline.protocol import codec, frontend_events, rank_events
-from paceline.protocol import coordinator_events as coordinator
+from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import Member, ToFrontEnd, ToRank

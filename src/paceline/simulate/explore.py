@@ -19,8 +19,7 @@ from msgspec.structs import replace
 from paceline.protocol.sampling import ControlAction, SuspendMode
 from paceline.simulate.explore_group import GroupedWorld
 from paceline.simulate.explore_story import tell
-from paceline.simulate.explore_walk import Found, SingleWalk, WideWalk
-from paceline.simulate.explore_walk import Progress as Progress
+from paceline.simulate.explore_walk import Found, Progress as Progress, SingleWalk, WideWalk
 from paceline.simulate.explore_world import World
 
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as coordinator
-from paceline.protocol import frontend_events
+from paceline.protocol import coordinator_events as coordinator, frontend_events
 from paceline.protocol.binding import ASK_AGAIN_S
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd

@@ -14,8 +14,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as at_coordinator
-from paceline.protocol import frontend_events as at_front_end
+from paceline.protocol import coordinator_events as at_coordinator, frontend_events as at_front_end
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import (

@@ -5,8 +5,7 @@ and gives requests out between two steps, when all ranks' state is known.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
-from collections.abc import Sequence as Many
+from collections.abc import Collection, Iterable, Sequence as Many
 from heapq import heapify, heappop, heappush
 
 from paceline.simulate.traffic.clock import Clock
