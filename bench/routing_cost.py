@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 from tests.protocol import routing_reference
 
-from paceline.protocol.candidates import Candidate, Candidates
-from paceline.protocol.policy import Policy, Query
 from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing.candidates import Candidate, Candidates
+from paceline.protocol.routing.policy import Policy, Query
 
 GOALS_US = {64: 20, 1024: 60}
 ROUNDS = 5

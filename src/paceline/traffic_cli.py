@@ -13,8 +13,8 @@ from msgspec import Struct
 
 from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError
-from paceline.protocol.policy import Policy
 from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing.policy import Policy
 from paceline.runtime.policies import PolicyError, find_policy
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.ours import Links

@@ -10,9 +10,9 @@ from collections import deque
 
 from msgspec import Struct
 
-from paceline.protocol.candidates import Candidate, Candidates
-from paceline.protocol.policy import Policy, Query
 from paceline.protocol.quota import Outcome as Quota, Part, decide, reduced
+from paceline.protocol.routing.candidates import Candidate, Candidates
+from paceline.protocol.routing.policy import Policy, Query
 
 STEP_S = 0.004
 TOKEN_S = 0.00004

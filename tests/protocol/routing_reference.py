@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.protocol.candidates import Candidate
+from paceline.protocol.routing.candidates import Candidate
 
 REQUEST_TOKENS = 256
 """What one queued request weighs besides its prompt, in prompt tokens: its answer is yet to come."""

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from paceline.protocol.coordination.wave import FIRST_REPEAT_S
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Effect,
@@ -36,7 +37,6 @@ from paceline.protocol.messages import (
     WakeNotice,
 )
 from paceline.protocol.sampling import ControlAction, SuspendMode
-from paceline.protocol.wave import FIRST_REPEAT_S
 from tests.protocol.harness import find, one, said
 
 FRONT_END, COORDINATOR = 100, 1

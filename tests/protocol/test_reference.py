@@ -12,7 +12,8 @@ import pytest
 
 from paceline import coordinator_cli
 from paceline.config import ParallelConfig
-from paceline.protocol import board, codec, messages, rank, reference, wave
+from paceline.protocol import codec, messages, rank, reference
+from paceline.protocol.coordination import board, wave
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid, Event, Submit
 from paceline.protocol.messages import Load, LoadView, Member, Members, RankView

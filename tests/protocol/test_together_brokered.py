@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from paceline.protocol import coordinator, frontend_events
-from paceline.protocol.binding import SILENCE_S
-from paceline.protocol.brokerage import UNANSWERED_S
+from paceline.protocol.binding.brokerage import UNANSWERED_S
+from paceline.protocol.frontends.binding import SILENCE_S
 from paceline.protocol.messages import (
     Ask,
     FrontEndHello,

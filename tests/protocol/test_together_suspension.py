@@ -18,7 +18,7 @@ from paceline.protocol.messages import (
     Suspension,
     WakeNotice,
 )
-from paceline.protocol.rank_phase import Phase
+from paceline.protocol.ranks.phase import Phase
 from paceline.protocol.sampling import ControlAction
 from paceline.protocol.standing import MODES
 from tests.protocol.deployment import Deployment

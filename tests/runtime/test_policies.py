@@ -10,13 +10,13 @@ import pytest
 
 from paceline.config import ServerConfig
 from paceline.errors import ConfigError
-from paceline.protocol.candidates import Candidate, Candidates
-from paceline.protocol.policy import Query
 from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing.candidates import Candidate, Candidates
+from paceline.protocol.routing.policy import Query
 from paceline.runtime.policies import PolicyError, find_policy, policy_names
 
 MINE = """
-from paceline.protocol.policy import Policy
+from paceline.protocol.routing.policy import Policy
 
 
 class Last(Policy):
@@ -74,8 +74,8 @@ def test_a_package_does_not_replace_ours() -> None:
         ("routing_of_mine:None", "cannot import"),
         (":Last", "cannot import"),
         ("no_such_module_here:Last", "No module named 'no_such_module_here'"),
-        ("routing_of_mine:Nothing", "is not a subclass of paceline.protocol.policy.Policy"),
-        ("routing_of_mine:__name__", "is not a subclass of paceline.protocol.policy.Policy"),
+        ("routing_of_mine:Nothing", "is not a subclass of paceline.protocol.routing.policy.Policy"),
+        ("routing_of_mine:__name__", "is not a subclass of paceline.protocol.routing.policy.Policy"),
     ],
 )
 def test_what_is_none_is_one_line(name: str, text: str) -> None:
@@ -88,7 +88,7 @@ def test_what_is_none_is_one_line(name: str, text: str) -> None:
 
 def test_the_interface_itself_is_no_policy_to_serve_with() -> None:
     with pytest.raises(PolicyError, match="does not say how to choose"):
-        find_policy("paceline.protocol.policy:Policy")
+        find_policy("paceline.protocol.routing.policy:Policy")
 
 
 def test_the_example_chooses_by_length() -> None:

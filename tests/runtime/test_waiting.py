@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from paceline.engines.group import GenerationEnded, RankGroup, Waiting
+from paceline.protocol.coordination.stalls import Stalls
 from paceline.protocol.messages import StallReport
-from paceline.protocol.stalls import Stalls
 from paceline.runtime.group_link import group_path
 from tests.runtime.groups import IMPLEMENTATIONS, Threads
 from tests.serving import wait_until

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from paceline.protocol.coordination.wave import GroupWave
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.rules import RULES
-from paceline.protocol.wave import GroupWave
 from paceline.simulate.explore import Bound, Progress, walk
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.generation import Generations
+from paceline.protocol.coordination.generation import Generations
 from paceline.protocol.rank import Rank
 from paceline.simulate.explore import Bound, walk
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from paceline.engines.timed import CostModel
 from paceline.protocol import quota, rank_events
-from paceline.protocol.rank_quota import RankQuota
+from paceline.protocol.ranks.quota import RankQuota
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
 from paceline.simulate.rank_party import RankParty

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.board import PublishClock
+from paceline.protocol.coordination.board import PublishClock
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import LoadView, StartDPWave, WakeNotice, WaveComplete
 from paceline.simulate.deployment import Deployment, Shape
@@ -210,7 +210,7 @@ def only_rank_0_tells_of_the_end(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_step_for_all(patch: pytest.MonkeyPatch) -> None:
-    from paceline.protocol.board import Board
+    from paceline.protocol.coordination.board import Board
 
     real, highest = Board.report, [0]
 
@@ -226,7 +226,7 @@ def published_when_quiet(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_wake_for_each_start(patch: pytest.MonkeyPatch) -> None:
-    from paceline.protocol.wave import GroupWave
+    from paceline.protocol.coordination.wave import GroupWave
 
     real = GroupWave.started
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from paceline.protocol.coordination.suspension import GroupSuspension
 from paceline.protocol.messages import StartDPWave
-from paceline.protocol.suspension import GroupSuspension
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.front_end_party import Call, FrontEndParty
 from paceline.simulate.rest import check_rest

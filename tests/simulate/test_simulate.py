@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.load import Ledger
-from paceline.protocol.rank_requests import RankRequests
+from paceline.protocol.ranks.requests import RankRequests
 from paceline.protocol.rules import RULES
 from paceline.protocol.stranded import Stranded
 from paceline.simulate.run import Options, Outcome, simulate
@@ -139,7 +139,7 @@ def a_request_forgotten_with_its_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("paceline.protocol.board.HEARTBEAT_S", 0.05)
+    patch.setattr("paceline.protocol.coordination.board.HEARTBEAT_S", 0.05)
 
 
 def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ class Waiting:
 
     What each can know differs. In an all-to-all every member hears from every other and names who is late. A group
     that reduces through one member (`SocketGroup`: the first) lets only that one know: it names who is late, all
-    others name it. So one answer may name a member that itself waits for another; `protocol/stalls.py` combines them.
+    others name it. So one answer may name a member that itself waits for another; `protocol/coordination/stalls.py`
+    combines them.
     """
     seconds: float
     """Since this member began this collective."""

@@ -56,8 +56,8 @@ from paceline.integrations.vllm_events import (
 )
 from paceline.integrations.vllm_words import KV_PARTS, RankWords
 from paceline.protocol import coordinator_events as machine_events
+from paceline.protocol.coordination.introductions import PATIENCE_S
 from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.introductions import PATIENCE_S
 from paceline.protocol.messages import FromRank, LoadView, RankReport, StartDPWave, WakeNotice
 
 STEP_WAIT_S = 0.001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from paceline.integrations.vllm_codec import RankStats
+from paceline.protocol.coordination.wave import Observed
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     FromRank,
@@ -12,7 +13,6 @@ from paceline.protocol.messages import (
     StartWave,
     WaveComplete,
 )
-from paceline.protocol.wave import Observed
 
 LIFE = 1
 """The incarnation of every rank: under vLLM there is one."""

@@ -11,9 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.board import STEP_WAIT_S, Board
-from paceline.protocol.brokerage import Brokerage
-from paceline.protocol.calls import Calls
+from paceline.protocol.binding.brokerage import Brokerage
+from paceline.protocol.coordination.board import STEP_WAIT_S, Board
+from paceline.protocol.coordination.calls import Calls
+from paceline.protocol.coordination.generation import Generations, Position
+from paceline.protocol.coordination.introductions import PATIENCE_S, Introductions
+from paceline.protocol.coordination.membership import Membership
+from paceline.protocol.coordination.publishing import Publisher, Shown
+from paceline.protocol.coordination.stalls import Stalls, describe
+from paceline.protocol.coordination.suspension import GroupSuspension
+from paceline.protocol.coordination.wave import GroupWave
 from paceline.protocol.coordinator_events import (
     Effect,
     Event,
@@ -30,9 +37,6 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.protocol.generation import Generations, Position
-from paceline.protocol.introductions import PATIENCE_S, Introductions
-from paceline.protocol.membership import Membership
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -57,11 +61,7 @@ from paceline.protocol.messages import (
     WaveComplete,
     Withdraw,
 )
-from paceline.protocol.publishing import Publisher, Shown
 from paceline.protocol.rules import checked
-from paceline.protocol.stalls import Stalls, describe
-from paceline.protocol.suspension import GroupSuspension
-from paceline.protocol.wave import GroupWave
 
 
 class Coordinator:

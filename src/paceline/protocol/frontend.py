@@ -13,9 +13,7 @@ from collections.abc import Set
 
 import msgspec
 
-from paceline.protocol.binding import Binding
-from paceline.protocol.flights import Flights
-from paceline.protocol.frontend_calls import FrontEndCalls
+from paceline.protocol.coordination.stalls import describe
 from paceline.protocol.frontend_events import (
     Abandon,
     Connect,
@@ -34,6 +32,12 @@ from paceline.protocol.frontend_events import (
     Tick,
     ToCoordinator,
 )
+from paceline.protocol.frontends.binding import Binding
+from paceline.protocol.frontends.calls import FrontEndCalls
+from paceline.protocol.frontends.flights import Flights
+from paceline.protocol.frontends.placement import Placement
+from paceline.protocol.frontends.router import Router
+from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     ControlAnswer,
@@ -45,13 +49,9 @@ from paceline.protocol.messages import (
     Stall,
     SuspensionState,
 )
-from paceline.protocol.placement import Placement
-from paceline.protocol.policy import Policy
-from paceline.protocol.router import Router
-from paceline.protocol.routing_least import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
+from paceline.protocol.routing.policy import Policy
 from paceline.protocol.rules import checked
-from paceline.protocol.stalls import describe
-from paceline.protocol.stranded import Stranded
 
 NOBODY = -1
 """No coordinator has been heard yet."""

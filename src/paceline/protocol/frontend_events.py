@@ -15,7 +15,7 @@ from paceline.protocol.messages import (
     Outputs,
     ToFrontEnd,
 )
-from paceline.protocol.policy import Decision
+from paceline.protocol.routing.policy import Decision
 from paceline.protocol.sampling import ControlAction, SamplingParams
 
 # Events ---------------------------------------------------------------------------------------

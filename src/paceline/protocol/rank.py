@@ -58,11 +58,11 @@ from paceline.protocol.rank_events import (
     Wait,
     Waited,
 )
-from paceline.protocol.rank_phase import Phase as Phase
-from paceline.protocol.rank_quota import RankQuota
-from paceline.protocol.rank_report import LoadReporter
-from paceline.protocol.rank_requests import RankRequests
-from paceline.protocol.rank_waves import RankWaves
+from paceline.protocol.ranks.phase import Phase as Phase
+from paceline.protocol.ranks.quota import RankQuota
+from paceline.protocol.ranks.reporter import LoadReporter
+from paceline.protocol.ranks.requests import RankRequests
+from paceline.protocol.ranks.waves import RankWaves
 from paceline.protocol.rules import checked
 from paceline.protocol.standing import Standing, stops
 

@@ -6,11 +6,11 @@ deployments and compares every change that happens with the tables, both ways (`
 
 from __future__ import annotations
 
-from paceline.protocol.generation import Generations
+from paceline.protocol.coordination.generation import Generations
+from paceline.protocol.coordination.suspension import GroupSuspension
 from paceline.protocol.rank import Rank
 from paceline.protocol.rank_events import CoordinatorSaid, Event, FrontEndSaid
-from paceline.protocol.rank_phase import Phase
-from paceline.protocol.suspension import GroupSuspension
+from paceline.protocol.ranks.phase import Phase
 
 Table = dict[tuple[str, str], set[str]]
 """(state, what happens) to the states that may follow. What changes nothing is left out."""

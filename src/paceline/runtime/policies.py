@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from inspect import isabstract
 
 from paceline.engines.registry import load
-from paceline.protocol.policy import Policy
 from paceline.protocol.routing import POLICIES
+from paceline.protocol.routing.policy import Policy
 
 GROUP = "paceline.routing"
 
@@ -38,7 +38,7 @@ def find_policy(name: str) -> type[Policy]:
     except (ImportError, AttributeError, ValueError) as error:
         raise PolicyError(f"{name}: cannot import {target}: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Policy)):
-        raise PolicyError(f"{name}: {target} is not a subclass of paceline.protocol.policy.Policy")
+        raise PolicyError(f"{name}: {target} is not a subclass of paceline.protocol.routing.policy.Policy")
     if isabstract(found):
         raise PolicyError(f"{name}: {target} does not say how to choose")
     return found

@@ -1,7 +1,7 @@
 """Watches how long a lockstep rank has been waiting for its peers, and says so when it is too long.
 
 A thread of its own, since the engine's thread is what waits. It decides nothing: whom the ranks wait for goes to
-the coordinator, which finds out of all answers who holds the group up (`protocol/stalls.py`).
+the coordinator, which finds out of all answers who holds the group up (`protocol/coordination/stalls.py`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from paceline.protocol.messages import Output
-from paceline.protocol.policy import Decision
+from paceline.protocol.routing.policy import Decision
 from paceline.server.answers import DONE_EVENT, Dialect, StreamedChoice, WholeChoice, event, usage
 from paceline.server.errors import ApiError, Refused, error_response, of_output, of_refusal
 from paceline.server.head import Head

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 from msgspec import Struct
 
-from paceline.protocol.broker import Broker
-from paceline.protocol.brokerage import Brokerage
+from paceline.protocol.binding.broker import Broker
+from paceline.protocol.binding.brokerage import Brokerage
 from paceline.protocol.messages import Ask, Grants, LoadView, ReturnShares, Withdraw
 from paceline.simulate.explore_binding_world import Broken, Limits, Place, World
 from paceline.simulate.explore_parts import attributes

@@ -19,9 +19,9 @@ from typing import Any
 from msgspec import Struct
 
 from paceline.protocol import coordinator_events as coordinator, frontend_events
-from paceline.protocol.binding import ASK_AGAIN_S
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontends.binding import ASK_AGAIN_S
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -34,7 +34,7 @@ from paceline.protocol.messages import (
     RankHello,
     RankReport,
 )  # fmt: skip
-from paceline.protocol.routing_least import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import SamplingParams
 
 NOW = 1000.0

@@ -31,7 +31,7 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     WaveComplete,
 )
-from paceline.protocol.policy import Policy
+from paceline.protocol.routing.policy import Policy
 from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.plane import ControlPlane, Fleet

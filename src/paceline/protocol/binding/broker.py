@@ -1,0 +1,266 @@
+"""The queue before all ranks: requests wait once, and are bound to a rank when one can start them.
+
+A request that is bound when it arrives waits behind one rank, and stays there although another rank is free a moment
+later: lengths of answers are not known, so no policy can foresee which. Here nobody waits behind a rank. The
+front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
+that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than two steps compute (in
+lockstep one); and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
+(`rooms.py`). Of those ranks it takes the least loaded.
+
+Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
+it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
+only those that are smaller pass, and the one that has waited longest, whom also those of a better priority pass. When
+`PATIENCE` others have been granted since it came into that place, it is its turn: it gets the next rank that can
+start it, and where none can, one rank is kept for it. A rank that gets nothing new becomes empty, and an empty rank
+takes anything. So who has k requests before it by arrival is granted after at most (k + 1) x (PATIENCE + 1) others,
+plus the times that k + 1 ranks take to end what they run.
+
+What a grant is. It says that this request goes to this life of this rank, and counts against the rank's room at once.
+The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it
+like any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant
+may be lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that
+nobody confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the
+client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its recalled shares, for
+`brokerage.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
+When it goes on it sees that no view names it, and says hello again. A grant for a life of a rank that has ended goes
+back to its old place in the queue, which the order keeps for it.
+
+No hop while ranks are free. As long as nobody waits, each front-end holds grants in advance: a share of each rank's
+room that it may use without a word (`shares.py`). Who has no fitting share asks, and is answered at once where there
+is room that nobody was given. When somebody waits all the same, all shares are recalled, and what comes back is
+granted by the queue.
+
+When the coordinator goes. The queue is soft state: it dies with the coordinator, the bodies do not. A front-end that
+is not answered for a while binds what it holds itself, as it would have without a broker (`binding.py`). A new
+coordinator is told of everything that still waits, with its age, so the order survives too.
+
+This file is the pure queue of the ranks that some front-ends balance over; `brokerage.py` speaks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+from paceline.protocol.binding.rooms import BUDGETS_AHEAD, LOCKSTEP_BUDGETS_AHEAD, Room, Rooms
+from paceline.protocol.binding.waiting_line import WaitingLine
+from paceline.protocol.binding_messages import Descriptor
+from paceline.protocol.messages import Send
+
+PATIENCE = 16
+"""So many grants may pass a request over that is first in order, or has waited longest."""
+
+LOOK_AHEAD = 2
+"""So many are asked, in order, whether they fit where the first does not.
+
+With eight, half of all requests wait a third as long where memory is short, and the longest hundredth a fifth longer:
+small requests take what large ones wait for (`bench/results/routing.md`).
+"""
+
+
+class Entry:
+    """One descriptor. `room`: what it was granted, None while it is `waiting`; `granted_at`: when."""
+
+    __slots__ = (
+        "arrival",
+        "front_end",
+        "granted_at",
+        "kv",
+        "number",
+        "priority",
+        "request",
+        "room",
+        "tokens",
+        "waiting",
+    )
+
+    def __init__(
+        self, front_end: int, request: int, tokens: int, kv: int, priority: int, arrival: float, number: int
+    ) -> None:
+        self.front_end = front_end
+        self.request = request
+        self.tokens = tokens
+        self.kv = kv
+        self.priority = priority
+        self.arrival = arrival
+        self.number = number
+        self.room: Room | None = None
+        self.granted_at = 0.0
+        self.waiting = True
+
+
+def _order(entry: Entry) -> tuple[int, float, int]:
+    return (entry.priority, entry.arrival, entry.number)
+
+
+def _age(entry: Entry) -> tuple[float, int]:
+    return (entry.arrival, entry.number)
+
+
+class Turn:
+    """Who must not be passed over for ever, since which grant, and the rank that is kept for it."""
+
+    __slots__ = ("entry", "room", "since")
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.since = 0
+        self.room: Room | None = None
+
+
+class Broker:
+    """The queue of one set of ranks. `without`: rules (`rules.py`) left out, to show what breaks."""
+
+    def __init__(self, without: Set[str] = frozenset(), lockstep: bool = False) -> None:
+        self.rooms = Rooms(LOCKSTEP_BUDGETS_AHEAD if lockstep else BUDGETS_AHEAD)
+        self.granted: dict[tuple[int, int], Entry] = {}
+        """By front-end and request: granted, and not confirmed yet."""
+        self.queued: dict[tuple[int, int], Entry] = {}
+        """Likewise: waiting. In no order."""
+        self.counts: dict[int, int] = {}
+        """How many of both there are of each front-end."""
+        self._counts = "grants-count" not in without
+        self._by_order: WaitingLine[Entry] = WaitingLine(_order)
+        self._by_age: WaitingLine[Entry] = WaitingLine(_age)
+        self._first = Turn()
+        self._oldest = Turn()
+        self._made = 0
+        self._next_number = 0
+
+    def __len__(self) -> int:
+        """Descriptors, waiting and granted."""
+        return len(self.queued) + len(self.granted)
+
+    def ask(self, front_end: int, descriptor: Descriptor, now: float) -> None:
+        """A request waits. One that is known already keeps its place, or its grant."""
+        key = (front_end, descriptor.request)
+        if key in self.queued or key in self.granted:
+            return
+        self._next_number += 1
+        arrival = now - descriptor.waited_ms / 1000
+        kv = descriptor.tokens + descriptor.answer_tokens
+        self.counts[front_end] = self.counts.get(front_end, 0) + 1
+        self._join(Entry(*key, descriptor.tokens, kv, descriptor.priority, arrival, self._next_number))
+
+    def confirm(self, front_end: int, send: Send) -> bool:
+        """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
+        that is so. It takes no more room than before, so nothing has to be looked at anew.
+        """
+        entry = self.granted.get((front_end, send.request))
+        room = entry.room if entry is not None else None
+        if entry is None or room is None or (room.rank, room.incarnation) != (send.rank, send.incarnation):
+            return False
+        if not self._counts or (entry.tokens, entry.kv) != (send.tokens, send.tokens + send.answer_tokens):
+            return False
+        del self.granted[front_end, send.request]
+        room.granted.add(-1, -entry.tokens, -entry.kv)
+        room.has.add(1, entry.tokens, entry.kv)
+        self._count_out(front_end)
+        return True
+
+    def drop(self, front_end: int, request: int) -> None:
+        """The request has been sent, or is not wanted any more."""
+        key = (front_end, request)
+        entry = self.queued.pop(key, None) or self.granted.pop(key, None)
+        if entry is None:
+            return
+        entry.waiting = False
+        if entry.room is not None:
+            self._promise(entry.room, entry, -1)
+        self._count_out(front_end)
+
+    def drop_front_end(self, front_end: int) -> None:
+        """Nothing of it waits any more."""
+        for _, request in list(self.of_front_end(front_end)):
+            self.drop(front_end, request)
+
+    def of_front_end(self, front_end: int) -> Iterator[tuple[int, int]]:
+        """What there is of a front-end, waiting or granted."""
+        return (key for known in (self.queued, self.granted) for key in known if key[0] == front_end)
+
+    def lost(self, rank: int) -> None:
+        """That life of the rank has ended: what was granted there waits again, in its old place."""
+        for turn in (self._first, self._oldest):
+            if turn.room is not None and turn.room.rank == rank:
+                turn.room = None
+        for key, entry in list(self.granted.items()):
+            if entry.room is not None and entry.room.rank == rank:
+                del self.granted[key]
+                # A new one: the old one may still stand in the lines, marked.
+                tokens, kv, priority = entry.tokens, entry.kv, entry.priority
+                self._join(Entry(*key, tokens, kv, priority, entry.arrival, entry.number))
+        self.rooms.forget(rank)
+
+    def grant(self) -> list[Entry]:
+        """Grant whatever can start now, in order of the grants."""
+        made: list[Entry] = []
+        while True:
+            found = self._next()
+            if found is None:
+                return made
+            entry, room = found
+            key = (entry.front_end, entry.request)
+            del self.queued[key]
+            entry.waiting = False
+            entry.room = room
+            self.granted[key] = entry
+            self._promise(room, entry, 1)
+            self._made += 1
+            made.append(entry)
+
+    def _next(self) -> tuple[Entry, Room] | None:
+        """Who is granted next, and which rank."""
+        if not self.rooms.open() and self._first.room is None and self._oldest.room is None:
+            return None
+        first, oldest = self._by_order.first(), self._by_age.first()
+        self._watch(self._oldest, oldest)
+        # One request has one turn.
+        self._watch(self._first, None if first is oldest else first)
+        for turn in (self._oldest, self._first):
+            if turn.entry is not None and self._made - turn.since >= PATIENCE:
+                room = self._turn(turn, turn.entry)
+                if room is not None:
+                    return turn.entry, room
+        if first is None or not self.rooms.open():
+            return None
+        for looked, entry in enumerate(self._by_order):
+            room = self.rooms.best(entry.kv)
+            if room is not None:
+                return entry, room
+            if looked == LOOK_AHEAD:
+                break
+        return None
+
+    def _turn(self, turn: Turn, entry: Entry) -> Room | None:
+        """The rank for one that has been passed over long enough. Where there is none, one is kept for it."""
+        if turn.room is not None and turn.room.takes(entry.kv):
+            return turn.room
+        room = self.rooms.best(entry.kv)
+        if room is None and turn.room is None:
+            turn.room = self.rooms.roomiest()
+            if turn.room is not None:
+                turn.room.reserved = True
+                self.rooms.changed(turn.room)
+        return room
+
+    def _watch(self, turn: Turn, entry: Entry | None) -> None:
+        if turn.entry is entry:
+            return
+        if turn.room is not None:
+            turn.room.reserved = False
+            self.rooms.changed(turn.room)
+        turn.entry, turn.since, turn.room = entry, self._made, None
+
+    def _join(self, entry: Entry) -> None:
+        self.queued[entry.front_end, entry.request] = entry
+        self._by_order.join(entry)
+        self._by_age.join(entry)
+
+    def _count_out(self, front_end: int) -> None:
+        self.counts[front_end] -= 1
+        if not self.counts[front_end]:
+            del self.counts[front_end]
+
+    def _promise(self, room: Room, entry: Entry, sign: int) -> None:
+        if self._counts:
+            room.granted.add(sign, sign * entry.tokens, sign * entry.kv)
+            self.rooms.changed(room)

@@ -1,0 +1,1 @@
+"""The parts of the coordinator's machine."""

@@ -1,0 +1,128 @@
+"""The coordinator's part in a suspension: a numbered transaction over all ranks.
+
+Suspending: all ranks are told the number until each has said (this number, held). A held rank starts nothing by
+itself; it still follows a wake, because some rank that had not heard yet may have started a wave and wait for
+the others in it. Such a wake gives the suspension the number n + 2: what ranks said before the wake, also if it is
+still on its way, does not count any more. Once every rank holds the same number no rank runs, and nothing but a
+higher number can start one: wakes from before belong to waves that all have finished.
+
+Resuming: all ranks are told the even number; when each has said that it knows it, it is released, and work starts.
+So no rank steps before all have taken note, and the first who starts wakes the others into one wave.
+
+The counter is soft state like all else here: a new coordinator takes up the highest number that it hears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+from msgspec import Struct
+
+from paceline.protocol.coordination.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
+from paceline.protocol.messages import Suspension, SuspensionState
+from paceline.protocol.sampling import ControlAction, SuspendMode
+from paceline.protocol.standing import Standing
+
+
+class Acknowledged(Struct, frozen=True):
+    """What a rank last said: the number that it knows, and whether it starts nothing by itself."""
+
+    number: int
+    held: bool
+
+
+class GroupSuspension:
+    """The suspension of all ranks, and what is still to be acknowledged."""
+
+    def __init__(self, without: Set[str] = frozenset()) -> None:
+        self.standing = Standing()
+        self._said: dict[int, Acknowledged] = {}
+        self._due: float | None = None
+        self._repeat_s = FIRST_REPEAT_S
+        self._numbered = "suspension-number" not in without
+
+    @property
+    def due(self) -> float | None:
+        """When the ranks must be told (again), or None."""
+        return self._due
+
+    def ask(self, action: ControlAction, now: float) -> int:
+        """Somebody wants this. Returns the number at which it is so; asking twice is asking once."""
+        standing = self.standing
+        if action == "resume":
+            if standing.suspended:
+                self._begin(standing.number + 1, standing.mode, now)
+        elif not standing.suspended:
+            self._begin(standing.number + 1, action, now)
+        elif action not in (standing.mode, "wait"):
+            # Paused is paused: to wait until requests are finished would mean to go on.
+            self._begin(standing.number + 2, action, now)
+        return standing.number
+
+    def heard(self, rank: int, number: int, mode: SuspendMode, held: bool, now: float) -> None:
+        """A rank said what it knows."""
+        self._said[rank] = Acknowledged(number, held)
+        self.known(number, mode, now)
+
+    def known(self, number: int, mode: SuspendMode, now: float) -> None:
+        """Somebody knows this number: one from before this coordinator, if it is higher."""
+        if number > self.standing.number:
+            self._begin(number, mode, now)
+
+    def forget(self, rank: int) -> None:
+        """The rank is gone."""
+        self._said.pop(rank, None)
+
+    def woke(self, now: float) -> None:
+        """A wake goes out: acknowledgements from before it are void."""
+        if self.standing.suspended:
+            self._begin(self.standing.number + 2, self.standing.mode, now)
+
+    def advance(self, expected: Iterable[int], now: float) -> None:
+        """After anything was heard: release, and see what is still to be repeated. `expected`: ranks that count."""
+        standing = self.standing
+        ranks = list(expected)
+        if not standing.suspended and not standing.released and all(self._knows(rank) for rank in ranks):
+            standing.released = True
+            self._due = now
+            self._repeat_s = FIRST_REPEAT_S
+        if not any(self._lacks(rank) for rank in self._said):
+            self._due = None
+        elif self._due is None:
+            self._due = now
+            self._repeat_s = FIRST_REPEAT_S
+
+    def state(self, expected: Iterable[int]) -> SuspensionState:
+        """For front-ends."""
+        lacking = [rank for rank in expected if self._lacks(rank)]
+        settled = not lacking and (self.standing.suspended or self.standing.released)
+        return SuspensionState(self.standing.number, self.standing.mode, settled, lacking)
+
+    def message(self, now: float) -> Suspension | None:
+        """What to broadcast now, if that is due; the next repeat is set."""
+        if self._due is None or now < self._due:
+            return None
+        self._due = now + self._repeat_s
+        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        return self.told()
+
+    def told(self) -> Suspension:
+        """What a rank is told, whether due or not."""
+        return Suspension(self.standing.number, self.standing.mode, self.standing.released)
+
+    def _begin(self, number: int, mode: SuspendMode, now: float) -> None:
+        self.standing.learn(number, mode, False)
+        self._due = now
+        self._repeat_s = FIRST_REPEAT_S
+
+    def _knows(self, rank: int) -> bool:
+        said = self._said.get(rank)
+        return said is not None and (said.number == self.standing.number or not self._numbered)
+
+    def _lacks(self, rank: int) -> bool:
+        """Whether the rank has not done what the number asks."""
+        if not self._knows(rank):
+            return self.standing.number > 0 or rank in self._said
+        held = self._said[rank].held
+        # Until all know the even number, who knows it has done its part.
+        return not held if self.standing.suspended else held and self.standing.released

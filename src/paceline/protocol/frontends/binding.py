@@ -1,0 +1,198 @@
+"""The front-end's side of brokered binding (`broker.py` has the whole): what waits here, what may go without a word.
+
+A request goes by a share where one fits and nobody waits; else it is held here, with its body, and the coordinator is
+asked. Each Ask and Withdraw is numbered, and what the coordinator says of the queue names the number up to which it
+has heard everything. Where that stays behind, or the coordinator is a new one, it is asked again for all that is held.
+
+Where the coordinator does not say for `SILENCE_S` that it has this front-end's requests, it is taken to be away: what
+is held is bound by the front-end's own accounting, and so is what comes after, until a view names this front-end again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+
+from msgspec import Struct
+
+from paceline.protocol.binding_messages import Ask, Descriptor, Grant, Grants, ReturnShares, Share, Withdraw
+from paceline.protocol.frontend_events import Effect, Submit, ToCoordinator
+from paceline.protocol.frontends.link import RankLink
+from paceline.protocol.messages import LoadView
+
+ASK_AGAIN_S = 0.25
+SILENCE_S = 0.5
+
+
+class Held(Struct, frozen=True):
+    """A request that waits, since when."""
+
+    submit: Submit
+    since: float
+
+
+class Binding:
+    """What waits at one front-end. `brokered`: False where it binds everything itself. `without`: rules left out."""
+
+    def __init__(self, identity: int, brokered: bool, without: Set[str] = frozenset()) -> None:
+        self.held: dict[int, Held] = {}
+        """By request, in order of arrival."""
+        self._identity = identity
+        self._brokered = brokered
+        self._asks_again = "unsent-asked-again" not in without
+        self._queued = 0
+        self._has_queue = False
+        self._named = False
+        self._away = False
+        self._shares: dict[int, Share] = {}
+        self._edition = 0
+        self._returned = 0
+        # Of Ask and Withdraw: sent, and heard of by this coordinator; since when it has been behind.
+        self._told = 0
+        self._heard = 0
+        self._behind_since = 0.0
+        self._answered = 0.0
+
+    @property
+    def available(self) -> bool:
+        """Whether requests may wait for the coordinator."""
+        return self._has_queue and not self._away
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait, this front-end's and the others'."""
+        return max(self._queued, len(self.held))
+
+    @property
+    def deadline(self) -> float:
+        """When the coordinator must be asked again or is taken to be away; infinite while nobody waits."""
+        if not self.held:
+            return float("inf")
+        away = self._answered + SILENCE_S
+        return min(away, self._behind_since + ASK_AGAIN_S) if self._told > self._heard and self._asks_again else away
+
+    # Going without a word -----------------------------------------------------------------------
+
+    def fits(self, link: RankLink, tokens: int, kv: int) -> bool:
+        """Whether this front-end's share allows to send this to the rank now."""
+        share = self._shares.get(link.rank)
+        if share is None or share.incarnation != link.incarnation:
+            return False
+        sent = link.unheard
+        return (
+            share.requests > sent.requests
+            and share.tokens >= sent.tokens + tokens
+            and share.kv_tokens >= sent.kv + kv
+        )  # fmt: skip
+
+    def fitting(self, links: Mapping[int, RankLink], tokens: int, kv: int) -> list[int]:
+        """The ranks that this may be sent to now."""
+        return [rank for rank in self._shares if rank in links and self.fits(links[rank], tokens, kv)]
+
+    # Waiting ------------------------------------------------------------------------------------
+
+    def hold(self, submit: Submit, now: float) -> list[Effect]:
+        """Let a request wait, and ask."""
+        if not self.held:
+            self._answered = now
+        self.held[submit.request] = held = Held(submit, now)
+        return [self._ask([held], False, now)]
+
+    def drop(self, requests: Iterable[int], now: float) -> list[Effect]:
+        """These do not wait any more. Those that did not are left out."""
+        gone = [request for request in requests if self.held.pop(request, None) is not None]
+        return self.withdraw(gone, now)
+
+    def withdraw(self, requests: list[int], now: float) -> list[Effect]:
+        """Let the coordinator know that these do not wait."""
+        if not requests:
+            return []
+        return [ToCoordinator(Withdraw(self._identity, self._count(now), requests))]
+
+    def give_up(self) -> list[Held]:
+        """Everything that is held, to be bound here, in the order in which the coordinator would have."""
+        held = sorted(self.held.values(), key=lambda one: one.submit.priority)
+        self.held = {}
+        return held
+
+    def stop(self) -> None:
+        """The coordinator is asked no more."""
+        self._brokered = self._has_queue = False
+
+    def away(self, now: float) -> bool:
+        """Whether the coordinator has been silent too long for what waits; from then on it is taken to be away."""
+        if not self.held or now < self._answered + SILENCE_S:
+            return False
+        self._away = True
+        self._return()
+        return True
+
+    # The coordinator ----------------------------------------------------------------------------
+
+    def coordinator_is_new(self, now: float) -> bool:
+        """Nothing that another one has said counts. Returns whether to ask it for all that is held."""
+        self._shares = {}
+        self._edition = self._returned = self._heard = self._queued = 0
+        self._answered = self._behind_since = now
+        self._named = False
+        return bool(self.held) and self._asks_again
+
+    def ask_again(self, now: float) -> Effect:
+        """Ask for all that is held."""
+        self._behind_since = now
+        return self._ask(list(self.held.values()), True, now)
+
+    def take_view(self, view: LoadView) -> bool:
+        """Shares, and whether there is a queue at all. Returns whether this front-end has been forgotten there, as one
+        that hangs is, and must say hello.
+        """
+        self._has_queue = self._brokered and view.shares is not None
+        self._queued = view.queued
+        self._shares = {}
+        before, self._named = self._named, False
+        for shares in view.shares or ():
+            if shares.front_end == self._identity:
+                self._named = True
+                self._away = False
+                self._edition = max(self._edition, shares.edition)
+                if shares.edition > self._returned and not self.held:
+                    self._shares = {share.rank: share for share in shares.shares}
+        return self._has_queue and before and not self._named
+
+    def take_grants(self, message: Grants, now: float) -> tuple[list[Grant], list[Effect]]:
+        """Returns the grants of requests that are held here, and what to answer."""
+        self._queued = message.queued
+        told = message.asked.get(self._identity)
+        if told is not None:
+            self._answered = now
+            if told > self._heard:
+                self._heard, self._behind_since = told, now
+        effects: list[Effect] = []
+        if message.recall:
+            self._return()
+            effects.append(ToCoordinator(ReturnShares(self._identity, self._edition)))
+        mine = [grant for grant in message.grants if grant.front_end == self._identity]
+        # Aborted or sent meanwhile, and the coordinator has not heard of it.
+        effects += self.withdraw([grant.request for grant in mine if grant.request not in self.held], now)
+        return [grant for grant in mine if grant.request in self.held], effects
+
+    def _ask(self, held: list[Held], whole: bool, now: float) -> Effect:
+        self._return()
+        descriptors = [
+            Descriptor(
+                one.submit.request, len(one.submit.prompt_token_ids), one.submit.params.max_tokens,
+                one.submit.priority, max(0, round((now - one.since) * 1000)),
+            )
+            for one in held
+        ]  # fmt: skip
+        return ToCoordinator(Ask(self._identity, self._count(now), self._edition, descriptors, whole))
+
+    def _count(self, now: float) -> int:
+        if self._told == self._heard:
+            self._behind_since = now
+        self._told += 1
+        return self._told
+
+    def _return(self) -> None:
+        """No share is used any more that was handed out so far."""
+        self._shares = {}
+        self._returned = self._edition

@@ -1,0 +1,29 @@
+"""Our routing policies by name. `policy.py` says what a policy is, the modules beside it hold ours, and
+`runtime/policies.py` finds those of others.
+"""
+
+from __future__ import annotations
+
+from paceline.protocol.routing.blind import PowerOfTwo, RoundRobin
+from paceline.protocol.routing.candidates import Candidate, Candidates
+from paceline.protocol.routing.least import LeastLoad, LeastRequests
+from paceline.protocol.routing.lockstep import Lockstep
+from paceline.protocol.routing.policy import REQUEST_TOKENS, Policy, Query
+from paceline.protocol.routing.prefix import Prefix
+from paceline.protocol.routing.session import Session
+
+__all__ = [
+    "POLICIES", "REQUEST_TOKENS", "Candidate", "Candidates", "LeastLoad", "LeastRequests", "Lockstep",
+    "Policy", "PowerOfTwo", "Prefix", "Query", "RoundRobin", "Session",
+]  # fmt: skip
+
+POLICIES: dict[str, type[Policy]] = {
+    "least-load": LeastLoad,
+    "least-requests": LeastRequests,
+    "power-of-two": PowerOfTwo,
+    "round-robin": RoundRobin,
+    "prefix": Prefix,
+    "session": Session,
+    "lockstep": Lockstep,
+}
+"""`--routing` name to class, of ours."""
