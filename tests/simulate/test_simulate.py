@@ -14,10 +14,10 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.load import Ledger
 from paceline.protocol.ranks.requests import RankRequests
 from paceline.protocol.rules import RULES
-from paceline.protocol.stranded import Stranded
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_command
 

@@ -12,8 +12,8 @@ from msgspec import Struct
 
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import Refuse
+from paceline.protocol.frontends.stranded import MOST_LOSSES, PATIENCE_S
 from paceline.protocol.messages import AddRequest, Output
-from paceline.protocol.stranded import MOST_LOSSES, PATIENCE_S
 from paceline.simulate.world import Violation, World
 
 
