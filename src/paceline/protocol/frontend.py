@@ -54,7 +54,7 @@ from paceline.protocol.routing.policy import Policy
 from paceline.protocol.rules import checked
 
 NOBODY = -1
-"""No coordinator has been heard yet."""
+"""No coordinator has been heard yet; else its identity, which each life of it has anew."""
 
 
 class FrontEnd:
@@ -187,6 +187,7 @@ class FrontEnd:
     def statistics(self) -> dict[str, object]:
         """For `/health`, metrics and tests."""
         return {
+            "coordinator": self._coordinator,
             "wave": self.wave,
             "running": self.running,
             "ready": self.ready_ranks(),
