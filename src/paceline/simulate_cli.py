@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "crashes": (0, 10_000),
     "suspensions": (0, 10_000),
     "duration": (0.0, 86_400.0),
+    "faults-per-second": (0.0, 1_000.0),
 }
 """Flag to its least and greatest value."""
 
@@ -60,6 +61,14 @@ SuspensionsFlag = Annotated[
     int | None, typer.Option("--suspensions", help=f"Suspensions, each with a resume{FROM_SEED}")
 ]
 DurationFlag = Annotated[float | None, typer.Option("--duration", help=f"Seconds in which all this happens{FROM_SEED}")]
+FaultsFlag = Annotated[
+    float | None,
+    typer.Option(
+        "--faults-per-second",
+        help="Something goes wrong so often, all the time: processes die, ranks are slow or cut off, connections end, "
+        "wakes are lost, all is suspended. For 60 s unless --duration says otherwise.",
+    ),
+]
 LockstepFlag = Annotated[
     bool | None, typer.Option("--lockstep/--independent", help=f"Whether ranks run in waves{FROM_SEED}")
 ]
@@ -72,8 +81,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object a run in
 def simulate_command(
     seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, front_ends: FrontEndsFlag = None,
     requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
-    suspensions: SuspensionsFlag = None, duration: DurationFlag = None, lockstep: LockstepFlag = None,
-    encode: EncodeFlag = True, json: JsonFlag = False,
+    suspensions: SuspensionsFlag = None, faults_per_second: FaultsFlag = None, duration: DurationFlag = None,
+    lockstep: LockstepFlag = None, encode: EncodeFlag = True, json: JsonFlag = False,
     trace: TraceFlag = None, routing: RoutingFlag = None, bind: BindFlag = None, rate_scale: RateFlag = None,
     slots: SlotsFlag = None, token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
     prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
@@ -82,8 +91,9 @@ def simulate_command(
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
     brokered = None if bind is None else bind == "broker"
     options = Options(
-        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered
-    )
+        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered,
+        faults_per_second,
+    )  # fmt: skip
     flags = TraceFlags(
         trace, routing, bind if trace is not None else None, rate_scale, slots, token_budget, kv_tokens, step_ms,
         prefill_ms, decode_ms, delay_ms, interval_ms, warm_up, plot,
@@ -146,7 +156,8 @@ def summary(outcome: Outcome) -> str:
         f"  binding       {'brokered' if options.brokered else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
-        f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''}",
+        f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''};"
+        f" {outcome.moved} went on at another rank",
         f"  longest wait  {outcome.longest_wait_s:.3f} s for a first token",
         f"  waves         {outcome.waves}; {outcome.wakes} wakes sent, {outcome.wakes_repeated} of them repeats",
         f"  faults        {faults}",
@@ -162,7 +173,16 @@ def summary(outcome: Outcome) -> str:
 def replay(options: Options, seed: int) -> str:
     """The command line that runs this seed again: what was given, the rest is drawn anew from it."""
     words = ["paceline", "simulate", "--seed", str(seed)]
-    for name in ("ranks", "front_ends", "requests", "losses", "crashes", "suspensions", "duration"):
+    for name in (
+        "ranks",
+        "front_ends",
+        "requests",
+        "losses",
+        "crashes",
+        "suspensions",
+        "faults_per_second",
+        "duration",
+    ):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -183,7 +203,7 @@ def _check(options: Options) -> None:
 
 
 def _refuse_faults(options: Options, seeds: str | None) -> None:
-    for name in ("losses", "crashes", "suspensions", "duration"):
+    for name in ("losses", "crashes", "suspensions", "faults_per_second", "duration"):
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name}: not with --trace, which measures a run without faults")
     if seeds is not None:

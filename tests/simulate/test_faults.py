@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from paceline.simulate.deployment import Deployment, Shape
-from paceline.simulate.faults import Fault, FaultKind, Mishaps, draw_calls, draw_faults
+from paceline.simulate.faults import Fault, FaultKind, Mishaps, draw_calls, draw_faults, draw_steady
 from paceline.simulate.rest import check_rest
 from paceline.simulate.run import Options, simulate
 
@@ -36,6 +36,32 @@ def test_every_suspension_has_a_resume_and_some_cross() -> None:
         suspended += -1 if action == "resume" else 1
         crossed += suspended > 1
     assert crossed
+
+
+def test_steady_faults_come_so_often_and_of_every_kind() -> None:
+    drawn, calls = draw_steady(
+        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, front_ends=2, lockstep=True
+    )
+    suspensions = sum(call.action != "resume" for call in calls)
+    assert 160 < len(drawn) + suspensions < 260
+    assert {fault.kind for fault in drawn} == set(FaultKind.__args__)  # type: ignore[attr-defined]
+    assert all(5.0 <= fault.at <= 105.0 for fault in drawn)
+    independent, _ = draw_steady(
+        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, front_ends=2, lockstep=False
+    )
+    assert "lost-wake" not in {fault.kind for fault in independent}
+
+
+def test_an_aimed_crash_is_one_of_a_rank_that_has_requests() -> None:
+    deployment = Deployment(Shape(ranks=3)).start().ready()
+    deployment.front_ends[0].submit(max_tokens=100, rank=1)
+    deployment.world.run_for(0.02)
+    mishaps = Mishaps(deployment)
+    mishaps.schedule([Fault(deployment.world.now, "rank-crash", 2, 0.5, aimed=True)])
+    deployment.world.run_for(0.1)
+    assert [number for number, rank in deployment.ranks.items() if not rank.alive] == [1]
+    deployment.finish()
+    assert deployment.front_ends[0].answers.moved == 1
 
 
 def struck(kind: FaultKind) -> tuple[Deployment, Mishaps]:

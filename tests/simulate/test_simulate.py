@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from typer.testing import CliRunner
 
 from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.load import Ledger
 from paceline.protocol.ranks.requests import RankRequests
 from paceline.protocol.rules import RULES
@@ -65,6 +66,28 @@ def test_256_ranks_pass() -> None:
     assert outcome.finished > 100
 
 
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong(lockstep: bool) -> None:
+    options = Options(1, ranks=16, front_ends=3, faults_per_second=4, duration=8, lockstep=lockstep, encode=False)
+    outcome = simulate(options)
+    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
+    assert sum(outcome.faults.values()) > 20
+    assert {"rank-crash", "front-end-crash", "coordinator-crash", "slow-rank"} <= outcome.faults.keys()
+    assert outcome.moved > 0
+    assert outcome.finished > 40
+    assert "rank-lost" not in outcome.refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_256_ranks_pass_with_a_fault_a_second() -> None:
+    options = Options(7, ranks=256, faults_per_second=1, duration=15, lockstep=True, encode=False)
+    outcome = simulate(options)
+    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
+    assert sum(outcome.faults.values()) > 8
+    assert outcome.finished > 1000
+
+
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:
     assert simulate(Options(3, encode=True)).digest == simulate(Options(3, encode=False)).digest
 
@@ -111,6 +134,10 @@ def a_report_that_is_not_true(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RankRequests, "load", lambda self, engine: replace(engine, waiting=0, finished=self.finished))
 
 
+def a_request_forgotten_with_its_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Stranded, "move", lambda *_: [])
+
+
 def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("paceline.protocol.coordination.board.HEARTBEAT_S", 0.05)
 
@@ -126,6 +153,7 @@ def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:
         (a_forgotten_send, "and was shown and has sent"),
         (a_token_sent_twice, "in place of"),
         (a_report_that_is_not_true, "reports Load"),
+        (a_request_forgotten_with_its_rank, "requests have not ended, and the front-end knows"),
         (a_timer_that_never_rests, "at rest"),
         (a_machine_that_raises, 'KeyError: "a machine\'s own mistake" (test_simulate.py, line'),
     ],

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from paceline.protocol.messages import StartDPWave
 from paceline.protocol.sampling import ControlAction
@@ -25,13 +26,17 @@ TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake
 
 
 class Fault(Struct, frozen=True):
-    """One fault: when it begins and how long it lasts (seconds), at whom, how much longer a slow rank's steps last."""
+    """One fault: when it begins and how long it lasts (seconds), at whom, how much longer a slow rank's steps last.
+
+    `aimed`: at the first rank from there on that has requests, if any has.
+    """
 
     at: float
     kind: FaultKind
     party: int
     seconds: float
     factor: float = 1.0
+    aimed: bool = False
 
 
 class ControlCall(Struct, frozen=True):
@@ -65,6 +70,27 @@ def draw_faults(
     faults = [_draw(stream, stream.choice(kinds), ranks, front_ends, begin_s, duration_s) for _ in range(crashes)]
     faults += [_draw(stream, stream.choice(TROUBLES), ranks, front_ends, begin_s, duration_s) for _ in range(troubles)]
     return sorted(faults, key=lambda fault: fault.at)
+
+
+def draw_steady(
+    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, front_ends: int,
+    lockstep: bool,
+) -> tuple[list[Fault], list[ControlCall]]:  # fmt: skip
+    """So many a second all the time, each at any moment: of every kind alike, a suspension with its resume included."""
+    kinds = [*CRASHES, *(kind for kind in TROUBLES if lockstep or kind != "lost-wake")]
+    faults: list[Fault] = []
+    calls: list[ControlCall] = []
+    at, end = begin_s + stream.expovariate(per_second), begin_s + duration_s
+    while at < end:
+        # One more than there are kinds: a suspension.
+        chosen = stream.randrange(len(kinds) + 1)
+        if chosen == len(kinds):
+            calls += draw_calls(stream, 1, at, 0.0, front_ends)
+        else:
+            fault = _draw(stream, kinds[chosen], ranks, front_ends, at, 0.0)
+            faults.append(replace(fault, aimed=fault.kind in ("rank-crash", "link-down") and stream.random() < 0.7))
+        at += stream.expovariate(per_second)
+    return faults, sorted(calls, key=lambda call: call.at)
 
 
 def _draw(
@@ -105,6 +131,8 @@ class Mishaps:
         return not self._down
 
     def _begin(self, fault: Fault) -> None:
+        if fault.aimed:
+            fault = replace(fault, party=self._with_requests(fault.party))
         what = ("coordinator", 0) if fault.kind == "coordinator-crash" else (_party(fault), fault.party)
         if what in self._down or not self._strike(fault):
             return
@@ -112,6 +140,12 @@ class Mishaps:
         if fault.kind != "lost-wake":
             self._down.add(what)
             self._deployment.world.after(fault.seconds, lambda: self._end(fault, what))
+
+    def _with_requests(self, first: int) -> int:
+        """The rank to aim at."""
+        ranks = self._deployment.ranks
+        order = [(first + further) % len(ranks) for further in range(len(ranks))]
+        return next((number for number in order if len(ranks[number].machine.requests)), first)
 
     def _strike(self, fault: Fault) -> bool:
         deployment, number = self._deployment, fault.party

@@ -9,32 +9,14 @@ from msgspec import Struct
 
 from paceline.protocol import frontend_events
 from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import AddRequest, FromFrontEndToRank, Member, Output, ToFrontEnd
+from paceline.protocol.messages import AddRequest, FromFrontEndToRank, Member, ToFrontEnd
 from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.simulate.alarm import Alarm
+from paceline.simulate.answers import Answers
 from paceline.simulate.network import Link
-from paceline.simulate.world import Violation, World
+from paceline.simulate.world import World
 
 CONTROL_REPEAT_S = 0.25
-
-
-class Answer(Struct):
-    """What one client got: tokens, how it ended, and when (virtual seconds; -1 for not yet)."""
-
-    asked: float
-    max_tokens: int
-    rank: int = -1
-    tokens: int = 0
-    first: float = -1.0
-    ended: float = -1.0
-    finish_reason: str | None = None
-    refused: str | None = None
-    error: str | None = None
-    abandoned: bool = False
-
-    @property
-    def over(self) -> bool:
-        """Whether the client waits for nothing more."""
-        return self.ended >= 0
 
 
 class Call(Struct):
@@ -80,36 +62,30 @@ class FrontEndParty:
         self.broadcasts: Link
         self.connected = False
         self.alive = True
-        self.answers: dict[int, Answer] = {}
+        self.answers = Answers(world, name)
         self.calls: dict[int, Call] = {}
         self.to_ranks: dict[int, Link] = {}
         self.lives: dict[int, int] = {}
         """By rank, the life that it is connected to."""
-        self._open = 0
         self._checks = checks
         self._dial = dial
-        self._next = 1
-        self._tick_at = float("inf")
+        self._alarm = Alarm(world, machine, lambda: self.feed(frontend_events.Tick()), lambda: self.alive)
 
     def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None) -> int:
         """One request of a client, to `rank` if it names one; returns its number."""
-        request, self._next = self._next, self._next + 1
-        self.answers[request] = Answer(self.world.now, max_tokens)
-        self._open += 1
-        self.feed(frontend_events.Submit(request, [1] * tokens, SamplingParams(max_tokens), rank))
+        request = self.answers.asked(max_tokens)
+        # The prompt begins with the number: ranks know it by another one where it is sent again.
+        self.feed(frontend_events.Submit(request, [request] + [1] * (tokens - 1), SamplingParams(max_tokens), rank))
         return request
 
     def abandon(self, request: int) -> None:
         """The client hangs up."""
-        answer = self.answers[request]
-        if not answer.over:
-            answer.abandoned = True
-            self._end(answer)
+        if self.answers.hung_up(request):
             self.feed(frontend_events.Abandon((request,)))
 
     def control(self, action: ControlAction) -> int:
         """An operator asks to suspend in this mode, or to resume; asked again until it is so. Returns the call."""
-        call, self._next = self._next, self._next + 1
+        call = self.answers.number()
         self.calls[call] = Call(action, self.world.now)
         self._ask(call)
         return call
@@ -121,17 +97,15 @@ class FrontEndParty:
 
     def finished(self) -> bool:
         """Whether no client waits."""
-        return not self._open
+        return not self.answers.open
 
     def kill(self) -> None:
         """The process is gone; its clients' connections break."""
         self.alive = False
         for call in self.calls.values():
             call.answered = self.world.now if not call.over else call.answered
-        for answer in self.answers.values():
-            if not answer.over:
-                answer.abandoned = True
-                self._end(answer)
+        for request in self.answers:
+            self.answers.hung_up(request)
 
     def hear(self, message: ToFrontEnd) -> None:
         """A broadcast of the coordinator."""
@@ -140,6 +114,7 @@ class FrontEndParty:
     def link_down(self, rank: int, life: int) -> None:
         """The connection to this life of a rank has ended."""
         if self.lives.get(rank) == life:
+            self.answers.rank_lost(rank)
             self.feed(frontend_events.LinkDown(rank))
 
     def link_up(self, rank: int, life: int) -> None:
@@ -156,23 +131,9 @@ class FrontEndParty:
         self.world.journal.record(self.world.now, self.name, event, effects)
         for effect in effects:
             self._perform(effect)
+        self.answers.none_lost(self.machine)
         self._checks.front_end(self, event)
-        self._arrange_tick()
-
-    def _arrange_tick(self) -> None:
-        deadline = self.machine.deadline
-        if deadline < self._tick_at:
-            self._tick_at = deadline
-            self.world.at(deadline, lambda: self._tick(deadline))
-
-    def _tick(self, at: float) -> None:
-        if at != self._tick_at:
-            return
-        self._tick_at = float("inf")
-        if self.world.now >= self.machine.deadline:
-            self.feed(frontend_events.Tick())
-        elif self.alive:
-            self._arrange_tick()
+        self._alarm.set()
 
     def _perform(self, effect: frontend_events.Effect) -> None:
         match effect:
@@ -180,7 +141,7 @@ class FrontEndParty:
                 self._send(rank, message)
             case frontend_events.Deliver(outputs):
                 for output in outputs:
-                    self._deliver(output)
+                    self.answers.delivered(output)
             case frontend_events.ToCoordinator(message):
                 self.to_coordinator.send(message)
             case frontend_events.Connect(member):
@@ -189,12 +150,9 @@ class FrontEndParty:
             case frontend_events.Disconnect(rank):
                 self.to_ranks.pop(rank).closed = True
                 del self.lives[rank]
-            case frontend_events.Placed(request, rank):
-                self.answers[request].rank = rank
-            case frontend_events.Refuse(request, reason):
-                answer = self._answer(request, f"refused ({reason})")
-                answer.refused = reason
-                self._end(answer)
+                self.answers.rank_lost(rank)
+            case frontend_events.Refuse():
+                self.answers.refused(effect)
             case frontend_events.Controlled(call, number, superseded):
                 self._checks.controlled(self, effect)
                 known = self.calls[call]
@@ -203,32 +161,5 @@ class FrontEndParty:
     def _send(self, rank: int, message: FromFrontEndToRank) -> None:
         if isinstance(message, AddRequest):
             self._checks.sent(self, rank, message)
+            self.answers.sent(rank, message)
         self.to_ranks[rank].send(message)
-
-    def _deliver(self, output: Output) -> None:
-        answer = self._answer(output.request, "given tokens")
-        expected = list(range(answer.tokens, answer.tokens + len(output.token_ids)))
-        if output.token_ids != expected:
-            text = f"request {output.request} got tokens {output.token_ids} in place of {expected}"
-            raise Violation(f"{self.name}: {text}", self.name, f"rank {answer.rank}")
-        answer.tokens += len(output.token_ids)
-        if answer.first < 0:
-            answer.first = self.world.now
-        if output.finish_reason is None:
-            return
-        answer.finish_reason, answer.error = output.finish_reason, output.error
-        self._end(answer)
-        if output.finish_reason == "length" and answer.tokens != answer.max_tokens:
-            text = f"request {output.request} ended after {answer.tokens} of {answer.max_tokens} tokens"
-            raise Violation(f"{self.name}: {text}", self.name, f"rank {answer.rank}")
-
-    def _answer(self, request: int, what: str) -> Answer:
-        answer = self.answers[request]
-        if answer.over:
-            text = f"{self.name}: request {request} is {what} after it had ended"
-            raise Violation(text, self.name, f"rank {answer.rank}")
-        return answer
-
-    def _end(self, answer: Answer) -> None:
-        answer.ended = self.world.now
-        self._open -= 1

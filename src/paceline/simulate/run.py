@@ -13,10 +13,11 @@ from msgspec import Struct
 
 from paceline.engines.timed import CostModel
 from paceline.protocol.quota import AUTO, OFF, fixed
+from paceline.simulate.answers import Answer
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
-from paceline.simulate.faults import Mishaps, draw_calls, draw_faults
-from paceline.simulate.front_end_party import Answer, FrontEndParty
+from paceline.simulate.faults import Mishaps, draw_calls, draw_faults, draw_steady
+from paceline.simulate.front_end_party import FrontEndParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
 from paceline.simulate.workload import Arrival, drawn
@@ -25,6 +26,9 @@ from paceline.simulate.world import Seeds, Violation
 READY_LIMIT_S = 120.0
 FINISH_LIMIT_S = 600.0
 SHOWN_EVENTS = 40
+STEADY_S = 60.0
+REQUESTS_A_RANK_AND_SECOND = 0.5
+"""Of runs in which something is always wrong."""
 
 
 class Options(Struct, frozen=True):
@@ -32,7 +36,8 @@ class Options(Struct, frozen=True):
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
     `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
-    messages travel as bytes. `brokered`: whether requests wait in the coordinator's queue.
+    messages travel as bytes. `brokered`: whether requests wait in the coordinator's queue. `faults_per_second`: of
+    every kind, suspensions included, all the time; then `crashes` and `suspensions` are those beside, by default none.
     """
 
     seed: int
@@ -46,12 +51,14 @@ class Options(Struct, frozen=True):
     lockstep: bool | None = None
     encode: bool = True
     brokered: bool | None = None
+    faults_per_second: float | None = None
 
 
 class Outcome(Struct, kw_only=True):
-    """What came of a run. `events`: machine calls and faults. Times in seconds; `virtual_s` by the simulated clock.
+    """What came of a run. `events`: machine calls and faults. `moved`: requests that went on at another rank.
 
-    `verdict`: "ok", or what broke; then `event` and `when` say where, and `history` holds the last events there.
+    Times in seconds; `virtual_s` by the simulated clock. `verdict`: "ok", or what broke; then `event` and `when` say
+    where, and `history` holds the last events there.
     """
 
     options: Options
@@ -61,6 +68,7 @@ class Outcome(Struct, kw_only=True):
     requests: int
     finished: int
     aborted: int
+    moved: int
     refused: dict[str, int]
     waves: int
     wakes: int
@@ -95,6 +103,10 @@ def filled(options: Options) -> Options:
         "lockstep": Seeds(options.seed).stream("lockstep").random() < 0.7,
         "brokered": Seeds(options.seed).stream("brokered").random() < 0.6,
     }
+    if options.faults_per_second is not None:
+        duration = options.duration if options.duration is not None else STEADY_S
+        steady = {"crashes": 0, "suspensions": 0, "duration": duration}
+        drawn_ones |= {**steady, "requests": round(duration * (options.ranks or ranks) * REQUESTS_A_RANK_AND_SECOND)}
     return msgspec.structs.replace(
         options, **{name: value for name, value in drawn_ones.items() if getattr(options, name) is None}
     )
@@ -138,7 +150,8 @@ class Run:
         options, stream = self.options, self.seeds.stream("shape")
         return Shape(
             ranks=options.ranks or 1, front_ends=options.front_ends or 1, lockstep=bool(options.lockstep),
-            sync_interval=stream.choice((1, 4, 16)), grouped=stream.random() < 0.7,
+            sync_interval=stream.choice((1, 4, 16)),
+            grouped=stream.random() < 0.7 or options.faults_per_second is not None,
             costs=CostModel(step_ms=stream.choice((2.0, 6.0, 20.0))),
             slots=stream.choice((2, 16)),
             links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
@@ -175,19 +188,27 @@ class Run:
         deployment = self.deployment
         wanted = "that every call to suspend or resume is answered"
         deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
-        if self.options.suspensions:
+        if self.options.suspensions or self.options.faults_per_second:
             deployment.front_ends[0].control("resume")
             deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
 
     def _schedule_faults(self, begin_s: float, duration_s: float) -> None:
         shape, crashes = self.deployment.shape, self.options.crashes or 0
+        troubles = crashes + (self.options.faults_per_second is None)
         faults = draw_faults(
-            self.seeds.stream("faults"), crashes=crashes, troubles=crashes + 1, begin_s=begin_s, duration_s=duration_s,
+            self.seeds.stream("faults"), crashes=crashes, troubles=troubles, begin_s=begin_s, duration_s=duration_s,
             ranks=shape.ranks, front_ends=shape.front_ends, ranks_may_die=not shape.lockstep or shape.grouped,
         )  # fmt: skip
         self.mishaps.schedule(faults)
         stream, suspensions = self.seeds.stream("suspensions"), self.options.suspensions or 0
         self.mishaps.schedule_calls(draw_calls(stream, suspensions, begin_s, duration_s, shape.front_ends))
+        if self.options.faults_per_second:
+            faults, calls = draw_steady(
+                self.seeds.stream("steady faults"), self.options.faults_per_second, begin_s=begin_s,
+                duration_s=duration_s, ranks=shape.ranks, front_ends=shape.front_ends, lockstep=shape.lockstep,
+            )  # fmt: skip
+            self.mishaps.schedule(faults)
+            self.mishaps.schedule_calls(calls)
 
     def _arrivals(self) -> list[Arrival]:
         options, shape = self.options, self.deployment.shape
@@ -216,6 +237,7 @@ class Run:
             real_s=real_s, requests=len(answers),
             finished=sum(answer.finish_reason is not None for answer in answers),
             aborted=sum(answer.abandoned for answer in answers),
+            moved=sum(party.answers.moved for party in dict.fromkeys(front_ends)),
             refused=dict(Counter(answer.refused for answer in answers if answer.refused is not None)),
             waves=max((party.machine.wave for party in deployment.ranks.values()), default=0),
             wakes=sum(life.sent["StartDPWave"] for life in lives),
