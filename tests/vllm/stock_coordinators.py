@@ -1,7 +1,8 @@
 """vLLM's own coordinator, as many as wanted, without a deployment: runs in vLLM's environment.
 
 Each line of standard input names a folder and a number of ranks (JSON: folder, size, waves, fork). A coordinator is
-forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once.
+forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once; the
+first line printed says in what this version differs (`VllmDialect`).
 """
 
 import json
@@ -9,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+
+import msgspec
 
 
 class AddressPrinter:
@@ -22,12 +25,15 @@ class AddressPrinter:
 
 
 def main() -> None:
+    from vllm.config import ParallelConfig
     from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    from paceline.integrations.vllm import installed_dialect
 
     # The out-of-order warnings cost it half of its speed at 64 ranks in lockstep; it is measured at its best.
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print(json.dumps({"imported": True}), flush=True)
+    print(json.dumps({"dialect": msgspec.to_builtins(installed_dialect(ParallelConfig()))}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         if not asked["fork"] or os.fork() == 0:
