@@ -23,7 +23,7 @@ from paceline.protocol.messages import UNIONS, tag_of
 from paceline.protocol.rank_events import Agree
 from paceline.runtime.array_bytes import array_parts
 from paceline.runtime.collective import BLOCK, GATHER, HEADER, RESULT, URGENT
-from paceline.runtime.group_link import GREETING, MAGIC
+from paceline.runtime.doorway import GREETING, MAGIC
 from paceline.runtime.rendezvous import Here, WhereIs
 from tests.fuzz.grammar import Grammar
 from tests.integrations import vllm_frames
