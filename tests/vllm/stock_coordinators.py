@@ -5,6 +5,7 @@ forked for it, and its addresses and process are printed when it has bound. Impo
 first line printed says in what this version differs (`VllmDialect`).
 """
 
+import inspect
 import json
 import logging
 import os
@@ -34,13 +35,19 @@ def main() -> None:
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print(json.dumps({"dialect": msgspec.to_builtins(installed_dialect(ParallelConfig()))}), flush=True)
+    known = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
     for line in sys.stdin:
         asked = json.loads(line)
         if not asked["fork"] or os.fork() == 0:
             names = ("front", "output", "publish")
             front, output, publish = (f"ipc://{asked['folder']}/{name}" for name in names)
+            printer = AddressPrinter()
+            if "zmq_addr_pipe" not in known:
+                # Up to about 0.15 it reports nothing; these addresses are of ipc, which may be bound later.
+                printer.send((front, output, publish))
+            settings = {"zmq_addr_pipe": printer, "enable_wave_coordination": asked["waves"]}
             DPCoordinatorProc.run_coordinator(
-                asked["size"], front, output, publish, AddressPrinter(), enable_wave_coordination=asked["waves"]
+                asked["size"], front, output, publish, **{name: settings[name] for name in settings if name in known}
             )
 
 
