@@ -51,6 +51,7 @@ class Brokerage:
         self._due: float | None = None
         self._recalling = False
         self._waited = False
+        self._limit = 65536
 
     @property
     def due(self) -> float | None:
@@ -88,7 +89,7 @@ class Brokerage:
         pool = self._pools.get(ranks)
         if pool is None:
             pool = self._pools[ranks] = Pool(ranks, self._without, self._lockstep)
-            pool.marked = {rank for rank in heard if ranks is None or rank in ranks}
+            pool.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
         self._pool_of[front_end] = pool
         pool.shares.join(front_end)
 
@@ -126,7 +127,8 @@ class Brokerage:
         pool = self._pool_of.get(front_end)
         confirmed = pool is not None and on_the_wire and pool.broker.confirm(front_end, send)
         for one in self._pools.values():
-            if (one is not pool or not confirmed) and (one.ranks is None or send.rank in one.ranks):
+            of_it = send.rank < self._limit and (one.ranks is None or send.rank in one.ranks)
+            if of_it and (one is not pool or not confirmed):
                 one.marked.add(send.rank)
         if pool is None or confirmed:
             return
@@ -155,8 +157,18 @@ class Brokerage:
 
     # Ranks --------------------------------------------------------------------------------------
 
+    def limit(self, ranks: int) -> None:
+        """Ranks from this one on get nothing new: they leave."""
+        self._limit = ranks
+        leaving = {room.rank for pool in self._pools.values() for room in pool.broker.rooms if room.rank >= ranks}
+        marked = {rank for pool in self._pools.values() for rank in pool.marked if rank >= ranks}
+        for rank in leaving | marked:
+            self.lost(rank)
+
     def mark(self, rank: int) -> None:
         """What is known of a rank has changed."""
+        if rank >= self._limit:
+            return
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 pool.marked.add(rank)

@@ -74,6 +74,13 @@ class Board:
                 wire.add(ledger.requests, ledger.tokens, ledger.kv)
         return report.load, wire
 
+    def idle(self, rank: int, incarnation: int | None) -> bool:
+        """Whether this life of a rank has said that it has nothing to do, and nothing is on the wire to it. None is."""
+        if incarnation is None:
+            return True
+        known = self.known(rank, incarnation)
+        return known is not None and not known[0].waiting + known[0].running + known[1].requests
+
     def forget_rank(self, rank: int) -> None:
         """The rank is gone or has begun a new life."""
         self._reports.pop(rank, None)
