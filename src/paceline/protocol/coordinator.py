@@ -173,8 +173,11 @@ class Coordinator:
                 self._dropped += 1
                 if not self._membership.is_retired(message.rank, message.incarnation):
                     self._introductions.wanted(now)
-            case RankReport():
-                self._on_report(message, now)
+            case RankReport() if self._board.report(message):
+                if self.lockstep:
+                    self._group.observe(message.rank, message.wave, message.running, now)
+                self.broker.reported(message)
+                self._publisher.loads_changed(now)
             case StartWave(rank, _, wave) if self.lockstep:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
@@ -222,15 +225,6 @@ class Coordinator:
             admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._suspension.told())
             effects.append(ToRanks(admit))
 
-    def _on_report(self, report: RankReport, now: float) -> None:
-        if not self._board.report(report):
-            self._dropped += 1
-            return
-        if self.lockstep:
-            self._group.observe(report.rank, report.wave, report.running, now)
-        self.broker.mark(report.rank)
-        self._publisher.loads_changed(now)
-
     def _forget_rank(self, rank: int, now: float) -> None:
         """What the rank last said of loads, waves, groups and suspensions does not hold any more."""
         self._board.forget_rank(rank)
@@ -251,6 +245,10 @@ class Coordinator:
 
     def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
         match message:
+            case SendNotice():
+                self._on_sends(message, now)
+            case Ask() | Withdraw() | ReturnShares():
+                self.broker.said(message, now)
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
                 self._scaling.front_end(front_end, message.scaling, now)
@@ -262,15 +260,6 @@ class Coordinator:
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
                     self._group.noticed(rank, wave, now)
-            case SendNotice(front_end, sends, told):
-                self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
-                for send in sends:
-                    current = self._membership.is_current(send.rank, send.incarnation)
-                    self.broker.sent(front_end, send, current and self._board.sent(front_end, send))
-                    if current:
-                        self._publisher.loads_changed(now)
-            case Ask() | Withdraw() | ReturnShares():
-                self.broker.said(message, now)
             case ScaleRequest() if self._introductions.acquainted(now):
                 self._scaling.ask(message, now)
                 self._publisher.members_changed(now)
@@ -278,6 +267,14 @@ class Coordinator:
                 self._suspension.calls.request(message)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
+
+    def _on_sends(self, notice: SendNotice, now: float) -> None:
+        self._board.heard_of(notice.front_end, notice.told)
+        for send in notice.sends:
+            current = self._membership.is_current(send.rank, send.incarnation)
+            self.broker.sent(notice.front_end, send, current and self._board.sent(notice.front_end, send))
+            if current:
+                self._publisher.loads_changed(now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
         self._suspension.calls.forget_front_end(front_end)

@@ -101,12 +101,12 @@ class FrontEnd:
         """Take in one event; returns what to do, in order."""
         match event:
             case RankSaid(message):
-                return self._flights.outputs(message)
+                return self._flights.outputs(message, now)
             case Submit():
                 return self._placement.submit(event, now)
             case Abandon(requests):
                 self._stranded.drop(requests)
-                return [*self._flights.abandon(requests), *self._binding.drop(requests, now)]
+                return [*self._flights.abandon(requests, now), *self._binding.drop(requests, now)]
             case CoordinatorSaid(LoadView() as view):
                 return self._on_view(view, now)
             case CoordinatorSaid(Grants() as grants):

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from paceline.protocol.frontend_events import Deliver, Effect, Placed, Submit, ToCoordinator, ToRank
 from paceline.protocol.frontends.link import RankLink
 from paceline.protocol.frontends.router import Router
+from paceline.protocol.frontends.turnover import Turnover
 from paceline.protocol.messages import (
     AbortRequests,
     AddRequest,
@@ -33,7 +34,7 @@ FIRST_RESEND = 2**62
 
 
 class Flight(Struct, gc=False):
-    """A request that has been sent: what its client asked for, and the tokens that it has.
+    """A request that has been sent: what its client asked for, the tokens that it has, and when it was first sent.
 
     `losses`: how often it has lost its rank without a token in between; `made_before`: its tokens at the last loss.
     """
@@ -41,6 +42,7 @@ class Flight(Struct, gc=False):
     submit: Submit
     link: RankLink
     made: list[int]
+    since: float
     losses: int = 0
     made_before: int = -1
 
@@ -68,6 +70,7 @@ class Flights:
         """Messages that were of a life that is over."""
         self.moved = 0
         """Requests sent again, since their ranks were lost."""
+        self.turnover = Turnover()
         self._identity = identity
         self._router = router
         self._share_sends = share_sends
@@ -143,9 +146,11 @@ class Flights:
 
     # Requests -----------------------------------------------------------------------------------
 
-    def send(self, submit: Submit, rank: int, decision: Decision | None, *, waited: bool) -> list[Effect]:
+    def send(self, submit: Submit, rank: int, decision: Decision | None, now: float, *, waited: bool) -> list[Effect]:
         """Send a request to a rank that is there. `waited`: whether the coordinator was asked."""
-        effects = self._send(submit.request, Flight(submit, self.links[rank], []), waited)
+        if not self._flights:
+            self.turnover.busy(now)
+        effects = self._send(submit.request, Flight(submit, self.links[rank], [], now), waited)
         # The client hears of its rank before anything that the coordinator is told.
         return [effects[0], Placed(submit.request, rank, decision), *effects[1:]]
 
@@ -180,18 +185,19 @@ class Flights:
         self._router.touched(link)
         return effects
 
-    def abandon(self, requests: Iterable[int]) -> list[Effect]:
+    def abandon(self, requests: Iterable[int], now: float) -> list[Effect]:
         """The clients of these requests have gone. Those that have no rank are left out."""
         by_rank: dict[int, list[int]] = {}
         for request in requests:
             wire = self._resent.get(request, request)
             flight = self._forget(wire)
             if flight is not None:
+                self.turnover.ended(now - flight.since, now)
                 self._touched(flight.link)
                 by_rank.setdefault(flight.link.rank, []).append(wire)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
-    def outputs(self, message: Outputs) -> list[Effect]:
+    def outputs(self, message: Outputs, now: float) -> list[Effect]:
         """What a step of a rank has made."""
         link = self.links.get(message.rank) or self.leaving.get(message.rank)
         if link is None or link.incarnation != message.incarnation:
@@ -211,6 +217,7 @@ class Flights:
         delivered = [self._as_asked(output) for output in outputs] if resent else outputs
         for output in outputs:
             if output.finish_reason is not None:
+                self.turnover.ended(now - flights[output.request].since, now)
                 self._forget(output.request)
                 self._touched(link)
         return [Deliver(delivered)]
