@@ -189,3 +189,25 @@ def test_ranks_beyond_the_limit_are_gone_with_the_lives_that_they_had() -> None:
     membership.resize(3, 3)
     assert not membership.hello(2, 3, "late", ready=True)
     assert membership.hello(2, 4, "new", ready=True)
+
+
+def test_an_invented_life_has_no_place_where_ranks_show_their_presence() -> None:
+    """It would be a member for ever: no connection of it ends."""
+    membership = Membership(2)
+    membership.connected(0, 7)
+    assert membership.hello(0, 7, "", True)
+    assert not membership.hello(1, 666, "tcp://nowhere", True)
+    membership.lose(0, 7, 1.0)
+    assert not membership.hello(0, 666, "tcp://nowhere", True)
+    assert membership.members() == []
+    membership.connected(1, 8)
+    assert membership.hello(1, 8, "", True)
+    assert [member.rank for member in membership.members()] == [1]
+
+
+def test_a_rank_may_be_connected_before_it_is_known_to_be_of_the_deployment() -> None:
+    membership = Membership(1)
+    membership.connected(0, 7)
+    membership.connected(1, 8)
+    membership.resize(2, 2)
+    assert membership.hello(1, 8, "", True)
