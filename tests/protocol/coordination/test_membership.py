@@ -181,3 +181,10 @@ def test_an_invented_life_has_no_place_where_ranks_show_their_presence() -> None
     membership.connected(1, 8)
     assert membership.hello(1, 8, "", True)
     assert [member.rank for member in membership.members()] == [1]
+
+
+def test_who_knows_that_ranks_show_their_presence_believes_no_stranger_from_the_start() -> None:
+    membership = Membership(1, presence=True)
+    assert not membership.hello(0, 666, "tcp://nowhere", True)
+    membership.connected(0, 7)
+    assert membership.hello(0, 7, "", True)

@@ -86,13 +86,13 @@ class RankEntry(Struct):
 class Membership:
     """The register of ranks, part of the coordinator's machine."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, presence: bool = False) -> None:
         self.size = size
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
-        # Whether any rank has shown its presence: then all do.
-        self._presence = False
+        # Whether ranks show their presence: known from the start, or once one has.
+        self._presence = presence
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
