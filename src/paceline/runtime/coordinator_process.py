@@ -145,6 +145,8 @@ class DPCoordinatorProc:
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,
             fresh=fresh,
+            # Ranks that are not of ours may begin without; who takes another's place must believe no stranger.
+            presence=not fresh,
         )
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)

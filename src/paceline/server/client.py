@@ -206,6 +206,9 @@ class Client:
         match effect:
             case Deliver(outputs):
                 self._deliver(outputs)
+            # A rank that could not be connected to just now has been given up already, with all that was meant for it.
+            case ToRank(rank) | Disconnect(rank) if rank not in self._ranks:
+                pass
             case ToRank(rank, message):
                 sent = self._send(self._ranks[rank], codec.encode(message), f"rank {rank}")
                 if not sent and isinstance(message, AddRequest):
