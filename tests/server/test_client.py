@@ -59,7 +59,7 @@ class World:
         reader, writer = get_context("spawn").Pipe(duplex=False)
         settings = FrontEndSettings(
             0, 1, "127.0.0.1", int(self.url.rsplit(":", 1)[1]), self.coordinator, "timed", EngineSettings(),
-            frozenset({0}), "least-load", None, None, 100_000, 5.0,
+            frozenset({0}), frozenset({0}), "least-load", None, None, 100_000, 5.0,
         )  # fmt: skip
         process = spawn("front-end 0", run_front_end, {"settings": settings, "status": writer})
         writer.close()
