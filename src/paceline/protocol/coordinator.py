@@ -29,6 +29,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndsSaid,
     FrontEndSubscribed,
     NodeGone,
+    NodeSubscribed,
     Note,
     RankGone,
     RankSaid,
@@ -130,8 +131,9 @@ class Coordinator:
                 if self._membership.lose(rank, incarnation, now):
                     self._forget_rank(rank, now)
                     effects.append(Note(f"the connection of rank {rank} has ended"))
-            case NodeGone(node):
-                self._scaling.forget_node(node)
+            case NodeSubscribed(node) | NodeGone(node):
+                self._scaling.connection(node, isinstance(event, NodeSubscribed))
+                self._introductions.wanted(now)
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):

@@ -25,6 +25,7 @@ from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Event,
     NodeGone,
+    NodeSubscribed,
     Note,
     RankGone,
     RankSubscribed,
@@ -249,12 +250,16 @@ class DPCoordinatorProc:
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
         life = codec.read_rank_topic(frame[1:])
+        node = codec.read_node_topic(frame[1:])
         if frame[:1] == b"\x01":
-            self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
+            if node is not None:
+                self._handle(NodeSubscribed(node))
+            else:
+                self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
         elif frame[:1] == b"\x00":
             if life is not None:
                 self._handle(RankGone(*life))
-            elif (node := codec.read_node_topic(frame[1:])) is not None:
+            elif node is not None:
                 self._handle(NodeGone(node))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
