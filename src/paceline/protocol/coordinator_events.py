@@ -58,12 +58,6 @@ class RankGone(Struct, frozen=True):
     incarnation: int
 
 
-class NodeSubscribed(Struct, frozen=True):
-    """A node's connection for broadcasts has come up."""
-
-    node: int
-
-
 class NodeGone(Struct, frozen=True):
     """The connection of a node has ended: it has died, or will be back and say hello again."""
 
@@ -82,7 +76,7 @@ class FrontEndGone(Struct, frozen=True):
 
 Event = (
     Tick | RankSaid | RanksReported | FrontEndSaid | FrontEndsSaid
-    | RankSubscribed | RankGone | NodeSubscribed | NodeGone | FrontEndSubscribed | FrontEndGone
+    | RankSubscribed | RankGone | NodeGone | FrontEndSubscribed | FrontEndGone
 )  # fmt: skip
 
 # Effects --------------------------------------------------------------------------------------

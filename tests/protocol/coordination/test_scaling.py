@@ -68,20 +68,9 @@ def test_new_ranks_go_where_there_are_fewest() -> None:
 
 def test_a_node_that_has_gone_gets_no_rank() -> None:
     found = scaling(4, node_7=[0, 1, 2], node_8=[3])
-    found.connection(OTHER, False)
+    found.forget_node(OTHER)
     ask(found, 5)
     assert found.state.hosts == [(4, NODE)]
-
-
-def test_an_invented_node_has_no_say_where_nodes_show_their_presence() -> None:
-    found = DeploymentScaling(2)
-    found.connection(NODE, True)
-    found.said(node_hello(666, [], Scaling(2, 9, 9)), 0.0)
-    found.said(node_hello(NODE, [0, 1], found.state), 0.0)
-    ask(found, 3)
-    assert (found.state.size, found.state.hosts) == (2, [(2, NODE)])
-    found.said(RankFailed(666, 1, 2, "so it says"), 0.0)
-    assert found.state.under_way
 
 
 def test_a_rank_that_is_lost_before_it_joins_is_waited_for() -> None:

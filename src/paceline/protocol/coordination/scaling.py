@@ -55,9 +55,6 @@ class DeploymentScaling:
         """Whether all else must be brought in line."""
         self._loaded: dict[int, RankHello] = {}
         self._nodes: dict[int, KnownNode] = {}
-        self._connected: set[int] = set()
-        # Whether any node has shown its presence: then all do, and whoever does not is invented.
-        self._presence = False
         self._known_by: dict[int, int] = {}
         self._served: dict[int, int] = {}
         self._nodeless_since: float | None = None
@@ -109,8 +106,6 @@ class DeploymentScaling:
 
     def said(self, message: NodeHello | RankFailed, now: float) -> None:
         """A node said something."""
-        if self._presence and message.node not in self._connected:
-            return
         if isinstance(message, RankFailed):
             if message.number == self.state.number and message.rank in self.state.joining:
                 self._end("failed", f"rank {message.rank} ended before it was ready: {message.why}", now)
@@ -122,14 +117,9 @@ class DeploymentScaling:
         if number < self.state.number and self._due is None:
             self._tell(now)
 
-    def connection(self, node: int, up: bool) -> None:
-        """A node's connection has come up, and it will say hello; or has ended."""
-        if up:
-            self._connected.add(node)
-            self._presence = True
-        else:
-            self._connected.discard(node)
-            self._nodes.pop(node, None)
+    def forget_node(self, node: int) -> None:
+        """It is gone, or will be back and say hello."""
+        self._nodes.pop(node, None)
 
     def front_end(self, front_end: int, state: Scaling | None, now: float) -> None:
         """A front-end said what it knows."""
