@@ -48,10 +48,10 @@ BEHIND = """## What was served
   steps there): p99 1.14 of the oracle's in place of 1.37 (azure, 32 ranks, steady).
 - Where a prompt does not fit, two behind it are looked at in place of eight, and 2% of the memory are kept free in
   place of 5%: p99 1.12 of the oracle's in place of 1.50 (mooncake, 8 ranks, steady), at 1.4 s p50 in place of 1.0 s.
-
-- Least-load takes ranks for equals, and keeps its own requests level over them, only as far as the other front-ends have
-  most likely sent something that a view lacks: as many rounds over all ranks as this one has sent itself. It was always
-  two rounds. Where requests come slowly that was more than ranks ever differ by, and it was blind to long prompts.
+- Least-load takes ranks for equals, and keeps its own requests level over them, only as far as the other front-ends
+  have most likely sent something that a view lacks: as many rounds over all ranks as this one has sent itself. It was
+  always two rounds. Where requests come slowly that was more than ranks ever differ by, and it was blind to long
+  prompts.
 
 ## Bound at arrival
 
