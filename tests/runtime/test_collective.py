@@ -51,6 +51,15 @@ def test_all_reduce(four: Threads) -> None:
     assert four.each(lambda rank: groups[rank].all_reduce([rank, rank, rank], each)) == [[3, 6, 0]] * 4
 
 
+def test_integers_that_are_too_large_to_be_summed_end_the_generation(tmp_path: Path) -> None:
+    pair = Threads("socket", [group_path(tmp_path, rank) for rank in range(2)])
+    try:
+        for future in pair.start(lambda rank: pair.groups[rank].all_reduce([2**63 - 1], "sum")):
+            assert isinstance(future.exception(10), GenerationEnded)
+    finally:
+        pair.close()
+
+
 def test_barrier_waits_for_the_last(four: Threads) -> None:
     release = threading.Event()
     passed: list[int] = []

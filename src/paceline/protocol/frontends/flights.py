@@ -27,6 +27,7 @@ from paceline.protocol.messages import (
     WakeNotice,
 )
 from paceline.protocol.routing.policy import Decision
+from paceline.protocol.sampling import LARGEST_STAMP
 
 FIRST_RESEND = 2**62
 """Ids of requests that are sent again; those of clients' requests are far below."""
@@ -149,18 +150,19 @@ class Flights:
 
     def _send(self, wire: int, flight: Flight, waited: bool) -> list[Effect]:
         link, submit, tokens = flight.link, flight.submit, flight.tokens
+        stamp = min(self.wave, LARGEST_STAMP)
         answer_tokens = submit.params.max_tokens - len(flight.made)
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
         link.in_flight.add(wire)
         self._flights[wire] = flight
         add = AddRequest(
-            wire, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority,
+            wire, number, link.incarnation, stamp, submit.prompt_token_ids, submit.params, submit.priority,
             list(flight.made),
         )  # fmt: skip
         effects: list[Effect] = [ToRank(link.rank, add)]
         if self._lockstep and not self.running:
-            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, self.wave)))
+            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, stamp)))
         if self._share_sends:
             self._told += 1
             link.unheard.sent(self._told, tokens, tokens + answer_tokens)
