@@ -1,8 +1,8 @@
 """Carries a rank's bytes: a thread that owns the rank's sockets.
 
 Everything that arrives becomes an event in `inbox`; everything to be sent comes through `_outbox` with a
-wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (reports are dropped, and
-asked for again when it is back), a front-end may not read (its queue is bounded; when it is full, what each of its
+wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (of what it does not read,
+the last of each kind is kept), a front-end may not read (its queue is bounded; when it is full, what each of its
 requests gets is put together until it reads again: so it costs a set amount of memory, and loses nothing).
 
 A front-end that has died is found out at once, not when there is something to send to it: its requests may wait for
@@ -12,7 +12,6 @@ ZeroMQ refuses where nobody is there.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -39,7 +38,7 @@ OUTPUTS_QUEUED = 1_000
 """Messages in the queue to one front-end, beyond which they are put together."""
 
 READS_AGAIN_MS = 20
-"""How often a front-end that does not read is tried again."""
+"""How often who does not read is tried again."""
 
 
 class Carrier:
@@ -68,6 +67,7 @@ class Carrier:
         self._probes_due: list[float] = []
         self._life = (rank, incarnation)
         self._backlogs: dict[int, Backlog] = {}
+        self._late: dict[type, FromRank | Outputs] = {}
         self._nothing = codec.encode(Outputs(rank, incarnation, []))
         self._broadcasts.send(b"\x01")
         self._broadcasts.send(b"\x01" + codec.rank_topic(rank, incarnation))
@@ -134,20 +134,33 @@ class Carrier:
         while outbox:
             to, message = outbox.popleft()
             if to is None or not isinstance(message, Outputs):
-                with contextlib.suppress(zmq.Again):
-                    self._reports.send(codec.encode(message), zmq.NOBLOCK)
+                # Of each kind the last one says all; it takes the place of one from before.
+                self._late.pop(type(message), None)
+                self._late[type(message)] = message
+                self._send_late()
             elif to in self._backlogs:
                 self._backlogs[to].add(message)
             elif not self._send_front_end(to, codec.encode(message)):
                 logger.warning("front-end %d does not read: what it gets is kept for it", to)
                 self._backlogs[to] = Backlog(*self._life)
                 self._backlogs[to].add(message)
+        self._send_late()
         for to, backlog in list(self._backlogs.items()):
             while len(backlog) and self._send_front_end(to, codec.encode(backlog.first())):
                 backlog.sent()
             if not len(backlog):
                 del self._backlogs[to]
                 logger.info("front-end %d reads again", to)
+
+    def _send_late(self) -> None:
+        """What is for the coordinator, as far as it reads."""
+        while self._late:
+            kind = next(iter(self._late))
+            try:
+                self._reports.send(codec.encode(self._late[kind]), zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            del self._late[kind]
 
     def _send_front_end(self, to: int, frame: bytes) -> bool:
         """Send to a front-end; whether it is dealt with: sent, or to nobody, since the front-end has gone."""
@@ -177,7 +190,7 @@ class Carrier:
         self._probes_due = sorted([*self._probes_due[-1:], *(now + after_s for after_s in PROBES_S)])
 
     def _wait_ms(self) -> int | None:
-        if self._backlogs:
+        if self._backlogs or self._late:
             return READS_AGAIN_MS
         return int(max(0.0, self._probes_due[0] - time.monotonic()) * 1000) + 1 if self._probes_due else None
 

@@ -19,8 +19,9 @@ class LossyFile(io.FileIO):
 
 def make_stderr_lossy() -> None:
     """From here on nothing that this process prints on stderr, or logs there, can fail for want of room."""
-    if sys.stderr is not sys.__stderr__:
+    first = sys.__stderr__
+    if first is None or sys.stderr is not first:
         # It is so already, or somebody has put something of his own in its place.
         return
-    file = LossyFile(sys.stderr.fileno(), "w", closefd=False)
+    file = LossyFile(first.fileno(), "w", closefd=False)
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(file), "utf-8", "backslashreplace", line_buffering=True)

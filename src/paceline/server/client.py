@@ -78,6 +78,7 @@ class Client:
         self._monitors: dict[int, LinkMonitor] = {}
         self._patience = giving_up_after(rank_timeout_s)
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
+        self._deaf: set[str] = set()
         self._changed: list[asyncio.Future[None]] = []
         self._calls: dict[int, asyncio.Future[Controlled]] = {}
         self._tick_at = NEVER
@@ -242,8 +243,11 @@ class Client:
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            logger.warning("%s does not read: a message to it was dropped", to)
+            if to not in self._deaf:
+                self._deaf.add(to)
+                logger.warning("%s does not read: messages to it are dropped", to)
             return False
+        self._deaf.discard(to)
         # A send can swallow the descriptor's sign that something has come in.
         if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
             self._loop.call_soon(self._drain, socket)
