@@ -53,6 +53,8 @@ logger = logging.getLogger("paceline.front-end")
 
 NEVER = float("inf")
 MESSAGES_A_TURN = 512
+BROADCASTS_KEPT = 1_000
+"""Of the coordinator, unread: the last view says all."""
 ASK_AGAIN_S = 0.25
 """A call that is not answered is repeated: the coordinator may have been away."""
 
@@ -83,7 +85,10 @@ class Client:
         self._calls: dict[int, asyncio.Future[Controlled]] = {}
         self._tick_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
-        self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
+        limit = codec.MAX_CONTROL_BYTES
+        self._coordinator = open_socket(
+            self._context, zmq.XSUB, connect=coordinator, max_bytes=limit, kept=BROADCASTS_KEPT
+        )
         self._watch(self._coordinator, self._on_coordinator_frames)
         self._coordinator.send(b"\x01")
         self._coordinator.send(b"\x01" + codec.front_end_topic(machine.identity))
