@@ -69,6 +69,10 @@ TRANSITIONS: dict[tuple[RankState, Said], RankState] = {
 """(state, what is said) to state, for the current life; a new life starts from ABSENT."""
 
 
+READY, LOST, GONE = RankState.READY, RankState.LOST, RankState.GONE
+"""As they are here: asked of with every message, and an enumeration is slow to name its members."""
+
+
 class RankEntry(Struct):
     """One rank: the life that is current, where it is reached, and its place. `lost_at`: since when it is lost."""
 
@@ -140,7 +144,7 @@ class Membership:
         entry = self._entries.get(rank)
         if entry is None or entry.incarnation != incarnation:
             return False
-        return entry.state not in (RankState.GONE, RankState.LOST)
+        return entry.state is not GONE and entry.state is not LOST
 
     def is_retired(self, rank: int, incarnation: int) -> bool:
         """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
@@ -154,7 +158,7 @@ class Membership:
     def ready_life(self, rank: int) -> int | None:
         """The life of a rank that takes requests, None where it does not."""
         entry = self._entries.get(rank)
-        return entry.incarnation if entry is not None and entry.state is RankState.READY else None
+        return entry.incarnation if entry is not None and entry.state is READY else None
 
     def members(self) -> list[Member]:
         """The ready ranks in order of their numbers."""
