@@ -23,7 +23,7 @@ from paceline.protocol.messages import UNIONS, tag_of
 from paceline.protocol.rank_events import Agree
 from paceline.runtime.array_bytes import array_parts
 from paceline.runtime.collective import BLOCK, GATHER, HEADER, RESULT, URGENT
-from paceline.runtime.group_link import GREETING, MAGIC
+from paceline.runtime.doorway import GREETING, MAGIC
 from paceline.runtime.rendezvous import Here, WhereIs
 from tests.fuzz.grammar import Grammar
 from tests.integrations import vllm_frames
@@ -143,6 +143,11 @@ def others() -> dict[str, dict[str, bytes]]:
             "scale": msgspec.msgpack.encode([SCALE, 3]),
         },
         "http-body": {"completion": msgspec.json.encode(completion), "chat": msgspec.json.encode(chat)},
+        "http-requests": {
+            "get": b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n",
+            "post": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 18\r\n\r\n" + b'{"prompt": "Once"}',
+            "chunked": b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n",
+        },
         "keeper": {
             "health": b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", "loads": b"GET /loads?x HTTP/1.0\r\n\r\n",
             "post": b"POST / HTTP/1.1\r\n\r\n",

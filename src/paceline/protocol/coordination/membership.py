@@ -7,8 +7,8 @@ ranks say. Three things make that safe:
   current one is void.
 - A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
   compared for equality only: clocks jump, so a larger one need not be the newer one. So a new coordinator, which has
-  retired nobody, tells a late hello of the dead from a new life by the connection: nobody takes the place of a life
-  that is connected before it is connected itself.
+  retired nobody, tells a late hello of the dead from a new life by the connection: where ranks show their presence,
+  nobody has a place before it is connected. An invented life would be a member for ever: no connection of it ends.
 - A rank becomes ready by saying so, after it was told the wave.
 - A rank whose connection has ended is lost: no member, and what still arrives of it is void, until it has connected
   anew and says hello. It is not retired, since it need not be dead.
@@ -91,18 +91,20 @@ class Membership:
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
+        # Whether any rank has shown its presence: then all do.
+        self._presence = False
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
         """A rank said hello. Returns whether it counts; a retired life's does not."""
         if incarnation in self._retired.get(rank, ()):
             return False
+        if self._presence and (rank, incarnation) not in self._connected:
+            return False
         entry = self._entries.get(rank)
         if entry is not None and entry.incarnation == incarnation and entry.lost_at is not None:
             return False
         if entry is not None and entry.incarnation != incarnation:
-            if (rank, entry.incarnation) in self._connected and (rank, incarnation) not in self._connected:
-                return False
             self._retire(entry)
             entry = None
         state = entry.state if entry else RankState.ABSENT
@@ -133,6 +135,7 @@ class Membership:
 
     def connected(self, rank: int, incarnation: int) -> None:
         """A life has connected, perhaps anew: from here on its hello counts."""
+        self._presence = True
         if rank < self.size:
             self._connected.add((rank, incarnation))
         entry = self._entries.get(rank)
