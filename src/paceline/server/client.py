@@ -55,8 +55,6 @@ logger = logging.getLogger("paceline.front-end")
 
 NEVER = float("inf")
 MESSAGES_A_TURN = 512
-BROADCASTS_KEPT = 1_000
-"""Of the coordinator, unread: the last view says all."""
 ASK_AGAIN_S = 0.25
 """A call that is not answered is repeated: the coordinator may have been away."""
 
@@ -82,15 +80,11 @@ class Client:
         self._monitors: dict[int, LinkMonitor] = {}
         self._patience = giving_up_after(rank_timeout_s)
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
-        self._deaf: set[str] = set()
         self._changed: list[asyncio.Future[None]] = []
         self._calls: dict[int, asyncio.Future[Controlled | Scaled]] = {}
         self._tick_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
-        limit = codec.MAX_CONTROL_BYTES
-        self._coordinator = open_socket(
-            self._context, zmq.XSUB, connect=coordinator, max_bytes=limit, kept=BROADCASTS_KEPT
-        )
+        self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
         self._watch(self._coordinator, self._on_coordinator_frames)
         self._coordinator.send(b"\x01")
         self._coordinator.send(b"\x01" + codec.front_end_topic(machine.identity))
@@ -263,11 +257,8 @@ class Client:
         try:
             socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
-            if to not in self._deaf:
-                self._deaf.add(to)
-                logger.warning("%s does not read: messages to it are dropped", to)
+            logger.warning("%s does not read: a message to it was dropped", to)
             return False
-        self._deaf.discard(to)
         # A send can swallow the descriptor's sign that something has come in.
         if socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
             self._loop.call_soon(self._drain, socket)
