@@ -145,6 +145,8 @@ class DPCoordinatorProc:
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,
             fresh=fresh,
+            # Ranks that are not of ours may begin without; who takes another's place must believe no stranger.
+            presence=not fresh,
         )
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
@@ -249,13 +251,16 @@ class DPCoordinatorProc:
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
-        life = codec.read_rank_topic(frame[1:])
+        life, node = codec.read_rank_topic(frame[1:]), codec.read_node_topic(frame[1:])
         if frame[:1] == b"\x01":
+            if node is not None:
+                self._inbox.nodes.add(node)
             self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
         elif frame[:1] == b"\x00":
             if life is not None:
                 self._handle(RankGone(*life))
-            elif (node := codec.read_node_topic(frame[1:])) is not None:
+            elif node is not None:
+                self._inbox.nodes.discard(node)
                 self._handle(NodeGone(node))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")

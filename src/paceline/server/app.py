@@ -234,7 +234,8 @@ def _model(api: Api) -> dict[str, Any]:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     texts = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
-    api_error = ApiError(error.status_code, texts.get(error.status_code, error.detail), code="not_found")
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    api_error = ApiError(error.status_code, texts.get(error.status_code, error.detail), code=code)
     response = error_response(api_error, request.headers.get("x-request-id"))
     response.headers.update(error.headers or {})
     return response
