@@ -48,11 +48,14 @@ T = TypeVar("T", bound=GenerationRequest)
 class Api:
     """What the routes share. `draining` refuses new work while what runs finishes."""
 
-    def __init__(self, client: Client, models: Models, started: int, max_body_bytes: int) -> None:
+    def __init__(
+        self, client: Client, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
+    ) -> None:
         self.client = client
         self.models = models
         self.started = started
         self.max_body_bytes = max_body_bytes
+        self.most_ranks = most_ranks
         self.draining = False
         self.active = 0
         self.answers: set[WholeAnswer | EventStream] = set()
@@ -258,7 +261,7 @@ def build_app(api: Api) -> ASGIApp:
             *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
             *_plain_routes(api),
             *suspension_routes(api.client),
-            *scaling_routes(api.client),
+            *scaling_routes(api.client, api.most_ranks),
         ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )
