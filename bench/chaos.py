@@ -73,7 +73,7 @@ def main() -> None:
     print(f"refused on arrival (503 with Retry-After): {tally.refused}")
     print(f"connections that broke with their front-end: {tally.cut}")
     print(f"longest stall: {tally.longest_stall_s:.2f} s")
-    for what in [*tally.lost, *tally.wrong][:20]:
+    for what in [*tally.wrong, *tally.lost][:20]:
         print(what)
     sys.exit(1 if tally.lost or tally.wrong else 0)
 
