@@ -132,6 +132,10 @@ class _Teller:
         match action.kind:
             case "send":
                 return f"A front-end that believes wave {action.detail} to run sends {rank} a request, which arrives"
+            case "send-alone" | "send-late":
+                where = "arrives" if action.kind == "send-alone" else "is on its way"
+                whose = " whose rank has died" * action.fair
+                return f"A front-end sends {rank} a request{whose}, stamped {action.detail}, which {where}"
             case "send-first":
                 return (
                     f"A front-end that believes the ranks paused before wave {action.detail} sends {rank} a request, "
@@ -159,7 +163,15 @@ class _Teller:
             case "agree":
                 return "All ranks agree whether any has work left"
             case "die":
-                return f"{rank.capitalize()} dies, and its next life is loaded"
+                return f"{rank.capitalize()} dies" + (
+                    "" if self._world.blocks.group_address else ", and its next life is loaded"
+                )
+            case "load":
+                return f"The next life of {rank} has loaded its engine"
+            case "lost":
+                return "The coordinator waits no longer for who is gone"
+            case "silent":
+                return "The coordinator waits no longer for who says nothing"
             case "form":
                 return f"{rank.capitalize()} leaves its group and waits for the others to form the next"
             case "formed":
@@ -199,6 +211,11 @@ class _Teller:
         before, after = self._state[FIRST_BLOCK + place], raw[FIRST_BLOCK + place]
         name = self._rank(place)
         was, now = blocks.life(before).machine, blocks.life(after).machine
+        if now.incarnation != was.incarnation:
+            lost = blocks.life(before).unfinished + len(blocks[before].arriving)
+            if lost:
+                yield f"{lost} request{'s' * (lost > 1)} must go on elsewhere"
+            return
         if now.running and (not was.running or now.wave != was.wave):
             yield f"{name} runs in wave {now.wave}"
         elif was.running and not now.running:
