@@ -52,6 +52,9 @@ ENGINE ?= timed
 chaos: $(STAMP) ## kill and stop processes under streams: SEED=n MINUTES=m ENGINE=timed|moe|llama
 	@exec $(BIN)/python -m bench.chaos --seed $(SEED) --minutes $(MINUTES) --engine $(ENGINE) $(ARGS)
 
+fuzz: $(STAMP) ## garbage for every decoder and the machine behind it; ARGS="--inputs 1000000 [TARGET ...]"
+	@exec $(BIN)/python -m tests.fuzz $(ARGS)
+
 format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -95,8 +98,11 @@ bench-broker: $(STAMP) ## what the broker's queue costs the coordinator, and an 
 	@$(BIN)/python bench/broker_cost.py $(ARGS)
 	@$(BIN)/python -m bench.broker_idle
 
+bench-overload: $(STAMP) ## four times the work that the ranks can do, for two minutes, with each --bind (six minutes)
+	@$(BIN)/python -m bench.overload $(ARGS)
+
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos format docs bench-serve bench-collective \
-	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-vllm clean
+.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos fuzz format docs bench-serve bench-collective \
+	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-overload bench-vllm clean

@@ -81,7 +81,14 @@ BindFlag = Annotated[
         "--bind",
     ),
 ]
-MaxWaitingFlag = Annotated[int, _option(_SERVER, "Requests that may wait before 429; 0 for no limit.", "--max-waiting")]
+MaxWaitingFlag = Annotated[
+    int,
+    _option(
+        _SERVER,
+        "Requests that may wait, in the whole deployment, before 429; 0 for no limit.",
+        "--max-waiting",
+    ),
+]
 MaxBodyBytesFlag = Annotated[int, _option(_SERVER, "Largest request body.", "--max-body-bytes")]
 StartupTimeoutFlag = Annotated[float, _option(_SERVER, "Seconds until all must be ready.", "--startup-timeout")]
 DrainTimeoutFlag = Annotated[

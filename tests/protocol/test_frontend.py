@@ -149,9 +149,23 @@ def test_when_too_many_wait_for_a_slot_requests_are_refused() -> None:
     machine.handle(view(1, *ranks), 0.0)
     assert machine.waiting() == 2
     assert find(submit(machine, 1), Placed)
-    assert find(submit(machine, 2), Refuse, request=2, reason="overloaded")
+    assert find(submit(machine, 2), Refuse, request=2, reason="overloaded", retry_after_s=1)
     machine.handle(view(2, RankView(0, 10, 2, Load(running=1, slots=4), {IDENTITY: 1})), 0.0)
     assert find(submit(machine, 3), Placed)
+
+
+def test_who_is_refused_is_told_when_there_will_be_a_place() -> None:
+    """One request is under way at a time and takes 7 s."""
+    machine = front_end(max_waiting=1)
+    full = Load(waiting=1, running=4, slots=4)
+    for number in range(3):
+        machine.handle(Submit(number + 1, [1], SamplingParams(5), rank=0), 7.0 * number)
+        machine.handle(RankSaid(Outputs(0, 10, [Output(number + 1, [1], finish_reason="length")])), 7.0 * number + 7.0)
+        machine.handle(view(number + 1, RankView(0, 10, number, Load(slots=4), {IDENTITY: number + 1})), 21.0)
+    machine.handle(Submit(8, [1], SamplingParams(5), rank=0), 21.0)
+    machine.handle(view(9, RankView(0, 10, 9, full, {IDENTITY: 4}), RankView(1, 11, 9, full)), 21.0)
+    told = [one(machine.handle(Submit(number, [1], SamplingParams(5)), 21.0)).retry_after_s for number in (9, 10, 11)]
+    assert told == [7, 14, 21]
 
 
 # What comes back ------------------------------------------------------------------------------

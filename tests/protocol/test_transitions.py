@@ -24,7 +24,7 @@ from paceline.protocol.transitions import (
 )
 from paceline.simulate.run import Options, simulate
 
-SEEDS = range(40)
+SEEDS = range(60)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.engines.group import GenerationEnded
 from paceline.errors import StartupError
-from paceline.runtime.group_link import GREETING, MAGIC, GroupListener, group_path
+from paceline.runtime.doorway import GREETING, MAGIC
+from paceline.runtime.group_link import GroupListener, group_path
 from paceline.runtime.processes import spawn
 from tests.runtime.groups import IMPLEMENTATIONS, Threads, form
 from tests.serving import wait_until
@@ -49,6 +50,15 @@ def test_all_reduce(four: Threads) -> None:
     assert four.each(lambda rank: groups[rank].all_reduce([1, rank], "and")) == [[1, 0]] * 4
     each = ["max", "sum", "and"]
     assert four.each(lambda rank: groups[rank].all_reduce([rank, rank, rank], each)) == [[3, 6, 0]] * 4
+
+
+def test_integers_that_are_too_large_to_be_summed_end_the_generation(tmp_path: Path) -> None:
+    pair = Threads("socket", [group_path(tmp_path, rank) for rank in range(2)])
+    try:
+        for future in pair.start(lambda rank: pair.groups[rank].all_reduce([2**63 - 1], "sum")):
+            assert isinstance(future.exception(10), GenerationEnded)
+    finally:
+        pair.close()
 
 
 def test_barrier_waits_for_the_last(four: Threads) -> None:
@@ -173,6 +183,27 @@ def test_member_that_does_not_come_is_named(implementation: str, tmp_path: Path)
     with pytest.raises(StartupError, match=r"generation 9: rank 1, 2 did not come within 0\.3 s"):
         form(implementation, listener, 9, 0, addresses, 0.3)
     listener.close()
+
+
+def test_strangers_who_say_nothing_hold_nobody_up(implementation: str, tmp_path: Path) -> None:
+    addresses = [group_path(tmp_path, rank) for rank in range(3)]
+    members = Threads(implementation, addresses)
+    strangers = []
+    try:
+        for address in addresses * 20:
+            stranger = socket.socket(socket.AF_UNIX)
+            stranger.connect(address.removeprefix("ipc://"))
+            stranger.send(MAGIC)
+            strangers.append(stranger)
+        for group in members.groups:
+            group.close()
+        members.timeout_s = 10.0
+        members.form(2)
+        assert members.each(lambda rank: members.groups[rank].all_reduce([rank], "max")) == [[2]] * 3
+    finally:
+        for stranger in strangers:
+            stranger.close()
+        members.close()
 
 
 def test_strangers_and_other_generations_do_not_become_members(implementation: str, tmp_path: Path) -> None:

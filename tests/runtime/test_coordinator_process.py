@@ -207,6 +207,7 @@ def throw_garbage_at(coordinator: DPCoordinator) -> None:
             shout_at(address)
         rank.send(b"\x01")
         front_end.send(b"\x01")
+        front_end.send(b"\x01" + codec.front_end_topic(9))
         decode_rank, decode_front_end = codec.to_rank().decode, codec.to_front_end().decode
         assert isinstance(decode_rank(receive(rank)[0]), Identify)
         pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, 0, 7, "ipc:///rank", False)))
@@ -232,6 +233,7 @@ def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> Non
         front_end = zmq_context.socket(zmq.XSUB)
         front_end.connect(coordinator.get_stats_publish_address())
         front_end.send(b"\x01")
+        front_end.send(b"\x01" + codec.front_end_topic(9))
         before_mb = resident_mb(coordinator.proc.pid or 0)
         large.connect(back_output)
         small.connect(back_output)

@@ -45,6 +45,12 @@ class Pair:
         self.events: list[Event] = []
         self.inbox = FrontEndInbox(self.inbox_socket, self.garbage, self.events.append)
 
+    def appear(self) -> None:
+        """The front-end's presence appears, and is no event of the test."""
+        self.front_end.send(b"\x01" + codec.front_end_topic(FRONT_END))
+        self.read(1)
+        self.events.clear()
+
     def send(self, *messages: FromFrontEnd) -> None:
         for message in messages:
             self.front_end.send(codec.encode(message))
@@ -79,6 +85,7 @@ def ask(request: int) -> Ask:
 
 
 def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
+    pair.appear()
     said = [ask(number) for number in range(2 * READ_AT_ONCE)]
     pair.send(*said)
     assert pair.read(len(said)) == said
@@ -86,6 +93,7 @@ def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
 
 
 def test_what_else_is_said_is_heard_in_its_place(pair: Pair) -> None:
+    pair.appear()
     said: list[FromFrontEnd] = [
         ask(1),
         WakeNotice(FRONT_END, 0, 3),
@@ -115,7 +123,18 @@ def test_a_hello_counts_only_while_its_sender_is_present(pair: Pair) -> None:
     assert pair.garbage.counts == {"no-presence": 2}
 
 
+def test_nobody_is_heard_under_an_invented_name(pair: Pair) -> None:
+    """What a front-end says is kept until it has gone, and of this one nobody would learn that."""
+    pair.appear()
+    invented = FRONT_END + 1
+    said = [SendNotice(invented, [], 1), Ask(invented, 1, 0, []), WakeNotice(invented, 0, 0), Withdraw(invented, 1, [])]
+    pair.send(*said, ask(1))
+    assert pair.read(len(said) + 1) == [ask(1)]
+    assert pair.garbage.counts == {"no-presence": len(said)}
+
+
 def test_garbage_loses_nothing_else(pair: Pair) -> None:
+    pair.appear()
     pair.send(ask(1))
     pair.front_end.send_multipart([codec.encode(ask(2)), b"more"])
     pair.front_end.send(codec.encode(ask(3))[:-1])

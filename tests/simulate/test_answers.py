@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from paceline.protocol.routing_least import LeastLoad
-from paceline.protocol.stranded import MOST_LOSSES, PATIENCE_S
 
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import Refuse
+from paceline.protocol.frontends.stranded import MOST_LOSSES, PATIENCE_S
 from paceline.protocol.messages import AddRequest, Output
+from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.answers import Answers
 from paceline.simulate.world import Violation, World

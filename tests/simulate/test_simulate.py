@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import typer
 from msgspec.structs import replace
-from paceline.protocol.stranded import Stranded
 from typer.testing import CliRunner
 
 from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.load import Ledger
 from paceline.protocol.ranks.requests import RankRequests
 from paceline.protocol.rules import RULES

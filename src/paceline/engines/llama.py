@@ -28,7 +28,7 @@ from paceline.engines.llama_sampling import Sampler, read_logprobs
 from paceline.engines.llama_tokenizer import LlamaTokenizer
 from paceline.engines.llama_vocabulary import Vocabulary
 from paceline.engines.models import model_path
-from paceline.engines.schedule import Schedule, Sequence
+from paceline.engines.schedule import Schedule, Sequence, why_never
 from paceline.protocol.messages import Load
 from paceline.protocol.rank_events import StepOutput
 from paceline.protocol.sampling import FinishReason, PositionLogprobs, TokenLogprob
@@ -74,7 +74,8 @@ class LlamaEngine(Engine):
         plan_memory(settings, read_header(model_path(settings.model, progress)))
 
     def add(self, request: EngineRequest) -> None:
-        error = self._why_never(request)
+        # One bad token makes llama.cpp refuse the whole batch, everybody's.
+        error = why_never(request, self._plan.max_model_len, self._vocabulary.size)
         if error is not None:
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
             return
@@ -117,21 +118,6 @@ class LlamaEngine(Engine):
         self._batch.close()
         self._context.close()
         self._model.close()
-
-    def _why_never(self, request: EngineRequest) -> str | None:
-        """Why the request can never be served, or None."""
-        prompt, length, size = request.prompt_token_ids, self._plan.max_model_len, self._vocabulary.size
-        if not prompt:
-            return "the prompt is empty"
-        if len(prompt) >= length:
-            return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
-        if len(request.made_token_ids) >= min(request.params.max_tokens, length - len(prompt)):
-            return f"the {len(request.made_token_ids)} tokens made already are the whole answer"
-        # One bad token makes llama.cpp refuse the whole batch, everybody's.
-        for token in (*prompt, *request.made_token_ids, *request.params.logit_bias):
-            if not 0 <= token < size:
-                return f"token {token} is not in the vocabulary of {size} tokens"
-        return None
 
     def _compute(self) -> tuple[Chunks, dict[int, int]]:
         """Compute the next batch; returns what was computed, and by slot the row that has its logits."""

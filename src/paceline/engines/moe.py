@@ -20,7 +20,7 @@ from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSett
 from paceline.engines.moe_options import Limits, MoeOptions, read_limits, read_options
 from paceline.engines.moe_sampling import Sampler
 from paceline.engines.moe_tokenizer import EOS, VOCABULARY, MoeTokenizer, piece
-from paceline.engines.schedule import Schedule, Sequence
+from paceline.engines.schedule import Schedule, Sequence, why_never
 from paceline.protocol.messages import Load
 from paceline.protocol.sampling import FinishReason
 
@@ -73,7 +73,7 @@ class MoeEngine(Engine):
 
     def add(self, request: EngineRequest) -> None:
         length = len(request.prompt_token_ids)
-        error = self._why_never(request)
+        error = why_never(request, self._limits.max_model_len, VOCABULARY)
         if error is not None:
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
             return
@@ -114,20 +114,6 @@ class MoeEngine(Engine):
 
     def load(self) -> Load:
         return self._schedule.load()
-
-    def _why_never(self, request: EngineRequest) -> str | None:
-        """Why the request can never be served, or None."""
-        prompt, length = request.prompt_token_ids, self._limits.max_model_len
-        if not prompt:
-            return "the prompt is empty"
-        if len(prompt) >= length:
-            return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
-        if len(request.made_token_ids) >= min(request.params.max_tokens, length - len(prompt)):
-            return f"the {len(request.made_token_ids)} tokens made already are the whole answer"
-        for token in (*prompt, *request.made_token_ids, *request.params.logit_bias):
-            if not 0 <= token < VOCABULARY:
-                return f"token {token} is not in the vocabulary of {VOCABULARY} tokens"
-        return None
 
     def _forward(self, chunks: Chunks) -> Floats:
         """Compute with the others. Changes nothing but KV that nobody reads yet."""

@@ -25,6 +25,22 @@ from paceline.engines.text import IncrementalText
 from paceline.protocol.messages import Load
 
 
+def why_never(request: EngineRequest, length: int, vocabulary: int) -> str | None:
+    """Why an engine that takes `length` tokens, prompt and answer, out of `vocabulary` can never serve the request, or
+    None."""
+    prompt = request.prompt_token_ids
+    if not prompt:
+        return "the prompt is empty"
+    if len(prompt) >= length:
+        return f"the prompt has {len(prompt)} tokens; with at least one of an answer, {length} fit (max_model_len)"
+    if len(request.made_token_ids) >= min(request.params.max_tokens, length - len(prompt)):
+        return f"the {len(request.made_token_ids)} tokens made already are the whole answer"
+    for token in (*prompt, *request.made_token_ids, *request.params.logit_bias):
+        if not 0 <= token < vocabulary:
+            return f"token {token} is not in the vocabulary of {vocabulary} tokens"
+    return None
+
+
 class Sequence:
     """A request on its way: its tokens so far, and how many of them are in KV."""
 

@@ -25,6 +25,10 @@ SCALE = "SCALE_ELASTIC_EP"
 IDENTITY_BYTES = 2
 """A rank's ZeroMQ identity in vLLM: its number, little-endian."""
 MOST_RANKS = 65536
+MOST_SCALED_TO = 1024
+"""To begin anew with as many ranks takes half a second, and eight times as many would take a minute."""
+MOST_KV_USE = 1000.0
+"""A share; what is beyond is no share of anything."""
 
 _EMPTY = b"\x90"
 _NIL = b"\xc0"
@@ -37,7 +41,7 @@ class RankStats(Struct, frozen=True, gc=False):
     num_running_reqs: Count = 0
     step_counter: Annotated[int, Meta(ge=0, lt=2**32)] = 0
     current_wave: StampedWave = 0
-    kv_cache_usage: Annotated[float, Meta(ge=0)] = 0.0
+    kv_cache_usage: Annotated[float, Meta(ge=0, le=MOST_KV_USE)] = 0.0
 
 
 class RankMessage(Struct, frozen=True, array_like=True, gc=False):
@@ -93,8 +97,8 @@ def read_front_end(frame: bytes) -> Notice | Scale:
         raise BadMessage("malformed", "not a pair")
     first, second = said
     if first == SCALE:
-        if not _is_number(second, MOST_RANKS + 1) or second == 0:
-            raise BadMessage("value", "not a number of ranks")
+        if not _is_number(second, MOST_SCALED_TO + 1) or second == 0:
+            raise BadMessage("value", f"not a number of ranks, of which there may be {MOST_SCALED_TO}")
         return Scale(second)
     if not _is_number(second, 2**48):
         raise BadMessage("value", "not a wave")

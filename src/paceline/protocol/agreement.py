@@ -16,9 +16,15 @@ def integers(agree: Agree) -> list[int]:
     return [int(agree.has_work), agree.wave, agree.suspension, *(agree.quota or quota.UNLIMITED)]
 
 
+LARGEST = 2**60
+"""No integer of ours comes near, also summed over all ranks."""
+
+
 def outcome(reduced: Sequence[int]) -> Agreed:
-    """What all ranks learn of it."""
+    """What all ranks learn of it. Raises ValueError where they cannot have agreed on that."""
     any_work, wave, suspension, *rest = reduced
+    if not all(0 <= integer < LARGEST for integer in reduced) or not quota.possible(rest):
+        raise ValueError("a rank has put in what no rank of ours does")
     return Agreed(bool(any_work), wave, suspension, rest)
 
 

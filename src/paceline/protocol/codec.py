@@ -7,7 +7,8 @@ countable kind, never another exception. Nothing is ever unpickled.
 from __future__ import annotations
 
 import math
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -17,8 +18,11 @@ from paceline.protocol.messages import (
     FromFrontEnd,
     FromFrontEndToRank,
     FromRank,
+    FrontEndHello,
+    Identify,
     Load,
     LoadView,
+    Members,
     RankHello,
     RankReport,
     ToFrontEnd,
@@ -70,38 +74,64 @@ class Decoder(Generic[T]):
         # A hostile frame can nest deeper than the decoder will follow, and text may be no UTF-8.
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise BadMessage("malformed", str(error)) from None
-        version = getattr(message, "version", PROTOCOL_VERSION)
-        if version != PROTOCOL_VERSION:
-            raise BadMessage("version", f"protocol version {version}, this side speaks {PROTOCOL_VERSION}")
-        _check_values(message)
+        check = _CHECKS.get(type(message))
+        if check is not None:
+            check(message)
         return message
+
+
+def _check_finite(message: object, floats: Iterable[float]) -> None:
+    """Refuse what a range in a type lets through: not-a-number and the infinities."""
+    if not all(map(math.isfinite, floats)):
+        raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
+
+
+def _check_version(message: RankHello | FrontEndHello | Members | Identify) -> None:
+    if message.version != PROTOCOL_VERSION:
+        raise BadMessage("version", f"protocol version {message.version}, this side speaks {PROTOCOL_VERSION}")
+
+
+def _check_hello(hello: RankHello) -> None:
+    _check_version(hello)
+    if not hello.address.startswith(("tcp://", "ipc://")):
+        raise BadMessage("value", f"rank {hello.rank}: {hello.address!r} is no address")
 
 
 def _floats_of(load: Load) -> tuple[float, ...]:
     return (load.prefill_rate, load.decode_rate, load.step_s, load.prompt_token_s, load.answer_token_s)
 
 
-def _check_values(message: object) -> None:
-    """Refuse the numbers that a range in a type lets through: not-a-number and the infinities."""
-    floats: tuple[float, ...]
-    if isinstance(message, RankHello):
-        if not message.address.startswith(("tcp://", "ipc://")):
-            raise BadMessage("value", f"rank {message.rank}: {message.address!r} is no address")
-        return
-    if isinstance(message, RankReport):
-        floats = _floats_of(message.load)
-    elif isinstance(message, LoadView):
-        floats = tuple(value for entry in message.ranks or () for value in _floats_of(entry.load))
-    elif isinstance(message, AddRequest):
-        params = message.params
-        floats = (
-            params.temperature, params.top_p, params.min_p, params.frequency_penalty, params.presence_penalty,
-            params.repetition_penalty, *params.logit_bias.values(),
-        )  # fmt: skip
-    else:
-        return
-    if not all(map(math.isfinite, floats)):
-        raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
+def _check_report(report: RankReport) -> None:
+    load = report.load
+    # A sum with one of them is one of them: mostly, one look will do.
+    if not math.isfinite(
+        load.prefill_rate + load.decode_rate + load.step_s + load.prompt_token_s + load.answer_token_s
+    ):
+        _check_finite(report, _floats_of(load))
+
+
+def _check_view(view: LoadView) -> None:
+    _check_finite(view, (value for entry in view.ranks or () for value in _floats_of(entry.load)))
+
+
+def _check_request(request: AddRequest) -> None:
+    params = request.params
+    _check_finite(request, (
+        params.temperature, params.top_p, params.min_p, params.frequency_penalty, params.presence_penalty,
+        params.repetition_penalty, *params.logit_bias.values(),
+    ))  # fmt: skip
+
+
+_CHECKS: dict[type, Callable[[Any], None]] = {
+    RankHello: _check_hello,
+    FrontEndHello: _check_version,
+    Members: _check_version,
+    Identify: _check_version,
+    RankReport: _check_report,
+    LoadView: _check_view,
+    AddRequest: _check_request,
+}
+"""By type of message; most need none. One look-up, since every message comes by here."""
 
 
 # A report's frame begins with its tag; the rank and the incarnation follow it.

@@ -67,11 +67,10 @@ from paceline.protocol.rules import checked
 class Coordinator:
     """One life of the coordinator.
 
-    `engine_count`: ranks in the deployment. `identity`: this life's own number.
-    `interval_s`: least time between two load views; 0 publishes every change.
-    `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `fresh`: no other came before it. `step_wait_s`: how long a view waits, in lockstep,
-    for all ranks to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
+    `engine_count`: ranks in the deployment. `identity`: this life's own number. `interval_s`: least time between two
+    load views; 0 publishes every change. `lockstep`: whether the ranks run in waves. `publish_loads`: False in external
+    mode, where views carry the wave and no loads. `fresh`: no other came before it. `step_wait_s`: how long a view
+    waits, in lockstep, for all ranks to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
@@ -224,16 +223,13 @@ class Coordinator:
             return
         if self.lockstep:
             self._group.observe(report.rank, report.wave, report.running, now)
-        self.broker.mark(report.rank)
+        self.broker.reported(report)
         self._publisher.loads_changed(now)
 
     def _forget_rank(self, rank: int, now: float) -> None:
         self._board.forget_rank(rank)
-        self._unhear(rank, now)
         self._publisher.members_changed(now)
-
-    def _unhear(self, rank: int, now: float) -> None:
-        """What the rank last said of waves, groups and suspensions does not hold any more."""
+        # What it last said of waves, groups and suspensions does not hold any more.
         self._group.forget(rank, now)
         self._generations.forget(rank, now)
         self._suspension.forget(rank)
@@ -255,6 +251,10 @@ class Coordinator:
 
     def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
         match message:
+            case SendNotice():
+                self._on_sends(message, now)
+            case Ask() | Withdraw() | ReturnShares():
+                self.broker.said(message, now)
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
                 self.broker.hello(message, (member.rank for member in self._membership.members()))
@@ -265,19 +265,18 @@ class Coordinator:
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
                     self._group.noticed(rank, wave, now)
-            case SendNotice(front_end, sends, told):
-                self._board.heard[front_end] = max(told, self._board.heard.get(front_end, 0))
-                for send in sends:
-                    current = self._membership.is_current(send.rank, send.incarnation)
-                    self.broker.sent(front_end, send, current and self._board.sent(front_end, send))
-                    if current:
-                        self._publisher.loads_changed(now)
-            case Ask() | Withdraw() | ReturnShares():
-                self.broker.said(message, now)
             case ControlRequest():
                 self._calls.request(message)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
+
+    def _on_sends(self, notice: SendNotice, now: float) -> None:
+        self._board.heard_of(notice.front_end, notice.told)
+        for send in notice.sends:
+            current = self._membership.is_current(send.rank, send.incarnation)
+            self.broker.sent(notice.front_end, send, current and self._board.sent(notice.front_end, send))
+            if current:
+                self._publisher.loads_changed(now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
         self._calls.forget_front_end(front_end)
@@ -334,7 +333,7 @@ class Coordinator:
             self._introductions.heard(rank)
             self._group.forget(rank, now)
             self._suspension_changed(now)
-        if formed is not None:
+        if formed:
             effects.append(ToRanks(Form(formed[0], self._joiners_wave(), formed[1], self._suspension.told())))
         if self._generations.asks or (self._introductions.due is None and self._late()):
             self._generations.asks = False

@@ -49,12 +49,14 @@ from paceline.protocol.messages import (
     Stall,
     SuspensionState,
 )
+from paceline.protocol.plausible import plausible
 from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.routing.policy import Policy
 from paceline.protocol.rules import checked
+from paceline.protocol.sampling import LARGEST_STAMP
 
 NOBODY = -1
-"""No coordinator has been heard yet."""
+"""No coordinator has been heard yet; else its identity, which each life of it has anew."""
 
 
 class FrontEnd:
@@ -96,12 +98,12 @@ class FrontEnd:
         """Take in one event; returns what to do, in order."""
         match event:
             case RankSaid(message):
-                return self._flights.outputs(message)
+                return self._flights.outputs(message, now)
             case Submit():
                 return self._placement.submit(event, now)
             case Abandon(requests):
                 self._stranded.drop(requests)
-                return [*self._flights.abandon(requests), *self._binding.drop(requests, now)]
+                return [*self._flights.abandon(requests, now), *self._binding.drop(requests, now)]
             case CoordinatorSaid(LoadView() as view):
                 return self._on_view(view, now)
             case CoordinatorSaid(Grants() as grants):
@@ -187,6 +189,7 @@ class FrontEnd:
     def statistics(self) -> dict[str, object]:
         """For `/health`, metrics and tests."""
         return {
+            "coordinator": self._coordinator,
             "wave": self.wave,
             "running": self.running,
             "ready": self.ready_ranks(),
@@ -260,11 +263,9 @@ class FrontEnd:
         return [self._hello(), *self._placement.stop(now)]
 
     def _hello(self) -> Effect:
-        known = self.suspension
+        known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
         ranks = sorted(self._ranks) if self._brokered and self._ranks is not None else None
-        return ToCoordinator(
-            FrontEndHello(PROTOCOL_VERSION, self.identity, known.number, known.mode, self._brokered, ranks)
-        )
+        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, number, known.mode, self._brokered, ranks))
 
     def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
         if coordinator == self._coordinator:
@@ -277,7 +278,7 @@ class FrontEnd:
         return [*hello, *([self._binding.ask_again(now)] if asks else [])]
 
     def _wave_is(self, wave: int, running: bool) -> None:
-        if wave >= self.wave:
+        if wave >= self.wave and plausible(wave, self.wave):
             self._flights.wave, self._flights.running = wave, running
 
     def _serves(self, rank: int) -> bool:

@@ -153,11 +153,12 @@ class Deliver(Struct, frozen=True, gc=False):
 
 
 class Refuse(Struct, frozen=True):
-    """The request cannot be served; the client is told why."""
+    """The request cannot be served; the client is told why, and in how many seconds it may try again."""
 
     request: int
     reason: RefusalReason
     text: str
+    retry_after_s: int = 1
 
 
 class Controlled(Struct, frozen=True):

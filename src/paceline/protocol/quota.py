@@ -133,6 +133,11 @@ def reduced(contributions: Iterable[Sequence[int]]) -> tuple[int, ...]:
     return tuple(max(column) if how == "max" else sum(column) for column, how in zip(columns, REDUCTIONS, strict=True))
 
 
+def possible(agreed: Sequence[int]) -> bool:
+    """Whether ranks can have come to these reduced integers, none of which is negative."""
+    return len(agreed) == len(REDUCTIONS) and agreed[0] <= OFF and agreed[1] < LARGEST
+
+
 def made(agreed: Sequence[int]) -> tuple[int, int]:
     """The prompt and answer tokens of the rank that had the most, in the step that has just ended."""
     return agreed[3], agreed[4]

@@ -34,6 +34,7 @@ from paceline.protocol.messages import (
     ToRank,
     WaveComplete,
 )
+from paceline.protocol.plausible import plausible
 from paceline.protocol.quota import OFF
 from paceline.protocol.rank_events import (
     Again,
@@ -294,14 +295,13 @@ class Rank:
         lives = {(member.rank, member.incarnation) for member in form.members}
         if self.phase not in (Phase.JOINING, Phase.READY) or (self.rank, self.incarnation) not in lives:
             return []
-        if form.generation <= self.told:
+        if form.generation <= self.told or not plausible(form.generation, self.told):
             return [self._hello()] if form.generation == self.generation else []
         if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
         self.standing.hear(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
-        self.generation = 0
-        self.told = form.generation
+        self.generation, self.told = 0, form.generation
         self._to_form = form
         return []
 

@@ -12,7 +12,8 @@ Count = Annotated[int, Meta(ge=0, lt=2**53)]
 Wave = Annotated[int, Meta(ge=0, lt=2**53)]
 # What a front-end believes of the wave. Ranks take it up, so it is kept far from the largest Wave: a wild one
 # must not bring the number to where nobody can decode it any more.
-StampedWave = Annotated[int, Meta(ge=0, lt=2**48)]
+LARGEST_STAMP = 2**48 - 1
+StampedWave = Annotated[int, Meta(ge=0, le=LARGEST_STAMP)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Address = Annotated[str, Meta(max_length=512)]
 FinishReason = Literal["stop", "length", "abort", "error"]

@@ -8,6 +8,7 @@ crosswise. An even number is in force once it is `released`: every rank has said
 from __future__ import annotations
 
 from paceline.protocol.messages import Suspension
+from paceline.protocol.plausible import plausible
 from paceline.protocol.sampling import SuspendMode
 
 MODES: tuple[SuspendMode, ...] = ("keep", "wait", "abort")
@@ -41,6 +42,8 @@ class Standing:
 
     def learn(self, number: int, mode: SuspendMode, released: bool) -> bool:
         """Take in somebody's word. Returns whether it was news."""
+        if not plausible(number, self.number):
+            return False
         if number > self.number:
             going = self.free or self.draining
             self.number, self.mode = number, mode

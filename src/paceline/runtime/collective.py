@@ -68,7 +68,10 @@ class SocketGroup(RankGroup):
         gathered = self._exchange(GATHER, {}, self._peers)
         rows = [values, *(struct.unpack(layout, self._sized(gathered[peer], len(own))) for peer in self._peers)]
         result = reduced(rows, reduction)
-        packed = struct.pack(layout, *result)
+        try:
+            packed = struct.pack(layout, *result)
+        except struct.error:
+            raise self._end("the peers' integers are too large to be summed") from None
         self._exchange(RESULT, {peer: [packed] for peer in self._peers}, [])
         return result
 

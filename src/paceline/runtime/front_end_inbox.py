@@ -14,18 +14,21 @@ from paceline.protocol.coordinator_events import (
     FrontEndsSaid,
     FrontEndSubscribed,
 )
-from paceline.protocol.messages import FromFrontEnd, FrontEndHello, OfRequests
+from paceline.protocol.messages import FromFrontEnd, OfRequests
 from paceline.runtime.sockets import Garbage
 
 READ_AT_ONCE = 256
 """Messages that are read before others get their turn and what is due is sent."""
 
+MAX_PRESENT = 65536
+"""Front-ends that are heard at once: in external mode each of as many ranks as there can be has one."""
+
 
 class FrontEndInbox:
     """The coordinator's end of the front-ends' sockets. `handle`: the machine's door.
 
-    Who says hello is there until its presence ends, and what it asks for waits until then. So a hello counts only from
-    one whose presence has appeared: of any other nobody would ever learn that it has gone.
+    What a front-end has said is kept until its presence ends. So only those are heard whose presence has appeared: of
+    any other nobody would ever learn that it has gone, and ids that somebody invents would be kept for ever.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], garbage: Garbage, handle: Callable[[Event], None]) -> None:
@@ -49,11 +52,13 @@ class FrontEndInbox:
                 self._on_subscription(frames[0])
             else:
                 message = self._decoded(frames[0])
-                if isinstance(message, OfRequests):
-                    self._of_requests.append(message)
-                elif isinstance(message, FrontEndHello) and message.front_end not in self._present:
+                if message is None:
+                    continue
+                if message.front_end not in self._present:
                     self._garbage.add("no-presence", f"front-end {message.front_end} has not subscribed its presence")
-                elif message is not None:
+                elif isinstance(message, OfRequests):
+                    self._of_requests.append(message)
+                else:
                     self._flush()
                     self._handle(FrontEndSaid(message))
         self._flush()
@@ -68,6 +73,9 @@ class FrontEndInbox:
         self._flush()
         front_end = codec.read_front_end_topic(frame[1:])
         if frame[0] == 1:
+            if front_end is not None and len(self._present) >= MAX_PRESENT:
+                self._garbage.add("too-many", f"{MAX_PRESENT} front-ends are there")
+                return
             if front_end is not None:
                 self._present.add(front_end)
             self._handle(FrontEndSubscribed())

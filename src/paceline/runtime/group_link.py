@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from paceline.errors import StartupError
 from paceline.runtime.collective import SocketGroup
+from paceline.runtime.doorway import GREETING, Doorway, Greeting, packed, read_greeting
 
-GREETING = struct.Struct("<8sQII")
-MAGIC = b"paceline"
 TRY_AGAIN_S = 0.02
 LOOK_UP_S = 0.2
 """How often whoever only waits for others sees whether it is still wanted."""
@@ -78,9 +75,9 @@ def connect_members(
     """
     links: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout_s
+    doorway = Doorway(listener.socket, generation, rank, {peer for peer in addresses if peer > rank})
     try:
         earlier = [peer for peer in sorted(addresses) if peer < rank]
-        later = {peer for peer in addresses if peer > rank}
         while len(links) < len(addresses) - 1:
             for peer in earlier:
                 if peer not in links and (link := _connect(addresses[peer], generation, rank, peer)) is not None:
@@ -93,12 +90,17 @@ def connect_members(
                 raise StartupError(f"generation {generation}: rank {missing} did not come within {timeout_s:g} s")
             waits_for_others = any(peer not in links for peer in earlier)
             pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
-            if select.select([listener.socket], [], [], pause_s)[0]:
-                _accept(listener, generation, rank, later, links, deadline)
+            for peer, link in doorway.wait(pause_s).items():
+                _prefer_latency(link)
+                if peer in links:
+                    links[peer].close()
+                links[peer] = link
     except BaseException:
         for link in links.values():
             link.close()
         raise
+    finally:
+        doorway.close()
     return links
 
 
@@ -115,10 +117,10 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
         link.settimeout(1.0)
         link.connect(target)  # type: ignore[arg-type]
         _prefer_latency(link)
-        link.sendall(GREETING.pack(MAGIC, generation, rank, peer))
+        link.sendall(packed((generation, rank, peer)))
         # The peer answers when it forms the same generation; until then this connection waits in its queue.
-        if _read_greeting(link) == (generation, peer, rank):
-            link.sendall(GREETING.pack(MAGIC, generation, rank, peer))
+        if _answer_on(link) == (generation, peer, rank):
+            link.sendall(packed((generation, rank, peer)))
             return link
     except OSError:
         pass
@@ -126,46 +128,15 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
     return None
 
 
-def _accept(
-    listener: GroupListener,
-    generation: int,
-    rank: int,
-    later: set[int],
-    links: dict[int, socket.socket],
-    deadline: float,
-) -> None:
-    try:
-        link, _ = listener.socket.accept()
-    except OSError:
-        return
-    link.settimeout(min(1.0, max(0.01, deadline - time.monotonic())))
-    try:
-        greeting = _read_greeting(link)
-        if greeting is not None and greeting[0] == generation and greeting[2] == rank and greeting[1] in later:
-            _prefer_latency(link)
-            link.sendall(GREETING.pack(MAGIC, generation, rank, greeting[1]))
-            # Greeted twice: a peer that gave up waiting in the queue, and came again on a new connection, does not
-            # answer on the old one.
-            if _read_greeting(link) == greeting:
-                if greeting[1] in links:
-                    links[greeting[1]].close()
-                links[greeting[1]] = link
-                return
-    except OSError:
-        pass
-    link.close()
-
-
-def _read_greeting(link: socket.socket) -> tuple[int, int, int] | None:
-    """(generation, its rank, whom it means), or None where it is no greeting of ours."""
+def _answer_on(link: socket.socket) -> Greeting | None:
+    """A peer's greeting, waited for; None where it is none, or the peer has gone."""
     data = b""
     while len(data) < GREETING.size:
         part = link.recv(GREETING.size - len(data))
         if not part:
             return None
         data += part
-    magic, generation, rank, peer = GREETING.unpack(data)
-    return (generation, rank, peer) if magic == MAGIC else None
+    return read_greeting(data)
 
 
 def _prefer_latency(link: socket.socket) -> None:

@@ -39,7 +39,12 @@ class GroupSeat:
         """What all ranks' parts come to. Raises GenerationEnded."""
         if self._group is None:
             raise GenerationEnded("this rank is in no generation")
-        return outcome(self._group.all_reduce(integers(agree), REDUCTIONS))
+        reduced = self._group.all_reduce(integers(agree), REDUCTIONS)
+        try:
+            return outcome(reduced)
+        except ValueError as error:
+            self._group.leave()
+            raise GenerationEnded(f"generation {self._group.generation} has ended: {error}") from None
 
     def urge(self) -> None:
         """Have all ranks agree soon; any thread may call it."""

@@ -74,22 +74,40 @@ class Rendezvous:
         while not self._closing:
             if self._socket in dict(poller.poll()):
                 frames = self._socket.recv_multipart()
-                try:
-                    question = msgspec.msgpack.decode(frames[-1], type=WhereIs)
-                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                    self._garbage.add("malformed", str(error))
+                question = read_question(frames[-1])
+                if isinstance(question, str):
+                    self._garbage.add("malformed", question)
                     continue
-                self._socket.send_multipart([frames[0], msgspec.msgpack.encode(self._answer(question))], zmq.NOBLOCK)
+                answer = answer_to(question, self._here, self._dp_size, self._engine)
+                self._socket.send_multipart([frames[0], msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
         self._context.destroy(linger=0)
 
-    def _answer(self, question: WhereIs) -> Here:
-        if question.version != PROTOCOL_VERSION:
-            return Here(refusal=f"it speaks protocol version {PROTOCOL_VERSION}, this node {question.version}")
-        if question.dp_size != self._dp_size:
-            return Here(refusal=f"--data-parallel-size is {self._dp_size} there and {question.dp_size} here")
-        if question.engine != self._engine:
-            return Here(refusal=f"--engine is {self._engine} there and {question.engine} here")
-        return self._here
+
+def read_question(frame: bytes) -> WhereIs | str:
+    """What a joining node asks, or what is wrong with it."""
+    try:
+        return msgspec.msgpack.decode(frame, type=WhereIs)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return str(error)
+
+
+def read_answer(frame: bytes) -> Here | None:
+    """What it is told; None for anything else."""
+    try:
+        return msgspec.msgpack.decode(frame, type=Here)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def answer_to(question: WhereIs, here: Here, dp_size: int, engine: str) -> Here:
+    """`here`, or why the node does not fit into a deployment of `dp_size` ranks of this engine."""
+    if question.version != PROTOCOL_VERSION:
+        return Here(refusal=f"it speaks protocol version {PROTOCOL_VERSION}, this node {question.version}")
+    if question.dp_size != dp_size:
+        return Here(refusal=f"--data-parallel-size is {dp_size} there and {question.dp_size} here")
+    if question.engine != engine:
+        return Here(refusal=f"--engine is {engine} there and {question.engine} here")
+    return here
 
 
 def find_coordinator(host: str, port: int, dp_size: int, engine: str, timeout_s: float) -> Here:
@@ -104,9 +122,8 @@ def find_coordinator(host: str, port: int, dp_size: int, engine: str, timeout_s:
             asking.send(question, zmq.NOBLOCK)
             if not asking.poll(ASK_AGAIN_MS):
                 continue
-            try:
-                answer = msgspec.msgpack.decode(asking.recv(), type=Here)
-            except (msgspec.DecodeError, UnicodeDecodeError):
+            answer = read_answer(asking.recv_multipart()[-1])
+            if answer is None:
                 continue
             if answer.refusal:
                 raise StartupError(f"the node at {host}:{port} does not take this one: {answer.refusal}")

@@ -106,9 +106,9 @@ class Client:
         self._sinks[request] = sink
         for effect in effects:
             match effect:
-                case Refuse(_, reason, text):
+                case Refuse(_, reason, text, retry_after_s):
                     del self._sinks[request]
-                    raise Refused(reason, text)
+                    raise Refused(reason, text, retry_after_s)
                 case ToRank(to, message):
                     if not self._send(self._ranks[to], codec.encode(message), f"rank {to}"):
                         self.abandon([request])
@@ -209,10 +209,10 @@ class Client:
                 waiter = self._calls.get(call)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(effect)
-            case Refuse(request, reason, text):
+            case Refuse(request, reason, text, retry_after_s):
                 sink = self._sinks.pop(request, None)
                 if sink is not None:
-                    sink.fail(Refused(reason, text))
+                    sink.fail(Refused(reason, text, retry_after_s))
 
     def _unsent(self, request: int, rank: int) -> None:
         """A request that has waited was granted a rank that reads nothing."""

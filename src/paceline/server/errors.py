@@ -25,12 +25,13 @@ class ApiError(Exception):
 class Refused(PacelineError):
     """No rank serves the request, or none will go on with it.
 
-    `reason` is one of `frontend_events.RefusalReason`, or "shutting-down".
+    `reason` is one of `frontend_events.RefusalReason`, or "shutting-down"; `retry_after_s`: when to try again.
     """
 
-    def __init__(self, reason: str, text: str) -> None:
+    def __init__(self, reason: str, text: str, retry_after_s: int = 1) -> None:
         super().__init__(text)
         self.reason = reason
+        self.retry_after_s = retry_after_s
 
 
 def bad(param: str, text: str, code: str = "invalid_value") -> ApiError:
@@ -40,14 +41,15 @@ def bad(param: str, text: str, code: str = "invalid_value") -> ApiError:
 
 def of_refusal(refusal: Refused) -> ApiError:
     """What the client of a refused request is told."""
-    text = str(refusal)
+    text, retry_after_s = str(refusal), refusal.retry_after_s
     match refusal.reason:
         case "unknown-rank":
             return ApiError(400, f"X-data-parallel-rank: {text}", param="X-data-parallel-rank", code="unknown_rank")
         case "overloaded":
-            return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=1)
+            return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
         case _:
-            return ApiError(503, text, kind="server_error", code=refusal.reason.replace("-", "_"), retry_after_s=1)
+            code = refusal.reason.replace("-", "_")
+            return ApiError(503, text, kind="server_error", code=code, retry_after_s=retry_after_s)
 
 
 def of_output(output: Output) -> ApiError:

@@ -9,6 +9,7 @@ from typing import Protocol
 from paceline.protocol import coordinator_events as coordinator
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import StartDPWave, ToFrontEnd, ToRank
+from paceline.simulate.alarm import Alarm
 from paceline.simulate.world import World
 
 NAME = "coordinator"
@@ -39,7 +40,7 @@ class CoordinatorParty:
         self._checks = checks
         self._to_ranks = to_ranks
         self._to_front_ends = to_front_ends
-        self._tick_at = float("inf")
+        self._alarm = Alarm(world, machine, lambda: self.feed(coordinator.Tick()), lambda: self.alive)
 
     def kill(self) -> None:
         """The process is gone, and all that it knew."""
@@ -62,25 +63,10 @@ class CoordinatorParty:
                     self._checks.broadcast(self, to_front_ends)
                     self._to_front_ends(to_front_ends)
         self._checks.coordinator(self)
-        self._arrange_tick()
+        self._alarm.set()
 
     def _count(self, message: ToRank | ToFrontEnd) -> None:
         self.sent[type(message).__name__] += 1
         if isinstance(message, StartDPWave):
             self.wakes_repeated += message.wave == self.last_wake
             self.last_wake = message.wave
-
-    def _arrange_tick(self) -> None:
-        deadline = self.machine.deadline
-        if deadline < self._tick_at:
-            self._tick_at = deadline
-            self.world.at(deadline, lambda: self._tick(deadline))
-
-    def _tick(self, at: float) -> None:
-        if at != self._tick_at:
-            return
-        self._tick_at = float("inf")
-        if self.world.now >= self.machine.deadline:
-            self.feed(coordinator.Tick())
-        elif self.alive:
-            self._arrange_tick()

@@ -16,7 +16,7 @@ from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import Member, ToFrontEnd, ToRank
 from paceline.protocol.quota import OFF
 from paceline.protocol.rank import Rank
-from paceline.protocol.routing import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
 from paceline.simulate.checks import Checks
 from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty

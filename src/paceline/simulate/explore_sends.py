@@ -9,7 +9,7 @@ from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid, Submit, ToCoordinator, ToRank
 from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, LoadView, Member, Members, WakeNotice
 from paceline.protocol.rank import Phase
-from paceline.protocol.routing import LeastLoad
+from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.explore_block import FRONT_END
 from paceline.simulate.explore_parts import NOW

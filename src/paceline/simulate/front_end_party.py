@@ -11,6 +11,7 @@ from paceline.protocol import frontend_events
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import AddRequest, FromFrontEndToRank, Member, ToFrontEnd
 from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.simulate.alarm import Alarm
 from paceline.simulate.answers import Answers
 from paceline.simulate.network import Link
 from paceline.simulate.world import World
@@ -68,7 +69,7 @@ class FrontEndParty:
         """By rank, the life that it is connected to."""
         self._checks = checks
         self._dial = dial
-        self._tick_at = float("inf")
+        self._alarm = Alarm(world, machine, lambda: self.feed(frontend_events.Tick()), lambda: self.alive)
 
     def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None) -> int:
         """One request of a client, to `rank` if it names one; returns its number."""
@@ -132,22 +133,7 @@ class FrontEndParty:
             self._perform(effect)
         self.answers.none_lost(self.machine)
         self._checks.front_end(self, event)
-        self._arrange_tick()
-
-    def _arrange_tick(self) -> None:
-        deadline = self.machine.deadline
-        if deadline < self._tick_at:
-            self._tick_at = deadline
-            self.world.at(deadline, lambda: self._tick(deadline))
-
-    def _tick(self, at: float) -> None:
-        if at != self._tick_at:
-            return
-        self._tick_at = float("inf")
-        if self.world.now >= self.machine.deadline:
-            self.feed(frontend_events.Tick())
-        elif self.alive:
-            self._arrange_tick()
+        self._alarm.set()
 
     def _perform(self, effect: frontend_events.Effect) -> None:
         match effect:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings, strategies as st
 
 from paceline.protocol import codec, coordinator
+from paceline.protocol.binding.broker import PATIENCE
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -13,6 +14,7 @@ from paceline.protocol.messages import (
     FromFrontEnd,
     FrontEndHello,
     FrontEndLeaving,
+    Grants,
     Load,
     LoadView,
     RankHello,
@@ -54,6 +56,7 @@ class Told:
     def __init__(self) -> None:
         self.machine = Coordinator(2, 1, 0.1, lockstep=False)
         self.view: LoadView | None = None
+        self.grants: list[tuple[int, int]] = []
         self.now = 0.0
         for rank in range(2):
             self.tell(coordinator.RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)))
@@ -71,6 +74,16 @@ class Told:
                 message = codec.to_front_end().decode(codec.encode(effect.message))
                 if isinstance(message, LoadView):
                     self.view = message
+                elif isinstance(message, Grants):
+                    self.grants += [(grant.request, grant.rank) for grant in message.grants]
+
+    def report(self, rank: int, step: int, running: int, kv: int = 0, **taken: int) -> None:
+        load = Load(0, running, 4, step_tokens=LARGEST, kv_total=100, kv_reserved=kv)
+        by_identity = {int(name[1:]): number for name, number in taken.items()}
+        self.tell(coordinator.RankSaid(RankReport(rank, 10 + rank, step, 0, False, load, by_identity)))
+
+    def ask(self, told: int, request: int, tokens: int = 1) -> None:
+        self.hear(Ask(GOOD, told, 10**6, [Descriptor(request, tokens, 1)]))
 
     def wait(self, seconds: float) -> None:
         until = self.now + seconds
@@ -98,3 +111,46 @@ def test_whatever_front_ends_say_what_it_says_can_be_decoded_and_it_forgets_who_
     assert told.view.shares is not None
     assert [shares.front_end for shares in told.view.shares] == [102]
     assert all(share.requests == 4 for share in told.view.shares[0].shares)
+
+
+def test_what_a_front_end_had_on_the_wire_makes_room_when_it_goes_also_where_it_asks_for_nothing() -> None:
+    told = Told()
+    told.hear(FrontEndHello(PROTOCOL_VERSION, OTHER, brokered=False))
+    for rank in range(2):
+        told.hear(SendNotice(OTHER, [Send(rank, 10 + rank, number, 1, 1) for number in range(1, 5)], 4))
+    told.ask(1, 1)
+    assert told.grants == []
+    told.tell(coordinator.FrontEndGone(OTHER))
+    assert [request for request, _ in told.grants] == [1]
+
+
+def test_a_grant_that_its_rank_reports_before_its_front_end_tells_of_it_is_counted_twice_no_longer_than_that() -> None:
+    told = Told()
+    told.report(1, 2, 4)
+    told.report(0, 2, 4)
+    told.ask(1, 1)
+    told.report(0, 3, 3)
+    assert told.grants == [(1, 0)]
+    told.ask(2, 2)
+    told.report(0, 4, 3, f100=1)
+    assert told.grants == [(1, 0)]
+    told.hear(SendNotice(GOOD, [Send(0, 10, 1, 1, 1, 1)], 1))
+    assert told.grants == [(1, 0), (2, 0)]
+
+
+def test_a_rank_that_is_kept_for_somebody_is_looked_at_when_it_reports() -> None:
+    told = Told()
+    told.report(1, 2, 4, kv=100)
+    told.report(0, 2, 1, kv=60)
+    told.ask(1, 1, tokens=90)
+    passing = range(1, PATIENCE + 1)
+    for turn in passing:
+        told.ask(1 + turn, 1 + turn)
+        assert told.grants[-1] == (1 + turn, 0)
+        told.hear(SendNotice(GOOD, [Send(0, 10, turn, 1, 1, 1 + turn)], turn))
+        told.report(0, 2 + turn, 1, kv=60, f100=turn)
+    last = passing[-1]
+    told.ask(2 + last, 2 + last)
+    assert len(told.grants) == len(passing)
+    told.report(0, 3 + last, 0, f100=last)
+    assert told.grants[len(passing)] == (1, 0)

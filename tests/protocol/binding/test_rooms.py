@@ -124,8 +124,8 @@ def slowly(made: Rooms, kv: int) -> set[int]:
     """The ranks that may be taken."""
 
     def weight(room: Room) -> int:
-        has, granted = room.has, room.granted
-        return has.tokens + granted.tokens + REQUEST_TOKENS * (has.requests + granted.requests)
+        has, granted = room.load, room.granted
+        return has.prefill_tokens + granted.tokens + REQUEST_TOKENS * (has.running + granted.requests)
 
     fitting = [room for room in made if room.takes(kv) and not room.reserved]
     least = min((weight(room) for room in fitting), default=0)

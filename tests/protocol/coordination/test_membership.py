@@ -167,3 +167,17 @@ def test_at_all_times_a_rank_is_a_member_or_missing_and_nobody_comes_back(words:
         assert members.items() <= current.items()
         assert set(membership.ended()) <= over
         assert all(membership.is_current(*life) == (life not in lost) for life in current.items())
+
+
+def test_an_invented_life_has_no_place_where_ranks_show_their_presence() -> None:
+    """It would be a member for ever: no connection of it ends."""
+    membership = Membership(2)
+    membership.connected(0, 7)
+    assert membership.hello(0, 7, "", True)
+    assert not membership.hello(1, 666, "tcp://nowhere", True)
+    membership.lose(0, 7, 1.0)
+    assert not membership.hello(0, 666, "tcp://nowhere", True)
+    assert membership.members() == []
+    membership.connected(1, 8)
+    assert membership.hello(1, 8, "", True)
+    assert [member.rank for member in membership.members()] == [1]

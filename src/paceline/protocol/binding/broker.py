@@ -39,7 +39,10 @@ This file is the pure queue of the ranks that some front-ends balance over; `bro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
+from operator import attrgetter
+
+from msgspec import Struct
 
 from paceline.protocol.binding.rooms import BUDGETS_AHEAD, LOCKSTEP_BUDGETS_AHEAD, Room, Rooms
 from paceline.protocol.binding.waiting_line import WaitingLine
@@ -57,43 +60,23 @@ small requests take what large ones wait for (`bench/results/routing.md`).
 """
 
 
-class Entry:
+class Entry(Struct, gc=False, eq=False):
     """One descriptor. `room`: what it was granted, None while it is `waiting`; `granted_at`: when."""
 
-    __slots__ = (
-        "arrival",
-        "front_end",
-        "granted_at",
-        "kv",
-        "number",
-        "priority",
-        "request",
-        "room",
-        "tokens",
-        "waiting",
-    )
-
-    def __init__(
-        self, front_end: int, request: int, tokens: int, kv: int, priority: int, arrival: float, number: int
-    ) -> None:
-        self.front_end = front_end
-        self.request = request
-        self.tokens = tokens
-        self.kv = kv
-        self.priority = priority
-        self.arrival = arrival
-        self.number = number
-        self.room: Room | None = None
-        self.granted_at = 0.0
-        self.waiting = True
+    front_end: int
+    request: int
+    tokens: int
+    kv: int
+    priority: int
+    arrival: float
+    number: int
+    room: Room | None = None
+    granted_at: float = 0.0
+    waiting: bool = True
 
 
-def _order(entry: Entry) -> tuple[int, float, int]:
-    return (entry.priority, entry.arrival, entry.number)
-
-
-def _age(entry: Entry) -> tuple[float, int]:
-    return (entry.arrival, entry.number)
+_order: Callable[[Entry], tuple[int, float, int]] = attrgetter("priority", "arrival", "number")
+_age: Callable[[Entry], tuple[float, int]] = attrgetter("arrival", "number")
 
 
 class Turn:
@@ -120,7 +103,9 @@ class Broker:
         """How many of both there are of each front-end."""
         self._counts = "grants-count" not in without
         self._by_order: WaitingLine[Entry] = WaitingLine(_order)
-        self._by_age: WaitingLine[Entry] = WaitingLine(_age)
+        # None while all that wait have the same priority: then `_by_order` is that order too.
+        self._by_age: WaitingLine[Entry] | None = None
+        self._priority = 0
         self._first = Turn()
         self._oldest = Turn()
         self._made = 0
@@ -135,25 +120,27 @@ class Broker:
         key = (front_end, descriptor.request)
         if key in self.queued or key in self.granted:
             return
-        self._next_number += 1
+        self._next_number = number = self._next_number + 1
         arrival = now - descriptor.waited_ms / 1000
-        kv = descriptor.tokens + descriptor.answer_tokens
+        tokens = descriptor.tokens
+        kv = tokens + descriptor.answer_tokens
         self.counts[front_end] = self.counts.get(front_end, 0) + 1
-        self._join(Entry(*key, descriptor.tokens, kv, descriptor.priority, arrival, self._next_number))
+        self._join(key, Entry(front_end, descriptor.request, tokens, kv, descriptor.priority, arrival, number))
 
     def confirm(self, front_end: int, send: Send) -> bool:
         """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
         that is so. It takes no more room than before, so nothing has to be looked at anew.
         """
         entry = self.granted.get((front_end, send.request))
-        room = entry.room if entry is not None else None
-        if entry is None or room is None or (room.rank, room.incarnation) != (send.rank, send.incarnation):
+        if entry is None:
             return False
-        if not self._counts or (entry.tokens, entry.kv) != (send.tokens, send.tokens + send.answer_tokens):
+        room = entry.room
+        if room is None or room.rank != send.rank or room.incarnation != send.incarnation or not self._counts:
+            return False
+        if entry.tokens != send.tokens or entry.kv != send.tokens + send.answer_tokens:
             return False
         del self.granted[front_end, send.request]
         room.granted.add(-1, -entry.tokens, -entry.kv)
-        room.has.add(1, entry.tokens, entry.kv)
         self._count_out(front_end)
         return True
 
@@ -187,16 +174,20 @@ class Broker:
                 del self.granted[key]
                 # A new one: the old one may still stand in the lines, marked.
                 tokens, kv, priority = entry.tokens, entry.kv, entry.priority
-                self._join(Entry(*key, tokens, kv, priority, entry.arrival, entry.number))
+                self._join(key, Entry(*key, tokens, kv, priority, entry.arrival, entry.number))
         self.rooms.forget(rank)
+
+    def may_start(self) -> bool:
+        """Whether there is any room, or some rank is kept for somebody."""
+        return bool(self.rooms.open) or self._first.room is not None or self._oldest.room is not None
 
     def grant(self) -> list[Entry]:
         """Grant whatever can start now, in order of the grants."""
         made: list[Entry] = []
-        while True:
+        while self.may_start():
             found = self._next()
             if found is None:
-                return made
+                break
             entry, room = found
             key = (entry.front_end, entry.request)
             del self.queued[key]
@@ -206,12 +197,12 @@ class Broker:
             self._promise(room, entry, 1)
             self._made += 1
             made.append(entry)
+        return made
 
     def _next(self) -> tuple[Entry, Room] | None:
         """Who is granted next, and which rank."""
-        if not self.rooms.open() and self._first.room is None and self._oldest.room is None:
-            return None
-        first, oldest = self._by_order.first(), self._by_age.first()
+        first = self._by_order.first()
+        oldest = first if self._by_age is None else self._by_age.first()
         self._watch(self._oldest, oldest)
         # One request has one turn.
         self._watch(self._first, None if first is oldest else first)
@@ -220,8 +211,11 @@ class Broker:
                 room = self._turn(turn, turn.entry)
                 if room is not None:
                     return turn.entry, room
-        if first is None or not self.rooms.open():
+        if first is None or not self.rooms.open:
             return None
+        room = self.rooms.best(first.kv)
+        if room is not None:
+            return first, room
         for looked, entry in enumerate(self._by_order):
             room = self.rooms.best(entry.kv)
             if room is not None:
@@ -250,10 +244,17 @@ class Broker:
             self.rooms.changed(turn.room)
         turn.entry, turn.since, turn.room = entry, self._made, None
 
-    def _join(self, entry: Entry) -> None:
-        self.queued[entry.front_end, entry.request] = entry
+    def _join(self, key: tuple[int, int], entry: Entry) -> None:
+        self.queued[key] = entry
         self._by_order.join(entry)
-        self._by_age.join(entry)
+        if len(self.queued) == 1:
+            self._by_age, self._priority = None, entry.priority
+        elif self._by_age is not None:
+            self._by_age.join(entry)
+        elif entry.priority != self._priority:
+            self._by_age = WaitingLine(_age)
+            for one in sorted(self.queued.values(), key=_age):
+                self._by_age.join(one)
 
     def _count_out(self, front_end: int) -> None:
         self.counts[front_end] -= 1

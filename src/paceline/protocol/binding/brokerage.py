@@ -1,8 +1,8 @@
 """The coordinator's side of brokered binding: whose queue, what is repeated, which rooms must be looked at anew.
 
 Front-ends that balance over the same ranks share one queue: all of them in internal mode, each node's in hybrid mode.
-Nothing is looked at for its own sake: a report or a notice only marks its rank, and the rank's room is reckoned when
-somebody waits or a view goes out.
+Nothing is looked at for its own sake: while nobody waits, a report or a notice only marks its rank, and the rank's
+room is reckoned when somebody waits or a view goes out. While somebody does, a report that makes no room ends there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from paceline.protocol.binding.shares import ShareBook
 from paceline.protocol.binding_messages import Ask, Grant, Grants, ReturnShares, Shares, Withdraw
 from paceline.protocol.coordination.board import Board
 from paceline.protocol.coordination.membership import Membership
-from paceline.protocol.messages import FrontEndHello, Send
+from paceline.protocol.messages import FrontEndHello, RankReport, Send
 
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
@@ -50,7 +50,13 @@ class Brokerage:
         self._told: dict[int, int] = {}
         self._due: float | None = None
         self._recalling = False
+        # `grants` is asked after every event, and most change nothing for those that wait. Whether, since it was last
+        # asked, something may start that could not; and whether somebody waits, or holds shares, who did not, or not
+        # any more.
+        self._stirred = False
+        self._changed = False
         self._waited = False
+        self._emptied = False
 
     @property
     def due(self) -> float | None:
@@ -90,6 +96,7 @@ class Brokerage:
             pool = self._pools[ranks] = Pool(ranks, self._without, self._lockstep)
             pool.marked = {rank for rank in heard if ranks is None or rank in ranks}
         self._pool_of[front_end] = pool
+        self._told.setdefault(front_end, 0)
         pool.shares.join(front_end)
 
     def said(self, message: Ask | Withdraw | ReturnShares, now: float) -> None:
@@ -97,27 +104,35 @@ class Brokerage:
         pool = self._pool_of.get(message.front_end)
         if pool is None:
             return
-        pool.stale = True
-        match message:
-            case Ask():
-                self._ask(pool, message, now)
-            case Withdraw(front_end, told, requests):
-                self._count(front_end, told)
-                for request in requests:
-                    pool.broker.drop(front_end, request)
-            case ReturnShares(front_end, edition):
-                pool.shares.returned(front_end, edition, pool.broker.rooms)
+        if isinstance(message, Ask):
+            self._ask(pool, message, now)
+            return
+        self._stirred = self._changed = pool.stale = True
+        if isinstance(message, Withdraw):
+            self._count(message.front_end, message.told)
+            for request in message.requests:
+                pool.broker.drop(message.front_end, request)
+        else:
+            pool.shares.returned(message.front_end, message.edition, pool.broker.rooms)
 
     def _ask(self, pool: Pool, ask: Ask, now: float) -> None:
-        if ask.whole and ask.told > self._told.get(ask.front_end, 0):
-            wanted = {(ask.front_end, descriptor.request) for descriptor in ask.descriptors}
-            for key in [key for key in pool.broker.of_front_end(ask.front_end) if key not in wanted]:
-                pool.broker.drop(*key)
-            self._told[ask.front_end] = ask.told
-        self._count(ask.front_end, ask.told)
-        pool.shares.returned(ask.front_end, ask.edition, pool.broker.rooms)
+        front_end, broker = ask.front_end, pool.broker
+        if pool.shares.returned(front_end, ask.edition, broker.rooms) or not broker.queued:
+            self._stirred = self._changed = True
+        told = self._told[front_end]
+        if ask.whole and ask.told > told:
+            wanted = {(front_end, descriptor.request) for descriptor in ask.descriptors}
+            for key in [key for key in broker.of_front_end(front_end) if key not in wanted]:
+                broker.drop(*key)
+            self._told[front_end] = ask.told
+            self._stirred = self._changed = True
+        elif ask.told == told + 1:
+            self._told[front_end] = ask.told
         for descriptor in ask.descriptors:
-            pool.broker.ask(ask.front_end, descriptor, now)
+            broker.ask(front_end, descriptor, now)
+        # Who joins those that wait for room does not find any either.
+        if pool.stale or broker.may_start():
+            self._stirred = pool.stale = True
 
     def sent(self, front_end: int, send: Send, on_the_wire: bool) -> None:
         """A front-end has sent a request: one that waited, or one of its share. `on_the_wire`: by the board, which has
@@ -125,48 +140,73 @@ class Brokerage:
         """
         pool = self._pool_of.get(front_end)
         confirmed = pool is not None and on_the_wire and pool.broker.confirm(front_end, send)
+        if pool is not None and confirmed and not pool.broker.counts:
+            # It was the last: nothing has to be said of the queue any more.
+            self._stirred = self._changed = True
+        if confirmed and len(self._pools) == 1:
+            return
         for one in self._pools.values():
             if (one is not pool or not confirmed) and (one.ranks is None or send.rank in one.ranks):
                 one.marked.add(send.rank)
         if pool is None or confirmed:
             return
         if send.request:
-            granted = pool.broker.granted.get((front_end, send.request))
-            if granted is not None and granted.room is not None and granted.room.rank != send.rank:
-                # It went elsewhere: there is room where it was granted.
-                pool.stale = True
             pool.broker.drop(front_end, send.request)
+            self._stirred = self._changed = True
         else:
             pool.shares.spent(front_end, send, pool.broker.rooms)
+        if pool.broker.queued and pool.broker.may_start():
+            # What was promised for it elsewhere is free, or what its rank has reported already was promised twice.
+            self._stirred = pool.stale = True
 
     def forget_front_end(self, front_end: int) -> None:
         """The front-end is gone: nothing of it waits, and it holds nothing."""
         self._told.pop(front_end, None)
+        # What it had on the wire does not count any more, wherever it was.
+        for one in self._pools.values():
+            one.marked.update(room.rank for room in one.broker.rooms)
+            one.stale = True
+        self._stirred = self._changed = True
         pool = self._pool_of.pop(front_end, None)
         if pool is None:
             return
         pool.broker.drop_front_end(front_end)
         pool.shares.leave(front_end, pool.broker.rooms)
-        # What it had on the wire does not count any more.
-        pool.marked.update(room.rank for room in pool.broker.rooms)
-        pool.stale = True
         if not len(pool.shares):
             del self._pools[pool.ranks]
 
     # Ranks --------------------------------------------------------------------------------------
 
+    def reported(self, report: RankReport) -> None:
+        """A rank has reported, by the board, which has been told."""
+        rank = report.rank
+        for pool in self._pools.values():
+            if pool.ranks is None or rank in pool.ranks:
+                waiting, rooms = pool.broker.queued, pool.broker.rooms
+                room = rooms.reported(report) if waiting else None
+                if room is None:
+                    pool.marked.add(rank)
+                elif not room.reserved and rank not in rooms.open:
+                    # It is full: nobody who waits can start there, which is what most reports say then.
+                    continue
+                pool.stale = True
+                if waiting:
+                    self._stirred = True
+
     def mark(self, rank: int) -> None:
-        """What is known of a rank has changed."""
+        """A rank is ready."""
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 pool.marked.add(rank)
                 pool.stale = True
+                if pool.broker.queued:
+                    self._stirred = True
 
     def lost(self, rank: int) -> None:
         """The rank is gone, or may be: nothing is granted there until it is heard again."""
         for pool in self._pools.values():
             pool.marked.discard(rank)
-            pool.stale = True
+            self._stirred = self._changed = pool.stale = True
             pool.broker.lost(rank)
             pool.shares.lost(rank)
 
@@ -174,40 +214,69 @@ class Brokerage:
 
     def grants(self, board: Board, membership: Membership, free: bool, now: float) -> Grants | None:
         """What to tell front-ends now. `free`: whether work may be started; a suspended deployment grants nothing."""
-        if not self._pools:
-            self._due = None
-            return None
-        repeat = self._due is None or now >= self._due
+        repeat = self._due is not None and now >= self._due
         if repeat:
             self._forget_silent(now)
+        elif not self._stirred:
+            return None
+        made = self._start(board, membership, now) if free else []
+        # While the deployment is suspended, what may start stays to be looked at.
+        self._stirred = not free
+        if self._changed or repeat:
+            self._changed = False
+            return self._settle(made, repeat, now)
+        return self._said(made) if made else None
+
+    def _start(self, board: Board, membership: Membership, now: float) -> list[Grant]:
+        """Grant whatever can start."""
         made: list[Grant] = []
-        recall = waiting = False
         for pool in self._pools.values():
-            broker = pool.broker
-            waiting = waiting or bool(broker.counts)
-            if broker.queued and pool.stale and free:
-                _look(pool, board, membership)
+            if pool.stale and pool.broker.queued:
                 pool.stale = False
-                for entry in broker.grant():
+                if pool.marked:
+                    _look(pool, board, membership)
+                for entry in pool.broker.grant():
                     entry.granted_at = now
                     made.append(_grant(entry))
-            recalled = bool(broker.queued) and pool.shares.outstanding
-            pool.recalled = (now if pool.recalled is None else pool.recalled) if recalled else None
-            recall = recall or recalled
-        news = bool(made) or (recall and not self._recalling)
+                if not pool.broker.queued:
+                    self._changed = True
+        return made
+
+    def _settle(self, made: list[Grant], repeat: bool, now: float) -> Grants | None:
+        """Who waits, and whether shares are to be given back, may have changed. Returns what there is to say."""
+        recall = descriptors = waits = False
+        for pool in self._pools.values():
+            waiting = bool(pool.broker.queued)
+            descriptors = descriptors or bool(pool.broker.counts)
+            waits = waits or waiting
+            if waiting and pool.shares.outstanding:
+                recall = True
+                pool.recalled = now if pool.recalled is None else pool.recalled
+            else:
+                pool.recalled = None
+        news = made or self._due is None or (recall and not self._recalling)
         self._recalling = recall
-        if not waiting:
+        self._emptied = self._emptied or (self._waited and not waits)
+        self._waited = waits
+        if not descriptors:
             self._due = None
             return None
         if not news and not repeat:
             return None
         if repeat and self._repeats:
             made = [_grant(entry) for pool in self._pools.values() for entry in pool.broker.granted.values()]
-        if repeat:
+        if repeat or self._due is None:
             self._due = now + REPEAT_S
-        asked = (front_end for pool in self._pools.values() for front_end in pool.broker.counts)
-        told = {front_end: self._told.get(front_end, 0) for front_end in asked}
-        return Grants(self._identity, made, told, self.queued, recall)
+        return self._said(made)
+
+    def _said(self, made: list[Grant]) -> Grants:
+        asked: dict[int, int] = {}
+        queued = 0
+        for pool in self._pools.values():
+            counts = pool.broker.counts
+            asked.update(zip(counts, map(self._told.__getitem__, counts)))  # noqa: B905 (of one length)
+            queued += len(pool.broker.queued)
+        return Grants(self._identity, made, asked, queued, self._recalling)
 
     def _forget_silent(self, now: float) -> None:
         """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""
@@ -228,11 +297,8 @@ class Brokerage:
 
     def emptied(self) -> bool:
         """Whether, since this was last asked, the last one that waited has been granted or has gone."""
-        before, self._waited = self._waited, False
-        for pool in self._pools.values():
-            if pool.broker.queued:
-                self._waited = True
-        return before and not self._waited
+        emptied, self._emptied = self._emptied, False
+        return emptied
 
     def shares(self, board: Board, membership: Membership, free: bool) -> list[Shares]:
         """Everybody's shares, for a view; handed out anew where nobody waits."""
@@ -257,9 +323,10 @@ def _grant(entry: Entry) -> Grant:
 
 def _look(pool: Pool, board: Board, membership: Membership) -> None:
     """Reckon the rooms of the ranks that are marked."""
+    rooms = pool.broker.rooms
     for rank in pool.marked:
-        life = membership.ready_life(rank)
-        known = board.known(rank, life) if life is not None else None
-        if life is not None and known is not None:
-            pool.broker.rooms.heard(rank, life, *known)
+        report = board.reports.get(rank)
+        if report is None or report.incarnation != membership.ready_life(rank):
+            continue
+        rooms.heard(rank, report.incarnation, report.load, board.on_the_wire(rank, report.incarnation))
     pool.marked.clear()

@@ -2,6 +2,8 @@
 
 What a rank has is counted as the exact accounting counts it: its report, and what front-ends have told of that the
 report does not hold. On top of that comes what was promised and is not yet told of: grants, and front-ends' shares.
+Nothing is copied: a room reads the report and the sum of the sends where they are kept (`Wire.total`), so that what
+the promises become when their sends are told of is there at once, and a report of a full rank costs one comparison.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from paceline.protocol.messages import Load
+from paceline.protocol.messages import Load, RankReport
 from paceline.protocol.routing.candidates import PLACE_BITS, PLACE_MASK, Ordering
 from paceline.protocol.routing.policy import REQUEST_TOKENS
 
@@ -55,71 +57,83 @@ class Amount(Struct, gc=False):
 
 
 class Room(Struct, gc=False):
-    """One life of one rank. `slots`, `kv_total`: what may be given away of either. `has`: what it has; `granted`,
-    `shared`: what was promised. `reserved`: for one request. `touched`: whether anything has changed since shares were
-    last handed out.
+    """One life of one rank. `load`: its latest report; `wire`: what it was sent beyond; `granted`, `shared`: what was
+    promised. `reserved`: for one request. `touched`: whether anything has changed since shares were last handed out.
     """
 
     rank: int
     incarnation: int
-    slots: int
-    step_tokens: int
-    kv_total: int
-    has: Amount
+    load: Load
+    wire: Amount
     granted: Amount
     shared: Amount
     reserved: bool = False
     touched: bool = True
     budgets_ahead: int = BUDGETS_AHEAD
 
+    def requests(self) -> int:
+        """What it has and what was promised."""
+        load = self.load
+        return load.waiting + load.running + self.wire.requests + self.granted.requests + self.shared.requests
+
     def free_requests(self) -> int:
         """Slots that are neither taken nor promised."""
-        if not self.slots:
+        load = self.load
+        if not load.slots:
             return ANY
-        return self.slots - self.has.requests - self.granted.requests - self.shared.requests
+        ending = STEPS_AHEAD * load.decoding // load.answer_tokens if load.answer_tokens else 0
+        return load.slots + ending - self.requests()
 
     def free_tokens(self) -> int:
         """Prompt tokens until there is no room for another prompt."""
-        if not self.step_tokens:
+        load = self.load
+        if not load.step_tokens:
             return ANY
-        ahead = self.has.tokens + self.granted.tokens + self.shared.tokens
-        return self.budgets_ahead * self.step_tokens - ahead
+        ahead = load.prefill_tokens + self.wire.tokens + self.granted.tokens + self.shared.tokens
+        return self.budgets_ahead * load.step_tokens - ahead
 
     def free_kv(self) -> int:
         """Tokens of KV."""
-        if not self.kv_total:
+        load = self.load
+        if not load.kv_total:
             return ANY
-        return self.kv_total - self.has.kv - self.granted.kv - self.shared.kv
+        used = load.kv_waiting + self.wire.kv + self.granted.kv + self.shared.kv
+        if load.kv_reserved > load.kv_used:
+            return load.kv_total - load.kv_reserved - used
+        return int(KV_SHARE * load.kv_total) - load.kv_used - used
 
     def startable_kv(self) -> int:
         """The most KV of a request that can start here. An empty rank takes anything: else it would fit nowhere."""
-        empty = not self.has.requests + self.granted.requests + self.shared.requests
-        return ANY if empty else self.free_kv()
+        return self.free_kv() if self.load.running or self.requests() else ANY
 
     def open(self) -> bool:
         """Whether something can start here that is small enough."""
-        return not self.reserved and self.free_requests() > 0 and self.free_tokens() > 0
+        # `free_requests` and `free_tokens`, written out: this is asked after every report and every promise.
+        load, wire, granted, shared = self.load, self.wire, self.granted, self.shared
+        slots = load.slots
+        if slots:
+            if load.answer_tokens:
+                slots += STEPS_AHEAD * load.decoding // load.answer_tokens
+            if slots <= load.running + load.waiting + wire.requests + granted.requests + shared.requests:
+                return False
+        if self.reserved:
+            return False
+        ahead = load.prefill_tokens + wire.tokens + granted.tokens + shared.tokens
+        return not load.step_tokens or ahead < self.budgets_ahead * load.step_tokens
 
-    def load(self) -> int:
+    def work(self) -> int:
         """What it has to do, in prompt tokens."""
-        has, granted = self.has, self.granted
-        return has.tokens + granted.tokens + REQUEST_TOKENS * (has.requests + granted.requests)
+        load, wire, granted = self.load, self.wire, self.granted
+        requests = load.waiting + load.running + wire.requests + granted.requests
+        return load.prefill_tokens + wire.tokens + granted.tokens + REQUEST_TOKENS * requests
 
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
         return self.free_requests() > 0 and self.free_tokens() > 0 and self.startable_kv() >= kv
 
 
-def _sizes(load: Load) -> tuple[int, int, int]:
-    """Slots, token budget and KV memory, of which 0 is no limit."""
-    ending = STEPS_AHEAD * load.decoding // load.answer_tokens if load.answer_tokens else 0
-    reserves = load.kv_reserved > load.kv_used
-    kv_total = load.kv_total if reserves else int(KV_SHARE * load.kv_total)
-    return (load.slots + ending if load.slots else 0), load.step_tokens, kv_total
-
-
-def _load(room: Room) -> int:
-    return room.load() if room.open() else ANY
+def _work(room: Room) -> int:
+    return room.work() if room.open() else ANY
 
 
 def _kv(room: Room) -> int:
@@ -133,10 +147,12 @@ class Rooms:
         self._budgets_ahead = budgets_ahead
         self._rooms: list[Room] = []
         self._ranks: list[int] = []
-        self._open: dict[int, Room] = {}
+        self._by_rank: dict[int, Room] = {}
+        self.open: dict[int, Room] = {}
+        """Those where something can start that is small enough."""
         # Ranks whose places in the orderings are to be found anew when these are asked for.
         self._moved: set[int] = set()
-        self._by_load: Ordering[Room] = Ordering(self._rooms, _load)
+        self._by_load: Ordering[Room] = Ordering(self._rooms, _work)
         self._by_kv: Ordering[Room] = Ordering(self._rooms, _kv)
 
     def __len__(self) -> int:
@@ -150,55 +166,56 @@ class Rooms:
 
     def of(self, rank: int) -> Room | None:
         """A rank's room, None where it has not been heard."""
-        place = self._place(rank)
-        return None if place is None else self._rooms[place]
+        return self._by_rank.get(rank)
 
     def heard(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
-        """What a rank has: its latest report and what is on the wire. Another life than before is another rank."""
-        has = Amount(
-            load.waiting + load.running + wire.requests, load.prefill_tokens + wire.tokens,
-            max(load.kv_reserved, load.kv_used) + load.kv_waiting + wire.kv,
-        )  # fmt: skip
-        room = self.of(rank)
+        """What a rank has: its latest report, and what is on the wire, which is read again whenever that is asked.
+        Another life than before is another rank.
+        """
+        room = self._by_rank.get(rank)
         if room is None or room.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            room = Room(rank, incarnation, *_sizes(load), has, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
+            room = Room(rank, incarnation, load, wire, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
             self._ranks.insert(place, rank)
             self._rooms.insert(place, room)
+            self._by_rank[rank] = room
             self._by_load.changed = self._by_kv.changed = None
-        else:
-            room.slots, room.step_tokens, room.kv_total = _sizes(load)
-            room.has = has
+        room.load, room.wire = load, wire
         self.changed(room)
+
+    def reported(self, report: RankReport) -> Room | None:
+        """A rank has reported. Returns its room, None where that life of it is not known."""
+        room = self._by_rank.get(report.rank)
+        if room is None or room.incarnation != report.incarnation:
+            return None
+        room.load = report.load
+        self.changed(room)
+        return room
 
     def forget(self, rank: int) -> None:
         """The rank is gone, with all that was promised of it."""
-        place = self._place(rank)
-        if place is not None:
+        if self._by_rank.pop(rank, None) is not None:
+            place = bisect_left(self._ranks, rank)
             del self._ranks[place], self._rooms[place]
-            self._open.pop(rank, None)
+            self.open.pop(rank, None)
             self._moved.discard(rank)
             self._by_load.changed = self._by_kv.changed = None
 
     def changed(self, room: Room) -> None:
-        """What was promised of it, or whether it is reserved, has changed."""
+        """What it has, what was promised of it, or whether it is reserved, has changed."""
+        rank = room.rank
         room.touched = True
         if room.open():
-            self._open[room.rank] = room
+            self.open[rank] = room
         else:
-            self._open.pop(room.rank, None)
-        self._moved.add(room.rank)
-
-    def open(self) -> bool:
-        """Whether any rank can start something that is small enough."""
-        return bool(self._open)
+            self.open.pop(rank, None)
+        self._moved.add(rank)
 
     def best(self, kv: int) -> Room | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
-        if len(self._open) <= FEW:
-            fits = [room for room in self._open.values() if room.startable_kv() >= kv]
-            return min(fits, key=lambda room: (room.load(), room.rank), default=None)
+        if len(self.open) <= FEW:
+            return self._best_of_few(kv)
         loads, frees = self._orderings()
         if frees.least() > -kv:
             return None
@@ -210,6 +227,12 @@ class Rooms:
             if keys[place] <= -kv:
                 return self._rooms[place]
         return self._rooms[frees.entries[0] & PLACE_MASK]
+
+    def _best_of_few(self, kv: int) -> Room | None:
+        fits = [room for room in self.open.values() if room.startable_kv() >= kv]
+        if len(fits) <= 1:
+            return fits[0] if fits else None
+        return min(fits, key=lambda room: (room.work(), room.rank))
 
     def _orderings(self) -> tuple[Ordering[Room], Ordering[Room]]:
         places = [bisect_left(self._ranks, rank) for rank in self._moved]
@@ -224,7 +247,3 @@ class Rooms:
         """Where what fits nowhere now will fit soonest, of those that are not reserved. Looks at all ranks."""
         free = [room for room in self._rooms if not room.reserved]
         return max(free, key=lambda room: (room.startable_kv(), room.free_requests(), -room.rank), default=None)
-
-    def _place(self, rank: int) -> int | None:
-        place = bisect_left(self._ranks, rank)
-        return place if place < len(self._ranks) and self._ranks[place] == rank else None

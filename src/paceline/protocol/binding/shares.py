@@ -12,7 +12,7 @@ given back. `edition` says which shares were given back: what comes late of an o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from paceline.protocol.binding.rooms import ANY, Amount, Room, Rooms
 from paceline.protocol.binding_messages import Share, Shares
@@ -39,6 +39,7 @@ class ShareBook:
     def __init__(self) -> None:
         self._holdings: dict[int, Holding] = {}
         self._counted = 0
+        self._holders: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._holdings)
@@ -46,11 +47,11 @@ class ShareBook:
     @property
     def outstanding(self) -> bool:
         """Whether anybody holds any."""
-        return any(holding.amounts for holding in self._holdings.values())
+        return bool(self._holders)
 
-    def holders(self) -> list[int]:
+    def holders(self) -> Set[int]:
         """The front-ends that hold any."""
-        return [front_end for front_end, holding in self._holdings.items() if holding.amounts]
+        return self._holders
 
     def join(self, front_end: int) -> None:
         """The front-end is there, and gets shares from now on."""
@@ -60,15 +61,17 @@ class ShareBook:
         """The front-end is gone."""
         holding = self._holdings.pop(front_end, None)
         if holding is not None:
-            self._clear(holding, rooms)
+            self._clear(front_end, holding, rooms)
 
-    def returned(self, front_end: int, edition: int, rooms: Rooms) -> None:
-        """The front-end uses nothing of this edition, or an earlier one, any more."""
+    def returned(self, front_end: int, edition: int, rooms: Rooms) -> bool:
+        """The front-end uses nothing of this edition, or an earlier one, any more. Returns whether that is news."""
         holding = self._holdings.get(front_end)
         # The largest number has no next one, which a view could carry.
-        if holding is not None and holding.edition <= edition < ANY:
-            self._clear(holding, rooms)
-            holding.edition = edition + 1
+        if holding is None or not holding.edition <= edition < ANY:
+            return False
+        self._clear(front_end, holding, rooms)
+        holding.edition = edition + 1
+        return True
 
     def spent(self, front_end: int, send: Send, rooms: Rooms) -> None:
         """The front-end has sent something by itself."""
@@ -84,8 +87,10 @@ class ShareBook:
 
     def lost(self, rank: int) -> None:
         """That life of the rank has ended; its room is gone with it."""
-        for holding in self._holdings.values():
+        for front_end, holding in self._holdings.items():
             holding.amounts.pop(rank, None)
+            if not holding.amounts:
+                self._holders.discard(front_end)
 
     def hand_out(self, rooms: Rooms) -> None:
         """Give everybody what is due to it, where that is more than what it holds."""
@@ -95,11 +100,13 @@ class ShareBook:
         sharers = count if each >= len(rooms) else -(-count * each // len(rooms))
         all_anew = count != self._counted
         self._counted = count
-        for index, holding in enumerate(self._holdings.values()):
+        for index, (front_end, holding) in enumerate(self._holdings.items()):
             for place in _places(index, each, len(rooms)):
                 room = rooms[place]
                 if (room.touched or all_anew) and not room.reserved:
                     self._grow(holding, room, sharers, (index + place) % sharers, rooms)
+            if holding.amounts:
+                self._holders.add(front_end)
         for room in rooms:
             room.touched = False
 
@@ -127,7 +134,8 @@ class ShareBook:
             self._give(amount, room, requests, tokens, kv)
             rooms.changed(room)
 
-    def _clear(self, holding: Holding, rooms: Rooms) -> None:
+    def _clear(self, front_end: int, holding: Holding, rooms: Rooms) -> None:
+        self._holders.discard(front_end)
         for rank, amount in holding.amounts.items():
             room = rooms.of(rank)
             if room is not None:

@@ -29,25 +29,32 @@ class WaitingLine(Generic[T]):
         self._order = order
         self._line: list[T] = []
         self._front = 0
+        self._last: Any = None
+        """The order of the last one that was joined at the end; there may be no more of it."""
 
     def join(self, one: T) -> None:
         """It takes its place by its order."""
-        line = self._line
-        if not line or self._order(line[-1]) < self._order(one):
-            line.append(one)
+        order = self._order(one)
+        if self._last is None or self._last < order:
+            self._line.append(one)
+            self._last = order
         else:
-            insort(line, one, lo=self._front, key=self._order)
+            insort(self._line, one, lo=self._front, key=self._order)
 
     def first(self) -> T | None:
         """Who is first, if anybody waits."""
         line, front = self._line, self._front
-        while front < len(line) and not line[front].waiting:
-            front += 1
-        self._front = front
-        if front > COMPACT and front * 2 > len(line):
-            del line[:front]
-            self._front = front = 0
-        return line[front] if front < len(line) else None
+        for place in range(front, len(line)):
+            one = line[place]
+            if one.waiting:
+                self._front = place
+                if place > COMPACT and place * 2 > len(line):
+                    del line[:place]
+                    self._front = 0
+                return one
+        line.clear()
+        self._front, self._last = 0, None
+        return None
 
     def __iter__(self) -> Iterator[T]:
         """All that wait, in order."""

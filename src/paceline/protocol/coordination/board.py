@@ -11,8 +11,8 @@ waited for in vain, or was behind in an urgent view, is not waited for again unt
 from __future__ import annotations
 
 from paceline.protocol.binding.rooms import ANY, Amount
-from paceline.protocol.load import Ledger
-from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
+from paceline.protocol.coordination.wire import Wire
+from paceline.protocol.messages import Member, OnTheWire, RankReport, RankView, Send
 
 HEARTBEAT_S = 4.0
 STEP_WAIT_S = 0.003
@@ -22,8 +22,10 @@ class Board:
     """The latest report of every rank, and the sends that no report holds yet."""
 
     def __init__(self) -> None:
-        self._reports: dict[int, RankReport] = {}
-        self._ledgers: dict[tuple[int, int], dict[int, Ledger]] = {}
+        self.reports: dict[int, RankReport] = {}
+        """The latest of each rank that has reported."""
+        # By rank and incarnation: a send may be told of before its rank has said anything.
+        self._wires: dict[tuple[int, int], Wire] = {}
         # Ranks by the step of their reports: those that a view waits for. The question comes with every message
         # while a view is held, so it must not cost more with more ranks.
         self._at_step: dict[int, set[int]] = {}
@@ -34,56 +36,51 @@ class Board:
 
     def report(self, report: RankReport) -> bool:
         """Take in a report. Returns whether it counts: a rank's step never goes back."""
-        before = self._reports.get(report.rank)
+        before = self.reports.get(report.rank)
         if before is not None and before.incarnation == report.incarnation and report.step < before.step:
             return False
-        self._reports[report.rank] = report
+        self.reports[report.rank] = report
         if before is None or before.incarnation != report.incarnation:
             self._counted = None
         elif self._counted is not None and report.rank in self._counted_ranks:
             self._count(report.rank, before.step, report.step)
-        ledgers = self._ledgers.get((report.rank, report.incarnation))
-        if ledgers:
-            for front_end, taken in report.taken.items():
-                ledger = ledgers.get(front_end)
-                if ledger is not None:
-                    ledger.reported(taken)
+        wire = self._wires.get((report.rank, report.incarnation))
+        if wire is not None:
+            wire.reported(report.taken)
         return True
+
+    def heard_of(self, front_end: int, told: int) -> None:
+        """A front-end has told of so many of its sends."""
+        if told > self.heard.get(front_end, 0):
+            self.heard[front_end] = told
 
     def sent(self, front_end: int, send: Send) -> bool:
         """A front-end said that it sent a request to a rank. Returns whether it is on the wire: not reported yet."""
-        ledgers = self._ledgers.setdefault((send.rank, send.incarnation), {})
-        ledger = ledgers.get(front_end)
-        if ledger is None:
-            ledger = ledgers[front_end] = Ledger()
-            report = self._reports.get(send.rank)
-            if report is not None and report.incarnation == send.incarnation:
-                ledger.reported(report.taken.get(front_end, 0))
-        before = ledger.requests
-        ledger.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
-        return ledger.requests > before
+        wire = self._wire(send.rank, send.incarnation)
+        report = self.reports.get(send.rank)
+        current = report is not None and report.incarnation == send.incarnation
+        return wire.sent(front_end, send, report.taken if report is not None and current else {})
 
-    def known(self, rank: int, incarnation: int) -> tuple[Load, Amount] | None:
-        """The latest report of this life of a rank, and what is on the wire to it; None where it has not reported."""
-        report = self._reports.get(rank)
-        if report is None or report.incarnation != incarnation:
-            return None
-        wire = Amount()
-        for ledger in self._ledgers.get((rank, incarnation), {}).values():
-            if ledger.requests:
-                wire.add(ledger.requests, ledger.tokens, ledger.kv)
-        return report.load, wire
+    def on_the_wire(self, rank: int, incarnation: int) -> Amount:
+        """What is on the wire to this life of a rank, now and later, until it is forgotten."""
+        return self._wire(rank, incarnation).total
+
+    def _wire(self, rank: int, incarnation: int) -> Wire:
+        wire = self._wires.get((rank, incarnation))
+        if wire is None:
+            wire = self._wires[rank, incarnation] = Wire()
+        return wire
 
     def forget_rank(self, rank: int) -> None:
         """The rank is gone or has begun a new life."""
-        self._reports.pop(rank, None)
+        self.reports.pop(rank, None)
         self._counted = None
-        self._ledgers = {life: ledgers for life, ledgers in self._ledgers.items() if life[0] != rank}
+        self._wires = {life: wire for life, wire in self._wires.items() if life[0] != rank}
 
     def forget_front_end(self, front_end: int) -> None:
         """The front-end is gone; what it had on the wire is no longer known."""
-        for ledgers in self._ledgers.values():
-            ledgers.pop(front_end, None)
+        for wire in self._wires.values():
+            wire.forget(front_end)
         self.heard.pop(front_end, None)
 
     def views(self, members: list[Member]) -> list[RankView]:
@@ -93,14 +90,16 @@ class Board:
         forget what the coordinator before had told them.
         """
         on_the_wire: dict[int, list[OnTheWire]] = {}
-        for (rank, _), ledgers in self._ledgers.items():
-            for front_end, ledger in ledgers.items():
+        for (rank, _), to_life in self._wires.items():
+            if not to_life.total.requests:
+                continue
+            for front_end, ledger in to_life.ledgers.items():
                 if ledger.requests:
                     entry = OnTheWire(front_end, ledger.last, ledger.requests, min(ledger.tokens, ANY))
                     on_the_wire.setdefault(rank, []).append(entry)
         views: list[RankView] = []
         for member in members:
-            report = self._reports.get(member.rank)
+            report = self.reports.get(member.rank)
             if report is not None and report.incarnation == member.incarnation:
                 wire = on_the_wire.get(member.rank, [])
                 views.append(RankView(member.rank, member.incarnation, report.step, report.load, report.taken, wire))
@@ -113,8 +112,8 @@ class Board:
             self._counted_ranks = {member.rank for member in members}
             self._at_step = {}
             for member in members:
-                if member.rank in self._reports:
-                    self._at_step.setdefault(self._reports[member.rank].step, set()).add(member.rank)
+                if member.rank in self.reports:
+                    self._at_step.setdefault(self.reports[member.rank].step, set()).add(member.rank)
         return len(self._at_step) <= 1
 
     def pass_over(self) -> None:

@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from paceline.protocol.coordination.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.protocol.messages import GroupMember
+from paceline.protocol.plausible import plausible
 
 LOST_S = 0.1
 """How long a rank whose connection has ended may take to be back: one that is connected anew, not dead."""
@@ -86,6 +87,8 @@ class Generations:
 
     def heard(self, rank: int, position: Position, now: float) -> None:
         """A rank said hello."""
+        if not plausible(max(position.generation, position.told), self.number):
+            return
         before = self._ranks.get(rank)
         self._ranks[rank] = position
         self._lost.discard(rank)

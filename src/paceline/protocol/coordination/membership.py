@@ -7,8 +7,8 @@ ranks say. Three things make that safe:
   current one is void.
 - A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
   compared for equality only: clocks jump, so a larger one need not be the newer one. So a new coordinator, which has
-  retired nobody, tells a late hello of the dead from a new life by the connection: nobody takes the place of a life
-  that is connected before it is connected itself.
+  retired nobody, tells a late hello of the dead from a new life by the connection: where ranks show their presence,
+  nobody has a place before it is connected. An invented life would be a member for ever: no connection of it ends.
 - A rank becomes ready by saying so, after it was told the wave.
 - A rank whose connection has ended is lost: no member, and what still arrives of it is void, until it has connected
   anew and says hello. It is not retired, since it need not be dead.
@@ -69,6 +69,10 @@ TRANSITIONS: dict[tuple[RankState, Said], RankState] = {
 """(state, what is said) to state, for the current life; a new life starts from ABSENT."""
 
 
+READY, LOST, GONE = RankState.READY, RankState.LOST, RankState.GONE
+"""As they are here: asked of with every message, and an enumeration is slow to name its members."""
+
+
 class RankEntry(Struct):
     """One rank: the life that is current, where it is reached, and its place. `lost_at`: since when it is lost."""
 
@@ -87,18 +91,20 @@ class Membership:
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
+        # Whether any rank has shown its presence: then all do.
+        self._presence = False
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
         """A rank said hello. Returns whether it counts; a retired life's does not."""
         if incarnation in self._retired.get(rank, ()):
             return False
+        if self._presence and (rank, incarnation) not in self._connected:
+            return False
         entry = self._entries.get(rank)
         if entry is not None and entry.incarnation == incarnation and entry.lost_at is not None:
             return False
         if entry is not None and entry.incarnation != incarnation:
-            if (rank, entry.incarnation) in self._connected and (rank, incarnation) not in self._connected:
-                return False
             self._retire(entry)
             entry = None
         state = entry.state if entry else RankState.ABSENT
@@ -129,6 +135,7 @@ class Membership:
 
     def connected(self, rank: int, incarnation: int) -> None:
         """A life has connected, perhaps anew: from here on its hello counts."""
+        self._presence = True
         if rank < self.size:
             self._connected.add((rank, incarnation))
         entry = self._entries.get(rank)
@@ -140,7 +147,7 @@ class Membership:
         entry = self._entries.get(rank)
         if entry is None or entry.incarnation != incarnation:
             return False
-        return entry.state not in (RankState.GONE, RankState.LOST)
+        return entry.state is not GONE and entry.state is not LOST
 
     def is_retired(self, rank: int, incarnation: int) -> bool:
         """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
@@ -154,7 +161,7 @@ class Membership:
     def ready_life(self, rank: int) -> int | None:
         """The life of a rank that takes requests, None where it does not."""
         entry = self._entries.get(rank)
-        return entry.incarnation if entry is not None and entry.state is RankState.READY else None
+        return entry.incarnation if entry is not None and entry.state is READY else None
 
     def members(self) -> list[Member]:
         """The ready ranks in order of their numbers."""

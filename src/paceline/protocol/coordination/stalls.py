@@ -52,7 +52,8 @@ class Stalls:
 def describe(stall: Stall) -> str:
     """One line for the log and `/health`."""
     waiting = ", ".join(map(str, stall.waiting))
+    kind = stall.kind.encode("unicode_escape").decode()
     return (
-        f"rank {stall.rank} holds the group up: {stall.kind} {stall.collective} in step {stall.step}, "
+        f"rank {stall.rank} holds the group up: {kind} {stall.collective} in step {stall.step}, "
         f"for {stall.seconds:.1f} s; waiting: rank {waiting}"
     )

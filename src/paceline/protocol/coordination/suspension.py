@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from paceline.protocol.coordination.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.protocol.messages import Suspension, SuspensionState
+from paceline.protocol.plausible import plausible
 from paceline.protocol.sampling import ControlAction, SuspendMode
 from paceline.protocol.standing import Standing
 
@@ -40,6 +41,8 @@ class GroupSuspension:
         self._due: float | None = None
         self._repeat_s = FIRST_REPEAT_S
         self._numbered = "suspension-number" not in without
+        # Until somebody speaks of one there is nothing to agree on, whoever comes and goes.
+        self._unheard_of = True
 
     @property
     def due(self) -> float | None:
@@ -62,11 +65,12 @@ class GroupSuspension:
     def heard(self, rank: int, number: int, mode: SuspendMode, held: bool, now: float) -> None:
         """A rank said what it knows."""
         self._said[rank] = Acknowledged(number, held)
+        self._unheard_of = self._unheard_of and not number and not held
         self.known(number, mode, now)
 
     def known(self, number: int, mode: SuspendMode, now: float) -> None:
         """Somebody knows this number: one from before this coordinator, if it is higher."""
-        if number > self.standing.number:
+        if number > self.standing.number and plausible(number, self.standing.number):
             self._begin(number, mode, now)
 
     def forget(self, rank: int) -> None:
@@ -80,6 +84,8 @@ class GroupSuspension:
 
     def advance(self, expected: Iterable[int], now: float) -> None:
         """After anything was heard: release, and see what is still to be repeated. `expected`: ranks that count."""
+        if self._unheard_of:
+            return
         standing = self.standing
         ranks = list(expected)
         if not standing.suspended and not standing.released and all(self._knows(rank) for rank in ranks):
@@ -94,6 +100,8 @@ class GroupSuspension:
 
     def state(self, expected: Iterable[int]) -> SuspensionState:
         """For front-ends."""
+        if self._unheard_of:
+            return SuspensionState()
         lacking = [rank for rank in expected if self._lacks(rank)]
         settled = not lacking and (self.standing.suspended or self.standing.released)
         return SuspensionState(self.standing.number, self.standing.mode, settled, lacking)
@@ -111,6 +119,7 @@ class GroupSuspension:
         return Suspension(self.standing.number, self.standing.mode, self.standing.released)
 
     def _begin(self, number: int, mode: SuspendMode, now: float) -> None:
+        self._unheard_of = False
         self.standing.learn(number, mode, False)
         self._due = now
         self._repeat_s = FIRST_REPEAT_S

@@ -26,6 +26,7 @@ from collections.abc import Set
 from msgspec import Struct
 
 from paceline.protocol.messages import StartDPWave
+from paceline.protocol.plausible import plausible
 
 FIRST_REPEAT_S = 0.05
 LONGEST_REPEAT_S = 1.0
@@ -71,7 +72,7 @@ class GroupWave:
     def observe(self, rank: int, wave: int, running: bool, now: float) -> None:
         """A rank said that it runs in `wave`, or that it is paused and `wave` comes next."""
         before = self._observed.get(rank)
-        if before is not None and wave < before.wave:
+        if (before is not None and wave < before.wave) or not plausible(wave, self.wave):
             return
         state = Observed(wave, running)
         if state == before:
@@ -83,6 +84,8 @@ class GroupWave:
 
     def started(self, rank: int, wave: int, now: float) -> None:
         """A paused rank took a request and runs: the others owe an answer, it does not."""
+        if not plausible(wave, self.wave):
+            return
         current = wave >= self.wave
         self.observe(rank, wave, True, now)
         if not current and not self.running:
@@ -163,7 +166,7 @@ class GroupWave:
         return bool(self._running) or self._noticed_wave == self.wave
 
     def _advance(self, wave: int) -> None:
-        if wave > self.wave:
+        if wave > self.wave and plausible(wave, self.wave):
             self.wave = wave
             for rank, state in self._observed.items():
                 self._place(rank, state)

@@ -18,6 +18,7 @@ from paceline.protocol.binding_messages import Ask, Descriptor, Grant, Grants, R
 from paceline.protocol.frontend_events import Effect, Submit, ToCoordinator
 from paceline.protocol.frontends.link import RankLink
 from paceline.protocol.messages import LoadView
+from paceline.protocol.plausible import plausible
 
 ASK_AGAIN_S = 0.25
 SILENCE_S = 0.5
@@ -150,7 +151,7 @@ class Binding:
         self._shares = {}
         before, self._named = self._named, False
         for shares in view.shares or ():
-            if shares.front_end == self._identity:
+            if shares.front_end == self._identity and plausible(shares.edition, self._edition):
                 self._named = True
                 self._away = False
                 self._edition = max(self._edition, shares.edition)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paceline.protocol.frontend_events import Controlled, Effect, ToCoordinator
 from paceline.protocol.messages import ControlAnswer, ControlRequest, SuspensionState
+from paceline.protocol.plausible import plausible
 from paceline.protocol.sampling import ControlAction
 
 
@@ -42,6 +43,8 @@ class FrontEndCalls:
         A new coordinator knows of no suspension until the ranks have told it: the number never goes down. Where its
         number is lower, it may be that nobody but this front-end knows the higher one any more.
         """
+        if not plausible(state.number, self.suspension.number):
+            return True, []
         current = state.number >= self.suspension.number
         if current:
             self.suspension = state

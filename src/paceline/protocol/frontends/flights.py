@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from paceline.protocol.frontend_events import Deliver, Effect, Placed, Submit, ToCoordinator, ToRank
 from paceline.protocol.frontends.link import RankLink
 from paceline.protocol.frontends.router import Router
+from paceline.protocol.frontends.turnover import Turnover
 from paceline.protocol.messages import (
     AbortRequests,
     AddRequest,
@@ -26,13 +27,14 @@ from paceline.protocol.messages import (
     WakeNotice,
 )
 from paceline.protocol.routing.policy import Decision
+from paceline.protocol.sampling import LARGEST_STAMP
 
 FIRST_RESEND = 2**62
 """Ids of requests that are sent again; those of clients' requests are far below."""
 
 
 class Flight(Struct, gc=False):
-    """A request that has been sent: what its client asked for, and the tokens that it has.
+    """A request that has been sent: what its client asked for, the tokens that it has, and when it was first sent.
 
     `losses`: how often it has lost its rank without a token in between; `made_before`: its tokens at the last loss.
     """
@@ -40,6 +42,7 @@ class Flight(Struct, gc=False):
     submit: Submit
     link: RankLink
     made: list[int]
+    since: float
     losses: int = 0
     made_before: int = -1
 
@@ -65,6 +68,7 @@ class Flights:
         """Messages that were of a life that is over."""
         self.moved = 0
         """Requests sent again, since their ranks were lost."""
+        self.turnover = Turnover()
         self._identity = identity
         self._router = router
         self._share_sends = share_sends
@@ -128,9 +132,11 @@ class Flights:
 
     # Requests -----------------------------------------------------------------------------------
 
-    def send(self, submit: Submit, rank: int, decision: Decision | None, *, waited: bool) -> list[Effect]:
+    def send(self, submit: Submit, rank: int, decision: Decision | None, now: float, *, waited: bool) -> list[Effect]:
         """Send a request to a rank that is there. `waited`: whether the coordinator was asked."""
-        effects = self._send(submit.request, Flight(submit, self.links[rank], []), waited)
+        if not self._flights:
+            self.turnover.busy(now)
+        effects = self._send(submit.request, Flight(submit, self.links[rank], [], now), waited)
         # The client hears of its rank before anything that the coordinator is told.
         return [effects[0], Placed(submit.request, rank, decision), *effects[1:]]
 
@@ -144,18 +150,19 @@ class Flights:
 
     def _send(self, wire: int, flight: Flight, waited: bool) -> list[Effect]:
         link, submit, tokens = flight.link, flight.submit, flight.tokens
+        stamp = min(self.wave, LARGEST_STAMP)
         answer_tokens = submit.params.max_tokens - len(flight.made)
         number = link.ledger.last + 1
         link.ledger.sent(number, tokens)
         link.in_flight.add(wire)
         self._flights[wire] = flight
         add = AddRequest(
-            wire, number, link.incarnation, self.wave, submit.prompt_token_ids, submit.params, submit.priority,
+            wire, number, link.incarnation, stamp, submit.prompt_token_ids, submit.params, submit.priority,
             list(flight.made),
         )  # fmt: skip
         effects: list[Effect] = [ToRank(link.rank, add)]
         if self._lockstep and not self.running:
-            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, self.wave)))
+            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, stamp)))
         if self._share_sends:
             self._told += 1
             link.unheard.sent(self._told, tokens, tokens + answer_tokens)
@@ -164,18 +171,19 @@ class Flights:
         self._router.touched(link)
         return effects
 
-    def abandon(self, requests: Iterable[int]) -> list[Effect]:
+    def abandon(self, requests: Iterable[int], now: float) -> list[Effect]:
         """The clients of these requests have gone. Those that have no rank are left out."""
         by_rank: dict[int, list[int]] = {}
         for request in requests:
             wire = self._resent.get(request, request)
             flight = self._forget(wire)
             if flight is not None:
+                self.turnover.ended(now - flight.since, now)
                 self._router.touched(flight.link)
                 by_rank.setdefault(flight.link.rank, []).append(wire)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
-    def outputs(self, message: Outputs) -> list[Effect]:
+    def outputs(self, message: Outputs, now: float) -> list[Effect]:
         """What a step of a rank has made."""
         link = self.links.get(message.rank)
         if link is None or link.incarnation != message.incarnation:
@@ -195,6 +203,7 @@ class Flights:
         delivered = [self._as_asked(output) for output in outputs] if resent else outputs
         for output in outputs:
             if output.finish_reason is not None:
+                self.turnover.ended(now - flights[output.request].since, now)
                 self._forget(output.request)
                 self._router.touched(link)
         return [Deliver(delivered)]

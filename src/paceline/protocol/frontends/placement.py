@@ -45,7 +45,7 @@ class Placement:
 
     def submit(self, submit: Submit, now: float) -> list[Effect]:
         """A client's request."""
-        refusal = self._refusal(submit)
+        refusal = self._refusal(submit, now)
         if refusal is not None:
             return [refusal]
         query = _query(submit)
@@ -63,7 +63,7 @@ class Placement:
             return [_misrouted(submit, rank)]
         name = NAMED if submit.rank is not None else ""
         decision = self._router.explain(rank, query, name, reason) if submit.explain else None
-        return self._flights.send(submit, rank, decision, waited=False)
+        return self._flights.send(submit, rank, decision, now, waited=False)
 
     def _by_share(self, submit: Submit, query: Query) -> int | None:
         """The rank that a request may go to without a word, if nobody waits and there is one."""
@@ -81,7 +81,7 @@ class Placement:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
         return self._router.waiting() + self._binding.queued
 
-    def _refusal(self, submit: Submit) -> Refuse | None:
+    def _refusal(self, submit: Submit, now: float) -> Refuse | None:
         if submit.rank is not None and submit.rank not in self._flights.links:
             known = ", ".join(map(str, sorted(self._flights.links))) or "none"
             text = f"rank {submit.rank} is not served here; ready ranks: {known}"
@@ -92,8 +92,14 @@ class Placement:
             return Refuse(
                 submit.request, "suspended", "the deployment is suspended; requests are refused until it resumes"
             )
-        if self._max_waiting is not None and self.waiting() >= self._max_waiting:
-            return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already")
+        if self._max_waiting is None:
+            return None
+        waiting = self.waiting()
+        if not waiting:
+            self._flights.turnover.no_queue()
+        if waiting >= self._max_waiting:
+            back_s = self._flights.turnover.come_back_s(len(self._flights), now)
+            return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already", back_s)
         return None
 
     # Requests that wait -------------------------------------------------------------------------
@@ -140,7 +146,7 @@ class Placement:
         if submit.explain:
             waited_ms = max(0, round((now - held.since) * 1000))
             decision = self._router.explain(rank, _query(submit), name, f"{reason}, waited {waited_ms} ms")
-        return self._flights.send(submit, rank, decision, waited=True)
+        return self._flights.send(submit, rank, decision, now, waited=True)
 
     def end_waiting(self, now: float) -> list[Effect]:
         """What waits is ended where there is nothing to wait for: no rank, for long, or a suspension that aborts."""

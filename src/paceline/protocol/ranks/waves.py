@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from paceline.protocol.plausible import plausible
+
 
 class RankWaves:
     """The waves of one life of a rank. `sync_interval`: steps between two agreements of all ranks."""
@@ -15,7 +17,8 @@ class RankWaves:
 
     def reach(self, wave: int) -> None:
         """The others are in this wave, or it is the one that they run next."""
-        self.wave = max(self.wave, wave)
+        if plausible(wave, self.wave):
+            self.wave = max(self.wave, wave)
 
     def start(self, wave: int) -> None:
         """Run in this wave."""
@@ -29,6 +32,8 @@ class RankWaves:
 
     def wake(self, wave: int) -> None:
         """All are to run in this wave."""
+        if not plausible(wave, self.wave):
+            return
         if self.running:
             # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
             self.wanted = max(self.wanted, wave)

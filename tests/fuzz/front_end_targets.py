@@ -1,0 +1,154 @@
+"""A front-end's two kinds of sockets, its machine behind them, and its answers behind that."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from paceline.protocol import codec
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.frontend_events import (
+    Abandon,
+    Connected,
+    Control,
+    ControlGivenUp,
+    CoordinatorSaid,
+    Deliver,
+    Event,
+    LinkDown,
+    LinkUp,
+    RankSaid,
+    Refuse,
+    Submit,
+    Tick,
+    ToCoordinator,
+    ToRank,
+)
+from paceline.protocol.messages import PROTOCOL_VERSION, Load, LoadView, Member, Members, RankView
+from paceline.protocol.routing.least import LeastLoad
+from paceline.protocol.sampling import SamplingParams
+from tests.fuzz.corpus import classes_of
+from tests.fuzz.target import Target, said_well
+
+IDENTITY, COORDINATOR = 2**41, 2**42
+RANKS = range(4)
+LIVES = [2**40 + rank for rank in RANKS]
+MOST_UNDER_WAY = 16
+
+
+class FrontEndTarget(Target):
+    """A front-end of four ranks, with a few requests under way at all times."""
+
+    largest = 20_000
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__(draw)
+        self._to_coordinator, self._to_rank = codec.from_front_end(), codec.request()
+
+    def begin(self) -> None:
+        brokered = self.draw.random() < 0.5
+        self.machine = FrontEnd(
+            IDENTITY, LeastLoad(0, 2), ranks=frozenset(RANKS), max_waiting=64, share_sends=True,
+            lockstep=self.draw.random() < 0.5, brokered=brokered, resumes=True,
+        )  # fmt: skip
+        self.under_way: list[int] = []
+        self._next = 1
+        self.handle(Connected())
+        self.introduce(0)
+
+    def introduce(self, number: int) -> None:
+        """The real coordinator says who is there."""
+        members = [Member(rank, life, f"tcp://rank-{rank}") for rank, life in enumerate(LIVES)]
+        self.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, COORDINATOR, 0, False, members)))
+        views = [RankView(rank, life, number, Load(slots=8)) for rank, life in enumerate(LIVES)]
+        self.handle(CoordinatorSaid(LoadView(COORDINATOR, number, 0, False, views)))
+        for rank in RANKS:
+            self.handle(LinkUp(rank))
+
+    def handle(self, event: Event) -> None:
+        """The machine's door, and what follows."""
+        for effect in self.machine.handle(event, self.now):
+            match effect:
+                case ToCoordinator(message):
+                    said_well(message, self._to_coordinator)
+                case ToRank(_, message):
+                    said_well(message, self._to_rank)
+                case Deliver(outputs):
+                    for output in outputs:
+                        if output.finish_reason is not None and output.request in self.under_way:
+                            self.under_way.remove(output.request)
+                case Refuse(request):
+                    if request in self.under_way:
+                        self.under_way.remove(request)
+
+    def live(self) -> None:
+        """Clients come and go, connections too, and time passes."""
+        draw = self.draw
+        self.pass_time()
+        if draw.random() < 0.3:
+            self.under_way.append(self._next)
+            self.handle(Submit(self._next, [1, 2, 3], SamplingParams(8), draw.choice((None, None, None, 1))))
+            self._next += 1
+        while len(self.under_way) > MOST_UNDER_WAY:
+            self.handle(Abandon([self.under_way.pop(0)]))
+        if draw.random() < 0.02:
+            self.handle(Control(self._next, draw.choice(("keep", "wait", "resume"))))
+            self.handle(ControlGivenUp(self._next))
+        if draw.random() < 0.02:
+            rank = draw.choice(RANKS)
+            self.handle(LinkDown(rank))
+            self.handle(LinkUp(rank))
+        if self.now >= self.machine.deadline:
+            self.handle(Tick())
+        self.machine.statistics()
+        self.machine.loads()
+
+    def machines(self) -> list[Any]:
+        return [self.machine]
+
+
+class Broadcasts(FrontEndTarget):
+    """What the coordinator says."""
+
+    name = "front-end-broadcasts"
+    corpus = "coordinator-to-front-ends"
+    kinds = classes_of("coordinator → front-ends")
+    known = (0, 1, 2, 3, IDENTITY, COORDINATOR, *LIVES)
+    parties = [
+        {"rank": rank, "incarnation": life, "front_end": IDENTITY, "coordinator": COORDINATOR}
+        for rank, life in enumerate(LIVES)
+    ]
+
+    def begin(self) -> None:
+        super().begin()
+        self._decode = codec.to_front_end().decode
+
+    def feed(self, frame: bytes) -> None:
+        try:
+            message = self._decode(frame)
+        except codec.BadMessage:
+            return
+        self.handle(CoordinatorSaid(message))
+        self.live()
+
+
+class Tokens(FrontEndTarget):
+    """What ranks send."""
+
+    name = "front-end-outputs"
+    corpus = "rank-to-front-end"
+    kinds = classes_of("rank → front-end")
+    known = (0, 1, 2, 3, *range(1, 400, 7), 2**62, 2**62 + 1)
+    parties = [{"rank": rank, "incarnation": life} for rank, life in enumerate(LIVES)]
+
+    def begin(self) -> None:
+        super().begin()
+        self._decode = codec.outputs().decode
+
+    def feed(self, frame: bytes) -> None:
+        try:
+            message = self._decode(frame)
+        except codec.BadMessage:
+            return
+        self.handle(RankSaid(message))
+        self.live()

@@ -1,0 +1,178 @@
+"""A rank's two sockets, what its peers put into an agreement, and its machine behind them."""
+
+from __future__ import annotations
+
+import random
+import struct
+from typing import Any
+
+from paceline.protocol import codec
+from paceline.protocol.agreement import REDUCTIONS, integers, outcome
+from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, Admit, Identify
+from paceline.protocol.quota import AUTO
+from paceline.protocol.rank import Phase, Rank
+from paceline.protocol.rank_events import (
+    Again,
+    Agree,
+    CoordinatorSaid,
+    Drop,
+    DummyStep,
+    Event,
+    Formed,
+    FormGroup,
+    FrontEndGone,
+    FrontEndSaid,
+    GenerationEnded,
+    Loaded,
+    Step,
+    Stepped,
+    Take,
+    ToCoordinator,
+    ToFrontEnd,
+    Turn,
+)
+from paceline.protocol.sampling import SamplingParams
+from tests.fuzz.corpus import classes_of
+from tests.fuzz.target import Target, said_well
+from tests.protocol.deployment import TinyEngine
+
+RANK, LIFE = 2, 2**40 + 2
+FRONT_ENDS = [2**41, 2**41 + 1]
+
+
+class RankTarget(Target):
+    """One rank that is ready, with an engine that computes nothing; in lockstep its peers do as it does."""
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__(draw)
+        self._from_rank, self._outputs = codec.from_rank(), codec.outputs()
+
+    def begin(self) -> None:
+        lockstep = self.draw.random() < 0.6
+        group = "ipc://group" if lockstep and self.draw.random() < 0.5 else ""
+        self.machine = Rank(
+            RANK, LIFE, "tcp://rank", lockstep=lockstep, sync_interval=3, group_address=group, prefill_quota=AUTO
+        )
+        self.engine = TinyEngine()
+        self.handle(Loaded())
+        self.handle(CoordinatorSaid(Identify(PROTOCOL_VERSION, 1)))
+        self.handle(CoordinatorSaid(Admit(RANK, LIFE, 0)))
+        assert self.machine.phase is Phase.READY
+
+    def handle(self, event: Event) -> None:
+        """The machine's door, and what follows from it at once."""
+        for effect in self.machine.handle(event, self.now):
+            match effect:
+                case ToCoordinator(message):
+                    said_well(message, self._from_rank)
+                case ToFrontEnd(front_end, outputs):
+                    front_end.to_bytes(8, "little")
+                    said_well(outputs, self._outputs)
+                case Take(key, request):
+                    self.engine.add(key, request)
+                case Drop(key):
+                    self.engine.abort(key)
+                case Step(quota):
+                    self.handle(self.engine.step(quota))
+                case DummyStep():
+                    self.handle(Stepped((), self.engine.load(), self.engine.has_work()))
+                case Agree():
+                    self.agree(effect)
+                case FormGroup(generation):
+                    self.handle(GenerationEnded() if self.draw.random() < 0.3 else Formed(generation))
+                case Again():
+                    self.turn()
+
+    def agree(self, own: Agree) -> None:
+        """All ranks' parts: its own alone."""
+        self.handle(outcome(integers(own)))
+
+    def turn(self) -> None:
+        """One turn of the wheel."""
+        self.pass_time()
+        self.handle(Turn(self.engine.load(), self.engine.has_work()))
+
+    def machines(self) -> list[Any]:
+        return [self.machine]
+
+
+class FromCoordinator(RankTarget):
+    """The coordinator's broadcasts."""
+
+    name = "rank-broadcasts"
+    corpus = "coordinator-to-ranks"
+    kinds = classes_of("coordinator → ranks")
+    known = (0, 1, 2, 3, RANK, LIFE)
+    parties = ({"rank": RANK, "incarnation": LIFE},)
+
+    def begin(self) -> None:
+        super().begin()
+        self._decode = codec.to_rank().decode
+
+    def feed(self, frame: bytes) -> None:
+        try:
+            message = self._decode(frame)
+        except codec.BadMessage:
+            return
+        self.handle(CoordinatorSaid(message))
+        self.turn()
+
+
+class Requests(RankTarget):
+    """What front-ends send, of whom some end; those that stay number their requests."""
+
+    name = "rank-requests"
+    corpus = "front-end-to-rank"
+    kinds = classes_of("front-end → rank")
+    known = (0, 1, 2, 3, RANK, LIFE, 2**62)
+    parties = ({"incarnation": LIFE, "max_tokens": 2, "wave": 0}, {"incarnation": LIFE})
+
+    def begin(self) -> None:
+        super().begin()
+        self._decode = codec.request().decode
+
+    def feed(self, frame: bytes) -> None:
+        draw = self.draw
+        try:
+            message = self._decode(frame)
+        except codec.BadMessage:
+            return
+        front_end = draw.choice((*FRONT_ENDS, draw.getrandbits(63)))
+        self.handle(FrontEndSaid(front_end, message))
+        self.turn()
+        if front_end not in FRONT_ENDS or draw.random() < 0.01:
+            self.handle(FrontEndGone(front_end))
+
+
+class Agreements(RankTarget):
+    """What comes out of an agreement in which a peer puts anything."""
+
+    name = "rank-agreements"
+    corpus = "collective"
+
+    def begin(self) -> None:
+        super().begin()
+        self._row = b""
+        self._sent = 0
+
+    def feed(self, frame: bytes) -> None:
+        self._row = frame[13:]
+        if not self.engine.requests:
+            self._sent += 1
+            request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
+            self.handle(FrontEndSaid(FRONT_ENDS[0], request))
+        for _ in range(4):
+            self.turn()
+
+    def agree(self, own: Agree) -> None:
+        mine = integers(own)
+        row = self._row[: 8 * len(mine)].ljust(8 * len(mine), self.draw.choice((b"\x00", b"\x00", b"\xff", b"\x7f")))
+        theirs = struct.unpack(f"<{len(mine)}q", row)
+        try:
+            agreed = outcome(
+                [max(a, b) if how == "max" else a + b for a, b, how in zip(mine, theirs, REDUCTIONS, strict=True)]
+            )
+        except ValueError:
+            self.handle(GenerationEnded())
+            return
+        self.handle(agreed)

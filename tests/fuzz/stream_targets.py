@@ -1,0 +1,134 @@
+"""Bytes of stream sockets and of HTTP: collectives, the rendezvous, the keeper's answers, request bodies."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from paceline.engines.base import EngineSettings
+from paceline.engines.group import GenerationEnded
+from paceline.engines.timed import TimedEngine
+from paceline.integrations.vllm_keeper import Keeper
+from paceline.protocol import codec
+from paceline.protocol.messages import AddRequest
+from paceline.runtime.collective import SocketGroup
+from paceline.runtime.rendezvous import Here, answer_to, read_answer, read_question
+from paceline.server.errors import ApiError
+from paceline.server.generation import Generation, Models
+from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest
+from tests.fuzz.target import Target, said_well
+
+NOTHING: Any = np.zeros(3, np.float32)
+PIPE_BYTES = 60_000
+
+
+class Collectives(Target):
+    """A member of a group of two, whose peer writes anything. The first wrong byte ends a group: each has its own."""
+
+    name = "collectives"
+    corpus = "collective"
+
+    def begin(self) -> None:
+        self.ended = 0
+
+    def feed(self, frame: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        group = SocketGroup(1, 0, {1: ours})
+        with theirs:
+            theirs.setblocking(False)
+            theirs.send(frame[:PIPE_BYTES])
+            theirs.shutdown(socket.SHUT_WR)
+            try:
+                if self.draw.random() < 0.5:
+                    group.all_reduce([1, 2, 3], self.draw.choice(("max", "sum", "and")))
+                else:
+                    group.all_to_all([NOTHING, NOTHING])
+            except GenerationEnded:
+                self.ended += 1
+            finally:
+                group.close()
+
+
+class RendezvousQuestions(Target):
+    """What a node that joins asks, and is answered."""
+
+    name = "rendezvous"
+    corpus = "rendezvous"
+
+    def begin(self) -> None:
+        self._here = Here("tcp://a:1", "tcp://a:2", "tcp://a:3")
+
+    def feed(self, frame: bytes) -> None:
+        question = read_question(frame)
+        if isinstance(question, str):
+            return
+        reply = msgspec.msgpack.encode(answer_to(question, self._here, 4, "timed"))
+        assert isinstance(read_answer(reply), Here)
+
+
+class RendezvousAnswers(Target):
+    """What a joining node is told."""
+
+    name = "rendezvous-answers"
+    corpus = "rendezvous"
+
+    def begin(self) -> None:
+        """It remembers nothing."""
+
+    def feed(self, frame: bytes) -> None:
+        read_answer(frame)
+
+
+class KeeperStatus(Target):
+    """What is sent to the status port under vLLM."""
+
+    name = "vllm-status"
+    corpus = "keeper"
+
+    def begin(self) -> None:
+        self._keeper = Keeper({"program": "none"}, None)
+
+    def check(self) -> None:
+        self._keeper._wakeup.close()
+
+    def feed(self, frame: bytes) -> None:
+        head, _, body = self._keeper._answer(frame).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 ")
+        json.loads(body)
+
+    def machines(self) -> list[Any]:
+        return [self._keeper]
+
+
+class HttpBodies(Target):
+    """Bodies of both endpoints, as far as the rank that would take them."""
+
+    name = "http-bodies"
+    corpus = "http-body"
+
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__(draw)
+        tokenizer = TimedEngine.tokenizer(EngineSettings(rank=0, dp_size=1, threads=1, options={}))
+        self._models = Models("timed", tokenizer, 512)
+        self._decoders = [BodyDecoder(CompletionRequest).decode, BodyDecoder(ChatCompletionRequest).decode]
+        self._request = codec.request()
+
+    def begin(self) -> None:
+        """It remembers nothing."""
+
+    def feed(self, frame: bytes) -> None:
+        for decode in self._decoders:
+            try:
+                generation = Generation(None, self._models, "id", decode(frame), None)  # type: ignore[arg-type, type-var]
+            except ApiError as error:
+                assert error.status == 400
+                json.dumps(error.body)
+                continue
+            for prompt in generation._prompts:
+                params = generation._choice_params(prompt, 0)
+                said_well(AddRequest(1, 1, 1, 0, prompt.token_ids, params, generation._request.priority), self._request)

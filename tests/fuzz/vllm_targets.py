@@ -1,0 +1,104 @@
+"""vLLM's two kinds of frames, and the translation with the machine behind them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from paceline.integrations import vllm_codec
+from paceline.integrations.vllm_codec import Notice, RankMessage
+from paceline.integrations.vllm_dialect import VllmDialect
+from paceline.integrations.vllm_events import (
+    Event,
+    FrontEndSaid,
+    FrontEndSubscribed,
+    Memory,
+    RankSaid,
+    RanksReported,
+    RankSubscribed,
+    RankUnsubscribed,
+    Remember,
+    Tick,
+    View,
+    Wake,
+)
+from paceline.integrations.vllm_translation import VllmTranslation
+from paceline.protocol.codec import MAX_CONTROL_BYTES, BadMessage
+from tests.fuzz.target import Target
+
+RANKS = 4
+
+
+class VllmTarget(Target):
+    """A coordinator under vLLM, of one version or another."""
+
+    corpus = "vllm-rank"
+    largest = 40_000
+
+    def begin(self) -> None:
+        dialect = VllmDialect(count_fields=self.draw.choice((2, 3)), says_started=self.draw.random() < 0.7)
+        self.translation = VllmTranslation(
+            Memory(RANKS), dialect, identity=7, interval_s=0.01, lockstep=self.draw.random() < 0.7
+        )
+        for _ in range(RANKS):
+            self.handle(RankSubscribed())
+
+    def handle(self, event: Event) -> None:
+        """Its door; what comes out must go on the wire, and fit."""
+        for effect in self.translation.handle(event, self.now):
+            match effect:
+                case View(counts, wave, running):
+                    assert len(vllm_codec.view(counts, wave, running)) <= MAX_CONTROL_BYTES
+                case Wake(wave, exclude):
+                    assert 0 <= wave < 2**63
+                    vllm_codec.wake(wave, exclude)
+                case Remember(memory):
+                    json.dumps({"memory": memory.wave})
+        json.dumps(self.translation.statistics())
+
+    def live(self) -> None:
+        """Front-ends come, ranks connect anew, time passes."""
+        if self.draw.random() < 0.01:
+            self.handle(FrontEndSubscribed())
+            self.handle(RankUnsubscribed())
+            self.handle(RankSubscribed())
+        self.pass_time()
+        if self.now >= self.translation.deadline:
+            self.handle(Tick())
+
+    def machines(self) -> list[Any]:
+        return [self.translation]
+
+
+class VllmRanks(VllmTarget):
+    """What its ranks push."""
+
+    name = "vllm-ranks"
+    kinds = (RankMessage,)
+    known = (0, 1, 2, 3)
+
+    def feed(self, frame: bytes) -> None:
+        report = vllm_codec.whose_report(frame) is not None
+        try:
+            message = vllm_codec.read_rank(frame)
+        except BadMessage:
+            return
+        self.handle(RanksReported([message]) if report else RankSaid(message))
+        self.live()
+
+
+class VllmFrontEnds(VllmTarget):
+    """What its front-ends send."""
+
+    name = "vllm-front-ends"
+    corpus = "vllm-front-end"
+
+    def feed(self, frame: bytes) -> None:
+        try:
+            message = vllm_codec.read_front_end(frame)
+        except BadMessage:
+            return
+        if isinstance(message, Notice):
+            self.translation.wake_at_once(message)
+        self.handle(FrontEndSaid(message))
+        self.live()
