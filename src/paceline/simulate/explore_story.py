@@ -166,6 +166,17 @@ class _Teller:
                 return f"{rank.capitalize()} dies" + (
                     "" if self._world.blocks.group_address else ", and its next life is loaded"
                 )
+            case "hello":
+                return f"{rank.capitalize()} waits to be admitted and says hello again"
+            case "ask":
+                return f"The operator asks for: {self._world.calls[action.detail]}"
+            case "call":
+                return f"The call ({self._world.calls[action.detail]}) reaches the coordinator"
+        return self._of_generations(action, rank)
+
+    def _of_generations(self, action: Action, rank: str) -> str:
+        messages = self._world.blocks.messages
+        match action.kind:
             case "load":
                 return f"The next life of {rank} has loaded its engine"
             case "lost":
@@ -188,12 +199,6 @@ class _Teller:
                 return f"The coordinator reads what {rank}'s life before had said: {meaning(messages[action.detail])}"
             case "gone":
                 return f"The coordinator hears that the connection of {rank}'s life before has ended"
-            case "hello":
-                return f"{rank.capitalize()} waits to be admitted and says hello again"
-            case "ask":
-                return f"The operator asks for: {self._world.calls[action.detail]}"
-            case "call":
-                return f"The call ({self._world.calls[action.detail]}) reaches the coordinator"
         return "The coordinator dies and another starts that knows nothing; " + self._lost(action.detail)
 
     def _lost(self, bits: int) -> str:
@@ -213,15 +218,14 @@ class _Teller:
         was, now = blocks.life(before).machine, blocks.life(after).machine
         if now.incarnation != was.incarnation:
             lost = blocks.life(before).unfinished + len(blocks[before].arriving)
-            if lost:
+            if lost and blocks.group_address:
                 yield f"{lost} request{'s' * (lost > 1)} must go on elsewhere"
-            return
-        if now.running and (not was.running or now.wave != was.wave):
+        elif now.running and (not was.running or now.wave != was.wave):
             yield f"{name} runs in wave {now.wave}"
         elif was.running and not now.running:
             yield f"{name} pauses, wave {now.wave} is next"
         finished = len(blocks.life(before).left) - len(blocks.life(after).left)
-        if finished > 0:
+        if finished > 0 and now.incarnation == was.incarnation:
             yield f"{name} answers {finished} request{'s' * (finished > 1)}"
         for message in _new(blocks[before].up, blocks[after].up):
             yield f'{name} says "{meaning(blocks.messages[message])}"'

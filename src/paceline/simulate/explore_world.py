@@ -63,7 +63,7 @@ class World:
         self.blocks = self.kind_of_blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
         self.rounds = Rounds(self.blocks, backlog, called=bool(calls))
-        self._ways = ways_to_send if notices else ways_without_notice
+        self.ways_to_send = ways_to_send if notices else ways_without_notice
         self._merge = merge
         self._without = without
         self._numbers: dict[Common, int] = {}
@@ -286,7 +286,7 @@ class World:
     def _submit(self, state: State, common: Common) -> Moves:
         state = self._changed(state, common._replace(unsent=common.unsent - 1))
         for rank in range(self.ranks):
-            for sent in self._ways(self.blocks, state[FIRST_BLOCK + rank], common.published):
+            for sent in self.ways_to_send(self.blocks, state[FIRST_BLOCK + rank], common.published):
                 after = self._with(state, rank, sent.block)
                 action = Action(sent.kind, rank, sent.stamp, fair=False)
                 if sent.read is None:
