@@ -39,9 +39,15 @@ class LeastLoad:
     def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
         self._count = max(1, front_end_count)
         self._rotation = Rotation(front_end_index, front_end_count)
+        self._sent = self._sent_before = 0
 
     def choose(self, candidates: Sequence[Candidate], prompt_tokens: int) -> int:
         others = self._count - 1
+        sent = sum(c.since_view_requests for c in candidates)
+        if sent < self._sent:
+            self._sent_before = self._sent
+        self._sent = sent
+        rounds = min(2, max(sent, self._sent_before) // len(candidates))
         work = [
             c.prefill_tokens
             + others * c.since_view_tokens
@@ -49,7 +55,7 @@ class LeastLoad:
             for c in candidates
         ]
         mean = sum(work) / len(work)
-        limit = min(work) + 2 * others * (REQUEST_TOKENS + prompt_tokens) + EQUAL_SHARE * mean
+        limit = min(work) + rounds * others * (REQUEST_TOKENS + prompt_tokens) + EQUAL_SHARE * mean
         finished = sum(c.finished for c in candidates)
         _, _, rank = min(
             (c.in_flight, self._rotation.position(place, len(candidates), finished), c.rank)

@@ -77,8 +77,27 @@ def test_kv_room_is_a_barrier_like_a_slot() -> None:
     )
 
 
-@pytest.mark.parametrize("arrivals_s", [0.2, 0.06])
-def test_it_agrees_with_a_rank_played_step_by_step(arrivals_s: float) -> None:
+def test_under_a_prefill_quota_a_prompt_takes_as_many_steps_as_that_allows() -> None:
+    limited = replace(IDLE, prefill_quota=20)
+    assert predicted_wait(limited, 50) == pytest.approx(3 * 0.01 + 0.05 + 0.002)
+    assert predicted_wait(replace(IDLE, prefill_quota=200), 50) == predicted_wait(IDLE, 50), "no more than the budget"
+    # The step that runs has 20 of the 80 tokens ahead; of the later ones each has 20.
+    busy = replace(limited, running=1, prefill_tokens=80)
+    ahead_s = 4 * 0.01 + 3 * 0.001 + 0.08
+    assert predicted_wait(busy, 50, age_s=0.0) == pytest.approx(ahead_s + 3 * (0.01 + 0.001) + 0.05 + 0.002, rel=0.05)
+
+
+def test_where_the_quota_is_zero_a_step_with_some_comes_after_patience() -> None:
+    writing = replace(full(), slots=8, prefill_quota=0)
+    # After the step that runs, an eighth of the budget of 100 in each ninth, of which the first may be any.
+    assert predicted_wait(writing, 12, age_s=0.0) == pytest.approx((1 + 5) * 0.018 + 0.012 + 0.002)
+    assert predicted_wait(writing, 24, age_s=0.0) == pytest.approx((1 + 14) * 0.018 + 0.024 + 0.002)
+    waiting = replace(writing, waiting=1, prefill_tokens=12)
+    assert predicted_wait(waiting, 12, age_s=0.0) > predicted_wait(writing, 24, age_s=0.0)
+
+
+@pytest.mark.parametrize(("arrivals_s", "quota"), [(0.2, None), (0.06, None), (0.2, 64), (0.1, 64)])
+def test_it_agrees_with_a_rank_played_step_by_step(arrivals_s: float, quota: int | None) -> None:
     """The engine of the simulator at a light and a heavy load: a median error of at most a tenth."""
     costs, budget, slots = CostModel(6.0, 0.09, 0.02), 256, 64
     engine, chance = VirtualEngine(costs, slots, budget), random.Random(3)
@@ -86,7 +105,7 @@ def test_it_agrees_with_a_rank_played_step_by_step(arrivals_s: float) -> None:
     promised: dict[int, tuple[float, float]] = {}
     errors: list[float] = []
     while key < 400 or engine.has_work():
-        length = engine.plan() if engine.has_work() else 0.0
+        length = engine.plan(quota) if engine.has_work() else 0.0
         begun, planned = now, engine.load()
         arrived: list[tuple[int, int]] = []
         while key < 400 and (due <= now + length or not length):
@@ -97,6 +116,7 @@ def test_it_agrees_with_a_rank_played_step_by_step(arrivals_s: float) -> None:
             known = replace(
                 load, step_s=0.006, prompt_token_s=0.00009, answer_token_s=0.00002, step_tokens=budget,
                 decoding=load.running, answers_left=20 * load.running, answer_tokens=20,
+                prefill_quota=quota,
             )  # fmt: skip
             promised[key] = (at, predicted_wait(known, prompt, at - begun))
             arrived.append((key, prompt))

@@ -185,7 +185,11 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self) -> Load:
-        """What is queued now. The rates and `finished` may be left 0: the rank fills them in."""
+        """What is queued now. The rates and `finished` may be left 0: the rank fills them in.
+
+        `slots` is how many requests may be here at once, 0 for any number: where it is left at 1, the next request
+        comes when the one before has ended.
+        """
 
     def close(self) -> None:
         """Free what the engine holds. Called once, last."""

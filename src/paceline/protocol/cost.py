@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 from paceline.protocol.messages import Load
+from paceline.protocol.quota import PATIENCE, PATIENCE_SHARE
 
 ANY_NUMBER = 1 << 50
 
@@ -31,10 +32,11 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     busy = min(load.slots, load.running + load.waiting)
     # Requests ahead become writers one by one as their prompts are done.
     writers = (load.decoding + busy) / 2
-    room = max(1, (load.step_tokens or ANY_NUMBER) - load.decoding)
+    room, every = _room_for_prompts(load)
 
     def steps_of(tokens: int) -> int:
-        return -(-tokens // room)
+        # Where most steps have none, the first that has some is half of `every` away.
+        return -(-tokens // room) * every - (every // 2 if tokens else 0)
 
     def seconds(steps: float, tokens: float, writing: float) -> float:
         return steps * (load.step_s + load.answer_token_s * writing) + load.prompt_token_s * tokens
@@ -44,7 +46,7 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     if not busy:
         return own_s
     # The step that runs now was put together before: the request cannot join it.
-    now = min(load.prefill_tokens, room)
+    now = min(load.prefill_tokens, room) if every == 1 else 0
     now_s = seconds(1, now, load.decoding)
     later = load.prefill_tokens - now
     ahead_s = now_s + seconds(steps_of(later), later, writers)
@@ -59,10 +61,21 @@ def predicted_wait(load: Load, prompt_tokens: int, age_s: float | None = None) -
     steps = steps_of(later + own)
     # A rank with a queue gets as much as it works off: the step that ends this prompt is filled up by whoever comes,
     # as long as there are slots.
-    followers = min(steps * room - later - own, later) if load.step_tokens and not barrier else 0
+    followers = min(-(-(later + own) // room) * room - later - own, later) if load.step_tokens and not barrier else 0
     all_s = now_s + seconds(steps + idle_steps, later + own + followers, writers if later else busy)
     all_s += load.answer_token_s
     return all_s - done_s
+
+
+def _room_for_prompts(load: Load) -> tuple[int, int]:
+    """So many prompt tokens at most in one of so many steps. The prefill quota is taken to stay as it is."""
+    budget = load.step_tokens or ANY_NUMBER
+    room = max(1, budget - load.decoding)
+    if load.prefill_quota is None:
+        return room, 1
+    if load.prefill_quota:
+        return min(room, load.prefill_quota), 1
+    return max(1, min(room, budget // PATIENCE_SHARE)), PATIENCE + 1
 
 
 def _ends_needed(load: Load, own: int) -> int:

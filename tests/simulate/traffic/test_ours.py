@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from paceline.protocol.messages import LoadView
 from paceline.simulate.traffic.ours import Links, Paceline, prompt_of
 from paceline.simulate.traffic.sequence import Sequence
@@ -51,6 +53,16 @@ def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     bound = finished(arrivals, ranks=4, routing="oracle", slots=16).outcome
     assert broker.ttft_p99_ms < arrival.ttft_p99_ms
     assert broker.ttft_p99_ms < bound.ttft_p99_ms * 1.1
+
+
+def test_no_herd_forms_where_front_ends_bind_at_arrival() -> None:
+    # Lockstep shows it most: whoever gets too much holds all up.
+    arrivals = drawn(1500, 56.0)
+    settings: dict[str, Any] = {"ranks": 4, "lockstep": True, "slots": 64, "warm_up": 0.2}
+    bound = finished(arrivals, routing="oracle", **settings).outcome
+    for front_ends in (4, 16):
+        bind = finished(arrivals, front_ends=front_ends, bind="arrival", **settings).outcome
+        assert bind.ttft_p99_ms < bound.ttft_p99_ms * 1.25
 
 
 def test_front_ends_share_their_sends() -> None:

@@ -123,7 +123,7 @@ class Candidates:
     """All candidates, in order of rank. The front-end changes it, policies read it.
 
     `ranks`: the rank at each place. `membership`: another number once ranks have come or gone. `finished`: the
-    sum of what all have finished.
+    sum of what all have finished. `since_view`: of this front-end's sends that the view does not know yet.
     """
 
     def __init__(self, candidates: Iterable[Candidate] = ()) -> None:
@@ -131,6 +131,8 @@ class Candidates:
         self.ranks = [candidate.rank for candidate in self._candidates]
         self._finished = [candidate.finished for candidate in self._candidates]
         self.finished = sum(self._finished)
+        self._since_view = [candidate.since_view_requests for candidate in self._candidates]
+        self.since_view = sum(self._since_view)
         self.membership = 0
         self._orderings: dict[Key, Ordering[Candidate]] = {}
 
@@ -168,6 +170,8 @@ class Candidates:
         self._candidates.insert(place, candidate)
         self._finished.insert(place, candidate.finished)
         self.finished += candidate.finished
+        self._since_view.insert(place, candidate.since_view_requests)
+        self.since_view += candidate.since_view_requests
         self._members_changed()
 
     def remove(self, rank: int) -> None:
@@ -175,14 +179,17 @@ class Candidates:
         place = self.ranks.index(rank)
         del self.ranks[place], self._candidates[place]
         self.finished -= self._finished.pop(place)
+        self.since_view -= self._since_view.pop(place)
         self._members_changed()
 
     def changed(self, rank: int) -> None:
         """The candidate of `rank` says something else than before."""
         place = bisect_left(self.ranks, rank)
-        finished = self._candidates[place].finished
+        finished, since_view = self._candidates[place].finished, self._candidates[place].since_view_requests
         self.finished += finished - self._finished[place]
         self._finished[place] = finished
+        self.since_view += since_view - self._since_view[place]
+        self._since_view[place] = since_view
         for ordering in self._orderings.values():
             if ordering.changed is not None:
                 ordering.changed.add(place)
@@ -191,6 +198,8 @@ class Candidates:
         """Any candidate may say something else than before."""
         self._finished = [candidate.finished for candidate in self._candidates]
         self.finished = sum(self._finished)
+        self._since_view = [candidate.since_view_requests for candidate in self._candidates]
+        self.since_view = sum(self._since_view)
         for ordering in self._orderings.values():
             ordering.changed = None
 

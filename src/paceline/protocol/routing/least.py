@@ -8,9 +8,11 @@ them:
 - What a front-end has sent since its view was made counts once for each front-end, because the others
   have most likely done the same meanwhile. `Since` is one cut through the sends to all ranks, which the view
   names (`LoadView.heard`).
-- Ranks that differ by less than the other front-ends would put there in two rounds are equals: a view can hold one
-  round of theirs for one rank and not yet for the next. Among equals a front-end keeps its own requests level,
-  and begins at a rank of its own.
+- Ranks that differ by less than the other front-ends have most likely put there are equals: a view can hold one round
+  of theirs for one rank and not yet for the next. They send about as much as this one does. So that is one round, or
+  two at most, where this one has sent to all ranks since the view or between the two before it; and nothing where
+  requests come so slowly that each is in a view before the next: there, to take differences for none would level
+  requests in place of work. Among equals a front-end keeps its own requests level, and begins at a rank of its own.
 
 With every front-end's own requests level to within one, and each one's odd requests beginning elsewhere,
 the ranks are level to within one too (`tests/protocol/routing/test_policies.py` tries every remainder).
@@ -26,6 +28,9 @@ from paceline.protocol.routing.policy import REQUEST_TOKENS, Policy, Query
 
 EQUAL_SHARE = 0.125
 """Loads are not known better than this share of their mean; smaller differences decide nothing."""
+
+MOST_ROUNDS = 2
+"""So many rounds over all ranks may be missing in a view, for some ranks and not for others."""
 
 FEW_SHARE = 8
 """Where fewer than one in so many are within the limit, they are compared with each other; otherwise the others are
@@ -68,11 +73,14 @@ class LeastLoad(Policy):
         super().__init__(front_end_index, front_end_count)
         self._others = self.front_end_count - 1
         self._rotation = Rotation(front_end_index, front_end_count)
+        # Own sends that the view did not know when this was last asked, and before the view came.
+        self._sent = 0
+        self._sent_before = 0
 
     def choose(self, candidates: Candidates, query: Query) -> int:
         works, flights = self.works(candidates), candidates.ordering(_in_flight)
         size = len(candidates)
-        limit = self._limit(works.least(), works.total / size, query)
+        limit = self._limit(candidates, works.least(), works.total / size, query)
         begin = self._rotation.begin(size, candidates.finished)
         within = works.up_to(limit)
         if within * FEW_SHARE > size:
@@ -87,7 +95,7 @@ class LeastLoad(Policy):
         """The same over the candidates at these places alone, at least one."""
         works, keys = self.works(candidates).keys, candidates.ordering(_in_flight).keys
         loads = {place: works[place] for place in places}
-        limit = self._limit(min(loads.values()), sum(loads.values()) / len(loads), query)
+        limit = self._limit(candidates, min(loads.values()), sum(loads.values()) / len(loads), query)
         size = len(candidates)
         begin = self._rotation.begin(size, candidates.finished)
         _, _, place = min(
@@ -99,8 +107,14 @@ class LeastLoad(Policy):
         """The ranks by their work."""
         return candidates.ordering(self._work)
 
-    def _limit(self, least: int, mean: float, query: Query) -> int:
-        slack = 2 * self._others * (REQUEST_TOKENS + query.prompt_tokens)
+    def _limit(self, candidates: Candidates, least: int, mean: float, query: Query) -> int:
+        """The largest work that is as good as the least."""
+        sent = candidates.since_view
+        if sent < self._sent:
+            self._sent_before = self._sent
+        self._sent = sent
+        rounds = min(MOST_ROUNDS, max(sent, self._sent_before) // len(candidates))
+        slack = rounds * self._others * (REQUEST_TOKENS + query.prompt_tokens)
         return math.floor(least + slack + EQUAL_SHARE * mean)
 
     def _work(self, candidate: Candidate) -> int:
