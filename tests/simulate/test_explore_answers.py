@@ -59,11 +59,11 @@ def under_its_old_name_from_whichever_life(patch: pytest.MonkeyPatch) -> None:
         self._next_resend = flight.submit.request
         return again(self, flight, rank)
 
-    def any_life(self: Flights, message: Outputs) -> Any:
+    def any_life(self: Flights, message: Outputs, *rest: Any) -> Any:
         link = next(iter(self.links.values()), None)
         if link is not None:
             message = Outputs(link.rank, link.incarnation, message.outputs)
-        return outputs(self, message)
+        return outputs(self, message, *rest)
 
     patch.setattr(Flights, "send_again", send_again)
     patch.setattr(Flights, "outputs", any_life)
