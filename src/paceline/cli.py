@@ -146,6 +146,14 @@ def loads(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_PASSED_ON)
+def scale(context: typer.Context) -> None:
+    """Let a running deployment have more ranks, or fewer."""
+    from paceline.scale_cli import app as scale_app
+
+    scale_app(context.args, prog_name="paceline scale")
+
+
+@app.command(context_settings=_PASSED_ON)
 def coordinator(context: typer.Context) -> None:
     """Run a coordinator alone, for ranks and front-ends of your own."""
     from paceline.coordinator_cli import run_command

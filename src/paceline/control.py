@@ -1,4 +1,4 @@
-"""Suspending and resuming a running deployment from Python.
+"""Suspending, resuming and scaling a running deployment from Python.
 
     from paceline.control import Control
 
@@ -57,6 +57,26 @@ class Control:
         """Whether all ranks are suspended. Raises ControlError."""
         return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
 
+    def scale(self, size: int, drain_timeout_s: float = 120.0, startup_timeout_s: float = 300.0) -> dict[str, object]:
+        """Let the deployment have `size` ranks; returns once it has, with `before` and what `scaling` says.
+
+        Times as in `POST /scale_elastic_ep`. Raises ControlError: status 400 for what cannot be, 409 where it is being
+        scaled already, 500 or 504 where new ranks did not come up and all is as it was.
+        """
+        fields = {
+            "new_data_parallel_size": size, "drain_timeout": drain_timeout_s, "startup_timeout": startup_timeout_s,
+        }  # fmt: skip
+        # The server checks them, and answers soon where they are no times.
+        longest_s = min(max(0.0, drain_timeout_s) + max(0.0, startup_timeout_s), 2 * LONGEST_TIMEOUT_S)
+        found = self._ask("scale_elastic_ep", "POST", longest_s + 4 * MARGIN_S, body=fields)
+        if not {"size", "before"} <= set(found):
+            raise ControlError(f"{self.url} is no Paceline server")
+        return found
+
+    def scaling(self) -> dict[str, object]:
+        """What `GET /is_scaling_elastic_ep` says: the `size`, the `target`, and which ranks are waited for."""
+        return self._ask("is_scaling_elastic_ep", "GET", 10.0)
+
     def health(self) -> dict[str, object]:
         """What `GET /health` says: `status`, the wave, the ranks that are ready or missing, and `stalls`, a line for
         each rank that holds the others up. Raises ControlError where nobody answers.
@@ -86,15 +106,18 @@ class Control:
             raise ControlError(f"{self.url} is no Paceline server")
         return found
 
-    def _ask(self, path: str, method: str, timeout_s: float, also: tuple[int, ...] = ()) -> dict[str, object]:
-        """The answer as JSON; `also`: statuses that are answers too, besides 200."""
+    def _ask(
+        self, path: str, method: str, timeout_s: float, also: tuple[int, ...] = (), body: object = None
+    ) -> dict[str, object]:
+        """The answer as JSON; `also`: statuses that are answers too, besides 200. `body`: sent as JSON."""
+        sent = None if body is None else json.dumps(body).encode()
         try:
-            status, body = _exchange(urllib.request.Request(f"{self.url}/{path}", method=method), timeout_s)
+            status, answer = _exchange(urllib.request.Request(f"{self.url}/{path}", sent, method=method), timeout_s)
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
             raise ControlError(f"no answer from {self.url}: {reason}") from None
         try:
-            found = json.loads(body)
+            found = json.loads(answer)
         except ValueError:
             found = None
         if status != 200 and status not in also:

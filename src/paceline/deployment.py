@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +11,12 @@ from paceline.config import DeploymentConfig, brokered, threads_per_rank
 from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.protocol.messages import Scaling
+from paceline.protocol.node import Node
 from paceline.protocol.quota import setting_of
 from paceline.runtime.coordinator_process import DPCoordinator
+from paceline.runtime.node_keeper import NodeKeeper, rank_name
+from paceline.runtime.processes import new_identity
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
 from paceline.runtime.sockets import SocketFolder, tcp_address
@@ -34,25 +39,47 @@ def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan
         plan = Plan(config, reporter.progress)
         plans.append(plan)
         supervisor.at_end(plan.close)
-        _start_coordinator(plan, supervisor)
+        coordinator = _start_coordinator(plan, supervisor)
         for rank in config.parallel.local_ranks:
-            supervisor.add(
-                f"rank {rank}", "rank", run_rank, partial(rank_settings, plan, rank),
-                max_restarts=server.max_rank_restarts,
-            )  # fmt: skip
+            _start_rank(plan, supervisor, rank)
         if not config.parallel.headless:
             for index in range(config.parallel.api_server_count):
                 settings = partial(front_end_settings, plan, index)
                 supervisor.add(f"front-end {index}", "front-end", run_front_end, settings, drains=True)
+        _keep_ranks(plan, supervisor, coordinator)
 
     return supervisor.run(start, lambda: on_ready(plans[0]))
 
 
-def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
+def _start_rank(
+    plan: Plan, supervisor: Supervisor, rank: int, on_trial: Callable[[str], None] | None = None
+) -> None:  # fmt: skip
+    supervisor.add(
+        rank_name(rank), "rank", run_rank, lambda life: rank_settings(plan, rank),
+        max_restarts=plan.config.server.max_rank_restarts, on_trial=on_trial,
+    )  # fmt: skip
+
+
+def _keep_ranks(plan: Plan, supervisor: Supervisor, coordinator: DPCoordinator | None) -> None:
+    """Have ranks started and ended as the deployment is scaled."""
+
+    def on_scaling(scaling: Scaling) -> None:
+        if coordinator is not None:
+            coordinator.resized(scaling.size)
+
+    addresses = plan.addresses
+    keeper = NodeKeeper(
+        plan.node, supervisor, addresses.back_publish, addresses.back_output,
+        partial(_start_rank, plan, supervisor), on_scaling,
+    )  # fmt: skip
+    supervisor.at_end(keeper.close)
+
+
+def _start_coordinator(plan: Plan, supervisor: Supervisor) -> DPCoordinator | None:
     """Start the coordinator where this node leads; ask the node that does for its addresses otherwise."""
     if not plan.leads:
         plan.join()
-        return
+        return None
     config = plan.config
     # Its notes of who is ready would run into the start-up display, which says the same.
     level = "warning" if config.server.log_level == "info" else config.server.log_level
@@ -64,6 +91,7 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> None:
     rendezvous = plan.lead(coordinator)
     if rendezvous is not None:
         supervisor.at_end(rendezvous.close)
+    return coordinator
 
 
 class Plan:
@@ -89,6 +117,12 @@ class Plan:
             self.close()
             raise
         self.addresses = Here()
+        parallel = config.parallel
+        self.node = Node(
+            new_identity(), parallel.local_ranks, parallel.data_parallel_size,
+            own_front_ends=parallel.data_parallel_hybrid_lb, fixed=parallel.data_parallel_external_lb,
+        )  # fmt: skip
+        self._lives = itertools.count()
 
     @property
     def leads(self) -> bool:
@@ -126,11 +160,14 @@ class Plan:
             self.config.server.startup_timeout_s,
         )
 
-    def rank_address(self, rank: int, life: int) -> str:
-        """Where a rank's front-ends reach it: on this node alone, or from others too.
-
-        Each life has an address of its own, so that what is meant for the one before reaches nobody.
+    def life(self) -> int:
+        """A number for a rank's next life: each has addresses of its own, so that what is meant for another reaches
+        nobody.
         """
+        return next(self._lives)
+
+    def rank_address(self, rank: int, life: int) -> str:
+        """Where a rank's front-ends reach it: on this node alone, or from others too."""
         parallel = self.config.parallel
         if parallel.one_node or parallel.balanced_ranks is not None:
             return self.folder.address(f"rank-{rank}.{life}")
@@ -152,8 +189,9 @@ class Plan:
         self.folder.close()
 
 
-def rank_settings(plan: Plan, rank: int, life: int) -> RankSettings:
-    """What the life number `life` of rank `rank` is started with."""
+def rank_settings(plan: Plan, rank: int) -> RankSettings:
+    """What the next life of a rank is started with."""
+    life = plan.life()
     return RankSettings(
         engine=plan.config.engine.engine,
         settings=_engine_settings(plan.config, rank),
@@ -172,6 +210,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
     """What the life number `life` of front-end `index` of this node is started with."""
     config = plan.config
     parallel, server = config.parallel, config.server
+    ranks = frozenset(range(plan.node.scaling.size) if parallel.balanced_ranks is None else plan.node.ranks)
     return FrontEndSettings(
         index=index,
         count=parallel.api_server_count,
@@ -180,7 +219,9 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         coordinator=plan.addresses.front_publish,
         engine=config.engine.engine,
         settings=plan.settings,
-        ranks=frozenset(parallel.balanced_ranks or range(parallel.data_parallel_size)),
+        ranks=None if parallel.balanced_ranks is None else ranks,
+        awaited=ranks,
+        node=plan.node.identity,
         routing=server.routing,
         brokered=brokered(config),
         served_model_name=config.engine.served_model_name,

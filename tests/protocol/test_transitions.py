@@ -42,9 +42,9 @@ def seen() -> dict[str, dict[Any, set[str]]]:
 
     def watch_coordinator(machine: Coordinator, event: Any, now: float) -> Any:
         def states() -> tuple[str, str]:
-            return suspension_state(machine._suspension, list(machine._expected(now))), generation_state(
-                machine._generations
-            )
+            return suspension_state(
+                machine._suspension, machine._suspension.expected(machine._membership, machine._generations, now)
+            ), generation_state(machine._generations)
 
         before = states()
         effects = coordinator_handle(machine, event, now)

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from paceline.protocol.coordination.wave import GroupWave
-from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.rules import RULES
 from paceline.simulate.explore import Bound, Progress, walk
 
@@ -68,7 +67,7 @@ def test_a_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_invariant_is_found_among_many_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Coordinator, "_joiners_wave", lambda _: 0)
+    monkeypatch.setattr(GroupWave, "joiners_wave", 0)
     result = walk(Bound(ranks=2, requests=2, losses=1, crashes=1))
     assert "a rank that joins is told wave 0" in result.trace[-1]
     assert any("dies" in line for line in result.trace)

@@ -188,6 +188,7 @@ def outputs() -> Decoder[ToFrontEndFromRank]:
 
 FRONT_END_TOPIC = b"\xff"
 RANK_TOPIC = b"\xfe"
+NODE_TOPIC = b"\xfd"
 
 
 def front_end_topic(front_end: int) -> bytes:
@@ -200,12 +201,26 @@ def rank_topic(rank: int, incarnation: int) -> bytes:
     return RANK_TOPIC + rank.to_bytes(2, "little") + incarnation.to_bytes(8, "little")
 
 
+def node_topic(node: int) -> bytes:
+    """The presence topic of a node."""
+    return NODE_TOPIC + node.to_bytes(8, "little")
+
+
 def read_front_end_topic(topic: bytes) -> int | None:
     """The front-end that a topic names, or None where it names none."""
-    if len(topic) != 9 or topic[:1] != FRONT_END_TOPIC:
+    return _read_topic(topic, FRONT_END_TOPIC)
+
+
+def read_node_topic(topic: bytes) -> int | None:
+    """The node that a topic names, or None where it names none."""
+    return _read_topic(topic, NODE_TOPIC)
+
+
+def _read_topic(topic: bytes, kind: bytes) -> int | None:
+    if len(topic) != 9 or topic[:1] != kind:
         return None
-    front_end = int.from_bytes(topic[1:], "little")
-    return front_end if front_end < 2**63 else None
+    identity = int.from_bytes(topic[1:], "little")
+    return identity if identity < 2**63 else None
 
 
 def read_rank_topic(topic: bytes) -> tuple[int, int] | None:

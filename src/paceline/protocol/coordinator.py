@@ -9,17 +9,17 @@ back from what ranks and front-ends say when they are asked, so there is nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 
 from paceline.protocol.binding.brokerage import Brokerage
 from paceline.protocol.coordination.board import STEP_WAIT_S, Board
-from paceline.protocol.coordination.calls import Calls
 from paceline.protocol.coordination.generation import Generations, Position
 from paceline.protocol.coordination.introductions import PATIENCE_S, Introductions
 from paceline.protocol.coordination.membership import Membership
 from paceline.protocol.coordination.publishing import Publisher, Shown
+from paceline.protocol.coordination.scaling import DeploymentScaling
 from paceline.protocol.coordination.stalls import Stalls, describe
-from paceline.protocol.coordination.suspension import GroupSuspension
+from paceline.protocol.coordination.suspending import Suspending
 from paceline.protocol.coordination.wave import GroupWave
 from paceline.protocol.coordinator_events import (
     Effect,
@@ -28,6 +28,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndSaid,
     FrontEndsSaid,
     FrontEndSubscribed,
+    NodeGone,
     Note,
     RankGone,
     RankSaid,
@@ -41,7 +42,6 @@ from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     Admit,
     Ask,
-    ControlAnswer,
     ControlRequest,
     Form,
     FromFrontEnd,
@@ -49,14 +49,16 @@ from paceline.protocol.messages import (
     FrontEndHello,
     FrontEndLeaving,
     Identify,
+    NodeHello,
+    RankFailed,
     RankHello,
     RankLeaving,
     RankReport,
     ReturnShares,
+    ScaleRequest,
     SendNotice,
     StallReport,
     StartWave,
-    SuspensionState,
     WakeNotice,
     WaveComplete,
     Withdraw,
@@ -85,14 +87,13 @@ class Coordinator:
         patience_s = None if lockstep else PATIENCE_S
         self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
         self._generations = Generations(engine_count)
+        self._scaling = DeploymentScaling(engine_count)
         self._stalls = Stalls()
-        self._suspension = GroupSuspension(self._without)
-        self._suspension_state = SuspensionState()
-        self._calls = Calls()
+        self._suspension = Suspending(identity, lockstep, self._without)
         self._board = Board()
         self.broker = Brokerage(identity, self._without, lockstep)
-        one_step = step_wait_s if lockstep else None
-        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=one_step)
+        wait_s = step_wait_s if lockstep else None
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=wait_s)
         self._dropped = 0
         self._front_ends: set[int] = set()
 
@@ -100,7 +101,7 @@ class Coordinator:
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
-        timers = (waking, suspending, forming, self._introductions.due, self.broker.due)
+        timers = (waking, suspending, forming, self._introductions.due, self.broker.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -122,13 +123,14 @@ class Coordinator:
                 for message in messages:
                     self._on_front_end(message, now)
             case RankSubscribed(rank, incarnation):
-                if rank >= 0:
-                    self._membership.connected(rank, incarnation)
+                self._membership.connected(rank, incarnation)
                 self._introductions.wanted(now)
             case RankGone(rank, incarnation):
                 if self._membership.lose(rank, incarnation, now):
                     self._forget_rank(rank, now)
                     effects.append(Note(f"the connection of rank {rank} has ended"))
+            case NodeGone(node):
+                self._scaling.forget_node(node)
             case FrontEndSubscribed():
                 self._publisher.members_changed(now)
             case FrontEndGone(front_end):
@@ -146,8 +148,8 @@ class Coordinator:
             "lagging": self._group.lagging(),
             "stalls": [describe(stall) for stall in self._stalls.found],
             "generation": self._generations.number,
-            "suspension": self._suspension_state.number,
-            "suspension_settled": self._suspension_state.settled,
+            "suspension": self._suspension.shown.number,
+            "suspension_settled": self._suspension.shown.settled,
             "front_ends": len(self._front_ends),
             "queued": self.broker.queued,
             "views_published": self._publisher.views,
@@ -157,22 +159,24 @@ class Coordinator:
     # Ranks ------------------------------------------------------------------------------------
 
     def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:
-        if isinstance(message, RankHello):
-            self._on_hello(message, now, effects)
-            return
-        # A rank that leaves may be lost by now: the end of its connection comes on another socket.
-        if isinstance(message, RankLeaving) and self._membership.leave(message.rank, message.incarnation):
-            self._forget_rank(message.rank, now)
-            effects.append(Note(f"rank {message.rank} has left"))
-            return
-        if not self._membership.is_current(message.rank, message.incarnation):
-            self._dropped += 1
-            if not self._membership.is_retired(message.rank, message.incarnation):
-                self._introductions.wanted(now)
-            return
         match message:
-            case RankReport():
-                self._on_report(message, now)
+            case RankHello():
+                self._on_hello(message, now, effects)
+            case NodeHello() | RankFailed():
+                self._scaling.said(message, now)
+            # A rank that leaves may be lost by now: the end of its connection comes on another socket.
+            case RankLeaving(rank, incarnation) if self._membership.leave(rank, incarnation):
+                self._forget_rank(rank, now)
+                effects.append(Note(f"rank {rank} has left"))
+            case _ if not self._membership.is_current(message.rank, message.incarnation):
+                self._dropped += 1
+                if not self._membership.is_retired(message.rank, message.incarnation):
+                    self._introductions.wanted(now)
+            case RankReport() if self._board.report(message):
+                if self.lockstep:
+                    self._group.observe(message.rank, message.wave, message.running, now)
+                self.broker.reported(message)
+                self._publisher.loads_changed(now)
             case StartWave(rank, _, wave) if self.lockstep:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
@@ -185,7 +189,7 @@ class Coordinator:
                 self._dropped += 1
 
     def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
-        if hello.rank >= self._membership.size:
+        if hello.rank >= self._membership.limit:
             self._dropped += 1
             effects.append(Note(f"rank {hello.rank} is not of this deployment of {self._membership.size}"))
             return
@@ -196,17 +200,20 @@ class Coordinator:
             return
         if not was_current:
             self._forget_rank(hello.rank, now)
+        if hello.rank >= self._membership.size:
+            # It has loaded beside the others, and becomes part of the deployment when all that are to come have.
+            self._scaling.hello(hello)
+            return
         self._introductions.heard(hello.rank)
         if self.lockstep:
             self._group.told(hello.wave, now)
         grouped = self.lockstep and bool(hello.group_address)
         if grouped:
-            position = Position(hello.incarnation, hello.group_address, hello.generation, hello.told)
-            self._generations.heard(hello.rank, position, now)
+            self._generations.heard(hello.rank, Position.of(hello), now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
-            self._suspension.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
+            self._suspension.hello(hello, now)
             self._suspension_changed(now)
             self.broker.mark(hello.rank)
             if not was_ready:
@@ -214,38 +221,24 @@ class Coordinator:
                 self._publisher.members_changed(now)
         asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
         if asks and self._introductions.admits(hello.rank, hello.incarnation, now):
-            admit = Admit(hello.rank, hello.incarnation, self._joiners_wave(), self._suspension.told())
+            admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._suspension.told())
             effects.append(ToRanks(admit))
 
-    def _on_report(self, report: RankReport, now: float) -> None:
-        if not self._board.report(report):
-            self._dropped += 1
-            return
-        if self.lockstep:
-            self._group.observe(report.rank, report.wave, report.running, now)
-        self.broker.reported(report)
-        self._publisher.loads_changed(now)
-
     def _forget_rank(self, rank: int, now: float) -> None:
+        """What the rank last said of loads, waves, groups and suspensions does not hold any more."""
         self._board.forget_rank(rank)
-        self._publisher.members_changed(now)
-        # What it last said of waves, groups and suspensions does not hold any more.
         self._group.forget(rank, now)
         self._generations.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
+        self._scaling.lost(rank)
         self.broker.lost(rank)
         self._suspension_changed(now)
-
-    def _unheard(self) -> list[int]:
-        return [*self._membership.missing(), *self._generations.silent(), *self._late()]
+        self._publisher.members_changed(now)
 
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
         return self._group.late() if self._generations.number else []
-
-    def _joiners_wave(self) -> int:
-        return 0 if "joiner-told-the-wave" in self._without else self._group.wave
 
     # Front-ends -------------------------------------------------------------------------------
 
@@ -257,6 +250,7 @@ class Coordinator:
                 self.broker.said(message, now)
             case FrontEndHello(_, front_end, suspension, mode):
                 self._front_ends.add(front_end)
+                self._scaling.front_end(front_end, message.scaling, now)
                 self.broker.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
@@ -265,8 +259,11 @@ class Coordinator:
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
                     self._group.noticed(rank, wave, now)
+            case ScaleRequest() if self._introductions.acquainted(now):
+                self._scaling.ask(message, now)
+                self._publisher.members_changed(now)
             case ControlRequest():
-                self._calls.request(message)
+                self._suspension.calls.request(message)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)
 
@@ -279,52 +276,51 @@ class Coordinator:
                 self._publisher.loads_changed(now)
 
     def _forget_front_end(self, front_end: int, now: float) -> None:
-        self._calls.forget_front_end(front_end)
+        self._suspension.calls.forget_front_end(front_end)
+        self._scaling.forget_front_end(front_end)
         self._front_ends.discard(front_end)
         self._board.forget_front_end(front_end)
         self.broker.forget_front_end(front_end)
         self._publisher.loads_changed(now)
 
-    # Suspension -------------------------------------------------------------------------------
-
-    def _expected(self, now: float) -> Iterable[int]:
-        """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
-        without, who are told when they come.
-
-        A rank that was told of no suspension when it joined must not step either.
-        """
-        gone = self._generations.absent if self.lockstep else self._membership.gone(now)
-        return (rank for rank in range(self._membership.size) if rank not in gone)
-
     def _suspension_changed(self, now: float) -> None:
-        self._suspension.advance(self._expected(now), now)
+        if self._suspension.settle(self._membership, self._generations, now):
+            self._publisher.changed(now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
-        before, self._suspension_state = self._suspension_state, self._suspension.state(self._expected(now))
-        if self._suspension_state != before:
-            self._publisher.changed(now)
 
     # What is due ------------------------------------------------------------------------------
 
     def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
-        self._answer_calls(now, effects)
+        self._scale(now, effects)
+        if len(self._suspension.calls) and self._introductions.acquainted(now):
+            effects += map(ToFrontEnds, self._suspension.answers(now))
+            self._suspension_changed(now)
         self._tell_ranks(now, effects)
         free = self._suspension.standing.free
-        grants = self.broker.grants(self._board, self._membership, free, now)
-        if grants is not None:
+        if (grants := self.broker.grants(self._board, self._membership, free, now)) is not None:
             effects.append(ToFrontEnds(grants))
         if self.broker.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
-        shown = Shown(self._group.wave, self._group.running, self._suspension_state, free)
+        shown = Shown(self._group.wave, self._group.running, self._suspension.shown, free, self._scaling.state)
         effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, self.broker, now)
 
-    def _answer_calls(self, now: float, effects: list[Effect]) -> None:
-        if not len(self._calls) or not self._introductions.acquainted(now):
-            return
-        answers = self._calls.serve(lambda action: self._suspension.ask(action, now), self._suspension.standing.number)
-        self._suspension_changed(now)
-        effects += [ToFrontEnds(ControlAnswer(self.identity, *answer)) for answer in answers]
+    def _scale(self, now: float, effects: list[Effect]) -> None:
+        """Go on with a change of the size, and bring everything in line with it."""
+        scaling, members = self._scaling, self._membership
+        if scaling.state.under_way and self._introductions.acquainted(now):
+            scaling.advance(self._front_ends, lambda rank: self._board.idle(rank, members.ready_life(rank)), now)
+        if scaling.changed:
+            for rank in scaling.bring_in_line(members, self._generations, self._introductions, self.broker, now):
+                self._forget_rank(rank, now)
+            for hello in scaling.arrivals():
+                self._on_hello(hello, now, effects)
+            self._suspension_changed(now)
+            self._publisher.members_changed(now)
+            effects.append(Note(scaling.line()))
+        if (told := scaling.message(now)) is not None:
+            effects.append(ToRanks(told))
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
@@ -333,18 +329,19 @@ class Coordinator:
             self._introductions.heard(rank)
             self._group.forget(rank, now)
             self._suspension_changed(now)
-        if formed:
-            effects.append(ToRanks(Form(formed[0], self._joiners_wave(), formed[1], self._suspension.told())))
+        if formed is not None:
+            effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._suspension.told())))
         if self._generations.asks or (self._introductions.due is None and self._late()):
             self._generations.asks = False
             self._introductions.wanted(now)
-        if self._introductions.ask(now, self._unheard):
+        if self._introductions.ask(
+            now, lambda: [*self._membership.missing(), *self._generations.silent(), *self._late()]
+        ):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
             if self._suspension.standing.suspended:
                 self._suspension.woke(now)
-                self._suspension_state = self._suspension.state(self._expected(now))
-        suspension = self._suspension.message(now)
-        if suspension is not None:
+                self._suspension.settle(self._membership, self._generations, now)
+        if (suspension := self._suspension.message(now)) is not None:
             effects.append(ToRanks(suspension))

@@ -58,6 +58,12 @@ class RankGone(Struct, frozen=True):
     incarnation: int
 
 
+class NodeGone(Struct, frozen=True):
+    """The connection of a node has ended: it has died, or will be back and say hello again."""
+
+    node: int
+
+
 class FrontEndSubscribed(Struct, frozen=True):
     """Likewise a front-end's."""
 
@@ -70,7 +76,7 @@ class FrontEndGone(Struct, frozen=True):
 
 Event = (
     Tick | RankSaid | RanksReported | FrontEndSaid | FrontEndsSaid
-    | RankSubscribed | RankGone | FrontEndSubscribed | FrontEndGone
+    | RankSubscribed | RankGone | NodeGone | FrontEndSubscribed | FrontEndGone
 )  # fmt: skip
 
 # Effects --------------------------------------------------------------------------------------

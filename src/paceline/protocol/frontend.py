@@ -28,6 +28,7 @@ from paceline.protocol.frontend_events import (
     LinkFailed,
     LinkUp,
     RankSaid,
+    Scale,
     Submit,
     Tick,
     ToCoordinator,
@@ -37,6 +38,7 @@ from paceline.protocol.frontends.calls import FrontEndCalls
 from paceline.protocol.frontends.flights import Flights
 from paceline.protocol.frontends.placement import Placement
 from paceline.protocol.frontends.router import Router
+from paceline.protocol.frontends.scaling import FrontEndScaling
 from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
@@ -46,6 +48,7 @@ from paceline.protocol.messages import (
     Load,
     LoadView,
     Members,
+    Scaling,
     Stall,
     SuspensionState,
 )
@@ -73,7 +76,7 @@ class FrontEnd:
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
         share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
-        resumes: bool = False, without: Set[str] = frozenset(),
+        resumes: bool = False, node: int = 0, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         if brokered and not isinstance(policy, LeastLoad):
             raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
@@ -87,7 +90,7 @@ class FrontEnd:
         self._calls = FrontEndCalls(identity)
         self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
         self._stranded = Stranded(self._flights, self._router, resumes=resumes)
-        self._ranks = ranks
+        self._scaling = FrontEndScaling(identity, ranks, node)
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
         self._coordinator = NOBODY
@@ -112,8 +115,11 @@ class FrontEnd:
                 return self._calls.answered(answer)
             case Control(call, action):
                 return self._calls.ask(call, action)
+            case Scale():
+                return self._scaling.ask(event)
             case ControlGivenUp(call):
                 self._calls.give_up(call)
+                self._scaling.give_up(call)
                 return []
             case CoordinatorSaid(Members() as members):
                 return self._on_members(members, now)
@@ -126,7 +132,9 @@ class FrontEnd:
                 moved = self._stranded.move(self._flights.put_down(rank), now)
                 return [*moved, *self._placement.end_waiting(now)]
             case LinkUp(rank):
-                return [*self._flights.put_up(rank), *self._stranded.settle(now), *self._placement.settle(now)]
+                put_up = self._flights.put_up(rank)
+                self._let_leave()
+                return [*put_up, *self._stranded.settle(now), *self._placement.settle(now)]
             case Connected():
                 return [self._hello()]
             case Tick():
@@ -155,6 +163,16 @@ class FrontEnd:
         """The suspension in force, or the last one."""
         return self._calls.suspension
 
+    @property
+    def scaling(self) -> Scaling | None:
+        """How many ranks there are, or are to be; None where no coordinator has been heard."""
+        return self._scaling.state
+
+    @property
+    def ranks(self) -> frozenset[int] | None:
+        """The ranks that it balances over, None for all."""
+        return self._scaling.ranks
+
     def ready_ranks(self) -> list[int]:
         """The ranks that requests can go to."""
         return sorted(self._flights.links)
@@ -165,7 +183,7 @@ class FrontEnd:
 
     def believed(self, rank: int) -> Load:
         """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
-        return (self._flights.links.get(rank) or self._flights.down[rank]).believed()
+        return next(link for link in self._flights.known() if link.rank == rank).believed()
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
@@ -183,7 +201,7 @@ class FrontEnd:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         return [
             {"rank": rank, **msgspec.structs.asdict(link.believed()), "in_flight": len(link.in_flight)}
-            for rank, link in sorted(self._flights.links.items())
+            for rank, link in sorted([*self._flights.links.items(), *self._flights.leaving.items()])
         ]
 
     def statistics(self) -> dict[str, object]:
@@ -196,6 +214,7 @@ class FrontEnd:
             "missing": self.missing,
             "stalls": [describe(stall) for stall in self.stalls],
             "suspension": msgspec.structs.asdict(self.suspension),
+            "scaling": None if self.scaling is None else self.scaling.in_words(),
             "in_flight": self.in_flight(),
             "moved": self._flights.moved,
             "waiting": self.waiting(),
@@ -208,24 +227,41 @@ class FrontEnd:
 
     def _on_members(self, message: Members, now: float) -> list[Effect]:
         effects = self._coordinator_is(message.coordinator, now)
+        effects += self._learn_scaling(message, now)
         self._wave_is(message.wave, message.running)
         self.stalls = message.stalls
-        self.missing = [rank for rank in message.missing if self._serves(rank)]
-        members = {member.rank: member for member in message.members if self._serves(member.rank)}
-        flights = self._flights
+        scaling, flights = self._scaling, self._flights
+        self.missing = [rank for rank in message.missing if scaling.serves(rank)]
+        members = {member.rank: member for member in message.members if scaling.serves(member.rank)}
         for link in flights.known():
             rank, member = link.rank, members.get(link.rank)
             # A coordinator that has just come back does not know all ranks yet, so a rank that it does
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
-            ended = (rank, link.incarnation) in message.ended
+            ended = (rank, link.incarnation) in message.ended or scaling.over(rank)
             if ended or (member is not None and member.incarnation != link.incarnation):
                 effects += [Disconnect(rank), *self._stranded.move(flights.lose(link), now)]
+        connected = {link.rank for link in flights.known()}
         for rank, member in members.items():
-            connected = rank in flights.links or rank in flights.down
-            if not connected and (rank, member.incarnation) not in self._unreachable:
+            wanted = rank not in connected and scaling.takes_new(rank)
+            if wanted and (rank, member.incarnation) not in self._unreachable:
                 flights.join(rank, member.incarnation)
                 effects.append(Connect(member))
-        return [*effects, *self._stranded.settle(now), *self._placement.settle(now)]
+        return [*effects, *self._stranded.settle(now), *self._placement.settle(now), *scaling.served()]
+
+    def _learn_scaling(self, message: Members, now: float) -> list[Effect]:
+        before = self._scaling.ranks
+        news = self._scaling.learn(message.scaling, message.missing)
+        self._let_leave()
+        if not news:
+            return []
+        # In another queue than before, the coordinator knows of nothing that waits here.
+        asks = self._brokered and before != self._scaling.ranks and self._binding.held
+        return [self._hello(), *([self._binding.ask_again(now)] if asks else [])]
+
+    def _let_leave(self) -> None:
+        for rank in list(self._flights.links):
+            if not self._scaling.takes_new(rank):
+                self._flights.let_leave(rank)
 
     def _on_view(self, view: LoadView, now: float) -> list[Effect]:
         effects = self._coordinator_is(view.coordinator, now)
@@ -264,8 +300,9 @@ class FrontEnd:
 
     def _hello(self) -> Effect:
         known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
-        ranks = sorted(self._ranks) if self._brokered and self._ranks is not None else None
-        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, number, known.mode, self._brokered, ranks))
+        ranks = sorted(self.ranks) if self._brokered and self.ranks is not None else None
+        about = (number, known.mode, self._brokered, ranks, self._scaling.told)
+        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, *about))
 
     def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
         if coordinator == self._coordinator:
@@ -280,6 +317,3 @@ class FrontEnd:
     def _wave_is(self, wave: int, running: bool) -> None:
         if wave >= self.wave and plausible(wave, self.wave):
             self._flights.wave, self._flights.running = wave, running
-
-    def _serves(self, rank: int) -> bool:
-        return self._ranks is None or rank in self._ranks

@@ -13,6 +13,7 @@ from paceline.protocol.messages import (
     Member,
     Output,
     Outputs,
+    Scaling,
     ToFrontEnd,
 )
 from paceline.protocol.routing.policy import Decision
@@ -65,6 +66,18 @@ class Control(Struct, frozen=True):
     action: ControlAction
 
 
+class Scale(Struct, frozen=True):
+    """Somebody asks for another number of ranks; again, with the same `call`, until it is `Scaled`.
+
+    `drain_ms`, `startup_ms`: as in messages.Scaling.
+    """
+
+    call: int
+    size: int
+    drain_ms: int
+    startup_ms: int
+
+
 class ControlGivenUp(Struct, frozen=True):
     """Nobody waits for this call any more."""
 
@@ -101,6 +114,7 @@ Event = (
     | RankSaid
     | Connected
     | Control
+    | Scale
     | ControlGivenUp
     | LinkFailed
     | LinkDown
@@ -169,4 +183,14 @@ class Controlled(Struct, frozen=True):
     superseded: bool
 
 
-Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse | Controlled
+class Scaled(Struct, frozen=True):
+    """What has become of the call. `before`: the size when it was made. `state`: how it ended, None where another
+    change was under way.
+    """
+
+    call: int
+    before: int
+    state: Scaling | None
+
+
+Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse | Controlled | Scaled

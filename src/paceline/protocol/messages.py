@@ -58,6 +58,12 @@ from paceline.protocol.sampling import (
     SuspendMode,
     Wave,
 )
+from paceline.protocol.scaling_messages import (
+    NodeHello as NodeHello,
+    RankFailed as RankFailed,
+    ScaleRequest as ScaleRequest,
+    Scaling as Scaling,
+)
 from paceline.protocol.to_rank_messages import (
     Admit as Admit,
     Form as Form,
@@ -180,7 +186,7 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
     incarnation: Identity
 
 
-FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving
+FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving | NodeHello | RankFailed
 
 
 # Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
@@ -190,7 +196,8 @@ class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
     """A front-end says that it is there. The coordinator answers all with Members and LoadView.
 
     `suspension`, `mode`: the highest number it knows (Suspension). `brokered`: its requests wait in the coordinator's
-    queue, and it is given shares. `ranks`: those that it balances over, null for all.
+    queue, and it is given shares. `ranks`: those that it balances over, null for all. `scaling`: the newest that it
+    knows, null where there was none.
     """
 
     version: Count
@@ -199,6 +206,7 @@ class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
     mode: SuspendMode = "keep"
     brokered: bool = False
     ranks: list[RankNumber] | None = None
+    scaling: Scaling | None = None
 
 
 class WakeNotice(Message, frozen=True, tag="wake-notice"):
@@ -243,7 +251,7 @@ class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
 OfRequests = SendNotice | Ask | Withdraw | ReturnShares
 """What a front-end says of its requests: by far the most of what it says."""
 
-FromFrontEnd = FrontEndHello | WakeNotice | OfRequests | ControlRequest | FrontEndLeaving
+FromFrontEnd = FrontEndHello | WakeNotice | OfRequests | ControlRequest | ScaleRequest | FrontEndLeaving
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
@@ -262,7 +270,7 @@ class Members(Message, frozen=True, tag="members"):
 
     `missing`: ranks of the deployment that are not ready, so that a wait can name them.
     `ended`: (rank, incarnation) of lives known to be over. A rank that is neither a member nor ended is one
-    that this coordinator has not heard yet.
+    that this coordinator has not heard yet. `scaling`: how many ranks there are, or are to be.
     """
 
     version: Count
@@ -273,6 +281,7 @@ class Members(Message, frozen=True, tag="members"):
     missing: list[RankNumber] = []
     ended: list[tuple[RankNumber, Identity]] = []
     stalls: list[Stall] = []
+    scaling: Scaling | None = None
 
 
 class OnTheWire(Message, frozen=True):

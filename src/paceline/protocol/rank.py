@@ -276,7 +276,7 @@ class Rank:
                 return self._on_form(message)
             case StartDPWave(wave, exclude):
                 return self._on_start(wave, exclude) if self._lockstep else []
-        raise TypeError(f"rank {self.rank}: {type(message).__name__} is no message to a rank")
+        return []  # Scaling is for its node
 
     def _on_admit(self, admit: Admit) -> list[Effect]:
         # Who is ready may be behind: the others have finished a wave while it joined.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from paceline.protocol.control_messages import Suspension
 from paceline.protocol.sampling import Address, Count, Identity, Message, RankNumber, Wave
+from paceline.protocol.scaling_messages import Scaling
 
 # Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
 
@@ -50,4 +51,4 @@ class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
     exclude: RankNumber | None = None
 
 
-ToRank = Identify | Admit | Form | Suspension | StartDPWave
+ToRank = Identify | Admit | Form | Suspension | StartDPWave | Scaling

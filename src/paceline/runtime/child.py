@@ -36,6 +36,8 @@ class Child:
         self.due: float | None = None
         """When it is started again, on the monotonic clock; None while it runs, and where it is given up."""
         self.given_up = False
+        self.on_trial: Callable[[str], None] | None = None
+        """Told why it has ended, in place of starting it again."""
         self._target = target
         self._settings = settings
         self._restarts = restarts

@@ -24,6 +24,7 @@ from paceline.protocol import codec
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.coordinator_events import (
     Event,
+    NodeGone,
     Note,
     RankGone,
     RankSubscribed,
@@ -93,6 +94,10 @@ class DPCoordinator:
         self._processes.clear()
         self._start()
         return self.proc
+
+    def resized(self, size: int) -> None:
+        """The deployment has so many ranks by now: the next process begins with that."""
+        self._arguments["engine_count"] = size
 
     def _start(self) -> None:
         reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
@@ -249,6 +254,8 @@ class DPCoordinatorProc:
         elif frame[:1] == b"\x00":
             if life is not None:
                 self._handle(RankGone(*life))
+            elif (node := codec.read_node_topic(frame[1:])) is not None:
+                self._handle(NodeGone(node))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 

@@ -69,6 +69,9 @@ class Supervisor:
         self._log_level = log_level
         self._children: dict[str, Child] = {}
         self._watched: list[Watched] = []
+        # Those that were told to end, and until when they may take.
+        self._leaving: list[tuple[Child, float]] = []
+        self._attendants: list[Callable[[], None]] = []
         self._closers: list[Callable[[], None]] = []
         self._starting = True
         self._restarts = False
@@ -98,17 +101,36 @@ class Supervisor:
 
     def add(
         self, name: str, kind: str, target: Callable[..., None], settings: Settings, *, drains: bool = False,
-        max_restarts: int | None = None,
+        max_restarts: int | None = None, on_trial: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         """Start a child that runs `target(settings=…, status=pipe)` and says on the pipe when it is ready.
 
         `kind`: the node ends when all children of one kind are given up. `drains`: it finishes its work on SIGTERM,
-        and is told first. `max_restarts`: in a row, None for any number.
+        and is told first. `max_restarts`: in a row, None for any number. `on_trial`: until `keep` is called it is not
+        started again at all; this is told why it has ended.
         """
         restarts = Restarts(max_restarts)
-        self._children[name] = Child(
-            name, kind, target, settings, restarts, drains=drains, log_level=self._log_level
-        )  # fmt: skip
+        child = Child(name, kind, target, settings, restarts, drains=drains, log_level=self._log_level)
+        child.on_trial = on_trial
+        self._children[name] = child
+
+    def keep(self, name: str) -> None:
+        """From here on this child is started again like the others."""
+        child = self._children.get(name)
+        if child is not None:
+            child.on_trial, child.given_up = None, False
+
+    def remove(self, name: str) -> None:
+        """Have a child end, for good."""
+        child = self._children.pop(name, None)
+        if child is not None and child.process.is_alive():
+            child.process.terminate()
+            self._leaving.append((child, time.monotonic() + STOP_TIMEOUT_S))
+
+    def attend(self, attendant: Callable[[], None]) -> Callable[[], None]:
+        """Have this called, while all is serving, after each call of what is returned; any thread may call that."""
+        self._attendants.append(attendant)
+        return self._wakeup.set
 
     def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
         """Have `restart` called when this process ends while all is serving; who started it also stops it."""
@@ -152,8 +174,11 @@ class Supervisor:
     def _serve(self) -> int:
         self._restarts = True
         while not self._signals:
+            for attendant in self._attendants:
+                attendant()
             alive = self._alive()
-            waits = [wait_s for wait_s in (self._restart_ended(), self._restart_children()) if wait_s is not None]
+            due = (self._restart_ended(), self._restart_children(), self._see_off())
+            waits = [wait_s for wait_s in due if wait_s is not None]
             lost = self._lost_kind()
             if lost is not None:
                 logger.error("no %s of this node is left; ending it", lost)
@@ -164,8 +189,13 @@ class Supervisor:
     def _restart_children(self) -> float | None:
         """Start the children that are due. Returns after how many seconds to look again."""
         waits: list[float] = []
-        for child in self._children.values():
+        for child in list(self._children.values()):
             if child.given_up or child.process.is_alive():
+                continue
+            if child.on_trial is not None:
+                child.given_up = True
+                logger.warning("%s ended (%s) before it was part of the deployment", child.name, child.why())
+                child.on_trial(child.why())
                 continue
             if child.due is None:
                 self._note_end(child)
@@ -179,6 +209,18 @@ class Supervisor:
                     waits.append(0.0)
         return min(waits, default=None)
 
+    def _see_off(self) -> float | None:
+        """End those for good that were told to, and have not. Returns after how many seconds to look again."""
+        now = time.monotonic()
+        for child, until in self._leaving:
+            if child.process.is_alive() and now >= until:
+                child.process.kill()
+            elif not child.process.is_alive():
+                logger.info("%s has left", child.name)
+                child.status.close()
+        self._leaving = [(child, until) for child, until in self._leaving if child.process.is_alive()]
+        return min((max(0.1, until - now) for _, until in self._leaving), default=None)
+
     def _note_end(self, child: Child) -> None:
         why = child.why()
         wait_s = child.ended()
@@ -190,7 +232,7 @@ class Supervisor:
 
     def _lost_kind(self) -> str | None:
         """Of which kind no child is left that lives or will, if there is one."""
-        left = {child.kind for child in self._children.values() if not child.given_up}
+        left = {child.kind for child in self._children.values() if not child.given_up or child.on_trial is not None}
         return next((child.kind for child in self._children.values() if child.kind not in left), None)
 
     def _restart_ended(self) -> float | None:
@@ -227,7 +269,7 @@ class Supervisor:
         return 0
 
     def _end(self) -> None:
-        children = list(self._children.values())
+        children = [*self._children.values(), *(child for child, _ in self._leaving)]
         for child in children:
             # What drains has done so, or has nothing to drain for: asked now, it would begin.
             if child.drains or self._signals > 1:
@@ -249,7 +291,7 @@ class Supervisor:
 
         Taken before anything is asked about who has ended: what ends between the two is then seen by one of them.
         """
-        processes = [child.process for child in self._children.values()]
+        processes = [child.process for child in (*self._children.values(), *(child for child, _ in self._leaving))]
         processes += [watched.process for watched in self._watched]
         return [process.sentinel for process in processes if process.is_alive()]
 
@@ -268,7 +310,7 @@ class Supervisor:
         if self._restarts:
             # The display of the start is gone.
             if isinstance(state, Ready):
-                logger.info("%s is back", child.name)
+                logger.info("%s is %s", child.name, "back" if child.life else "ready")
             return
         match state:
             case Progressed(what, share):

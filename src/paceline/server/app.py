@@ -37,6 +37,7 @@ from paceline.server.openai import (
 from paceline.server.openapi import openapi_document
 from paceline.server.outlet import Outlet
 from paceline.server.routing_header import asked_for, session_of
+from paceline.server.scale import scaling_routes
 from paceline.server.suspend import suspension_routes
 
 logger = logging.getLogger("paceline.front-end")
@@ -256,6 +257,7 @@ def build_app(api: Api) -> ASGIApp:
             *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
             *_plain_routes(api),
             *suspension_routes(api.client),
+            *scaling_routes(api.client),
         ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )

@@ -37,6 +37,8 @@ from paceline.protocol.frontend_events import (
     Placed,
     RankSaid,
     Refuse,
+    Scale,
+    Scaled,
     Submit,
     Tick,
     ToCoordinator,
@@ -79,7 +81,7 @@ class Client:
         self._patience = giving_up_after(rank_timeout_s)
         self._handlers: dict[zmq.Socket[bytes], Callable[[list[bytes]], None]] = {}
         self._changed: list[asyncio.Future[None]] = []
-        self._calls: dict[int, asyncio.Future[Controlled]] = {}
+        self._calls: dict[int, asyncio.Future[Controlled | Scaled]] = {}
         self._tick_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
         self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
@@ -136,9 +138,22 @@ class Client:
         """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
         contrary. Raises asyncio.TimeoutError after `timeout_s`; what was asked for stays asked for.
         """
+        done = await self._call(lambda call: Control(call, action), timeout_s)
+        assert isinstance(done, Controlled)
+        return done
+
+    async def scale(self, size: int, drain_s: float, startup_s: float, timeout_s: float) -> Scaled:
+        """Let the deployment have `size` ranks; returns when it has, or will not. Raises as `control` does."""
+        times_ms = round(drain_s * 1000), round(startup_s * 1000)
+        done = await self._call(lambda call: Scale(call, size, *times_ms), timeout_s)
+        assert isinstance(done, Scaled)
+        return done
+
+    async def _call(self, event: Callable[[int], Event], timeout_s: float) -> Controlled | Scaled:
+        """Ask, again and again, until the machine says what has become of it."""
         call = self._next_request
         self._next_request += 1
-        done: asyncio.Future[Controlled] = self._loop.create_future()
+        done: asyncio.Future[Controlled | Scaled] = self._loop.create_future()
         self._calls[call] = done
         deadline = self._loop.time() + timeout_s
         try:
@@ -146,7 +161,7 @@ class Client:
                 left_s = deadline - self._loop.time()
                 if left_s <= 0:
                     raise TimeoutError
-                self._feed(Control(call, action))
+                self._feed(event(call))
                 await asyncio.wait([done], timeout=min(ASK_AGAIN_S, left_s))
             return done.result()
         finally:
@@ -205,7 +220,7 @@ class Client:
                 self._connect(member.rank, member.address)
             case Disconnect(rank):
                 self._disconnect(rank)
-            case Controlled(call):
+            case Controlled(call) | Scaled(call):
                 waiter = self._calls.get(call)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(effect)

@@ -42,7 +42,8 @@ CUT_OFF_S = 1.0
 class FrontEndSettings(Struct, frozen=True):
     """What one front-end's process needs to know.
 
-    `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks.
+    `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks, None for
+    all; `awaited`: those that there are now. `node`: where it runs, as the coordinator knows it.
     `rank_timeout_s`: how long a rank may be silent, 0 for ever.
     `brokered`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
@@ -55,7 +56,8 @@ class FrontEndSettings(Struct, frozen=True):
     coordinator: str
     engine: str
     settings: EngineSettings
-    ranks: frozenset[int]
+    ranks: frozenset[int] | None
+    awaited: frozenset[int]
     routing: str
     served_model_name: str | None
     max_waiting: int | None
@@ -64,6 +66,7 @@ class FrontEndSettings(Struct, frozen=True):
     first_life: bool = True
     rank_timeout_s: float = 0.0
     brokered: bool = False
+    node: int = 0
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -91,6 +94,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         routing=settings.routing,
         resumes=engine_class.resumes,
         brokered=settings.brokered,
+        node=settings.node,
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes)
@@ -98,7 +102,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     drain = Drain(api, server, settings.drain_timeout_s)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, drain.asked)
-    await _wait_ranks(client, settings.ranks, len(settings.ranks) if settings.first_life else 1, status)
+    await _wait_ranks(client, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
     listener = listen(settings.host, settings.port)
     status.send(Ready())
     await server.serve([listener])

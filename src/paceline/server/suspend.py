@@ -39,9 +39,9 @@ def suspension_routes(client: Client) -> list[Route]:
         return JSONResponse({"is_paused": state.number % 2 == 1 and state.settled} | describe(state))
 
     return [
-        _route("/pause", "POST", pause),
-        _route("/resume", "POST", resume),
-        _route("/is_paused", "GET", is_paused),
+        control_route("/pause", "POST", pause),
+        control_route("/resume", "POST", resume),
+        control_route("/is_paused", "GET", is_paused),
     ]
 
 
@@ -84,7 +84,9 @@ def _timeout_s(request: Request, default: float) -> float:
     return timeout_s
 
 
-def _route(path: str, method: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+def control_route(path: str, method: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+    """A route of which `answer` may raise ApiError."""
+
     async def endpoint(request: Request) -> Response:
         request_id = request.headers.get("x-request-id")
         try:

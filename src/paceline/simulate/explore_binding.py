@@ -33,7 +33,7 @@ DROPPED = frozenset({
     "_by_age", "queued", "touched",
     "_members", "_counted", "_counted_ranks", "_at_step", "_publisher",
     # No part of what is walked: independent ranks, never suspended, that all live.
-    "_calls", "_introductions", "_group", "_generations", "_stalls", "_suspension", "_suspension_state",
+    "_calls", "_introductions", "_group", "_generations", "_stalls", "_suspension",
 })  # fmt: skip
 TOLD = frozenset(
     {

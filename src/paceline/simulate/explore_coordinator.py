@@ -138,13 +138,13 @@ class Coordinators:
             machine = self._states[number]
             waiting = {
                 "wake": machine._group.lagging(),
-                "question": machine._unheard(),
+                "question": _unheard(machine),
                 "generation": [*machine._generations._members],
                 # What is waited for here comes or does not: `explore_group`.
                 "patience": [],
                 "lost": [],
                 "silent": [],
-                "suspension": machine._suspension.state(machine._expected(NOW)).waiting_for,
+                "suspension": machine._suspension.state(_expected(machine)).waiting_for,
             }
             set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in TIMERS.items()}
             found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
@@ -226,7 +226,7 @@ class Coordinators:
                 elif isinstance(message, Members | LoadView):
                     published = max(published, (message.wave, message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
-        state = machine._suspension.state(machine._expected(NOW))
+        state = machine._suspension.state(_expected(machine))
         settled = state.number if state.settled else 0
         return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled)
 
@@ -243,7 +243,7 @@ def _key(machine: Coordinator) -> Hashable:
     # is to hear of the others later.
     introductions._asked = float("-inf")
     introductions._admitted = {}
-    unheard = machine._unheard()
+    unheard = _unheard(machine)
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
     introductions._due = LATER if introductions._asks and unheard else None
@@ -253,3 +253,13 @@ def _key(machine: Coordinator) -> Hashable:
         # Set anew with the next generation, and not read before.
         generations._members = {}
     return freeze(machine)
+
+
+def _unheard(machine: Coordinator) -> list[int]:
+    """Ranks that a question is for."""
+    return [*machine._membership.missing(), *machine._generations.silent(), *machine._late()]
+
+
+def _expected(machine: Coordinator) -> list[int]:
+    """Ranks whose word on a suspension counts."""
+    return machine._suspension.expected(machine._membership, machine._generations, NOW)

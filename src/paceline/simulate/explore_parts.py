@@ -34,15 +34,14 @@ DROPPED: Mapping[str, frozenset[str]] = {
             "_publisher", "_board", "_front_ends", "_stalls",
             # No front-end of the walk is brokered (`explore_binding.py` walks those that are).
             "broker",
-            # Follows from `_suspension`.
-            "_suspension_state",
         }
     ),
     # A cache of what `_entries` holds.
     "Membership": frozenset({"_members"}),
     # Durations decide when a timer is due, and a tick comes at any time.
     "GroupWave": frozenset({"_repeat_s"}),
-    "GroupSuspension": frozenset({"_repeat_s"}),
+    # `shown` follows from the rest.
+    "Suspending": frozenset({"_repeat_s", "shown"}),
     "Generations": frozenset({"_repeat_s"}),
     "Introductions": frozenset({"_repeat_s", "_begun"}),
     # Loads, counters and averages go into reports, which the walk turns off. The requests' names stand in `Life` as

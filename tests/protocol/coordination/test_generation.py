@@ -291,3 +291,42 @@ def test_the_first_hello_of_a_rank_makes_nobody_speak_again() -> None:
         hear(found, rank)
     assert not found.asks
     assert found.form(0.0) is not None
+
+
+# Scaling -------------------------------------------------------------------------------------------
+
+
+def test_those_that_are_left_form_the_next_one_at_once() -> None:
+    found = formed(size=4)
+    found.resize(2, 1.0)
+    number, members = found.form(1.0) or (0, [])
+    assert (number, [member.rank for member in members]) == (2, [0, 1])
+    # They may still say that they are members of the one before.
+    hear(found, 0, 1, now=1.0)
+    assert found.forming
+    for rank in (0, 1):
+        hear(found, rank, 2, now=1.0)
+    assert found.due is None
+
+
+def test_new_ranks_are_members_of_the_next_one_once_all_have_spoken() -> None:
+    found = formed(size=2)
+    found.resize(3, 1.0)
+    assert found.due is None
+    hear(found, 2, now=1.0)
+    assert found.asks
+    hear(found, 0, 1, now=1.0)
+    assert found.form(1.0) is None
+    hear(found, 1, 1, now=1.0)
+    assert [member.rank for member in (found.form(1.0) or (0, []))[1]] == [0, 1, 2]
+
+
+def test_who_was_left_out_or_waited_for_and_leaves_is_not_waited_for() -> None:
+    found = formed(size=3)
+    found.forget(2, 1.0)
+    hear(found, 0, 0, now=1.0)
+    hear(found, 1, 0, now=1.0)
+    assert found.form(1.0) is None
+    found.resize(2, 1.01)
+    assert [member.rank for member in (found.form(1.01) or (0, []))[1]] == [0, 1]
+    assert found.form(1.0 + LOST_S) is not None or found.due is not None

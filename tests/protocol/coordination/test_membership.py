@@ -169,6 +169,28 @@ def test_at_all_times_a_rank_is_a_member_or_missing_and_nobody_comes_back(words:
         assert all(membership.is_current(*life) == (life not in lost) for life in current.items())
 
 
+def test_ranks_beyond_the_size_are_heard_up_to_the_limit_and_not_missing() -> None:
+    membership = ready((0, 1), size=1)
+    assert membership.resize(1, 3) == []
+    assert membership.hello(2, 5, "new", ready=False)
+    assert membership.is_current(2, 5)
+    assert membership.missing() == []
+    membership.resize(3, 3)
+    assert membership.missing() == [1, 2]
+
+
+def test_ranks_beyond_the_limit_are_gone_with_the_lives_that_they_had() -> None:
+    membership = ready((0, 1), (1, 2), (2, 3), size=3)
+    assert membership.resize(1, 1) == [1, 2]
+    assert [member.rank for member in membership.members()] == [0]
+    assert membership.ended() == [(1, 2), (2, 3)]
+    assert membership.is_retired(2, 3)
+    assert membership.is_retired(2, 99)
+    membership.resize(3, 3)
+    assert not membership.hello(2, 3, "late", ready=True)
+    assert membership.hello(2, 4, "new", ready=True)
+
+
 def test_an_invented_life_has_no_place_where_ranks_show_their_presence() -> None:
     """It would be a member for ever: no connection of it ends."""
     membership = Membership(2)
@@ -181,3 +203,11 @@ def test_an_invented_life_has_no_place_where_ranks_show_their_presence() -> None
     membership.connected(1, 8)
     assert membership.hello(1, 8, "", True)
     assert [member.rank for member in membership.members()] == [1]
+
+
+def test_a_rank_may_be_connected_before_it_is_known_to_be_of_the_deployment() -> None:
+    membership = Membership(1)
+    membership.connected(0, 7)
+    membership.connected(1, 8)
+    membership.resize(2, 2)
+    assert membership.hello(1, 8, "", True)

@@ -56,6 +56,7 @@ class Brokerage:
         self._stirred = False
         self._changed = False
         self._waited = False
+        self._limit = 65536
         self._emptied = False
 
     @property
@@ -94,7 +95,7 @@ class Brokerage:
         pool = self._pools.get(ranks)
         if pool is None:
             pool = self._pools[ranks] = Pool(ranks, self._without, self._lockstep)
-            pool.marked = {rank for rank in heard if ranks is None or rank in ranks}
+            pool.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
         self._pool_of[front_end] = pool
         self._told.setdefault(front_end, 0)
         pool.shares.join(front_end)
@@ -146,7 +147,8 @@ class Brokerage:
         if confirmed and len(self._pools) == 1:
             return
         for one in self._pools.values():
-            if (one is not pool or not confirmed) and (one.ranks is None or send.rank in one.ranks):
+            of_it = send.rank < self._limit and (one.ranks is None or send.rank in one.ranks)
+            if of_it and (one is not pool or not confirmed):
                 one.marked.add(send.rank)
         if pool is None or confirmed:
             return
@@ -177,9 +179,19 @@ class Brokerage:
 
     # Ranks --------------------------------------------------------------------------------------
 
+    def limit(self, ranks: int) -> None:
+        """Ranks from this one on get nothing new: they leave."""
+        self._limit = ranks
+        leaving = {room.rank for pool in self._pools.values() for room in pool.broker.rooms if room.rank >= ranks}
+        marked = {rank for pool in self._pools.values() for rank in pool.marked if rank >= ranks}
+        for rank in leaving | marked:
+            self.lost(rank)
+
     def reported(self, report: RankReport) -> None:
         """A rank has reported, by the board, which has been told."""
         rank = report.rank
+        if rank >= self._limit:
+            return
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 waiting, rooms = pool.broker.queued, pool.broker.rooms
@@ -195,6 +207,8 @@ class Brokerage:
 
     def mark(self, rank: int) -> None:
         """A rank is ready."""
+        if rank >= self._limit:
+            return
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 pool.marked.add(rank)

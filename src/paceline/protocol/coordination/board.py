@@ -71,6 +71,15 @@ class Board:
             wire = self._wires[rank, incarnation] = Wire()
         return wire
 
+    def idle(self, rank: int, incarnation: int | None) -> bool:
+        """Whether this life of a rank has said that it has nothing to do, and nothing is on the wire to it. None is."""
+        if incarnation is None:
+            return True
+        report = self.reports.get(rank)
+        if report is None or report.incarnation != incarnation:
+            return False
+        return not report.load.waiting + report.load.running + self.on_the_wire(rank, incarnation).requests
+
     def forget_rank(self, rank: int) -> None:
         """The rank is gone or has begun a new life."""
         self.reports.pop(rank, None)

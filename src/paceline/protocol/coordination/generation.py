@@ -24,7 +24,7 @@ from collections.abc import Set
 from msgspec import Struct
 
 from paceline.protocol.coordination.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
-from paceline.protocol.messages import GroupMember
+from paceline.protocol.messages import GroupMember, RankHello
 from paceline.protocol.plausible import plausible
 
 LOST_S = 0.1
@@ -44,6 +44,11 @@ class Position(Struct, frozen=True):
     address: str
     generation: int
     told: int
+
+    @classmethod
+    def of(cls, hello: RankHello) -> Position:
+        """What a rank says of it."""
+        return cls(hello.incarnation, hello.group_address, hello.generation, hello.told)
 
 
 class Generations:
@@ -113,6 +118,20 @@ class Generations:
             self._lost.add(rank)
             self._end(now)
             self._lost_at = now + LOST_S
+
+    def resize(self, size: int, now: float) -> None:
+        """The deployment has so many ranks. Those that leave are in the next generation no more; new ones are heard."""
+        self._size = size
+        gone = [rank for rank in self._ranks if rank >= size]
+        for rank in gone:
+            del self._ranks[rank]
+        for ranks in (self._lost, self.absent, self._spoken or set()):
+            ranks.difference_update([rank for rank in ranks if rank >= size])
+        if self._spoken is not None:
+            self._next_if_all_spoke(now)
+        elif gone and self._ranks:
+            # Those that are left are known to be there, and need not be asked.
+            self._next(now)
 
     def silent(self) -> list[int]:
         """Ranks that have not spoken since the generation ended: they are to be asked, again and again."""

@@ -48,6 +48,11 @@ class Introductions:
             return min(self._due or float("inf"), self._begun + self._patience_s)
         return self._due
 
+    def resize(self, size: int, now: float) -> None:
+        """The deployment has so many ranks: nobody waits for a word of the others, and new ones are asked."""
+        self._unheard = {rank for rank in self._unheard if rank < size}
+        self.wanted(now)
+
     def heard(self, rank: int) -> None:
         """The rank has said hello."""
         self._unheard.discard(rank)

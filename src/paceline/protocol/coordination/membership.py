@@ -84,10 +84,12 @@ class RankEntry(Struct):
 
 
 class Membership:
-    """The register of ranks, part of the coordinator's machine."""
+    """The register of ranks, part of the coordinator's machine. `size`: ranks in the deployment."""
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.limit = size
+        """Ranks below this may say hello: those of the deployment, and those that are to become part of it."""
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
@@ -134,13 +136,25 @@ class Membership:
         return True
 
     def connected(self, rank: int, incarnation: int) -> None:
-        """A life has connected, perhaps anew: from here on its hello counts."""
-        self._presence = True
-        if rank < self.size:
+        """A life has connected, perhaps anew: from here on its hello counts. Below 0 it is not known which.
+
+        It may be of a rank that this coordinator does not know to be of the deployment, yet.
+        """
+        if rank >= 0:
+            self._presence = True
             self._connected.add((rank, incarnation))
         entry = self._entries.get(rank)
         if entry is not None and entry.incarnation == incarnation:
             entry.lost_at = None
+
+    def resize(self, size: int, limit: int) -> list[int]:
+        """So many ranks are of the deployment, and so many may say hello. Returns those that are gone with that."""
+        self.size, self.limit = size, limit
+        gone = [rank for rank in self._entries if rank >= limit]
+        for rank in gone:
+            self._retire(self._entries.pop(rank))
+            self._members = None
+        return gone
 
     def is_current(self, rank: int, incarnation: int) -> bool:
         """Whether a message from this life of the rank counts."""
@@ -151,7 +165,7 @@ class Membership:
 
     def is_retired(self, rank: int, incarnation: int) -> bool:
         """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
-        return rank >= self.size or incarnation in self._retired.get(rank, ())
+        return rank >= self.limit or incarnation in self._retired.get(rank, ())
 
     def is_ready(self, rank: int) -> bool:
         """Whether the rank takes requests."""
@@ -187,7 +201,7 @@ class Membership:
         }
 
     def ended(self) -> list[tuple[int, int]]:
-        """Of each rank that is not ready, the life that ended last, if any did."""
+        """Of each rank that is not ready, or not there any more, the life that ended last, if any did."""
         return [(rank, lives[-1]) for rank, lives in sorted(self._retired.items()) if not self.is_ready(rank)]
 
     def _retire(self, entry: RankEntry) -> None:

@@ -10,7 +10,7 @@ from paceline.protocol.binding.brokerage import Brokerage
 from paceline.protocol.coordination.board import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
 from paceline.protocol.coordination.membership import Membership
 from paceline.protocol.coordinator_events import Effect, ToFrontEnds
-from paceline.protocol.messages import PROTOCOL_VERSION, LoadView, Members, Stall, SuspensionState
+from paceline.protocol.messages import PROTOCOL_VERSION, LoadView, Members, Scaling, Stall, SuspensionState
 
 
 class Shown(Struct, frozen=True):
@@ -20,6 +20,7 @@ class Shown(Struct, frozen=True):
     running: bool
     suspension: SuspensionState
     free: bool
+    scaling: Scaling
 
 
 class Publisher:
@@ -80,8 +81,9 @@ class Publisher:
             self._members_sent = now
             missing, ended = membership.missing(), membership.ended()
             known = Members(
-                PROTOCOL_VERSION, self._identity, shown.wave, shown.running, members, missing, ended, list(stalls)
-            )
+                PROTOCOL_VERSION, self._identity, shown.wave, shown.running, members, missing, ended, list(stalls),
+                shown.scaling,
+            )  # fmt: skip
             effects.append(ToFrontEnds(known))
         self._members_due = False
         self._said = state

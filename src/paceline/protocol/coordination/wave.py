@@ -65,6 +65,11 @@ class GroupWave:
         return bool(self._running)
 
     @property
+    def joiners_wave(self) -> int:
+        """The wave that a rank which joins is told."""
+        return 0 if "joiner-told-the-wave" in self._without else self.wave
+
+    @property
     def wake_due(self) -> float | None:
         """When the wake must be sent (again), or None while no rank owes an answer."""
         return self._wake_due

@@ -64,6 +64,8 @@ class Flights:
         """By rank: those that requests can go to."""
         self.down: dict[int, RankLink] = {}
         """By rank: those whose connection has ended and may come up again."""
+        self.leaving: dict[int, RankLink] = {}
+        """By rank: those that end what they have, and get nothing new."""
         self.void = 0
         """Messages that were of a life that is over."""
         self.moved = 0
@@ -94,23 +96,28 @@ class Flights:
 
     def known(self) -> list[RankLink]:
         """All lives of ranks that are connected to, whether that is up or not."""
-        return [*self.links.values(), *self.down.values()]
+        return [*self.links.values(), *self.down.values(), *self.leaving.values()]
+
+    def let_leave(self, rank: int) -> None:
+        """The rank is to leave: it gets nothing new."""
+        link = self.links.pop(rank, None)
+        if link is not None:
+            self.leaving[rank] = link
+            self._router.lost(link)
 
     def lose(self, link: RankLink) -> list[Flight]:
         """That life of a rank has ended; returns its requests, which have no rank now."""
         if self.down.pop(link.rank, None) is not None:
             return []
-        del self.links[link.rank]
-        self._router.lost(link)
+        self._remove(link.rank)
         return self._take_off(link)
 
     def put_down(self, rank: int) -> list[Flight]:
         """A rank's connection has ended, for now or for good; returns its requests, which have no rank now."""
-        link = self.links.pop(rank, None)
+        link = self._remove(rank)
         if link is None:
             return []
         self.down[rank] = link
-        self._router.lost(link)
         link.left += sorted(link.in_flight)
         return self._take_off(link)
 
@@ -125,6 +132,13 @@ class Flights:
         self._router.joined(link)
         left, link.left = link.left, []
         return [ToRank(rank, AbortRequests(left))] if left else []
+
+    def _remove(self, rank: int) -> RankLink | None:
+        link = self.links.pop(rank, None)
+        if link is None:
+            return self.leaving.pop(rank, None)
+        self._router.lost(link)
+        return link
 
     def _take_off(self, link: RankLink) -> list[Flight]:
         flights = [self._forget(wire) for wire in sorted(link.in_flight)]
@@ -179,13 +193,13 @@ class Flights:
             flight = self._forget(wire)
             if flight is not None:
                 self.turnover.ended(now - flight.since, now)
-                self._router.touched(flight.link)
+                self._touched(flight.link)
                 by_rank.setdefault(flight.link.rank, []).append(wire)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
     def outputs(self, message: Outputs, now: float) -> list[Effect]:
         """What a step of a rank has made."""
-        link = self.links.get(message.rank)
+        link = self.links.get(message.rank) or self.leaving.get(message.rank)
         if link is None or link.incarnation != message.incarnation:
             self.void += 1
             return []
@@ -205,8 +219,13 @@ class Flights:
             if output.finish_reason is not None:
                 self.turnover.ended(now - flights[output.request].since, now)
                 self._forget(output.request)
-                self._router.touched(link)
+                self._touched(link)
         return [Deliver(delivered)]
+
+    def _touched(self, link: RankLink) -> None:
+        # Of a rank that leaves routing knows nothing any more.
+        if link.rank in self.links:
+            self._router.touched(link)
 
     def _as_asked(self, output: Output) -> Output:
         """An output under the number that the client's request has."""
@@ -228,15 +247,15 @@ class Flights:
         """Take in every rank's load, and what the coordinator has heard of."""
         self._without_loads = view.ranks is None and self._without_loads is not False
         for entry in view.ranks or ():
-            link = self.links.get(entry.rank) or self.down.get(entry.rank)
+            rank = entry.rank
+            link = self.links.get(rank) or self.leaving.get(rank) or self.down.get(rank)
             if link is not None and link.incarnation == entry.incarnation:
                 link.take_view(entry, self._identity)
-                if entry.rank in self.links:
-                    self._router.touched(link)
+                self._touched(link)
         # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
         # less loaded than those for which the others' sends are still guessed.
         heard = view.heard.get(self._identity, 0)
-        for link in self.down.values():
+        for link in (*self.down.values(), *self.leaving.values()):
             link.unheard.reported(heard)
         for link in self.links.values():
             if link.unheard.requests:
