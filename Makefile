@@ -55,6 +55,11 @@ chaos: $(STAMP) ## kill and stop processes under streams: SEED=n MINUTES=m ENGIN
 fuzz: $(STAMP) ## garbage for every decoder and the machine behind it; ARGS="--inputs 1000000 [TARGET ...]"
 	@exec $(BIN)/python -m tests.fuzz $(ARGS)
 
+TARGET ?= coordinator-ranks
+fuzz-guided: $(STAMP) ## one target of fuzz, led by atheris to new code (installs it); TARGET=NAME ARGS="--inputs 1000000"
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet 'atheris>=3,<4'
+	@exec $(BIN)/python -m tests.fuzz.guided $(TARGET) $(ARGS)
+
 format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
@@ -104,5 +109,5 @@ bench-overload: $(STAMP) ## four times the work that the ranks can do, for two m
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos fuzz format docs bench-serve bench-collective \
+.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos fuzz fuzz-guided format docs bench-serve bench-collective \
 	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-overload bench-vllm clean

@@ -117,7 +117,7 @@ class Suspender(threading.Thread):
             self._tally.faults[kind] += 1
 
 
-def flood_of(running: Deployment, seed: int) -> Flood:
+def flood_of(running: Deployment, seed: int, pause_s: float = PAUSE_S) -> Flood:
     """Garbage for every socket of a deployment of ours, as they come and go."""
     folders, port = socket_folders(running.process.pid), int(running.url.rpartition(":")[2])
-    return Flood(lambda: addresses_in(folders, port), OURS, seed, PAUSE_S)
+    return Flood(lambda: addresses_in(folders, port), OURS, seed, pause_s)

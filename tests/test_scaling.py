@@ -104,7 +104,7 @@ BAD = [
     (b'{"new_data_parallel_size": 0}', "new_data_parallel_size"),
     (b'{"new_data_parallel_size": "4"}', "new_data_parallel_size"),
     (b'{"new_data_parallel_size": true}', "new_data_parallel_size"),
-    (b'{"new_data_parallel_size": 65537}', "new_data_parallel_size"),
+    (b'{"new_data_parallel_size": 17}', "new_data_parallel_size"),
     (b'{"new_data_parallel_size": 2, "drain_timeout": -1}', "drain_timeout"),
     (b'{"new_data_parallel_size": 2, "drain_timeout": "soon"}', "drain_timeout"),
     (b'{"new_data_parallel_size": 2, "startup_timeout": 1e99}', "startup_timeout"),

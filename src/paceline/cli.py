@@ -32,6 +32,7 @@ from paceline.serve_flags import (
     KvCacheTokensFlag,
     LogLevelFlag,
     MaxBodyBytesFlag,
+    MaxDataParallelSizeFlag,
     MaxModelLenFlag,
     MaxNumBatchedTokensFlag,
     MaxNumSeqsFlag,
@@ -93,6 +94,7 @@ def serve(
     dp_sync_interval: DpSyncIntervalFlag = 16,
     prefill_quota: PrefillQuotaFlag = "auto",
     min_stats_update_interval_ms: MinStatsUpdateIntervalMsFlag = 100,
+    max_data_parallel_size: MaxDataParallelSizeFlag = None,
     headless: HeadlessFlag = False,
     api_server_count: ApiServerCountFlag = 1,
     host: HostFlag = "127.0.0.1",
@@ -249,6 +251,7 @@ def _parallel(given: dict[str, Any]) -> ParallelConfig:
         dp_sync_interval=given["dp_sync_interval"],
         prefill_quota=given["prefill_quota"],
         min_stats_update_interval_ms=given["min_stats_update_interval_ms"],
+        max_data_parallel_size=given["max_data_parallel_size"],
         api_server_count=given["api_server_count"],
     )
 

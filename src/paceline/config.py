@@ -20,7 +20,7 @@ class ParallelConfig(Struct, frozen=True):
     """How the ranks are spread. Names and meaning as in vLLM's class of this name.
 
     `data_parallel_rank` is set for external mode (this node's one rank) and is the first local rank
-    otherwise (`--data-parallel-start-rank`).
+    otherwise (`--data-parallel-start-rank`). `max_data_parallel_size`: None for `most_ranks`.
     """
 
     data_parallel_size: int = 2
@@ -35,6 +35,7 @@ class ParallelConfig(Struct, frozen=True):
     dp_sync_interval: int = 16
     prefill_quota: str = "auto"
     min_stats_update_interval_ms: int = 100
+    max_data_parallel_size: int | None = None
 
     def __post_init__(self) -> None:
         size, local = self.data_parallel_size, self.data_parallel_size_local
@@ -61,12 +62,19 @@ class ParallelConfig(Struct, frozen=True):
             "--min-stats-update-interval-ms",
             f"must be 5 to 3600000, not {self.min_stats_update_interval_ms}",
         )
+        most = self.max_data_parallel_size or size
+        _require(size <= most <= 65536, "--max-data-parallel-size", f"must be {size} to 65536, not {most}")
         _require(not self.headless or local > 0, "--headless", "a headless node needs at least one local rank")
 
     @property
     def local_ranks(self) -> range:
         """The ranks that run on this node."""
         return range(self.data_parallel_rank, self.data_parallel_rank + self.data_parallel_size_local)
+
+    @property
+    def most_ranks(self) -> int:
+        """What the deployment may be scaled to: what is set, or enough for most and no more than a slip can start."""
+        return self.max_data_parallel_size or max(16, 4 * self.data_parallel_size)
 
     @property
     def leads(self) -> bool:

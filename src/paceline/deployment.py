@@ -222,6 +222,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         ranks=None if parallel.balanced_ranks is None else ranks,
         awaited=ranks,
         node=plan.node.identity,
+        most_ranks=parallel.most_ranks,
         routing=server.routing,
         brokered=brokered(config),
         served_model_name=config.engine.served_model_name,

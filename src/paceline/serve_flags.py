@@ -59,6 +59,13 @@ PrefillQuotaFlag = Annotated[
 MinStatsUpdateIntervalMsFlag = Annotated[
     int, _option(_PARALLEL, "Least milliseconds between two load views.", "--min-stats-update-interval-ms")
 ]
+MaxDataParallelSizeFlag = Annotated[
+    int | None,
+    _option(
+        _PARALLEL, "Ranks that it may be scaled to; if left out 4 times as many, at least 16.",
+        "--max-data-parallel-size",
+    ),
+]  # fmt: skip
 HeadlessFlag = Annotated[bool, _option(_PARALLEL, "Ranks only, no front-end.", "--headless")]
 ApiServerCountFlag = Annotated[int, _option(_SERVER, "Front-end processes on one port.", "--api-server-count", "-asc")]
 HostFlag = Annotated[str, _option(_SERVER, "Address to listen on.", "--host")]

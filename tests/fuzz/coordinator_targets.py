@@ -143,8 +143,9 @@ class FromRanks(CoordinatorTarget):
 
 
 class FromFrontEnds(CoordinatorTarget):
-    """What is sent to the front-ends' socket, subscriptions among it."""
+    """What is sent to the front-ends' socket, subscriptions among it. Who is present may ask for 65,536 ranks."""
 
+    largest = 300_000
     name = "coordinator-front-ends"
     corpus = "front-end-to-coordinator"
     kinds = classes_of("front-end → coordinator")

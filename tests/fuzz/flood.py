@@ -34,6 +34,13 @@ OURS: Ways = (
     ("group-", None, "greeting"),
     ("http", None, "http-requests"),
 )
+# Under vLLM: the coordinator's three and the keeper's port.
+VLLM: Ways = (
+    ("front", zmq.XSUB, "vllm-front-end"),
+    ("output", zmq.PUSH, "vllm-rank"),
+    ("publish", zmq.XSUB, "subscriptions"),
+    ("status", None, "keeper"),
+)
 
 
 def socket_folders(pid: int) -> list[Path]:
@@ -60,7 +67,8 @@ class Flood(threading.Thread):
         self.sent: Counter[str] = Counter()
         """Inputs by kind of socket: frames, or connections where plain bytes are sent."""
         self._addresses = addresses
-        self._ways = ways
+        self.ways = ways
+        """May be changed while it runs."""
         self._draw = random.Random(seed)
         self._pause_s = pause_s
         self._over = threading.Event()
@@ -79,7 +87,7 @@ class Flood(threading.Thread):
     def run(self) -> None:
         while not self._over.is_set():
             for name, address in self._addresses().items():
-                way = next((way for way in self._ways if name.startswith(way[0])), None)
+                way = next((way for way in self.ways if name.startswith(way[0])), None)
                 if way is not None and not self._over.is_set():
                     self._strike(*way, address)
             self._over.wait(self._pause_s)
@@ -114,12 +122,16 @@ class Flood(threading.Thread):
         peer: Any = socket.socket(socket.AF_UNIX if address.startswith("ipc") else socket.AF_INET)
         peer.settimeout(0.5)
         path, (host, _, port) = address[6:], address[6:].rpartition(":")
-        peer.connect(path if address.startswith("ipc") else (host, int(port)))
+        # A rank listens for its peers while it forms a generation; until then a thousand wait, and more are refused.
         self.sent[name] += 1
+        self._open.append(peer)
+        while len(self._open) > MOST_OPEN:
+            self._open.pop(self._draw.randrange(len(self._open))).close()
+        peer.connect(path if address.startswith("ipc") else (host, int(port)))
         draw = self._draw.random()
         begin = GREETING[: self._draw.randrange(len(GREETING))] if draw < 0.3 else b""
-        self._open.append(peer)
         if draw < 0.9:
             peer.sendall(begin + mutator.next())
-        if draw < 0.7 or len(self._open) > MOST_OPEN:
-            self._open.pop(self._draw.randrange(len(self._open))).close()
+        if draw < 0.7:
+            self._open.remove(peer)
+            peer.close()

@@ -85,7 +85,7 @@ def test_scaling() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [(b"\0\0", -1), (b"\0\0\0", 1), ("x", 1), (True, 1), (b"\0\0", True), ("SCALE_ELASTIC_EP", 0), (1, 2, 3),
-     ("SCALE_ELASTIC_EP", 1025), ("SCALE_ELASTIC_EP", "4"), (b"\0\0", 2**50), 5, None, (b"\0\0", 1.5), {}],
+     ("SCALE_ELASTIC_EP", 1025), ("SCALE_ELASTIC_EP", "4"), (b"\0\0", 2**60), 5, None, (b"\0\0", 1.5), {}],
 )  # fmt: skip
 def test_what_no_front_end_says(wrong: object) -> None:
     with pytest.raises(BadMessage):

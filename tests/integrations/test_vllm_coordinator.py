@@ -103,6 +103,13 @@ class Deployment:
                 return counts, wave, running
         raise AssertionError("it was never published")
 
+    def last_view(self) -> tuple[Any, int, bool]:
+        """What front-ends hear when all that they have heard is read."""
+        known: tuple[Any, int, bool] = self.wait_view(lambda *_: True)
+        while self.front_ends[0].poll(500):
+            known = self.wait_view(lambda *_: True)
+        return known
+
     def child(self) -> int:
         """The coordinator's process, under its keeper."""
         end = time.monotonic() + DEADLINE_S

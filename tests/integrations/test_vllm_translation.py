@@ -285,3 +285,17 @@ def test_whatever_is_said_the_wave_never_goes_back(said: list[tuple[object, ...]
     deployment.front_end()
     counts = last_view(deployment).counts
     assert counts is None or len(counts) == deployment.memory.size
+
+
+def test_absurd_waves_are_nobodys_and_what_follows_the_largest_is_heard() -> None:
+    deployment = VllmDeployment(2)
+    deployment.start(1, 2**53 - 1)
+    deployment.complete(2**53 - 1)
+    deployment.report(1, 1, wave=2**53 - 1, step=4)
+    assert deployment.memory.wave == 0
+    # Of what can just be, the next one can be said too.
+    deployment.complete(2**48 - 1)
+    deployment.wait(1.0)
+    deployment.complete(2**48)
+    deployment.wait(1.0)
+    assert deployment.memory.wave == 2**48 + 1

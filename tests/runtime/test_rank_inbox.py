@@ -11,7 +11,16 @@ import zmq
 
 from paceline.protocol import codec
 from paceline.protocol.coordinator_events import Event, RankSaid, RanksReported
-from paceline.protocol.messages import FromRank, Load, RankReport, StartWave
+from paceline.protocol.messages import (
+    PROTOCOL_VERSION,
+    FromRank,
+    Load,
+    NodeHello,
+    RankFailed,
+    RankReport,
+    Scaling,
+    StartWave,
+)
 from paceline.runtime.rank_inbox import HANDLED_AT_ONCE, LEAST_KEPT, RankInbox, reports_kept
 from paceline.runtime.sockets import Garbage, open_socket
 
@@ -101,3 +110,16 @@ def test_garbage_between_reports_is_counted_and_loses_nothing(pair: Pair) -> Non
 def test_what_waits_unread_is_bounded_over_all_ranks() -> None:
     assert reports_kept(2) * 2 == reports_kept(64) * 64
     assert reports_kept(1_000_000) == LEAST_KEPT
+
+
+def test_a_node_is_heard_only_while_it_is_present(pair: Pair) -> None:
+    """An invented one could give the deployment another size."""
+    hello = NodeHello(PROTOCOL_VERSION, 7, [0], Scaling(4, 1, 1))
+    failed = RankFailed(7, 3, 0)
+    for message in (hello, failed):
+        pair.rank.send(codec.encode(message))
+    assert pair.read(2) == []
+    assert pair.garbage.counts == {"no-presence": 2}
+    pair.inbox.nodes.add(7)
+    pair.rank.send(codec.encode(hello))
+    assert pair.read(3) == [hello]

@@ -59,7 +59,7 @@ class World:
         reader, writer = get_context("spawn").Pipe(duplex=False)
         settings = FrontEndSettings(
             0, 1, "127.0.0.1", int(self.url.rsplit(":", 1)[1]), self.coordinator, "timed", EngineSettings(),
-            frozenset({0}), "least-load", None, None, 100_000, 5.0,
+            frozenset({0}), frozenset({0}), "least-load", None, None, 100_000, 5.0,
         )  # fmt: skip
         process = spawn("front-end 0", run_front_end, {"settings": settings, "status": writer})
         writer.close()
@@ -73,9 +73,9 @@ class World:
         reader.close()
         return process
 
-    def announce(self, life: int) -> None:
+    def announce(self, life: int, address: str = "") -> None:
         """Say that rank 0 is ready, in this life of it."""
-        members = [Member(0, life, self.rank_address)]
+        members = [Member(0, life, address or self.rank_address)]
         self.publish.send(codec.encode(Members(PROTOCOL_VERSION, 1, 0, False, members)))
 
     def take(self) -> tuple[bytes, AddRequest]:
@@ -164,6 +164,19 @@ def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
             events = [line.removeprefix("data: ") for line in stream.read().decode().splitlines() if line]
         assert [json.loads(event)["choices"][0]["text"] for event in events[:-1]] == [", ended"]
         assert events[-1] == "[DONE]"
+
+
+def test_a_life_whose_address_is_none_takes_nothing_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+        answer = pool.submit(world.post)
+        world.take()
+        world.announce(LIFE + 1, "tcp://nowhere")
+        world.announce(LIFE + 2)
+        identity, again = world.take()
+        world.answer(identity, again, "fine", life=LIFE + 2)
+        status, body = answer.result(30)
+        assert (status, json.loads(body)["choices"][0]["text"]) == (200, "fine")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_engine_error_reaches_the_client(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from paceline.protocol.codec import MAX_CONTROL_BYTES, BadMessage
-from paceline.protocol.sampling import Count, RankNumber, StampedWave
+from paceline.protocol.sampling import Count, RankNumber, Wave
 
 READY = b"READY"
 START_DP_WAVE = b"\x02"
@@ -40,7 +40,7 @@ class RankStats(Struct, frozen=True, gc=False):
     num_waiting_reqs: Count = 0
     num_running_reqs: Count = 0
     step_counter: Annotated[int, Meta(ge=0, lt=2**32)] = 0
-    current_wave: StampedWave = 0
+    current_wave: Wave = 0
     kv_cache_usage: Annotated[float, Meta(ge=0, le=MOST_KV_USE)] = 0.0
 
 
@@ -53,8 +53,8 @@ class RankMessage(Struct, frozen=True, array_like=True, gc=False):
     timestamp: float = 0.0
     utility_output: msgspec.Raw = msgspec.Raw(_NIL)
     finished_requests: msgspec.Raw = msgspec.Raw(_NIL)
-    wave_complete: StampedWave | None = None
-    start_wave: StampedWave | None = None
+    wave_complete: Wave | None = None
+    start_wave: Wave | None = None
 
 
 class Notice(Struct, frozen=True):
@@ -100,7 +100,7 @@ def read_front_end(frame: bytes) -> Notice | Scale:
         if not _is_number(second, MOST_SCALED_TO + 1) or second == 0:
             raise BadMessage("value", f"not a number of ranks, of which there may be {MOST_SCALED_TO}")
         return Scale(second)
-    if not _is_number(second, 2**48):
+    if not _is_number(second, 2**53):
         raise BadMessage("value", "not a wave")
     if first is None:
         return Notice(None, None, second)

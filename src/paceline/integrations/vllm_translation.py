@@ -59,6 +59,7 @@ from paceline.protocol import coordinator_events as machine_events
 from paceline.protocol.coordination.introductions import PATIENCE_S
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.messages import FromRank, LoadView, RankReport, StartDPWave, WakeNotice
+from paceline.protocol.plausible import plausible
 
 STEP_WAIT_S = 0.001
 """How long a view of lockstep ranks waits for the rest of a step. A vLLM rank reports only when its counts changed."""
@@ -192,6 +193,9 @@ class VllmTranslation:
 
     def _on_rank(self, message: RankMessage, now: float, effects: list[Effect]) -> None:
         rank = message.engine_index
+        if not all(plausible(wave or 0, self._memory.wave) for wave in (message.wave_complete, message.start_wave)):
+            self._dropped += 1
+            return
         if message.scheduler_stats is not None or rank >= self._memory.size:
             self._on_reports([message], now, effects)
         if not self._lockstep or rank >= self._memory.size:
@@ -210,7 +214,8 @@ class VllmTranslation:
         proved = -1
         for message in messages:
             stats = message.scheduler_stats
-            if stats is None or message.engine_index >= self._memory.size:
+            known = stats is not None and plausible(stats.current_wave, self._memory.wave)
+            if stats is None or not known or message.engine_index >= self._memory.size:
                 self._dropped += 1
                 continue
             reports.append(self._words.report(message.engine_index, stats))

@@ -69,19 +69,20 @@ from paceline.protocol.rules import checked
 class Coordinator:
     """One life of the coordinator.
 
-    `engine_count`: ranks in the deployment. `identity`: this life's own number. `interval_s`: least time between two
-    load views; 0 publishes every change. `lockstep`: whether the ranks run in waves. `publish_loads`: False in external
-    mode, where views carry the wave and no loads. `fresh`: no other came before it. `step_wait_s`: how long a view
-    waits, in lockstep, for all ranks to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
+    `engine_count`: ranks in the deployment. `identity`: this life's own number.
+    `interval_s`: least time between two load views; 0 publishes every change.
+    `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
+    carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `step_wait_s`: how
+    long a lockstep view waits for all to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
-        fresh: bool = True, step_wait_s: float = STEP_WAIT_S, without: Set[str] = frozenset(),
+        fresh: bool = True, presence: bool = False, step_wait_s: float = STEP_WAIT_S, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
-        self._membership = Membership(engine_count)
+        self._membership = Membership(engine_count, presence=presence)
         self._without = checked(without)
         self._group = GroupWave(self._without)
         patience_s = None if lockstep else PATIENCE_S

@@ -32,7 +32,7 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.runtime.front_end_inbox import FrontEndInbox
+from paceline.runtime.front_end_inbox import FrontEndInbox, views_queued
 from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
 from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
@@ -145,6 +145,8 @@ class DPCoordinatorProc:
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,
             fresh=fresh,
+            # Ranks that are not of ours may begin without; who takes another's place must believe no stranger.
+            presence=not fresh,
         )
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
@@ -190,7 +192,8 @@ class DPCoordinatorProc:
     def bind(self, front_publish: str, back_output: str, back_publish: str) -> tuple[str, str, str]:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
-        self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
+        queued = {zmq.SNDHWM: views_queued(self._engine_count)}
+        self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit, options=queued)
         self._front_inbox = FrontEndInbox(self._front, self._garbage_front, self._handle)
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
@@ -248,13 +251,16 @@ class DPCoordinatorProc:
 
     def _on_rank_subscription(self, frames: list[bytes]) -> None:
         frame = frames[0] if len(frames) == 1 else b""
-        life = codec.read_rank_topic(frame[1:])
+        life, node = codec.read_rank_topic(frame[1:]), codec.read_node_topic(frame[1:])
         if frame[:1] == b"\x01":
+            if node is not None:
+                self._inbox.nodes.add(node)
             self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
         elif frame[:1] == b"\x00":
             if life is not None:
                 self._handle(RankGone(*life))
-            elif (node := codec.read_node_topic(frame[1:])) is not None:
+            elif node is not None:
+                self._inbox.nodes.discard(node)
                 self._handle(NodeGone(node))
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")

@@ -10,7 +10,7 @@ import zmq
 
 from paceline.protocol import codec
 from paceline.protocol.coordinator_events import Event, RankSaid, RanksReported
-from paceline.protocol.messages import FromRank, RankReport
+from paceline.protocol.messages import FromRank, NodeHello, RankFailed, RankReport
 from paceline.runtime.sockets import Garbage
 
 READ_S = 0.002
@@ -40,6 +40,8 @@ class RankInbox:
         self._handle = handle
         self._every_report = every_report
         self._decoder = codec.from_rank()
+        self.nodes: set[int] = set()
+        """Nodes whose presence has appeared; no other is heard, since nobody would learn that it has gone."""
 
     def read(self, deadline: float) -> None:
         """Read until nothing is there, or something is due (`deadline`, by the monotonic clock)."""
@@ -79,7 +81,9 @@ class RankInbox:
 
     def _said(self, frame: bytes) -> None:
         message = self._decoded(frame)
-        if message is not None:
+        if isinstance(message, NodeHello | RankFailed) and message.node not in self.nodes:
+            self._garbage.add("no-presence", f"node {message.node} has not subscribed its presence")
+        elif message is not None:
             self._handle(RankSaid(message))
 
     def _decoded(self, frame: bytes) -> FromRank | None:

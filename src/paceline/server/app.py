@@ -48,11 +48,14 @@ T = TypeVar("T", bound=GenerationRequest)
 class Api:
     """What the routes share. `draining` refuses new work while what runs finishes."""
 
-    def __init__(self, client: Client, models: Models, started: int, max_body_bytes: int) -> None:
+    def __init__(
+        self, client: Client, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
+    ) -> None:
         self.client = client
         self.models = models
         self.started = started
         self.max_body_bytes = max_body_bytes
+        self.most_ranks = most_ranks
         self.draining = False
         self.active = 0
         self.answers: set[WholeAnswer | EventStream] = set()
@@ -234,7 +237,8 @@ def _model(api: Api) -> dict[str, Any]:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     texts = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
-    api_error = ApiError(error.status_code, texts.get(error.status_code, error.detail), code="not_found")
+    code = "method_not_allowed" if error.status_code == 405 else "not_found"
+    api_error = ApiError(error.status_code, texts.get(error.status_code, error.detail), code=code)
     response = error_response(api_error, request.headers.get("x-request-id"))
     response.headers.update(error.headers or {})
     return response
@@ -257,7 +261,7 @@ def build_app(api: Api) -> ASGIApp:
             *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
             *_plain_routes(api),
             *suspension_routes(api.client),
-            *scaling_routes(api.client),
+            *scaling_routes(api.client, api.most_ranks),
         ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )

@@ -206,7 +206,8 @@ class Client:
         match effect:
             case Deliver(outputs):
                 self._deliver(outputs)
-            case ToRank(rank, message):
+            # A rank that could not be connected to just now has been given up already, with all that was meant for it.
+            case ToRank(rank, message) if rank in self._ranks:
                 sent = self._send(self._ranks[rank], codec.encode(message), f"rank {rank}")
                 if not sent and isinstance(message, AddRequest):
                     self._unsent(message.request, rank)
@@ -218,7 +219,7 @@ class Client:
                 self._send(self._coordinator, codec.encode(message), "the coordinator")
             case Connect(member):
                 self._connect(member.rank, member.address)
-            case Disconnect(rank):
+            case Disconnect(rank) if rank in self._ranks:
                 self._disconnect(rank)
             case Controlled(call) | Scaled(call):
                 waiter = self._calls.get(call)

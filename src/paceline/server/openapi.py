@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from paceline import __version__
-from paceline.server.openai import ChatCompletionRequest, CompletionRequest
+from paceline.server.request_schema import request_schemas
 
 _ERROR = {
     "type": "object",
@@ -50,6 +48,16 @@ _ROUTING_HEADER = {
     "schema": {"type": "string", "enum": ["1", "true"]},
 }
 
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "required": False,
+    "description": "comes back in the answer's header of this name",
+    "schema": {"type": "string"},
+}
+
+_RETRY = {"Retry-After": {"schema": {"type": "string"}, "description": "seconds"}}
+
 _FAILURES = {
     "400": "a field is wrong; `param` names it",
     "404": "no such model",
@@ -80,9 +88,10 @@ _TIMEOUT = {
 }
 
 
-def _failure(text: str) -> dict[str, Any]:
+def _failure(status: str) -> dict[str, Any]:
     return {
-        "description": text,
+        "description": _FAILURES[status],
+        **({"headers": _RETRY} if status in ("429", "503") else {}),
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
 
@@ -99,9 +108,9 @@ def _generation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "post": {
             "summary": summary,
-            "parameters": [_RANK_HEADER, _SESSION_HEADER, _ROUTING_HEADER],
+            "parameters": [_RANK_HEADER, _SESSION_HEADER, _ROUTING_HEADER, _REQUEST_ID],
             "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {"200": answer} | {status: _failure(_FAILURES[status]) for status in _GENERATION_FAILURES},
+            "responses": {"200": answer} | {status: _failure(status) for status in _GENERATION_FAILURES},
         }
     }
 
@@ -111,34 +120,40 @@ def _plain(summary: str, *failures: str) -> dict[str, Any]:
     return {
         "get": {
             "summary": summary,
-            "responses": {"200": ok} | {status: _failure(_FAILURES[status]) for status in failures},
+            "parameters": [_REQUEST_ID],
+            "responses": {"200": ok} | {status: _failure(status) for status in failures},
         }
     }
 
 
+def _health() -> dict[str, Any]:
+    entry = _plain("Whether requests are served")["get"]
+    answer = entry["responses"]["200"]
+    down = answer | {"description": "draining, or no rank is ready, or one holds the group up; `status` says which"}
+    return {"get": entry | {"responses": {"200": answer, "503": down}}}
+
+
 def _control(summary: str, *parameters: dict[str, Any]) -> dict[str, Any]:
     entry = _plain(summary, "400", "409", "504")["get"]
-    return {"post": entry | {"parameters": list(parameters)}}
+    return {"post": entry | {"parameters": [*parameters, _REQUEST_ID]}}
 
 
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of this server."""
-    schemas, components = msgspec.json.schema_components(
-        [CompletionRequest, ChatCompletionRequest], ref_template="#/components/schemas/{name}"
-    )
+    completion, chat, components = request_schemas()
     return {
         "openapi": "3.1.0",
         "info": {"title": "Paceline", "version": __version__, "license": {"name": "Apache-2.0"}},
         "paths": {
-            "/v1/completions": _generation("Complete one or more prompts", schemas[0]),
-            "/v1/chat/completions": _generation("Answer a conversation", schemas[1]),
+            "/v1/completions": _generation("Complete one or more prompts", completion),
+            "/v1/chat/completions": _generation("Answer a conversation", chat),
             "/v1/models": _plain("The model that is served"),
-            "/health": _plain("Whether requests are served", "503"),
+            "/health": _health(),
             "/loads": _plain("What every rank has queued, as this front-end believes it"),
             "/pause": _control("Suspend all ranks, and wait until none computes", _MODE, _TIMEOUT),
             "/resume": _control("Let all ranks go on, and wait until all do", _TIMEOUT),
             "/is_paused": _plain("Whether all ranks are suspended"),
             "/version": _plain("The version of this server"),
         },
-        "components": {"schemas": dict(components) | {"Error": _ERROR}},
+        "components": {"schemas": components | {"Error": _ERROR}},
     }

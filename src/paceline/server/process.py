@@ -44,7 +44,7 @@ class FrontEndSettings(Struct, frozen=True):
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks, None for
     all; `awaited`: those that there are now. `node`: where it runs, as the coordinator knows it.
-    `rank_timeout_s`: how long a rank may be silent, 0 for ever.
+    `most_ranks`: what it may scale to. `rank_timeout_s`: how long a rank may be silent, 0 for ever.
     `brokered`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
@@ -67,6 +67,7 @@ class FrontEndSettings(Struct, frozen=True):
     rank_timeout_s: float = 0.0
     brokered: bool = False
     node: int = 0
+    most_ranks: int = 65_536
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -97,7 +98,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         node=settings.node,
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
-    api = Api(client, models, int(time.time()), settings.max_body_bytes)
+    api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)
     loop = asyncio.get_running_loop()

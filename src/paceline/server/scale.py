@@ -14,7 +14,6 @@ from paceline.server.client import Client
 from paceline.server.errors import ApiError, bad
 from paceline.server.suspend import control_route
 
-MOST_RANKS = 65_536
 DRAIN_TIMEOUT_S = 120.0
 STARTUP_TIMEOUT_S = 300.0
 LONGEST_TIMEOUT_S = 86_400.0
@@ -24,12 +23,12 @@ MOST_BYTES = 65_536
 FIELDS = ("new_data_parallel_size", "drain_timeout", "startup_timeout")
 
 
-def scaling_routes(client: Client) -> list[Route]:
-    """The routes."""
+def scaling_routes(client: Client, most_ranks: int) -> list[Route]:
+    """The routes. `most_ranks`: more are refused."""
 
     async def scale(request: Request) -> Response:
         fields = _fields(await _body(request))
-        size = _size(fields.get("new_data_parallel_size"))
+        size = _size(fields.get("new_data_parallel_size"), most_ranks)
         drain_s = _seconds(fields, "drain_timeout", DRAIN_TIMEOUT_S)
         startup_s = _seconds(fields, "startup_timeout", STARTUP_TIMEOUT_S)
         try:
@@ -89,11 +88,12 @@ def _fields(body: bytes) -> dict[str, object]:
     return fields
 
 
-def _size(value: object) -> int:
+def _size(value: object, most: int) -> int:
     if value is None:
         raise bad("new_data_parallel_size", "is required", code="missing_field")
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_RANKS:
-        raise bad("new_data_parallel_size", f"must be an integer, 1 to {MOST_RANKS}, not {json.dumps(value)[:40]}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        text = f"must be an integer, 1 to {most} (--max-data-parallel-size), not {json.dumps(value)[:40]}"
+        raise bad("new_data_parallel_size", text)
     return value
 
 

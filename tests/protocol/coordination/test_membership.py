@@ -211,3 +211,10 @@ def test_a_rank_may_be_connected_before_it_is_known_to_be_of_the_deployment() ->
     membership.connected(1, 8)
     membership.resize(2, 2)
     assert membership.hello(1, 8, "", True)
+
+
+def test_who_knows_that_ranks_show_their_presence_believes_no_stranger_from_the_start() -> None:
+    membership = Membership(1, presence=True)
+    assert not membership.hello(0, 666, "tcp://nowhere", True)
+    membership.connected(0, 7)
+    assert membership.hello(0, 7, "", True)

@@ -32,6 +32,7 @@ from paceline.protocol.messages import (
     Output,
     Outputs,
     RankView,
+    SuspensionState,
 )
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
@@ -199,6 +200,26 @@ def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_
         effects += machine.handle(members((0, life), (1, life)), 1.0)
     (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
     assert refusal.text.endswith("ended while it served this request, the 3rd in a row")
+    assert machine.in_flight() == 0
+
+
+def test_ranks_that_die_while_the_deployment_is_suspended_are_not_killed_by_a_request() -> None:
+    machine = front_end()
+    say(machine, submit(machine, 1), 50)
+    suspended = LoadView(9, 10**6, 0, False, [], suspension=SuspensionState(1, "keep"))
+    machine.handle(CoordinatorSaid(suspended), 1.0)
+    for life in range(20, 20 + 2 * MOST_LOSSES):
+        effects = machine.handle(members((0, life), (1, life)), 1.0)
+        assert adds(effects)
+    assert machine.in_flight() == 1
+
+
+def test_a_request_that_is_ended_twice_in_one_message_is_ended_once() -> None:
+    machine = front_end()
+    sent = submit(machine, 1)
+    twice = [Output(sent.request, [7], finish_reason="stop")] * 2
+    (delivered,) = machine.handle(RankSaid(Outputs(0, sent.incarnation, twice)), 1.0)
+    assert isinstance(delivered, Deliver)
     assert machine.in_flight() == 0
 
 

@@ -151,8 +151,10 @@ class Broker:
         if entry is None:
             return
         entry.waiting = False
-        if entry.room is not None:
-            self._promise(entry.room, entry, -1)
+        room = entry.room
+        if room is not None and self._counts:
+            room.granted.add(-1, -entry.tokens, -entry.kv)
+            self.rooms.changed(room)
         self._count_out(front_end)
 
     def drop_front_end(self, front_end: int) -> None:
@@ -194,7 +196,9 @@ class Broker:
             entry.waiting = False
             entry.room = room
             self.granted[key] = entry
-            self._promise(room, entry, 1)
+            if self._counts:
+                room.granted.add(1, entry.tokens, entry.kv)
+                self.rooms.changed(room)
             self._made += 1
             made.append(entry)
         return made
@@ -203,9 +207,12 @@ class Broker:
         """Who is granted next, and which rank."""
         first = self._by_order.first()
         oldest = first if self._by_age is None else self._by_age.first()
-        self._watch(self._oldest, oldest)
+        if self._oldest.entry is not oldest:
+            self._watch(self._oldest, oldest)
         # One request has one turn.
-        self._watch(self._first, None if first is oldest else first)
+        second = None if first is oldest else first
+        if self._first.entry is not second:
+            self._watch(self._first, second)
         for turn in (self._oldest, self._first):
             if turn.entry is not None and self._made - turn.since >= PATIENCE:
                 room = self._turn(turn, turn.entry)
@@ -237,8 +244,6 @@ class Broker:
         return room
 
     def _watch(self, turn: Turn, entry: Entry | None) -> None:
-        if turn.entry is entry:
-            return
         if turn.room is not None:
             turn.room.reserved = False
             self.rooms.changed(turn.room)
@@ -260,8 +265,3 @@ class Broker:
         self.counts[front_end] -= 1
         if not self.counts[front_end]:
             del self.counts[front_end]
-
-    def _promise(self, room: Room, entry: Entry, sign: int) -> None:
-        if self._counts:
-            room.granted.add(sign, sign * entry.tokens, sign * entry.kv)
-            self.rooms.changed(room)

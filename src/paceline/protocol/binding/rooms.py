@@ -186,11 +186,19 @@ class Rooms:
 
     def reported(self, report: RankReport) -> Room | None:
         """A rank has reported. Returns its room, None where that life of it is not known."""
-        room = self._by_rank.get(report.rank)
+        rank = report.rank
+        room = self._by_rank.get(rank)
         if room is None or room.incarnation != report.incarnation:
             return None
         room.load = report.load
-        self.changed(room)
+        room.touched = True
+        # As `changed` has it, but for what nobody can start at before and after.
+        if room.open():
+            self.open[rank] = room
+            self._moved.add(rank)
+        elif rank in self.open:
+            del self.open[rank]
+            self._moved.add(rank)
         return room
 
     def forget(self, rank: int) -> None:
@@ -215,7 +223,10 @@ class Rooms:
     def best(self, kv: int) -> Room | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
         if len(self.open) <= FEW:
-            return self._best_of_few(kv)
+            fits = [room for room in self.open.values() if room.startable_kv() >= kv]
+            if len(fits) > 1:
+                return min(fits, key=lambda room: (room.work(), room.rank))
+            return fits[0] if fits else None
         loads, frees = self._orderings()
         if frees.least() > -kv:
             return None
@@ -227,12 +238,6 @@ class Rooms:
             if keys[place] <= -kv:
                 return self._rooms[place]
         return self._rooms[frees.entries[0] & PLACE_MASK]
-
-    def _best_of_few(self, kv: int) -> Room | None:
-        fits = [room for room in self.open.values() if room.startable_kv() >= kv]
-        if len(fits) <= 1:
-            return fits[0] if fits else None
-        return min(fits, key=lambda room: (room.work(), room.rank))
 
     def _orderings(self) -> tuple[Ordering[Room], Ordering[Room]]:
         places = [bisect_left(self._ranks, rank) for rank in self._moved]

@@ -86,15 +86,15 @@ class RankEntry(Struct):
 class Membership:
     """The register of ranks, part of the coordinator's machine. `size`: ranks in the deployment."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, presence: bool = False) -> None:
         self.size = size
         self.limit = size
         """Ranks below this may say hello: those of the deployment, and those that are to become part of it."""
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
-        # Whether any rank has shown its presence: then all do.
-        self._presence = False
+        # Whether ranks show their presence: known from the start, or once one has.
+        self._presence = presence
         self._members: list[Member] | None = None
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:

@@ -216,9 +216,9 @@ class Flights:
             return []
         delivered = [self._as_asked(output) for output in outputs] if resent else outputs
         for output in outputs:
-            if output.finish_reason is not None:
-                self.turnover.ended(now - flights[output.request].since, now)
-                self._forget(output.request)
+            # Whoever ends a request twice in one message ends it once.
+            if output.finish_reason is not None and (flight := self._forget(output.request)) is not None:
+                self.turnover.ended(now - flight.since, now)
                 self._touched(link)
         return [Deliver(delivered)]
 

@@ -9,7 +9,7 @@ between, since it may be what kills them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from paceline.protocol.frontend_events import Effect, Refuse
 from paceline.protocol.frontends.flights import Flight, Flights
@@ -23,12 +23,17 @@ MOST_LOSSES = 3
 
 
 class Stranded:
-    """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun."""
+    """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
+    `suspended`: whether the deployment is.
+    """
 
-    def __init__(self, flights: Flights, router: Router, *, resumes: bool) -> None:
+    def __init__(
+        self, flights: Flights, router: Router, *, resumes: bool, suspended: Callable[[], bool] = lambda: False
+    ) -> None:
         self._flights = flights
         self._router = router
         self._resumes = resumes
+        self._suspended = suspended
         self._waiting: dict[int, tuple[Flight, float]] = {}
 
     def __len__(self) -> int:
@@ -44,8 +49,10 @@ class Stranded:
         """Let requests that have lost their rank go on at others, as soon as there are any."""
         effects: list[Effect] = []
         for flight in flights:
-            flight.losses = flight.losses + 1 if len(flight.made) == flight.made_before else 1
-            flight.made_before = len(flight.made)
+            # While the deployment is suspended no rank computes a request: it is not what kills them.
+            if not self._suspended():
+                flight.losses = flight.losses + 1 if len(flight.made) == flight.made_before else 1
+                flight.made_before = len(flight.made)
             if flight.losses >= MOST_LOSSES:
                 text = f"rank {flight.link.rank} ended while it served this request, the {MOST_LOSSES}rd in a row"
                 effects.append(Refuse(flight.submit.request, "rank-lost", text))
