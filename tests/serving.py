@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import httpx2
 import openai
@@ -32,16 +32,16 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 30.0
 
 
 class Command:
-    """A `paceline` command as a process, with all that it prints."""
+    """A `paceline` command as a process, with all that it prints. `to`: where it prints that, in place of here."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, to: IO[str] | None = None) -> None:
         self.lines: list[str] = []
         self.url = ""
         self.http: Any = None
         self._clients: list[openai.OpenAI] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *arguments],
-            stderr=subprocess.STDOUT, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
+            stderr=subprocess.STDOUT, stdout=to or subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
             start_new_session=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -85,7 +85,11 @@ class Command:
     def connect(self) -> None:
         """Wait for the line that says where it serves, and open a client."""
         line = self.wait_line("serves on http://")
-        self.url = line.split("serves on ")[1].split("/v1")[0]
+        self.open(line.split("serves on ")[1].split("/v1")[0])
+
+    def open(self, url: str) -> None:
+        """Open a client."""
+        self.url = url
         self.http = httpx2.Client(base_url=self.url, timeout=60.0)
 
     @property
@@ -123,8 +127,7 @@ class Command:
             self.process.stdout.close()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             self.lines.append(line)
 
 
@@ -154,9 +157,9 @@ def deployment(*arguments: str) -> Iterator[Deployment]:
 
 
 @contextlib.contextmanager
-def command(*arguments: str) -> Iterator[Command]:
+def command(*arguments: str, to: IO[str] | None = None) -> Iterator[Command]:
     """Likewise any `paceline` command."""
-    running = Command(*arguments)
+    running = Command(*arguments, to=to)
     try:
         yield running
     finally:

@@ -69,12 +69,12 @@ class Deployment:
 
     def __init__(
         self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True,
-        brokered: bool = False, slots: int = 8,
+        brokered: bool = False, hybrid: bool = False, slots: int = 8,
     ) -> None:  # fmt: skip
         self.world = World()
         self.world.after_each = self._check
         self.size, self.lockstep, self.external = ranks, lockstep, external
-        self.brokered, self.slots = brokered, slots
+        self.brokered, self.hybrid, self.slots = brokered, hybrid, slots
         self.group = Group(self.world, ranks, STEP_S) if lockstep else None
         self.coordinator: Coordinator | None = None
         self.ranks: dict[int, RankShell] = {}
@@ -119,8 +119,9 @@ class Deployment:
         return shell
 
     def start_front_end(self, index: int, count: int) -> FrontEndShell:
+        ranks = frozenset({index}) if self.external or self.hybrid else None
         machine = FrontEnd(
-            100 + next(self._lives), LeastLoad(index, count), ranks=frozenset({index}) if self.external else None,
+            100 + next(self._lives), LeastLoad(index, count), ranks=ranks,
             share_sends=count > 1 and not self.external, lockstep=self.lockstep,
             brokered=self.brokered, resumes=True,
         )  # fmt: skip
@@ -155,7 +156,7 @@ class Deployment:
 
     def ready(self) -> Deployment:
         """Run until every front-end knows every rank that it serves."""
-        each = 1 if self.external else self.size
+        each = 1 if self.external or self.hybrid else self.size
         self.run_until(lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends))
         return self
 

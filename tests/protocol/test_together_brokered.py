@@ -61,6 +61,24 @@ def rest(deployment: Deployment) -> None:
     assert (held(deployment), queued(deployment)) == (0, 0)
 
 
+# Several queues ---------------------------------------------------------------------------------
+
+
+def test_a_nodes_full_queue_is_no_other_nodes() -> None:
+    """Hybrid mode: or one that is overloaded would have all others refuse, whose ranks are free."""
+    deployment = brokered(2, 2, lockstep=False, hybrid=True)
+    busy, idle = deployment.front_ends
+    for _ in range(SLOTS + 10):
+        busy.submit(max_tokens=100)
+    # Until they have heard of it by grants and by views.
+    for _ in range(3):
+        deployment.world.run_for(0.1)
+        assert (busy.machine.queued(), idle.machine.queued()) == (10, 0)
+        assert idle.machine.waiting() == 0
+    deployment.finish()
+    assert busy.machine.queued() == 0
+
+
 # Idle -------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,8 @@ class Grants(Message, frozen=True, tag="grants"):
     """New and unconfirmed grants. Sent again and again while any descriptor is there, also without any grant.
 
     `asked`: per front-end of which there are descriptors, the `told` up to which every message of it came.
-    `queued`: descriptors that wait. `recall`: whoever holds shares gives them back (ReturnShares).
+    `queued`: descriptors that wait. `recall`: whoever holds shares gives them back (ReturnShares). `queues`: where not
+    all front-ends balance over the same ranks, how many wait in each one's queue.
     """
 
     coordinator: Identity
@@ -74,6 +75,7 @@ class Grants(Message, frozen=True, tag="grants"):
     asked: dict[Identity, Count]
     queued: Count
     recall: bool = False
+    queues: dict[Identity, Count] = {}
 
 
 class Share(Message, frozen=True):

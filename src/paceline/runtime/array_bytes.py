@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 
 import numpy as np
@@ -15,6 +16,9 @@ ALIGNMENT_BYTES = 16
 
 # The type's name, the number of dimensions; the shape follows.
 ARRAY = struct.Struct("<8sB")
+
+
+PLAIN_TYPE = re.compile(r"[<>|=][a-zA-Z]\d{1,6}(\[\w+\])?")
 
 
 def array_parts(array: Array) -> list[bytes | memoryview]:
@@ -34,7 +38,11 @@ def read_array(payload: bytes | memoryview) -> Array:
     """
     name, dimensions = ARRAY.unpack_from(payload)
     shape = struct.unpack_from(f"<{dimensions}Q", payload, ARRAY.size)
-    kind = np.dtype(name.rstrip(b"\0").decode("ascii"))
+    named = name.rstrip(b"\0").decode("ascii")
+    # NumPy would evaluate more than names.
+    if not PLAIN_TYPE.fullmatch(named):
+        raise ValueError(f"{named!r} is no type of an array")
+    kind = np.dtype(named)
     if kind.hasobject:
         raise ValueError("an array of Python objects")
     head = ARRAY.size + 8 * dimensions

@@ -1,9 +1,9 @@
 """Carries a rank's bytes: a thread that owns the rank's sockets.
 
 Everything that arrives becomes an event in `inbox`; everything to be sent comes through `_outbox` with a
-wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (reports are dropped, and
-asked for again when it is back), a front-end may not read (its queue is bounded; when it is full, the
-front-end is given up and its requests are dropped, so that it costs a set amount of memory).
+wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (of what it does not read,
+the last of each kind is kept), a front-end may not read (its queue is bounded; when it is full, what each of its
+requests gets is put together until it reads again: so it costs a set amount of memory, and loses nothing).
 
 A front-end that has died is found out at once, not when there is something to send to it: its requests may wait for
 long. The end of a connection does not say whose it was, so each front-end is then sent an empty message, which
@@ -24,6 +24,7 @@ import zmq
 from paceline.protocol import codec
 from paceline.protocol.messages import FromRank, Outputs, ToRank
 from paceline.protocol.rank_events import CoordinatorSaid, Event, FrontEndGone, FrontEndSaid
+from paceline.protocol.ranks.backlog import Backlog
 from paceline.runtime.sockets import Garbage, bound_address, open_socket
 from paceline.runtime.wakeup import Wakeup
 
@@ -32,6 +33,12 @@ logger = logging.getLogger("paceline.rank")
 MESSAGES_A_TURN = 256
 PROBES_S = (0.01, 0.1, 0.5)
 """When front-ends are asked for, after the end of a connection: that is seen before the connection is taken away."""
+
+OUTPUTS_QUEUED = 1_000
+"""Messages in the queue to one front-end, beyond which they are put together."""
+
+READS_AGAIN_MS = 20
+"""How often who does not read is tried again."""
 
 
 class Carrier:
@@ -51,12 +58,16 @@ class Carrier:
         """What is done, in the carrier's thread, with each message from the coordinator."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
-        self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests)
+        queued = {zmq.SNDHWM: OUTPUTS_QUEUED}
+        self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests, options=queued)
         self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
         self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
         self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._front_ends: set[int] = set()
         self._probes_due: list[float] = []
+        self._life = (rank, incarnation)
+        self._backlogs: dict[int, Backlog] = {}
+        self._late: dict[type, FromRank | Outputs] = {}
         self._nothing = codec.encode(Outputs(rank, incarnation, []))
         self._broadcasts.send(b"\x01")
         self._broadcasts.send(b"\x01" + codec.rank_topic(rank, incarnation))
@@ -95,7 +106,7 @@ class Carrier:
         poller.register(self._wakeup, zmq.POLLIN)
         poller.register(self._ends, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(self._until_probe_ms()))
+            ready = dict(poller.poll(self._wait_ms()))
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             closing = self._closing
@@ -121,23 +132,50 @@ class Carrier:
     def _send_all(self) -> None:
         outbox = self._outbox
         while outbox:
-            front_end, message = outbox.popleft()
-            frame = codec.encode(message)
+            to, message = outbox.popleft()
+            if to is None or not isinstance(message, Outputs):
+                # Of each kind the last one says all; it takes the place of one from before.
+                self._late.pop(type(message), None)
+                self._late[type(message)] = message
+                self._send_late()
+            elif to in self._backlogs:
+                self._backlogs[to].add(message)
+            elif not self._send_front_end(to, codec.encode(message)):
+                logger.warning("front-end %d does not read: what it gets is kept for it", to)
+                self._backlogs[to] = Backlog(*self._life)
+                self._backlogs[to].add(message)
+        self._send_late()
+        for to, backlog in list(self._backlogs.items()):
+            while len(backlog) and self._send_front_end(to, codec.encode(backlog.first())):
+                backlog.sent()
+            if not len(backlog):
+                del self._backlogs[to]
+                logger.info("front-end %d reads again", to)
+
+    def _send_late(self) -> None:
+        """What is for the coordinator, as far as it reads."""
+        while self._late:
+            kind = next(iter(self._late))
             try:
-                if front_end is None:
-                    self._reports.send(frame, zmq.NOBLOCK)
-                else:
-                    self._router.send_multipart([front_end.to_bytes(8, "little"), frame], zmq.NOBLOCK)
+                self._reports.send(codec.encode(self._late[kind]), zmq.NOBLOCK)
             except zmq.Again:
-                if front_end is not None:
-                    logger.warning("front-end %d does not read: its requests are dropped", front_end)
-                    self.inbox.put(FrontEndGone(front_end))
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                if front_end is not None:
-                    self._front_ends.discard(front_end)
-                    self.inbox.put(FrontEndGone(front_end))
+                return
+            del self._late[kind]
+
+    def _send_front_end(self, to: int, frame: bytes) -> bool:
+        """Send to a front-end; whether it is dealt with: sent, or to nobody, since the front-end has gone."""
+        try:
+            self._router.send_multipart([to.to_bytes(8, "little"), frame], zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            if to in self._backlogs:
+                self._backlogs[to].clear()
+            self._front_ends.discard(to)
+            self.inbox.put(FrontEndGone(to))
+        return True
 
     # Front-ends that have died ------------------------------------------------------------------
 
@@ -151,21 +189,15 @@ class Carrier:
         now = time.monotonic()
         self._probes_due = sorted([*self._probes_due[-1:], *(now + after_s for after_s in PROBES_S)])
 
-    def _until_probe_ms(self) -> int | None:
+    def _wait_ms(self) -> int | None:
+        if self._backlogs or self._late:
+            return READS_AGAIN_MS
         return int(max(0.0, self._probes_due[0] - time.monotonic()) * 1000) + 1 if self._probes_due else None
 
     def _probe(self) -> None:
         self._probes_due.pop(0)
         for front_end in list(self._front_ends):
-            try:
-                self._router.send_multipart([front_end.to_bytes(8, "little"), self._nothing], zmq.NOBLOCK)
-            except zmq.Again:
-                continue
-            except zmq.ZMQError as error:
-                if error.errno != zmq.EHOSTUNREACH:
-                    raise
-                self._front_ends.discard(front_end)
-                self.inbox.put(FrontEndGone(front_end))
+            self._send_front_end(front_end, self._nothing)
 
     # In -----------------------------------------------------------------------------------------
 

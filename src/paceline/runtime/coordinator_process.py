@@ -32,7 +32,7 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.runtime.front_end_inbox import FrontEndInbox
+from paceline.runtime.front_end_inbox import FrontEndInbox, views_queued
 from paceline.runtime.processes import new_identity, spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
 from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
@@ -192,7 +192,8 @@ class DPCoordinatorProc:
     def bind(self, front_publish: str, back_output: str, back_publish: str) -> tuple[str, str, str]:
         """Bind the three sockets; returns where each can be reached. Raises StartupError."""
         limit = codec.MAX_CONTROL_BYTES
-        self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit)
+        queued = {zmq.SNDHWM: views_queued(self._engine_count)}
+        self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit, options=queued)
         self._front_inbox = FrontEndInbox(self._front, self._garbage_front, self._handle)
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)

@@ -24,6 +24,18 @@ MAX_PRESENT = 65536
 """Front-ends that are heard at once: in external mode each of as many ranks as there can be has one."""
 
 
+MOST_QUEUED, LEAST_QUEUED = 1_000, 64
+QUEUED_BYTES, VIEW_BYTES_A_RANK = 64 << 20, 512
+
+
+def views_queued(ranks: int) -> int:
+    """How many messages wait for a front-end that does not read; it loses what is beyond, and the next view says all.
+
+    Those that wait for several are there once.
+    """
+    return max(LEAST_QUEUED, min(MOST_QUEUED, QUEUED_BYTES // (ranks * VIEW_BYTES_A_RANK)))
+
+
 class FrontEndInbox:
     """The coordinator's end of the front-ends' sockets. `handle`: the machine's door.
 

@@ -23,6 +23,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from paceline.errors import PacelineError
+from paceline.runtime.lossy_stderr import make_stderr_lossy
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(processName)s: %(message)s"
 
@@ -83,6 +84,7 @@ def new_identity(index: int = 0) -> int:
 
 def set_up_log(level: str) -> None:
     """Log lines of this process to stderr, `level` and above."""
+    make_stderr_lossy()
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
 
 

@@ -74,6 +74,11 @@ class Brokerage:
         """Grants that nobody has confirmed yet."""
         return sum(len(pool.broker.granted) for pool in self._pools.values())
 
+    def queues(self) -> dict[int, int]:
+        """By front-end, how many wait in its queue; nothing where there is one queue only."""
+        pools = self._pool_of.items() if len(self._pools) > 1 else ()
+        return {front_end: len(pool.broker.queued) for front_end, pool in pools}
+
     def descriptors(self) -> Iterable[tuple[int, int]]:
         """Whose requests wait or are granted, by front-end and request."""
         for pool in self._pools.values():
@@ -285,12 +290,10 @@ class Brokerage:
 
     def _said(self, made: list[Grant]) -> Grants:
         asked: dict[int, int] = {}
-        queued = 0
         for pool in self._pools.values():
             counts = pool.broker.counts
             asked.update(zip(counts, map(self._told.__getitem__, counts)))  # noqa: B905 (of one length)
-            queued += len(pool.broker.queued)
-        return Grants(self._identity, made, asked, queued, self._recalling)
+        return Grants(self._identity, made, asked, self.queued, self._recalling, self.queues())
 
     def _forget_silent(self, now: float) -> None:
         """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""

@@ -94,8 +94,9 @@ class Publisher:
         # Without loads nobody knows where there is room.
         shares = broker.shares(board, membership, shown.free) if self._with_loads else None
         view = LoadView(
-            self._identity, self.views, shown.wave, shown.running, ranks, heard, shown.suspension, shares, broker.queued
-        )
+            self._identity, self.views, shown.wave, shown.running, ranks, heard, shown.suspension, shares,
+            broker.queued, broker.queues(),
+        )  # fmt: skip
         effects.append(ToFrontEnds(view))
         self._clock.published(now)
         return effects

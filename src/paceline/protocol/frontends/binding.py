@@ -60,7 +60,7 @@ class Binding:
 
     @property
     def queued(self) -> int:
-        """Requests that wait, this front-end's and the others'."""
+        """Requests that wait, this front-end's and those of the others over the same ranks."""
         return max(self._queued, len(self.held))
 
     @property
@@ -147,7 +147,7 @@ class Binding:
         that hangs is, and must say hello.
         """
         self._has_queue = self._brokered and view.shares is not None
-        self._queued = view.queued
+        self._queued = view.queues.get(self._identity, view.queued)
         self._shares = {}
         before, self._named = self._named, False
         for shares in view.shares or ():
@@ -161,7 +161,7 @@ class Binding:
 
     def take_grants(self, message: Grants, now: float) -> tuple[list[Grant], list[Effect]]:
         """Returns the grants of requests that are held here, and what to answer."""
-        self._queued = message.queued
+        self._queued = message.queues.get(self._identity, message.queued)
         told = message.asked.get(self._identity)
         if told is not None:
             self._answered = now
