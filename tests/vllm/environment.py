@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ROOT / ".vllm" / "models"
 DEFAULT_VERSION = "0.32.0"
 LATEST_TORCH = "2.13.0"
 TORCH = {"0.12.0": "2.9.1", "0.20.2": "2.11.0"}
@@ -24,6 +23,11 @@ LEFT_OUT = ("torch", "torchaudio", "torchvision", "torchcodec")
 
 def environment_of(version: str) -> Path:
     return ROOT / ".vllm" / version
+
+
+def models_of(version: str) -> Path:
+    """Its own, as its transformers write them: another's differ in names."""
+    return environment_of(version) / "models"
 
 
 def is_ready(version: str) -> bool:
@@ -44,9 +48,8 @@ def make(version: str) -> Path:
     write_stub(folder, version)
     install(folder, "-e", str(ROOT))
     announce_plugins(folder)
-    if not (MODELS / "moe").exists():
-        script = Path(__file__).with_name("make_models.py")
-        subprocess.run([str(folder / "bin" / "python"), str(script), str(MODELS)], check=True)
+    script = Path(__file__).with_name("make_models.py")
+    subprocess.run([str(folder / "bin" / "python"), str(script), str(models_of(version))], check=True)
     (folder / "ready").touch()
     return folder
 

@@ -37,7 +37,8 @@ class StockCoordinators:
         self.process = subprocess.Popen(
             [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings
         )
-        self._read()
+        self.dialect = msgspec.convert(self._read()["dialect"], VllmDialect)
+        """The version's, which its ranks and front-ends speak."""
 
     def start(self, folder: str, size: int, waves: bool, *, fork: bool = True) -> tuple[tuple[str, str, str], int]:
         """(front publish, back output, back publish) and the process; without `fork` it is the last one."""
@@ -158,8 +159,7 @@ def pair(stock: StockCoordinators, size: int, *, waves: bool = True) -> Iterator
     context: Context = zmq.Context()
     with tempfile.TemporaryDirectory() as folder:
         addresses, pid = stock.start(folder, size, waves)
-        ours = VllmCoordinator(config, waves)
-        ours.dialect = VllmDialect()
+        ours = type("Ours", (VllmCoordinator,), {"dialect": stock.dialect})(config, waves)
         back_publish, back_output = ours.get_engine_socket_addresses()
         theirs = Neighbours(context, addresses, size)
         mine = Neighbours(context, (ours.get_stats_publish_address(), back_output, back_publish), size)

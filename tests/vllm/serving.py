@@ -88,8 +88,9 @@ def vllm(model: str, folder: Path, *, paceline: bool, api_servers: int = 2, **va
         "PACELINE_VLLM": "1" if paceline else "", **variables,
     }  # fmt: skip
     command = [
-        binaries / "python", binaries / "vllm", "serve", environment.MODELS / model, "--served-model-name", "tiny",
-        "--host", "127.0.0.1", "--port", port, "--data-parallel-size", 2, "--api-server-count", api_servers,
+        binaries / "python", binaries / "vllm", "serve", environment.models_of(VERSION) / model,
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port,
+        "--data-parallel-size", 2, "--api-server-count", api_servers,
         "--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 16, "--dtype", "bfloat16",
     ]  # fmt: skip
     log = folder / f"{model}-{api_servers}-{'paceline' if paceline else 'stock'}-{port}.log"

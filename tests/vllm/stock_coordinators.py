@@ -1,14 +1,18 @@
 """vLLM's own coordinator, as many as wanted, without a deployment: runs in vLLM's environment.
 
 Each line of standard input names a folder and a number of ranks (JSON: folder, size, waves, fork). A coordinator is
-forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once.
+forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once; the
+first line printed says in what this version differs (`VllmDialect`).
 """
 
+import inspect
 import json
 import logging
 import os
 import signal
 import sys
+
+import msgspec
 
 
 class AddressPrinter:
@@ -22,19 +26,28 @@ class AddressPrinter:
 
 
 def main() -> None:
+    from vllm.config import ParallelConfig
     from vllm.v1.engine.coordinator import DPCoordinatorProc
+
+    from paceline.integrations.vllm import installed_dialect
 
     # The out-of-order warnings cost it half of its speed at 64 ranks in lockstep; it is measured at its best.
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print(json.dumps({"imported": True}), flush=True)
+    print(json.dumps({"dialect": msgspec.to_builtins(installed_dialect(ParallelConfig()))}), flush=True)
+    known = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
     for line in sys.stdin:
         asked = json.loads(line)
         if not asked["fork"] or os.fork() == 0:
             names = ("front", "output", "publish")
             front, output, publish = (f"ipc://{asked['folder']}/{name}" for name in names)
+            printer = AddressPrinter()
+            if "zmq_addr_pipe" not in known:
+                # Up to about 0.15 it reports nothing; these addresses are of ipc, which may be bound later.
+                printer.send((front, output, publish))
+            settings = {"zmq_addr_pipe": printer, "enable_wave_coordination": asked["waves"]}
             DPCoordinatorProc.run_coordinator(
-                asked["size"], front, output, publish, AddressPrinter(), enable_wave_coordination=asked["waves"]
+                asked["size"], front, output, publish, **{name: settings[name] for name in settings if name in known}
             )
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from tests.vllm import environment
 from tests.vllm.pairs import SETTLE_S, Neighbours, StockCoordinators, pair
+from tests.vllm.serving import VERSION
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 EVENTS = 30
-QUICK_S, SLOW_S = 0.02, 0.2
+QUICK_S, SLOW_S, SLOWEST_S = 0.02, 0.2, 1.0
 """Between two events, so that both coordinators hear them in one order. A busy machine needs longer."""
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "VLLM.md"
 Word = tuple[str, tuple[Any, ...]]
@@ -114,11 +116,17 @@ def outcome(neighbours: Neighbours) -> dict[str, Any]:
     }
 
 
+def kept(said: dict[str, Any]) -> dict[str, Any]:
+    """What must agree with this version's own coordinator. Older ones call the ranks running once a front-end has
+    noticed a request, and say the counts of ranks that have been scaled away."""
+    return said if VERSION == environment.DEFAULT_VERSION else {key: said[key] for key in ("waves woken", "greetings")}
+
+
 def both_say(stock: StockCoordinators, script: Script, pause_s: float) -> list[dict[str, Any]]:
     with pair(stock, script.least) as both:
         listen(both, SETTLE_S)
         tell(both, script.words, pause_s)
-        return [outcome(neighbours) for neighbours in both]
+        return [kept(outcome(neighbours)) for neighbours in both]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -128,9 +136,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_they_agree(stock: StockCoordinators, seed: int) -> None:
     script = Script(seed)
-    theirs, ours = both_say(stock, script, QUICK_S)
-    if theirs != ours:
-        theirs, ours = both_say(stock, script, SLOW_S)
+    for pause_s in (QUICK_S, SLOW_S, SLOWEST_S):
+        theirs, ours = both_say(stock, script, pause_s)
+        if theirs == ours:
+            break
     assert ours == theirs, script.words
 
 
@@ -166,7 +175,7 @@ def one_wake(both: tuple[Neighbours, ...]) -> None:
         for _ in range(20):
             neighbours.front_end_says(b"\0\0", 0)
     listen(both, 2 * SETTLE_S)
-    assert wakes_of(both)[0] == 20
+    assert wakes_of(both)[0] == (20 if VERSION == environment.DEFAULT_VERSION else 1)
     assert wakes_of(both)[1] < 10
 
 
@@ -176,7 +185,8 @@ def counts_with_waves(both: tuple[Neighbours, ...]) -> None:
         neighbours.views.clear()
     tell(both, [("rank_says", (0, None, None, 0))], 0.0)
     assert both[0].views[0] == (None, 0, True)
-    assert both[1].views[0] == ([[0, 0, 0.0], [0, 0, 0.0]], 0, True)
+    counts, *state = both[1].views[0]
+    assert (state, [set(rank) for rank in counts]) == ([0, True], [{0}, {0}])
 
 
 def backward_step(both: tuple[Neighbours, ...]) -> None:
