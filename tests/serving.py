@@ -38,6 +38,7 @@ class Command:
         self.lines: list[str] = []
         self.url = ""
         self.http: Any = None
+        self._clients: list[openai.OpenAI] = []
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *arguments],
             stderr=subprocess.STDOUT, stdout=to or subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
@@ -94,7 +95,9 @@ class Command:
     @property
     def openai(self) -> openai.OpenAI:
         """The official client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
+        self._clients.append(client)
+        return client
 
     def async_openai(self) -> openai.AsyncOpenAI:
         """The official asynchronous client."""
@@ -112,6 +115,8 @@ class Command:
         """End it, and its descendants, at once."""
         if self.http is not None:
             self.http.close()
+        for client in self._clients:
+            client.close()
         left = self.children()
         for pid in [self.process.pid, *left]:
             with contextlib.suppress(ProcessLookupError):

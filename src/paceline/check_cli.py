@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,13 +16,17 @@ from paceline.protocol.rules import BINDING_RULES, RULES, checked
 from paceline.protocol.sampling import SuspendMode
 from paceline.protocol.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
-from paceline.simulate.explore_binding import Finding, explore
+from paceline.simulate.explore_answers import AnswersWorld
+from paceline.simulate.explore_answers_place import Bounds
+from paceline.simulate.explore_binding import KeyedWorld
 from paceline.simulate.explore_binding_world import Limits
+from paceline.simulate.explore_search import Finding, World, search
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
-OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "max_memory_mb")
-"""Flags that say nothing of brokered binding's walk."""
+OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "notices", "max_memory_mb")
+"""Flags that say nothing of brokered binding's walk, nor of the answers'."""
+NOT_OF_ANSWERS = ("front_ends", "losses", "without")
 
 
 def check(
@@ -38,25 +42,35 @@ def check(
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
     backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
     grouped: Annotated[bool, typer.Option(help="Ranks form generations, and one may die in a wave.")] = False,
+    notices: Annotated[
+        bool | None, typer.Option(help="Whether front-ends' notices come through; without --grouped they do.")
+    ] = None,
     binding: Annotated[
         bool, typer.Option("--binding", help="Walk brokered binding: by default with each fault by itself.")
+    ] = False,
+    answers: Annotated[
+        bool,
+        typer.Option("--answers", help="Walk what clients are given while ranks, connections and the coordinator die."),
     ] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
     context: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
-    if binding:
-        for name in OF_WAVES:
+    if binding or answers:
+        flag = "--binding" if binding else "--answers"
+        refused = [*OF_WAVES, *(() if binding else NOT_OF_ANSWERS), *(("answers",) if binding else ())]
+        for name in refused:
             if _is_given(context, name):
-                raise typer.BadParameter("not with --binding", param_hint=f"--{name.replace('_', '-')}")
+                raise typer.BadParameter(f"not with {flag}", param_hint=f"--{name.replace('_', '-')}")
         given = {name: context.params[name] for name in OF_BOTH if _is_given(context, name)}
-        _check_binding(given, _rules(without or [], BINDING_RULES), as_json)
+        walks = _binding_walks(given, _rules(without or [], BINDING_RULES)) if binding else _answers_walks(given)
+        _search(walks, as_json)
         return
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or [], RULES),
-        backlog=backlog, grouped=grouped,
+        backlog=backlog, grouped=grouped, notices=notices,
     )  # fmt: skip
     with progress() as report:
         result = walk(bound, report)
@@ -78,16 +92,27 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _check_binding(given: dict[str, int], without: frozenset[str], as_json: bool) -> None:
+def _binding_walks(given: dict[str, int], without: frozenset[str]) -> list[World[Any]]:
     """`given`: the flags that bound the walk. Where none names a fault, one walk for each fault by itself."""
     faults: list[dict[str, int]] = [{"aborts": 1}, {"losses": 1}, {"crashes": 1}]
     none = {"aborts": 0, "losses": 0, "crashes": 0}
     named = any(name in given for name in none)
+    return [KeyedWorld(Limits(**{**none, **fault, **given}, without=without)) for fault in ([{}] if named else faults)]
+
+
+def _answers_walks(given: dict[str, int]) -> list[World[Any]]:
+    """Likewise: a crash, or a connection that ends and comes up again."""
+    if "crashes" in given:
+        return [AnswersWorld(Bounds(**given))]
+    return [AnswersWorld(Bounds(**{**fault, **given})) for fault in ({"crashes": 1}, {"crashes": 0, "cuts": 1})]
+
+
+def _search(worlds: list[World[Any]], as_json: bool) -> None:
+    """Walk one after the other until one of them finds something; print what came of it."""
     findings: list[Finding] = []
-    for fault in [{}] if named else faults:
-        limits = Limits(**{**none, **fault, **given}, without=without)
+    for world in worlds:
         with progress() as report:
-            findings.append(explore(limits, lambda *now, tell=report: tell(Progress(*now))))
+            findings.append(search(world, lambda *now, tell=report: tell(Progress(*now))))
         if findings[-1].violation:
             break
     last = findings[-1]

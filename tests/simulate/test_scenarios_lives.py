@@ -158,3 +158,31 @@ def test_a_wave_that_survivors_finish_while_another_rejoins_is_told_to_it() -> N
     assert deployment.world.run_until(lambda: waves(deployment) == {1}, limit_s=2.0) < 0.5
     deployment.world.run_for(0.5)
     check_rest(deployment)
+
+
+def test_survivors_of_a_rank_that_fell_silent_in_mid_wave_come_to_rest() -> None:
+    """It was believed to run in the wave that they finished without it, so they were woken again and again for it."""
+    deployment = deploy(NONE, ranks=3)
+    silent, front_end = deployment.ranks[0], deployment.front_ends[0]
+    request = front_end.submit(rank=1, max_tokens=50)
+    deployment.world.run_until(lambda: all(rank.machine.running for rank in deployment.ranks.values()))
+    deployment.world.run_for(0.05)
+    # As one that is stopped: nobody hears of it, and its peers lose it in the end.
+    silent.to_coordinator.hold()
+    silent.broadcasts.hold()
+    deployment.groups.leave((0, silent.machine.incarnation))
+    survivors = [deployment.ranks[number] for number in (1, 2)]
+    deployment.world.run_until(lambda: {rank.machine.generation for rank in survivors} == {2}, limit_s=10.0)
+    deployment.finish(limit_s=3.0)
+    assert front_end.answers[request].tokens == 50
+    deployment.world.run_for(1.0)
+    before = [rank.machine.wave for rank in survivors]
+    deployment.world.run_for(10.0)
+    assert [rank.machine.wave for rank in survivors] == before
+    assert deployment.coordinator is not None
+    assert deployment.coordinator.machine.statistics()["lagging"] == []
+    silent.to_coordinator.release()
+    silent.broadcasts.release()
+    deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0)
+    run_a_wave(deployment)
+    check_rest(deployment)

@@ -12,6 +12,7 @@ from paceline.simulate.waves_document import filled, main
 DOCUMENT = Path(__file__).parents[2] / "docs" / "WAVES.md"
 
 
+@pytest.mark.timeout(600)
 def test_the_document_is_current() -> None:
     assert main([str(DOCUMENT), "--check"]) == 0, "run `make docs`"
 
@@ -25,6 +26,7 @@ def test_every_rule_has_a_story_that_ends_badly() -> None:
         assert "\nThen: " in story or "\nStuck: " in story
 
 
+@pytest.mark.timeout(600)
 def test_a_changed_document_is_not_current_and_is_mended(tmp_path: Path) -> None:
     path = tmp_path / "WAVES.md"
     text = DOCUMENT.read_text(encoding="utf-8")

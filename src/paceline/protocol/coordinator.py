@@ -326,8 +326,9 @@ class Coordinator:
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
         formed = self._generations.form(now)
         for rank in self._generations.absent:
-            # Nothing is to be learned from who is not there, and nobody waits for its word.
+            # Nothing is to be learned from who is not there: nobody waits for its word, or runs for its sake.
             self._introductions.heard(rank)
+            self._group.forget(rank, now)
             self._suspension_changed(now)
         if formed is not None:
             effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._suspension.told())))

@@ -89,7 +89,7 @@ class FrontEnd:
         self._binding = Binding(identity, brokered, checked(without))
         self._calls = FrontEndCalls(identity)
         self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
-        self._stranded = Stranded(self._flights, self._router, resumes=resumes, suspended=lambda: self._calls.suspended)
+        self._stranded = Stranded(self._flights, self._router, self._calls, resumes=resumes)
         self._scaling = FrontEndScaling(identity, ranks, node)
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()

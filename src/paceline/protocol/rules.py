@@ -16,8 +16,12 @@ RULES: dict[str, str] = {
     "suspension-number": "An acknowledgement counts for the suspension whose number it carries and for no other.",
     "new-coordinator-asks": "A new coordinator asks all ranks who they are and what they do.",
     "joiner-told-the-wave": "A rank that joins is told the wave before it is ready.",
+    "behind-at-rest-told": "A rank that rests a wave behind the others, as they finished one while it joined, is told.",
 }
 """Name to the rule."""
+
+OF_GENERATIONS = frozenset({"behind-at-rest-told"})
+"""Rules that only ranks which form generations need."""
 
 BINDING_RULES: dict[str, str] = {
     "grants-repeated": "A grant is repeated until its front-end has said what became of the request.",

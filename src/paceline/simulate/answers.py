@@ -6,7 +6,7 @@ has, which must be those that have not ended.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from msgspec import Struct
 
@@ -14,7 +14,15 @@ from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import Refuse
 from paceline.protocol.frontends.stranded import MOST_LOSSES, PATIENCE_S
 from paceline.protocol.messages import AddRequest, Output
-from paceline.simulate.world import Violation, World
+from paceline.simulate.world import Violation
+
+
+class Clock(Protocol):
+    """Who knows the time."""
+
+    @property
+    def now(self) -> float:
+        """In seconds."""
 
 
 class Answer(Struct):
@@ -46,20 +54,20 @@ class Answers(dict[int, Answer]):
     """By the client's number of the request, which stands at the head of its prompt too: `prompt`. `name`: of the
     front-end."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, clock: Clock, name: str) -> None:
         super().__init__()
         self.open = 0
         """Requests that have not ended."""
         self.moved = 0
         """Requests that went on at another rank."""
-        self._world = world
+        self._clock = clock
         self._name = name
         self._next = 1
 
     def asked(self, max_tokens: int) -> int:
         """A client asks; returns the request's number."""
         request = self.number()
-        self[request] = Answer(self._world.now, max_tokens)
+        self[request] = Answer(self._clock.now, max_tokens)
         self.open += 1
         return request
 
@@ -92,7 +100,7 @@ class Answers(dict[int, Answer]):
         """The rank has this front-end's requests no more."""
         for answer in self.values():
             if answer.rank == rank and not answer.over:
-                answer.rank, answer.lost_at = -1, self._world.now
+                answer.rank, answer.lost_at = -1, self._clock.now
                 answer.losses += 1
 
     def delivered(self, output: Output) -> None:
@@ -105,7 +113,7 @@ class Answers(dict[int, Answer]):
             answer.tokens += len(expected)
             answer.losses = 0
         if answer.first < 0:
-            answer.first = self._world.now
+            answer.first = self._clock.now
         if output.finish_reason is None:
             return
         answer.finish_reason, answer.error = output.finish_reason, output.error
@@ -120,7 +128,7 @@ class Answers(dict[int, Answer]):
         answer = self._still(refusal.request, f"refused ({refusal.reason})")
         answer.refused = refusal.reason
         self._end(answer)
-        patient = answer.lost_at >= 0 and self._world.now >= answer.lost_at + PATIENCE_S
+        patient = answer.lost_at >= 0 and self._clock.now >= answer.lost_at + PATIENCE_S
         if answer.lost_at >= 0 and answer.losses < MOST_LOSSES and not patient:
             self._broken(f"request {refusal.request} is lost, after {answer.losses} of its ranks: {refusal.text}")
 
@@ -137,7 +145,7 @@ class Answers(dict[int, Answer]):
         return answer
 
     def _end(self, answer: Answer) -> None:
-        answer.ended = self._world.now
+        answer.ended = self._clock.now
         self.open -= 1
 
     def _broken(self, what: str) -> NoReturn:

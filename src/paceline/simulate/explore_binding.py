@@ -7,20 +7,16 @@ alike.
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, cast
 
-from msgspec import Struct
-
 from paceline.protocol.binding.broker import Broker
 from paceline.protocol.binding.brokerage import Brokerage
 from paceline.protocol.messages import Ask, Grants, LoadView, ReturnShares, Withdraw
-from paceline.simulate.explore_binding_world import Broken, Limits, Place, World
+from paceline.simulate.explore_binding_world import Limits, Place, World
 from paceline.simulate.explore_parts import attributes
+from paceline.simulate.explore_search import Finding, search
 
 PLAIN = frozenset({bool, int, str, float, bytes})
 
@@ -54,17 +50,6 @@ EDITION = frozenset({
     ("ReturnShares", "edition"), ("Shares", "edition"),
 })  # fmt: skip
 """Numbers that grow and are compared with each other alone, and with their successors."""
-
-
-class Finding(Struct):
-    """What came of a walk: `story` is a shortest way to a violation, empty where there is none."""
-
-    states: int
-    moves: int
-    depth: int
-    seconds: float
-    violation: str = ""
-    story: list[str] = []
 
 
 class Numbers(dict[int, int]):
@@ -139,70 +124,12 @@ def _freeze(value: Any, told: Numbers, edition: Numbers) -> Hashable:
 
 def explore(limits: Limits, report: Callable[[int, int, int], None] = lambda *_: None) -> Finding:
     """Walk all states, the nearest first. `report`: told how many there are, how many must be looked at, how deep."""
-    begin = time.perf_counter()
-    world = World(limits)
-    first = world.start()
-    numbers: dict[Hashable, int] = {hash_of(first): 0}
-    before: list[tuple[int, str]] = [(-1, "")]
-    after: list[list[int]] = [[]]
-    done: list[int] = [0] if world.over(first) else []
-    frontier: list[tuple[int, bytes]] = [(0, pickle.dumps(first))]
-    moves = depth = 0
-
-    def story(number: int, last: str = "") -> list[str]:
-        told = [last] if last else []
-        while number:
-            number, what = before[number]
-            told.append(what)
-        return [f"{place:3}. {what}" for place, what in enumerate(reversed(told), 1)]
-
-    while frontier:
-        reached: list[tuple[int, bytes]] = []
-        for number, stored in frontier:
-            for what, move in world.moves(pickle.loads(stored)):
-                place = pickle.loads(stored)
-                moves += 1
-                try:
-                    move(place)
-                except Broken as broken:
-                    seconds = time.perf_counter() - begin
-                    return Finding(len(before), moves, depth + 1, seconds, str(broken), story(number, what))
-                found = hash_of(place)
-                other = numbers.get(found)
-                if other is None:
-                    other = numbers[found] = len(before)
-                    before.append((number, what))
-                    after.append([])
-                    reached.append((other, pickle.dumps(place)))
-                    if world.over(place):
-                        done.append(other)
-                after[number].append(other)
-        depth += bool(reached)
-        report(len(before), len(reached), depth)
-        frontier = reached
-    stuck = _stuck(after, done)
-    seconds = time.perf_counter() - begin
-    if stuck is None:
-        return Finding(len(before), moves, depth, seconds)
-    return Finding(len(before), moves, depth, seconds, "a request can never come to its end any more", story(stuck))
+    return search(KeyedWorld(limits), report)
 
 
-def hash_of(place: Place) -> bytes:
-    """A state's key, in few bytes."""
-    return hashlib.blake2b(repr(key(place)).encode(), digest_size=16).digest()
+class KeyedWorld(World):
+    """With the key by which states are one."""
 
-
-def _stuck(after: list[list[int]], done: list[int]) -> int | None:
-    """The nearest state from which none of those that are done can be reached."""
-    sources: list[list[int]] = [[] for _ in after]
-    for number, targets in enumerate(after):
-        for target in targets:
-            sources[target].append(number)
-    can = set(done)
-    queue = list(done)
-    while queue:
-        for source in sources[queue.pop()]:
-            if source not in can:
-                can.add(source)
-                queue.append(source)
-    return next((number for number in range(len(after)) if number not in can), None)
+    def key(self, place: Place) -> Hashable:
+        """Equal for states that go on alike."""
+        return key(place)

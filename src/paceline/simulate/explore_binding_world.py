@@ -36,6 +36,7 @@ from paceline.protocol.messages import (
 )  # fmt: skip
 from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.sampling import SamplingParams
+from paceline.simulate.explore_search import Broken
 
 NOW = 1000.0
 LIFE = 7
@@ -53,10 +54,6 @@ class Limits(Struct, frozen=True):
     losses: int = 1
     crashes: int = 1
     without: frozenset[str] = frozenset()
-
-
-class Broken(Exception):
-    """A move led to what must not be."""
 
 
 class AbstractRank:
@@ -97,6 +94,8 @@ class Place:
 
 class World:
     """The moves of one deployment."""
+
+    stuck = "a request can never come to its end any more"
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from paceline.protocol.rank import Rank
+from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import Agree
 from paceline.simulate.explore_parts import freeze, renumber
 
 FRONT_END = 1
 
-Group = tuple[int, int]
-"""A generation: its number, and the sum of its members' incarnations. Lives are counted up, so of the groups that were
-to be formed under one number, the one of the lives that there are now has the highest sum, and no other has that."""
+
+class Group(NamedTuple):
+    """A generation: its number, the life of the coordinator that gave it, and how many members it has.
+
+    One coordinator gives a number to one set of lives, and two that give the same number give it to different sets:
+    before the second does, all of its set have said what the first has told them. So no two sets have one name.
+    """
+
+    number: int
+    by: int
+    size: int
 
 
 class Broken(Exception):
@@ -51,6 +59,11 @@ class Life:
     def busy(self) -> bool:
         """Whether it is in an agreement or forms a group: it reads then only what is read in mid-step."""
         return self.agree is not None or self.forming is not None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the life before has died, and this one has not yet loaded its engine."""
+        return self.machine.phase is Phase.LOADING
 
     @property
     def idle(self) -> bool:

@@ -61,8 +61,10 @@ TIMERS = {
     "suspension": ("_suspension", "_due"),
     "generation": ("_generations", "_due"),
     "patience": ("_generations", "_give_up_at"),
+    "lost": ("_generations", "_lost_at"),
+    "silent": ("_generations", "_silent_at"),
 }
-"""What the coordinator repeats, and where its machine keeps when."""
+"""What the coordinator repeats, or waits for, and where its machine keeps when."""
 
 
 class Coordinators:
@@ -91,7 +93,7 @@ class Coordinators:
         machine = Coordinator(
             self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self._without
         )  # fmt: skip
-        # The only ranks' numbers that the machine makes itself; all others come with messages.
+        # Ranks' numbers that the machine makes itself, here and in `_handle`; all others come with messages.
         machine._introductions._unheard = {RankLabel(rank) for rank in machine._introductions._unheard}
         return self._states.number(renumber(machine))
 
@@ -114,7 +116,20 @@ class Coordinators:
     def forming(self, number: int) -> Group:
         """The generation that is, or is to be, formed."""
         generations = self._states[number]._generations
-        return generations.number, sum(generations._members.values())
+        return Group(generations.number, self._states[number].identity, len(generations._members))
+
+    def identity(self, number: int) -> int:
+        """Which life of the coordinator it is."""
+        return self._states[number].identity
+
+    def members(self, number: int) -> dict[int, int]:
+        """By rank, the lives that the generation is, or is to be, formed of."""
+        return self._states[number]._generations._members
+
+    def unspoken(self, number: int) -> list[int]:
+        """The ranks that have not spoken since the generation ended."""
+        spoken = self._states[number]._generations._spoken
+        return [] if spoken is None else [rank for rank in range(self._size) if rank not in spoken]
 
     def timers(self, number: int) -> list[tuple[str, list[int]]]:
         """The timers that are set, each with the ranks whose answer it waits for."""
@@ -123,10 +138,13 @@ class Coordinators:
             machine = self._states[number]
             waiting = {
                 "wake": machine._group.lagging(),
-                "question": [*machine._membership.missing(), *machine._generations.silent()],
+                "question": _unheard(machine),
                 "generation": [*machine._generations._members],
+                # What is waited for here comes or does not: `explore_group`.
                 "patience": [],
-                "suspension": machine._suspension.state(range(self._size)).waiting_for,
+                "lost": [],
+                "silent": [],
+                "suspension": machine._suspension.state(_expected(machine)).waiting_for,
             }
             set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in TIMERS.items()}
             found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
@@ -195,6 +213,7 @@ class Coordinators:
             effects = machine.handle(event, NOW)
         except Exception as error:
             raise Broken(f"the coordinator's machine failed: {type(error).__name__}: {error}") from error
+        machine._generations.absent = {RankLabel(rank) for rank in machine._generations.absent}
         why = wave_never_falls("the coordinator", before, machine._group.wave)
         if why is not None:
             raise Broken(why)
@@ -207,7 +226,7 @@ class Coordinators:
                 elif isinstance(message, Members | LoadView):
                     published = max(published, (message.wave, message.running))
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
-        state = machine._suspension.state(range(self._size))
+        state = machine._suspension.state(_expected(machine))
         settled = state.number if state.settled else 0
         return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled)
 
@@ -224,15 +243,23 @@ def _key(machine: Coordinator) -> Hashable:
     # is to hear of the others later.
     introductions._asked = float("-inf")
     introductions._admitted = {}
-    unheard = machine._membership.missing() or generations.silent()
+    unheard = _unheard(machine)
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
     introductions._due = LATER if introductions._asks and unheard else None
-    # A rank that dies is back at once here: that the others go on without it is left to the simulator.
-    generations._lost_at = generations._silent_at = None
     if generations._due is None:
         generations._give_up_at = float("inf")
     if generations._spoken is not None:
         # Set anew with the next generation, and not read before.
         generations._members = {}
     return freeze(machine)
+
+
+def _unheard(machine: Coordinator) -> list[int]:
+    """Ranks that a question is for."""
+    return [*machine._membership.missing(), *machine._generations.silent(), *machine._late()]
+
+
+def _expected(machine: Coordinator) -> list[int]:
+    """Ranks whose word on a suspension counts."""
+    return machine._suspension.expected(machine._membership, machine._generations, NOW)

@@ -14,7 +14,6 @@ from typing import Any
 from paceline.protocol.messages import Identify, RankHello
 from paceline.protocol.rank_events import Agree
 from paceline.simulate.explore_coordinator import Answer
-from paceline.simulate.explore_sends import ways_to_send
 from paceline.simulate.explore_tables import Fan, Table
 from paceline.simulate.explore_world import World
 
@@ -211,7 +210,7 @@ class BlockLookups:
         return fan
 
     def _ways(self, published: tuple[int, bool], number: int) -> list[tuple[int, int]]:
-        ways = ways_to_send(self._world.blocks, number, published)
+        ways = self._world.ways_to_send(self._world.blocks, number, published)
         return [(sent.block, -1 if sent.read is None else self._event(("noticed", sent.read))) for sent in ways]
 
     def _moves(self, number: int) -> list[tuple[int, int, bool]]:

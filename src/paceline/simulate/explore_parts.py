@@ -132,6 +132,18 @@ def renumber(value: Any, ranks: Callable[[int], int] = lambda rank: rank) -> Any
     return copy
 
 
+class Once(dict[int, T]):
+    """By a part's number, what `make` makes of it: once, when it is first asked for."""
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, number: int) -> T:
+        made = self[number] = self._make(number)
+        return made
+
+
 class Register(Generic[T]):
     """Things by number: the first that was met of each kind. `key`: equal for things that are one."""
 

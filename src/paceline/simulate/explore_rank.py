@@ -34,7 +34,7 @@ from paceline.protocol.rank_events import (
     Turn,
 )
 from paceline.protocol.sampling import SamplingParams
-from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Life
+from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Group, Life
 from paceline.simulate.explore_machine import Machines
 from paceline.simulate.explore_parts import LATER, Register, renumber
 
@@ -57,6 +57,10 @@ class Blocks(Machines):
         """By block, whether the rank takes part in steps: it runs, and has a group if it needs one."""
         self.incarnation: list[int] = []
         """By block, the rank's life."""
+        self.loading: list[bool] = []
+        """By block, whether that life has not loaded its engine yet: the one before is dead."""
+        self.group: list[Group | None] = []
+        """By block, the generation whose connections the rank holds."""
         self._neutral: dict[tuple[ToRank, int], int | None] = {}
         self._moves: dict[int, list[BlockMove]] = {}
         self._heard: dict[tuple[int, int], int] = {}
@@ -74,10 +78,13 @@ class Blocks(Machines):
         if number is None:
             number = self._numbers[block] = len(self._blocks)
             self._blocks.append(block)
-            machine = self._lives[block.life].machine
+            life = self._lives[block.life]
+            machine = life.machine
             self.oldest.append(block.up[0] if block.up else -1)
             self.running.append(machine._may_step())
             self.incarnation.append(machine.incarnation)
+            self.loading.append(life.loading)
+            self.group.append(life.group)
         return number
 
     def life(self, number: int) -> Life:

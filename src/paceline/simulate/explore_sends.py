@@ -48,6 +48,18 @@ def ways_to_send(blocks: Blocks, number: int, published: tuple[int, bool]) -> li
     return ways
 
 
+def ways_without_notice(blocks: Blocks, number: int, published: tuple[int, bool]) -> list[Sent]:
+    """All ways for a request whose notice is lost, or was not sent."""
+    life = blocks.life(number)
+    if life.machine.phase is not Phase.READY:
+        return []
+    newest, runs = published
+    stamps = sorted({0, newest, max(0, newest - (not runs))})
+    if life.busy:
+        return [Sent("send-late", stamp, blocks.sent(number, stamp)) for stamp in stamps]
+    return [Sent("send-alone", stamp, blocks.arrive(number, stamp)) for stamp in stamps]
+
+
 @cache
 def front_end_sends(wave: int, running: bool) -> tuple[int, int | None]:
     """What a front-end with this belief sends: the request's stamp and, where it sends a notice too, the notice's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 State = tuple[int, ...]
@@ -16,7 +17,8 @@ class Common(NamedTuple):
     `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
     `losses`, `crashes`: how many more there may be. `calls`: of the operator, how many have been served. `asking`:
     whether one is under way; `told`: whether this life of the coordinator has it; `answered`: its answer, 0 for none.
-    `settled`: the number of the suspension that all ranks have said to keep, 0 where none is in force.
+    `settled`: the number of the suspension that all ranks have said to keep, 0 where none is in force. `stranded`:
+    requests whose rank has died, and that their front-ends are to send to another one.
     """
 
     unsent: int
@@ -28,6 +30,7 @@ class Common(NamedTuple):
     told: bool = False
     answered: int = 0
     settled: int = 0
+    stranded: int = 0
 
 
 class Action(NamedTuple):
@@ -41,3 +44,7 @@ class Action(NamedTuple):
     detail: int = 0
     lost: int = -1
     fair: bool = True
+
+
+Moves = Iterator[tuple[Action, State]]
+"""What can happen, and the state after it."""

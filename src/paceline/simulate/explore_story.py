@@ -132,6 +132,10 @@ class _Teller:
         match action.kind:
             case "send":
                 return f"A front-end that believes wave {action.detail} to run sends {rank} a request, which arrives"
+            case "send-alone" | "send-late":
+                where = "arrives" if action.kind == "send-alone" else "is on its way"
+                whose = " whose rank has died" * action.fair
+                return f"A front-end sends {rank} a request{whose}, stamped {action.detail}, which {where}"
             case "send-first":
                 return (
                     f"A front-end that believes the ranks paused before wave {action.detail} sends {rank} a request, "
@@ -159,7 +163,26 @@ class _Teller:
             case "agree":
                 return "All ranks agree whether any has work left"
             case "die":
-                return f"{rank.capitalize()} dies, and its next life is loaded"
+                return f"{rank.capitalize()} dies" + (
+                    "" if self._world.blocks.group_address else ", and its next life is loaded"
+                )
+            case "hello":
+                return f"{rank.capitalize()} waits to be admitted and says hello again"
+            case "ask":
+                return f"The operator asks for: {self._world.calls[action.detail]}"
+            case "call":
+                return f"The call ({self._world.calls[action.detail]}) reaches the coordinator"
+        return self._of_generations(action, rank)
+
+    def _of_generations(self, action: Action, rank: str) -> str:
+        messages = self._world.blocks.messages
+        match action.kind:
+            case "load":
+                return f"The next life of {rank} has loaded its engine"
+            case "lost":
+                return "The coordinator waits no longer for who is gone"
+            case "silent":
+                return "The coordinator waits no longer for who says nothing"
             case "form":
                 return f"{rank.capitalize()} leaves its group and waits for the others to form the next"
             case "formed":
@@ -176,12 +199,6 @@ class _Teller:
                 return f"The coordinator reads what {rank}'s life before had said: {meaning(messages[action.detail])}"
             case "gone":
                 return f"The coordinator hears that the connection of {rank}'s life before has ended"
-            case "hello":
-                return f"{rank.capitalize()} waits to be admitted and says hello again"
-            case "ask":
-                return f"The operator asks for: {self._world.calls[action.detail]}"
-            case "call":
-                return f"The call ({self._world.calls[action.detail]}) reaches the coordinator"
         return "The coordinator dies and another starts that knows nothing; " + self._lost(action.detail)
 
     def _lost(self, bits: int) -> str:
@@ -199,12 +216,16 @@ class _Teller:
         before, after = self._state[FIRST_BLOCK + place], raw[FIRST_BLOCK + place]
         name = self._rank(place)
         was, now = blocks.life(before).machine, blocks.life(after).machine
-        if now.running and (not was.running or now.wave != was.wave):
+        if now.incarnation != was.incarnation:
+            lost = blocks.life(before).unfinished + len(blocks[before].arriving)
+            if lost and blocks.group_address:
+                yield f"{lost} request{'s' * (lost > 1)} must go on elsewhere"
+        elif now.running and (not was.running or now.wave != was.wave):
             yield f"{name} runs in wave {now.wave}"
         elif was.running and not now.running:
             yield f"{name} pauses, wave {now.wave} is next"
         finished = len(blocks.life(before).left) - len(blocks.life(after).left)
-        if finished > 0:
+        if finished > 0 and now.incarnation == was.incarnation:
             yield f"{name} answers {finished} request{'s' * (finished > 1)}"
         for message in _new(blocks[before].up, blocks[after].up):
             yield f'{name} says "{meaning(blocks.messages[message])}"'

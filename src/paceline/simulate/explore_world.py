@@ -29,19 +29,16 @@ from paceline.protocol.invariants import (
     joiner_is_told,
     left_out_has_it,
     nothing_steps_while_suspended,
-    same_collective,
 )
 from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
-from paceline.protocol.rank_events import Agree, Step
 from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Answer, Coordinators
 from paceline.simulate.explore_rank import Blocks
-from paceline.simulate.explore_sends import ways_to_send
-from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, State
-
-Moves = Iterator[tuple[Action, State]]
+from paceline.simulate.explore_rounds import Rounds
+from paceline.simulate.explore_sends import ways_to_send, ways_without_notice
+from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, Moves, State
 
 
 class World:
@@ -49,6 +46,7 @@ class World:
 
     `steps`: engine steps of a request. `sync_interval`: steps between agreements. `without`: rules left out.
     `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `notices`: whether front-ends' notices come through, or all are lost.
     `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
     """
 
@@ -57,14 +55,17 @@ class World:
     def __init__(
         self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
         steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
-        backlog: int = 3,
+        backlog: int = 3, notices: bool = True,
     ) -> None:  # fmt: skip
         self.ranks = ranks
         self.backlog = backlog
         self.calls = calls
         self.blocks = self.kind_of_blocks(steps, sync_interval, without)
         self.coordinators = Coordinators(ranks, without)
+        self.rounds = Rounds(self.blocks, backlog, called=bool(calls))
+        self.ways_to_send = ways_to_send if notices else ways_without_notice
         self._merge = merge
+        self._without = without
         self._numbers: dict[Common, int] = {}
         self.commons: list[Common] = []
         """What belongs to no one party, by number."""
@@ -191,7 +192,7 @@ class World:
                 before = self._with(state, rank, blocks.notice_read(number, stamp))
                 answer = coordinators.noticed(coordinator, rank, stamp)
                 yield from self._answered(before, answer, Action("notice", rank, stamp))
-            if not block.connected:
+            if not block.connected and not blocks.loading[number]:
                 before = self._with(state, rank, blocks.number(block._replace(connected=True)))
                 yield from self._answered(before, coordinators.subscribed(coordinator), Action("connect", rank))
         if common.asking and not common.told:
@@ -269,41 +270,23 @@ class World:
 
     def check_left_out(self, number: int, wave: int) -> None:
         """Raises Broken where this rank must not be left out of a wake for `wave`."""
-        machine = self.blocks.life(number).machine
+        life = self.blocks.life(number)
+        machine = life.machine
         # The request that the notice was about may have been lost with the life before.
         if machine.incarnation == 1 and "abort" not in self.calls:
-            # What it holds back it starts by itself, in whatever wave is current then.
-            coming = (*self.blocks[number].arriving, *[wave] * machine.requests.held)
+            # What it holds back, or has while it runs, it starts by itself, in whatever wave is current then.
+            own = life.unfinished if machine.running else machine.requests.held
+            coming = (*self.blocks[number].arriving, *[wave] * own)
             demand(left_out_has_it(StartDPWave(wave, 0), machine.wave, machine.running, coming))
 
     def _round(self, state: State) -> Moves:
         """All ranks run and take part in a step, and in the agreement if one is due."""
-        blocks = self.blocks
-        if not all(blocks.running[number] and len(blocks[number].up) < self.backlog for number in state[FIRST_BLOCK:]):
-            return
-        lives = [blocks.life(number) for number in state[FIRST_BLOCK:]]
-        after: list[int] = list(state[FIRST_BLOCK:])
-        agreeing = all(life.agree is not None for life in lives)
-        if not agreeing:
-            after = [blocks.stepped(number) for number in after]
-        agrees = [blocks.life(number).agree for number in after]
-        demand(same_collective({f"rank {i}": agree or Step() for i, agree in enumerate(agrees)}))
-        agreements = [agree for agree in agrees if agree is not None]
-        # In an agreement a rank can hear of a suspension that it has not spoken of.
-        if agreements and (agreeing or not self.calls):
-            after = self._agreed(after, agreements)
-        yield Action("agree" if agreeing else "round", detail=len(agreements)), (*state[:FIRST_BLOCK], *after)
-
-    def _agreed(self, numbers: list[int], agreements: list[Agree]) -> list[int]:
-        any_work = any(agree.has_work for agree in agreements)
-        wave = max(agree.wave for agree in agreements)
-        suspension = max(agree.suspension for agree in agreements)
-        return [self.blocks.agreed(number, any_work, wave, suspension) for number in numbers]
+        return self.rounds.of(state, range(self.ranks))
 
     def _submit(self, state: State, common: Common) -> Moves:
         state = self._changed(state, common._replace(unsent=common.unsent - 1))
         for rank in range(self.ranks):
-            for sent in ways_to_send(self.blocks, state[FIRST_BLOCK + rank], common.published):
+            for sent in self.ways_to_send(self.blocks, state[FIRST_BLOCK + rank], common.published):
                 after = self._with(state, rank, sent.block)
                 action = Action(sent.kind, rank, sent.stamp, fair=False)
                 if sent.read is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from paceline.protocol.rules import RULES
@@ -33,9 +34,14 @@ def diagrams() -> Iterator[str]:
 def stories() -> Iterator[str]:
     """Each rule, and what happens without it."""
     for name, text in RULES.items():
-        result = walk(Bound(without=frozenset({name})), lambda _: None)
-        *steps, end = result.trace
+        *steps, end = story(name)
         yield f"### `{name}`\n\n{text} Without it:\n\n" + "\n".join(steps) + f"\n\n{end}"
+
+
+@cache
+def story(rule: str) -> list[str]:
+    """The shortest one without this rule."""
+    return walk(Bound(without=frozenset({rule})), lambda _: None).trace
 
 
 def filled(text: str) -> str:

@@ -136,6 +136,8 @@ class GroupWave:
 
     def late(self) -> list[int]:
         """Ranks that rest a wave behind the others, which rest as well. Where they do not, the wake tells the wave."""
+        if "behind-at-rest-told" in self._without:
+            return []
         return [] if self._owed() else sorted(self._late)
 
     def wake(self, now: float) -> StartDPWave | None:

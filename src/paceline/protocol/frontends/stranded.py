@@ -9,9 +9,10 @@ between, since it may be what kills them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from paceline.protocol.frontend_events import Effect, Refuse
+from paceline.protocol.frontends.calls import FrontEndCalls
 from paceline.protocol.frontends.flights import Flight, Flights
 from paceline.protocol.frontends.router import Router
 from paceline.protocol.routing.policy import Query
@@ -24,16 +25,14 @@ MOST_LOSSES = 3
 
 class Stranded:
     """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
-    `suspended`: whether the deployment is.
+    `calls`: know whether the deployment is suspended.
     """
 
-    def __init__(
-        self, flights: Flights, router: Router, *, resumes: bool, suspended: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, flights: Flights, router: Router, calls: FrontEndCalls, *, resumes: bool) -> None:
         self._flights = flights
         self._router = router
         self._resumes = resumes
-        self._suspended = suspended
+        self._calls = calls
         self._waiting: dict[int, tuple[Flight, float]] = {}
 
     def __len__(self) -> int:
@@ -50,7 +49,7 @@ class Stranded:
         effects: list[Effect] = []
         for flight in flights:
             # While the deployment is suspended no rank computes a request: it is not what kills them.
-            if not self._suspended():
+            if not self._calls.suspended:
                 flight.losses = flight.losses + 1 if len(flight.made) == flight.made_before else 1
                 flight.made_before = len(flight.made)
             if flight.losses >= MOST_LOSSES:
