@@ -20,7 +20,7 @@ FAULTS = ("kill a rank", "kill a rank", "stop a rank", "kill a front-end", "kill
 CALL_S = 15.0
 """How long a call to suspend or resume may take."""
 RESUMED_S = 60.0
-PAUSE_S = 0.05
+PAUSE_S = 0.25
 """Between two rounds of garbage: with none there would be nothing left of the machine for the streams."""
 
 

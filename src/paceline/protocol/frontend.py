@@ -132,6 +132,8 @@ class FrontEnd:
                 moved = self._stranded.move(self._flights.put_down(rank), now)
                 return [*moved, *self._placement.end_waiting(now)]
             case LinkUp(rank):
+                if rank in self._flights.down:
+                    self._stranded.acquit(rank, self._flights.down[rank].incarnation)
                 put_up = self._flights.put_up(rank)
                 self._let_leave()
                 return [*put_up, *self._stranded.settle(now), *self._placement.settle(now)]

@@ -106,10 +106,19 @@ class AnswersWorld:
             for link in flights.known()
         ]
         requests = [
-            (wire, flight.submit.request, flight.link.rank, flight.link.incarnation, len(flight.made), flight.losses)
+            (
+                wire,
+                flight.submit.request,
+                flight.link.rank,
+                flight.link.incarnation,
+                len(flight.made),
+                tuple(flight.lost),
+            )
             for wire, flight in sorted(flights._flights.items())
         ]
-        waiting = [(request, len(flight.made), flight.losses) for request, (flight, _) in stranded._waiting.items()]
+        waiting = [
+            (request, len(flight.made), tuple(flight.lost)) for request, (flight, _) in stranded._waiting.items()
+        ]
         lives = [
             (life.alive, life.incarnation, life.machine.phase.value, tuple(sorted(life.machine.requests._keys.items())),
              tuple(sorted(life.left.items())), freeze(life.inbox))

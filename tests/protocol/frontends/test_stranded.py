@@ -203,6 +203,47 @@ def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_
     assert machine.in_flight() == 0
 
 
+def test_ranks_whose_connections_come_back_were_killed_by_no_request() -> None:
+    """A rank that was stopped, or silent, for a moment: `make chaos` with garbage on every socket lost requests so."""
+    machine = front_end()
+    say(machine, submit(machine, 1), 50)
+    for turn in range(3 * MOST_LOSSES):
+        rank = turn % 2
+        assert [at for at, _ in adds(machine.handle(LinkDown(rank), 1.0))] == [1 - rank]
+        machine.handle(LinkUp(rank), 1.0)
+    assert machine.in_flight() == 1
+
+
+def many_down() -> FrontEnd:
+    """A request that has just lost one rank after the other; nobody knows yet whether these are dead."""
+    machine = front_end()
+    lives = [(rank, 10 + rank) for rank in range(MOST_LOSSES + 1)]
+    machine.handle(members(*lives), 0.0)
+    ((rank, _),) = [(0, submit(machine, 1))]
+    for _ in range(MOST_LOSSES):
+        effects = machine.handle(LinkDown(rank), 1.0)
+        assert not [effect for effect in effects if isinstance(effect, Refuse)]
+        rank = adds(effects)[0][0] if adds(effects) else -1
+    assert rank == -1, "it is kept from those that are left"
+    return machine
+
+
+def test_a_request_that_may_kill_ranks_waits_until_one_is_back() -> None:
+    machine = many_down()
+    assert len(adds(machine.handle(LinkUp(0), 2.0))) == 1
+    assert machine.in_flight() == 1
+
+
+def test_a_request_that_may_kill_ranks_is_given_up_once_these_are_known_to_be_dead() -> None:
+    machine = many_down()
+    dead = [(rank, life) for rank, life in ((rank, 10 + rank) for rank in range(MOST_LOSSES + 1))]
+    up = [link.rank for link in machine._flights.links.values()]
+    effects = machine.handle(members(ended=tuple(one for one in dead if one[0] not in up)), 2.0)
+    (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
+    assert refusal.text.endswith("the 3rd in a row")
+    assert machine.in_flight() == 0
+
+
 def test_ranks_that_die_while_the_deployment_is_suspended_are_not_killed_by_a_request() -> None:
     machine = front_end()
     say(machine, submit(machine, 1), 50)

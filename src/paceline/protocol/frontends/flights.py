@@ -36,14 +36,15 @@ FIRST_RESEND = 2**62
 class Flight(Struct, gc=False):
     """A request that has been sent: what its client asked for, the tokens that it has, and when it was first sent.
 
-    `losses`: how often it has lost its rank without a token in between; `made_before`: its tokens at the last loss.
+    `lost`: the ranks that it has lost without a token in between, each with its life, but those that were back
+    afterwards; `made_before`: its tokens at the last loss.
     """
 
     submit: Submit
     link: RankLink
     made: list[int]
     since: float
-    losses: int = 0
+    lost: list[tuple[int, int]] = []
     made_before: int = -1
 
     @property
@@ -97,6 +98,10 @@ class Flights:
     def known(self) -> list[RankLink]:
         """All lives of ranks that are connected to, whether that is up or not."""
         return [*self.links.values(), *self.down.values(), *self.leaving.values()]
+
+    def of_all(self) -> Iterable[Flight]:
+        """What is in flight, to any rank."""
+        return self._flights.values()
 
     def let_leave(self, rank: int) -> None:
         """The rank is to leave: it gets nothing new."""

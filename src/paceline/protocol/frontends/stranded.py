@@ -4,7 +4,8 @@ A request whose rank has died goes on at another one at once, by this front-end'
 once. One that named its rank does so too: the answer matters more than the place. Where no rank is there, it waits for
 the first that comes, for `PATIENCE_S`. Where a part of the answer is with the client and the engine cannot go on with
 that, the client is told so; and likewise where a request has lost one rank after the other and no token was made in
-between, since it may be what kills them.
+between, since it may be what kills them. A rank that was only silent is back in a moment and is not counted, so a
+request that has lost that many waits until it is known of each whether it is dead, and kills no further one meanwhile.
 """
 
 from __future__ import annotations
@@ -48,34 +49,48 @@ class Stranded:
         """Let requests that have lost their rank go on at others, as soon as there are any."""
         effects: list[Effect] = []
         for flight in flights:
+            link, made = flight.link, len(flight.made)
             # While the deployment is suspended no rank computes a request: it is not what kills them.
             if not self._calls.suspended:
-                flight.losses = flight.losses + 1 if len(flight.made) == flight.made_before else 1
-                flight.made_before = len(flight.made)
-            if flight.losses >= MOST_LOSSES:
-                text = f"rank {flight.link.rank} ended while it served this request, the {MOST_LOSSES}rd in a row"
-                effects.append(Refuse(flight.submit.request, "rank-lost", text))
-            elif flight.made and not self._resumes:
-                text = f"rank {flight.link.rank} ended after {len(flight.made)} tokens of the answer"
+                flight.lost = [*(flight.lost if made == flight.made_before else []), (link.rank, link.incarnation)]
+                flight.made_before = made
+            if made and not self._resumes:
+                text = f"rank {link.rank} ended after {made} tokens of the answer"
                 effects.append(Refuse(flight.submit.request, "rank-lost", f"{text}; this engine cannot go on with it"))
             else:
                 self._waiting[flight.submit.request] = (flight, now)
         return [*effects, *self.settle(now)]
 
+    def acquit(self, rank: int, incarnation: int) -> None:
+        """This life of a rank is back: it was silent, or cut off, and no request has killed it."""
+        waiting = [flight for flight, _ in self._waiting.values()]
+        for flight in [*self._flights.of_all(), *waiting]:
+            if flight.lost:
+                flight.lost = [life for life in flight.lost if life != (rank, incarnation)]
+
     def settle(self, now: float) -> list[Effect]:
-        """Ranks have come, or time has passed."""
+        """Ranks have come, or are known to be dead, or time has passed."""
         effects: list[Effect] = []
-        if self._flights.links:
-            waiting, self._waiting = self._waiting, {}
-            for flight, _ in waiting.values():
+        for request, (flight, since) in list(self._waiting.items()):
+            suspected = len(flight.lost) >= MOST_LOSSES
+            rank = flight.link.rank
+            if suspected and not self._may_be_back(flight):
+                text = f"rank {rank} ended while it served this request, the {MOST_LOSSES}rd in a row"
+                effects.append(Refuse(request, "rank-lost", text))
+            elif self._flights.links and not suspected:
                 effects += self._send(flight)
-        elif now >= self.deadline:
-            over = [request for request, (_, since) in self._waiting.items() if now >= since + PATIENCE_S]
-            for request in over:
-                rank = self._waiting.pop(request)[0].link.rank
+            elif now >= since + PATIENCE_S:
                 text = f"rank {rank} ended while it served this request, and none was ready within {PATIENCE_S:g} s"
                 effects.append(Refuse(request, "rank-lost", text))
+            else:
+                continue
+            del self._waiting[request]
         return effects
+
+    def _may_be_back(self, flight: Flight) -> bool:
+        """Whether a rank that it has lost is not known to be dead: its connection has ended, and may come up again."""
+        down = self._flights.down
+        return any(rank in down and down[rank].incarnation == life for rank, life in flight.lost)
 
     def drop(self, requests: Iterable[int]) -> None:
         """The clients of these have gone."""
