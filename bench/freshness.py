@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=numbers, default=[2, 64, 384])
     parser.add_argument("--intervals", type=numbers, default=[100, 20, 5], help="milliseconds")
-    parser.add_argument("--seconds", type=float, default=4.0, help=f"of each saturated measurement, or more until {GAPS} views are due")
+    parser.add_argument("--seconds", type=float, default=4.0, help=f"of each flood, or until {GAPS} views")
     parser.add_argument("--rounds", type=int, default=200, help="first changes after quiet")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
