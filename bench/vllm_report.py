@@ -21,7 +21,7 @@ faster. Goals are the issue's; ✗ marks one that is missed.
 
 
 MISSED = {
-    "A wake": "a wake is one frame to each rank by both, and by the floor. What differs are time slices: the rig, whose "
+    "A wake": "one frame goes to each rank, by both and by the floor. What differs are time slices: the rig, whose "
     "process stands in for all ranks and front-ends, runs on the same cores.",
     "An isolated change, independent": "vLLM's own publishes at once, too, where no wave keeps its ranks in step and "
     "its 100 ms are over. A twentieth of that is less than a frame needs through two sockets. Its p99 is the interval.",
