@@ -34,7 +34,7 @@ def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
     """Run it; returns what came of it."""
     tally = Tally()
     arguments = [*ENGINES[engine], "-dp", str(RANKS), "-asc", str(FRONT_ENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
-                 "--max-rank-restarts", "100000"]  # fmt: skip
+                 "--max-rank-restarts", "100000", "--max-rank-losses", "100"]  # fmt: skip
     with deployment(*arguments) as running:
         asks = asks_of(engine, running.openai.models.list().data[0].id)
         texts = [running.openai.completions.create(**ask).choices[0].text for ask in asks]
