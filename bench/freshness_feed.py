@@ -75,9 +75,10 @@ class Ranks:
 
 def feed(job: Feed, orders: Connection) -> None:
     """Say hello, wait for the order to go, feed until the next order; answers (sent or refused, refused)."""
-    ranks = Ranks(job.ranks, job.address)
-    # Real ranks have cores of their own; these must not take the coordinator's.
+    # Real ranks have cores of their own; these must not take the coordinator's. First of all: a thread has the niceness
+    # of the one that starts it, and ZeroMQ's does most of the work.
     os.nice(19)
+    ranks = Ranks(job.ranks, job.address)
     orders.send("here")
     orders.recv()
     period_s = 1 / job.per_second if job.per_second else 0.0

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paceline.protocol.coordination.board import STEP_WAIT_S
 from paceline.protocol.messages import LoadView
 
 MEASURED = """\
@@ -173,6 +174,19 @@ def _cell_rows(cells: Sequence[Cell], *, paced: bool) -> list[str]:
     return rows
 
 
+def _beside_timer(cells: Sequence[Cell]) -> str:
+    """How much of what is over the interval is the machine's."""
+    bare = sum(cell.bare_p99 <= cell.interval_ms + GOAL_OVER_MS for cell in cells)
+    over = {way: max((cell.p99 - cell.bare_p99 for cell in cells if cell.lockstep is way), default=0.0)
+            for way in (False, True)}  # fmt: skip
+    return (
+        f"p99 within interval + {GOAL_OVER_MS:g} ms: {sum(cell.kept for cell in cells)} of {len(cells)} rows, the bare timer "
+        f"{bare}. At most {over[False]:.1f} ms more than the bare timer's p99 where ranks are independent, and "
+        f"{over[True]:.1f} ms in lockstep, where a view that is due waits up to {STEP_WAIT_S * 1000:g} ms for the rest of "
+        "a step: a process that waits for a core is late, however it is written."
+    )
+
+
 def to_markdown(arguments: str, cores: int, seconds: float, firsts: Sequence[Quiet], cells: Sequence[Cell]) -> str:
     """`results/freshness.md`."""
     command = f'make bench-freshness ARGS="{arguments}"'
@@ -190,6 +204,8 @@ def to_markdown(arguments: str, cores: int, seconds: float, firsts: Sequence[Qui
         "## All ranks report as fast as they can",
         "",
         *_cell_rows([cell for cell in cells if not cell.per_second], paced=False),
+        "",
+        _beside_timer([cell for cell in cells if not cell.per_second]),
         "",
         "## Lockstep ranks at 100 steps a second",
         "",
