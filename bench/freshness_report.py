@@ -180,10 +180,10 @@ def _beside_timer(cells: Sequence[Cell]) -> str:
     over = {way: max((cell.p99 - cell.bare_p99 for cell in cells if cell.lockstep is way), default=0.0)
             for way in (False, True)}  # fmt: skip
     return (
-        f"p99 within interval + {GOAL_OVER_MS:g} ms: {sum(cell.kept for cell in cells)} of {len(cells)} rows, the bare timer "
-        f"{bare}. At most {over[False]:.1f} ms more than the bare timer's p99 where ranks are independent, and "
-        f"{over[True]:.1f} ms in lockstep, where a view that is due waits up to {STEP_WAIT_S * 1000:g} ms for the rest of "
-        "a step: a process that waits for a core is late, however it is written."
+        f"p99 within interval + {GOAL_OVER_MS:g} ms: {sum(cell.kept for cell in cells)} of {len(cells)} rows, the bare "
+        f"timer {bare}. At most {over[False]:.1f} ms more than the bare timer's p99 where ranks are independent, and "
+        f"{over[True]:.1f} ms in lockstep, where a view that is due waits up to {STEP_WAIT_S * 1000:g} ms for the rest "
+        "of a step: a process that waits for a core is late, however it is written."
     )
 
 
