@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.paceline-installed
 ARGS   ?=
+# How many tests run side by side: most wait for processes, so one more than two cores.
+JOBS   ?= 3
 
 .DEFAULT_GOAL := help
 
@@ -26,7 +28,7 @@ test: $(STAMP) ## lint, types, and all tests, the slow ones included
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-fast: $(STAMP) ## the tests that start no process and load no model
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -1,12 +1,12 @@
 """Chaos: a real deployment under steady streams, while its processes are killed and stopped at random from a seed,
-it is suspended and resumed, and garbage comes on every socket.
+it is suspended and resumed, gets more ranks and fewer, and garbage comes on every socket.
 
     python -m bench.chaos --seed 7 --minutes 2 --engine timed
 
 Each stream is compared with the text of the same request undisturbed. Printed are the faults by kind, the requests,
 those lost (an error, or no end) and wrong (another text), those refused on arrival since no rank was ready, those whose
 front-end was killed under them, and the longest stall: the longest time between two pieces of one stream. The exit
-status is 1 where one was lost or wrong. A suspension only delays.
+status is 1 where one was lost or wrong. Suspensions and scaling only delay.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import argparse
 import sys
 import time
 
+from bench.chaos_calls import Scaler, Suspender
 from bench.chaos_clients import Client, Tally, asks_of
-from bench.chaos_mischief import FRONT_ENDS, RANKS, Mischief, Suspender, flood_of
+from bench.chaos_mischief import FRONT_ENDS, RANKS, Mischief, flood_of
 from tests.serving import deployment
 
 MOE_SIZES = ("layers=2", "d_model=32", "heads=2", "expert_hidden=32")
@@ -33,17 +34,19 @@ def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
     """Run it; returns what came of it."""
     tally = Tally()
     arguments = [*ENGINES[engine], "-dp", str(RANKS), "-asc", str(FRONT_ENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
-                 "--max-rank-restarts", "100000"]  # fmt: skip
+                 "--max-rank-restarts", "100000", "--max-rank-losses", "100"]  # fmt: skip
     with deployment(*arguments) as running:
         asks = asks_of(engine, running.openai.models.list().data[0].id)
         texts = [running.openai.completions.create(**ask).choices[0].text for ask in asks]
         readers = [Client(index, running, asks, texts, tally) for index in range(clients)]
-        suspender, flood = Suspender(running, seed, tally), flood_of(running, seed)
-        for thread in (*readers, suspender, flood):
+        operators = [Suspender(running, seed, tally), Scaler(running, seed, tally, RANKS)]
+        flood = flood_of(running, seed)
+        for thread in (*readers, *operators, flood):
             thread.start()
         Mischief(running, seed, tally).go_on(time.monotonic() + 60 * minutes)
         flood.stop()
-        suspender.stop()
+        for operator in operators:
+            operator.stop()
         tally.faults.update({f"garbage, {name.strip('-')}": count for name, count in flood.sent.items()})
         for reader in readers:
             reader.over.set()

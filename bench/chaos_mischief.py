@@ -1,25 +1,21 @@
-"""Chaos, as it is made: processes killed and stopped, the deployment suspended, garbage on every socket."""
+"""Chaos, as it is made: processes killed and stopped, garbage on every socket."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import random
+import re
 import signal
-import threading
 import time
 from collections import Counter
 
-import httpx2
 from bench.chaos_clients import Tally
 from tests.fuzz.flood import OURS, Flood, addresses_in, socket_folders
 from tests.serving import Deployment, process_name
 
 RANKS, FRONT_ENDS = 4, 2
 FAULTS = ("kill a rank", "kill a rank", "stop a rank", "kill a front-end", "kill the coordinator")
-CALL_S = 15.0
-"""How long a call to suspend or resume may take."""
-RESUMED_S = 60.0
 PAUSE_S = 0.25
 """Between two rounds of garbage: with none there would be nothing left of the machine for the streams."""
 
@@ -29,7 +25,8 @@ class Mischief:
 
     def __init__(self, running: Deployment, seed: int, tally: Tally) -> None:
         self._running, self._random, self._tally = running, random.Random(seed), tally
-        self._stopped: list[tuple[float, int]] = []
+        self._stopped: list[tuple[float, int, bool]] = []
+        """When each goes on, its id, and whether the deployment began with it."""
         self._killed: Counter[str] = Counter()
 
     def go_on(self, until: float) -> None:
@@ -43,78 +40,49 @@ class Mischief:
         self._wake(everybody=True)
 
     def _strike(self, kind: str) -> bool:
+        """Do it to somebody; returns whether there was anybody left for it."""
         what = {"a rank": "rank", "a front-end": "front-end", "the coordinator": "coordinator"}[kind.partition(" ")[2]]
-        stopped = {pid for _, pid in self._stopped}
-        alive = sorted(pid for pid in self._running.children() if process_name(pid).startswith(f"pl:{what}"))
-        up = [pid for pid in alive if pid not in stopped]
-        left = {"rank": RANKS - len(stopped), "front-end": FRONT_ENDS, "coordinator": 2}[what] - self._down(what)
-        if left < 2 or not up:
+        stopped = {pid for _, pid, _ in self._stopped}
+        alive = {pid: process_name(pid) for pid in sorted(self._running.children())}
+        up = {pid: name for pid, name in alive.items() if name.startswith(f"pl:{what}") and pid not in stopped}
+        if self._left(what) < 2:
+            # Ranks that scaling has brought may die at any time.
+            up = {pid: name for pid, name in up.items() if not counts(name)}
+        if not up:
             return False
-        victim = self._random.choice(up)
+        victim = self._random.choice(list(up))
+        lasting = counts(up[victim])
         with contextlib.suppress(ProcessLookupError):
             if kind.startswith("stop"):
                 os.kill(victim, signal.SIGSTOP)
-                self._stopped.append((time.monotonic() + self._random.choice((0.2, 1.5, 4.0)), victim))
+                self._stopped.append((time.monotonic() + self._random.choice((0.2, 1.5, 4.0)), victim, lasting))
             else:
                 os.kill(victim, signal.SIGKILL)
-                self._killed[what] += what != "coordinator"
+                self._killed[what] += what != "coordinator" and lasting
         return True
 
-    def _down(self, what: str) -> int:
-        """How many of a kind have been killed and are not back."""
-        back = sum(f" {what} " in line and line.endswith(" is back\n") for line in list(self._running.lines))
-        return self._killed[what] - back
+    def _left(self, what: str) -> int:
+        """How many of a kind are neither stopped nor away, of those that it began with. Only ranks are stopped."""
+        stopped = sum(lasting for _, _, lasting in self._stopped)
+        back = re.compile(rf"\b({what} \d+) is back$")
+        found = [back.search(line) for line in list(self._running.lines)]
+        away = self._killed[what] - sum(one is not None and counts(one[1]) for one in found)
+        return {"rank": RANKS - stopped, "front-end": FRONT_ENDS, "coordinator": 2}[what] - away
 
     def _wake(self, *, everybody: bool = False) -> None:
         now = time.monotonic()
-        for at, pid in list(self._stopped):
+        for stopped in list(self._stopped):
+            at, pid, _ = stopped
             if everybody or now >= at:
-                self._stopped.remove((at, pid))
+                self._stopped.remove(stopped)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
 
-class Suspender(threading.Thread):
-    """Suspends the deployment now and then, keeping requests or waiting for them, and resumes it a moment later.
-
-    Which front-end is asked, the kernel chooses; where that is killed meanwhile, another one is asked again.
-    """
-
-    def __init__(self, running: Deployment, seed: int, tally: Tally) -> None:
-        super().__init__(daemon=True)
-        self._running, self._random, self._tally = running, random.Random(seed), tally
-        self._over = threading.Event()
-
-    def run(self) -> None:
-        while not self._over.wait(self._random.uniform(1.0, 6.0)):
-            mode = self._random.choice(("keep", "wait"))
-            status = self._call(f"/pause?mode={mode}&timeout={CALL_S:g}")
-            self._count(f"suspend, {mode}" + ("" if status == 200 else f": {status or 'no answer'}"))
-            self._over.wait(self._random.uniform(0.1, 1.0))
-            self._resume()
-
-    def stop(self) -> None:
-        """No more suspensions; returns when the deployment goes on."""
-        self._over.set()
-        self.join(2 * CALL_S + RESUMED_S)
-
-    def _resume(self) -> None:
-        end = time.monotonic() + RESUMED_S
-        while self._call(f"/resume?timeout={CALL_S:g}") != 200:
-            if time.monotonic() > end:
-                self._tally.lost.append(f"the deployment has not been resumed within {RESUMED_S:g} s")
-                return
-
-    def _call(self, path: str) -> int:
-        """The status of the answer, 0 where none came."""
-        try:
-            return int(httpx2.post(self._running.url + path, timeout=CALL_S + 5.0).status_code)
-        except httpx2.HTTPError:
-            return 0
-
-    def _count(self, kind: str) -> None:
-        with self._tally.lock:
-            self._tally.faults[kind] += 1
+def counts(name: str) -> bool:
+    """Whether a process is one that the deployment began with, and keeps: any but the ranks that scaling brings."""
+    rank = re.search(r"\brank (\d+)$", name)
+    return rank is None or int(rank[1]) < RANKS
 
 
 def flood_of(running: Deployment, seed: int, pause_s: float = PAUSE_S) -> Flood:

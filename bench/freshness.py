@@ -32,6 +32,8 @@ RESULTS = Path(__file__).resolve().parent / "results" / "freshness.md"
 FEEDERS = 2
 WARM_UP_S = 0.5
 WARM_UP_ROUNDS = 5
+GAPS = 300
+"""A measurement lasts until so many are due: the p99 of 40 gaps would be the longest of them."""
 
 
 class Subscribers:
@@ -201,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=numbers, default=[2, 64, 384])
     parser.add_argument("--intervals", type=numbers, default=[100, 20, 5], help="milliseconds")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each saturated measurement")
+    parser.add_argument("--seconds", type=float, default=4.0, help=f"of each flood, or until {GAPS} views")
     parser.add_argument("--rounds", type=int, default=200, help="first changes after quiet")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
@@ -215,7 +217,8 @@ def main() -> None:
     for lockstep in (False, True):
         for ranks in options.ranks:
             for interval_ms in options.intervals:
-                cells.append(saturated(ranks, interval_ms, options.seconds, lockstep, 0.0))
+                seconds = max(options.seconds, GAPS * interval_ms / 1000)
+                cells.append(saturated(ranks, interval_ms, seconds, lockstep, 0.0))
                 print(cells[-1], flush=True)
     for ranks in options.ranks:
         # Nearer to what ranks send than a flood: a report every 10 ms.

@@ -47,6 +47,7 @@ def test_engine_settings_that_cannot_be(settings: dict[str, Any], flag: str) -> 
 @pytest.mark.parametrize(
     ("settings", "flag"),
     [({"port": -1}, "--port"), ({"routing": "x"}, "--routing"), ({"max_waiting": -1}, "--max-waiting"),
+     ({"max_rank_losses": 0}, "--max-rank-losses"),
      ({"max_body_bytes": 1}, "--max-body-bytes"), ({"startup_timeout_s": 0}, "--startup-timeout"),
      ({"drain_timeout_s": -1}, "--drain-timeout"), ({"log_level": "loud"}, "--log-level")],
 )  # fmt: skip

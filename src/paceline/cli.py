@@ -36,6 +36,7 @@ from paceline.serve_flags import (
     MaxModelLenFlag,
     MaxNumBatchedTokensFlag,
     MaxNumSeqsFlag,
+    MaxRankLossesFlag,
     MaxRankRestartsFlag,
     MaxWaitingFlag,
     MinStatsUpdateIntervalMsFlag,
@@ -107,6 +108,7 @@ def serve(
     drain_timeout: DrainTimeoutFlag = 30.0,
     stall_timeout: StallTimeoutFlag = 30.0,
     max_rank_restarts: MaxRankRestartsFlag = 5,
+    max_rank_losses: MaxRankLossesFlag = 3,
     rank_timeout: RankTimeoutFlag = 10.0,
     log_level: LogLevelFlag = "info",
 ) -> None:
@@ -224,6 +226,7 @@ def _config(given: dict[str, Any]) -> DeploymentConfig:
             drain_timeout_s=given["drain_timeout"],
             stall_timeout_s=given["stall_timeout"],
             max_rank_restarts=given["max_rank_restarts"],
+            max_rank_losses=given["max_rank_losses"],
             rank_timeout_s=given["rank_timeout"],
             **server,
         ),

@@ -140,6 +140,7 @@ class ServerConfig(Struct, frozen=True):
     drain_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
     max_rank_restarts: int = 5
+    max_rank_losses: int = 3
     rank_timeout_s: float = 10.0
     log_level: str = "info"
 
@@ -158,6 +159,7 @@ class ServerConfig(Struct, frozen=True):
         _require(self.startup_timeout_s > 0, "--startup-timeout", "must be more than 0")
         _require(self.stall_timeout_s > 0, "--stall-timeout", "must be more than 0")
         _require(self.max_rank_restarts >= 0, "--max-rank-restarts", "must be 0 or more")
+        _require(self.max_rank_losses >= 1, "--max-rank-losses", "must be at least 1")
         timeout_s = self.rank_timeout_s
         _require(timeout_s == 0 or 0.5 <= timeout_s <= 3600, "--rank-timeout", "must be 0 (for ever), or 0.5 to 3600")
         _require(self.drain_timeout_s >= 0, "--drain-timeout", "must be 0 or more")

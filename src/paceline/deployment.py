@@ -231,6 +231,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         drain_timeout_s=server.drain_timeout_s,
         first_life=life == 0,
         rank_timeout_s=server.rank_timeout_s,
+        most_losses=server.max_rank_losses,
     )
 
 

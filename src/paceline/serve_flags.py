@@ -104,6 +104,14 @@ DrainTimeoutFlag = Annotated[
 StallTimeoutFlag = Annotated[
     float, _option(_SERVER, "Seconds after which a rank that holds lockstep ranks up is named.", "--stall-timeout")
 ]
+MaxRankLossesFlag = Annotated[
+    int,
+    _option(
+        _SERVER,
+        "Ranks that may end one after the other while they serve a request, with no token in between, before it fails.",
+        "--max-rank-losses",
+    ),
+]
 MaxRankRestartsFlag = Annotated[
     int,
     _option(_SERVER, "Restarts in a row before a rank that dies is given up.", "--max-rank-restarts"),

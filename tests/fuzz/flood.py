@@ -19,6 +19,9 @@ from tests.fuzz.mutate import Mutator
 
 AT_ONCE = 200
 """Frames of one connection."""
+LINGER_MS = 5000
+"""How long a stopped process's socket is waited for. ZeroMQ 4.3.5 aborts where a connection breaks just after this, in
+the middle of a message of several frames. What processes of ours send has one."""
 MOST_OPEN = 20
 """Plain connections of one flood that are left open and say nothing more."""
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(48)
@@ -73,6 +76,7 @@ class Flood(threading.Thread):
         self._pause_s = pause_s
         self._over = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 10_000)
         self._mutators = {corpus: Mutator(self._draw, frames_of(corpus), None) for _, _, corpus in ways}
         self._open: list[socket.socket] = []
 
@@ -106,7 +110,7 @@ class Flood(threading.Thread):
     def _speak(self, name: str, kind: int | None, mutator: Mutator, address: str) -> None:
         assert kind is not None
         with self._context.socket(kind) as peer:
-            peer.linger = 200
+            peer.linger = LINGER_MS
             if kind == zmq.DEALER and self._draw.random() < 0.8:
                 peer.setsockopt(zmq.ROUTING_ID, self._draw.randbytes(8))
             peer.sndtimeo = 1000

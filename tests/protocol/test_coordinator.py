@@ -234,6 +234,9 @@ def test_a_rank_that_is_not_of_the_deployment_is_refused_with_a_note() -> None:
     assert "rank 2 is not of this deployment of 2" in one(find(effects, Note)).text
     assert find(effects, ToRanks) == []
     assert machine.statistics()["void_messages"] == 1
+    for moment in range(1, 10):
+        assert find(machine.handle(hello(2, ready=False), 1.0 + moment / 10), Note) == []
+    assert find(machine.handle(hello(2, ready=False), 2.0), Note)
 
 
 @pytest.mark.parametrize(

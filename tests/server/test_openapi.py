@@ -25,7 +25,7 @@ EXAMPLES = "20"
 def server() -> Iterator[Deployment]:
     """Two ranks and two front-ends that answer at once."""
     with deployment("--engine", "timed", "-dp", "2", "-asc", "2", "--max-model-len", "128", "--engine-option",
-                    "step_ms=0", "--max-body-bytes", "100000") as running:  # fmt: skip
+                    "step_ms=0", "--max-body-bytes", "100000", "--max-data-parallel-size", "3") as running:  # fmt: skip
         yield running
 
 
@@ -41,7 +41,7 @@ def schemathesis(server: Deployment, folder: Path, *arguments: str, exclude: tup
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
-SERVING = ("--exclude-path", "/pause", "--exclude-path", "/resume")
+SERVING = ("--exclude-path-regex", "^/(pause|resume|scale_elastic_ep)$")
 
 
 def test_random_values_of_every_field(server: Deployment, tmp_path: Path) -> None:
@@ -61,6 +61,15 @@ def test_suspending_and_resuming(server: Deployment, tmp_path: Path) -> None:
     found = schemathesis(server, tmp_path, *suspending, exclude=("not_a_server_error",))
     assert not found, found
     assert server.http.post("/resume").status_code == 200
+
+
+def test_scaling(server: Deployment, tmp_path: Path) -> None:
+    """New ranks that have no time to load are rolled back with 504, as the document says."""
+    scaling = ("--include-path-regex", "scale_elastic_ep", "--phases", "coverage,fuzzing")
+    found = schemathesis(server, tmp_path, *scaling, exclude=("not_a_server_error",))
+    assert not found, found
+    answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2, "drain_timeout": 0})
+    assert answer.json()["size"] == 2
 
 
 def test_it_goes_on_afterwards_with_nothing_left(server: Deployment) -> None:

@@ -192,7 +192,8 @@ class Coordinator:
     def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
         if hello.rank >= self._membership.limit:
             self._dropped += 1
-            effects.append(Note(f"rank {hello.rank} is not of this deployment of {self._membership.size}"))
+            line = self._membership.stranger(hello.rank, now)
+            effects += [Note(line)] if line else []
             return
         was_current = self._membership.is_current(hello.rank, hello.incarnation)
         was_ready = was_current and self._membership.is_ready(hello.rank)

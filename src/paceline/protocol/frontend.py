@@ -35,11 +35,11 @@ from paceline.protocol.frontend_events import (
 )
 from paceline.protocol.frontends.binding import Binding
 from paceline.protocol.frontends.calls import FrontEndCalls
-from paceline.protocol.frontends.flights import Flights
+from paceline.protocol.frontends.flights import Flight, Flights
 from paceline.protocol.frontends.placement import Placement
 from paceline.protocol.frontends.router import Router
 from paceline.protocol.frontends.scaling import FrontEndScaling
-from paceline.protocol.frontends.stranded import Stranded
+from paceline.protocol.frontends.stranded import MOST_LOSSES, Stranded
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     ControlAnswer,
@@ -70,13 +70,14 @@ class FrontEnd:
     all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
     and are told of this one's sends. `brokered`: whether requests wait in the coordinator's queue where it has one
     (for LeastLoad alone: ValueError). `resumes`: whether the engine goes on with an answer that another rank has begun.
-    `without`: rules (`rules.py`) left out, to show what breaks.
+    `most_losses`: ranks that a request may lose, and no token is made in between, before it is refused as what kills
+    them. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
         share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
-        resumes: bool = False, node: int = 0, without: Set[str] = frozenset(),
+        resumes: bool = False, node: int = 0, most_losses: int = MOST_LOSSES, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         if brokered and not isinstance(policy, LeastLoad):
             raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
@@ -89,7 +90,7 @@ class FrontEnd:
         self._binding = Binding(identity, brokered, checked(without))
         self._calls = FrontEndCalls(identity)
         self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
-        self._stranded = Stranded(self._flights, self._router, self._calls, resumes=resumes)
+        self._stranded = Stranded(self._flights, self._router, self._calls, resumes=resumes, most_losses=most_losses)
         self._scaling = FrontEndScaling(identity, ranks, node)
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
@@ -235,13 +236,17 @@ class FrontEnd:
         scaling, flights = self._scaling, self._flights
         self.missing = [rank for rank in message.missing if scaling.serves(rank)]
         members = {member.rank: member for member in message.members if scaling.serves(member.rank)}
+        lost: list[Flight] = []
         for link in flights.known():
             rank, member = link.rank, members.get(link.rank)
             # A coordinator that has just come back does not know all ranks yet, so a rank that it does
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
             ended = (rank, link.incarnation) in message.ended or scaling.over(rank)
             if ended or (member is not None and member.incarnation != link.incarnation):
-                effects += [Disconnect(rank), *self._stranded.move(flights.lose(link), now)]
+                effects.append(Disconnect(rank))
+                lost += flights.lose(link)
+        # Once all that have ended are known: none of them is to get what another one had.
+        effects += self._stranded.move(lost, now)
         connected = {link.rank for link in flights.known()}
         for rank, member in members.items():
             wanted = rank not in connected and scaling.takes_new(rank)

@@ -6,6 +6,7 @@ from typing import Any
 
 from paceline import __version__
 from paceline.server.request_schema import request_schemas
+from paceline.server.scale import DRAIN_TIMEOUT_S, LONGEST_TIMEOUT_S, STARTUP_TIMEOUT_S
 
 _ERROR = {
     "type": "object",
@@ -61,7 +62,7 @@ _RETRY = {"Retry-After": {"schema": {"type": "string"}, "description": "seconds"
 _FAILURES = {
     "400": "a field is wrong; `param` names it",
     "404": "no such model",
-    "409": "a later call asked for the contrary",
+    "409": "a later call asked for the contrary, or the deployment is being scaled already",
     "413": "the body is larger than --max-body-bytes",
     "429": "too many requests wait; see Retry-After",
     "500": "the rank failed",
@@ -85,6 +86,34 @@ _TIMEOUT = {
     "required": False,
     "description": "seconds to wait; 60, or 600 with mode=wait, where it is left out",
     "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+}
+
+
+_SCALE = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["new_data_parallel_size"],
+    "properties": {
+        "new_data_parallel_size": {
+            "type": "integer",
+            "minimum": 1,
+            "description": "ranks that the deployment is to have, up to --max-data-parallel-size",
+        },
+        "drain_timeout": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": LONGEST_TIMEOUT_S,
+            "default": DRAIN_TIMEOUT_S,
+            "description": "seconds that ranks which leave get; what they have then goes on at others",
+        },
+        "startup_timeout": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": LONGEST_TIMEOUT_S,
+            "default": STARTUP_TIMEOUT_S,
+            "description": "seconds that new ranks get to load, or all is as it was",
+        },
+    },
 }
 
 
@@ -138,6 +167,17 @@ def _control(summary: str, *parameters: dict[str, Any]) -> dict[str, Any]:
     return {"post": entry | {"parameters": [*parameters, _REQUEST_ID]}}
 
 
+def _scaling() -> dict[str, Any]:
+    entry = _plain("Have more ranks or fewer while requests are served", "400", "409", "413", "500", "504")["get"]
+    body = {"required": True, "content": {"application/json": {"schema": _SCALE}}}
+    return {"post": entry | {"requestBody": body}}
+
+
+def _is_scaling() -> dict[str, Any]:
+    entry = _plain("Whether ranks come or go, and which are waited for")["get"]
+    return {"get": entry, "post": entry}
+
+
 def openapi_document() -> dict[str, Any]:
     """The OpenAPI 3.1 document of this server."""
     completion, chat, components = request_schemas()
@@ -153,6 +193,8 @@ def openapi_document() -> dict[str, Any]:
             "/pause": _control("Suspend all ranks, and wait until none computes", _MODE, _TIMEOUT),
             "/resume": _control("Let all ranks go on, and wait until all do", _TIMEOUT),
             "/is_paused": _plain("Whether all ranks are suspended"),
+            "/scale_elastic_ep": _scaling(),
+            "/is_scaling_elastic_ep": _is_scaling(),
             "/version": _plain("The version of this server"),
         },
         "components": {"schemas": components | {"Error": _ERROR}},

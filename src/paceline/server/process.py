@@ -68,6 +68,7 @@ class FrontEndSettings(Struct, frozen=True):
     brokered: bool = False
     node: int = 0
     most_ranks: int = 65_536
+    most_losses: int = 3
 
 
 def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
@@ -96,6 +97,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         resumes=engine_class.resumes,
         brokered=settings.brokered,
         node=settings.node,
+        most_losses=settings.most_losses,
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)

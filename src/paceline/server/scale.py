@@ -51,8 +51,7 @@ def scaling_routes(client: Client, most_ranks: int) -> list[Route]:
 
     return [
         control_route("/scale_elastic_ep", "POST", scale),
-        control_route("/is_scaling_elastic_ep", "GET", is_scaling),
-        control_route("/is_scaling_elastic_ep", "POST", is_scaling),
+        control_route("/is_scaling_elastic_ep", "GET POST", is_scaling),
     ]
 
 

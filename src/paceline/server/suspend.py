@@ -84,7 +84,7 @@ def _timeout_s(request: Request, default: float) -> float:
     return timeout_s
 
 
-def control_route(path: str, method: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+def control_route(path: str, methods: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
     """A route of which `answer` may raise ApiError."""
 
     async def endpoint(request: Request) -> Response:
@@ -97,4 +97,4 @@ def control_route(path: str, method: str, answer: Callable[[Request], Awaitable[
             response.headers["x-request-id"] = request_id
         return response
 
-    return Route(path, endpoint, methods=[method])
+    return Route(path, endpoint, methods=methods.split())

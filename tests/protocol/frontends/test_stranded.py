@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import (
     Abandon,
@@ -192,14 +194,16 @@ def test_an_engine_that_cannot_go_on_serves_anew_what_nobody_has_seen_and_says_s
     assert (rank, again.made_token_ids, again.params) == (1, [], unseen.params)
 
 
-def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_up() -> None:
-    machine = front_end()
+@pytest.mark.parametrize("most", [1, MOST_LOSSES, 5])
+def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_up(most: int) -> None:
+    machine = front_end(most_losses=most)
     say(machine, submit(machine, 1), 50)
     effects: list[Effect] = []
-    for life in range(20, 20 + MOST_LOSSES):
+    for life in range(20, 20 + most):
+        assert not [effect for effect in effects if isinstance(effect, Refuse)]
         effects += machine.handle(members((0, life), (1, life)), 1.0)
     (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
-    assert refusal.text.endswith("ended while it served this request, the 3rd in a row")
+    assert refusal.text.endswith(f"ended while it served this request, the last of {most} in a row")
     assert machine.in_flight() == 0
 
 
@@ -240,7 +244,7 @@ def test_a_request_that_may_kill_ranks_is_given_up_once_these_are_known_to_be_de
     up = [link.rank for link in machine._flights.links.values()]
     effects = machine.handle(members(ended=tuple(one for one in dead if one[0] not in up)), 2.0)
     (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
-    assert refusal.text.endswith("the 3rd in a row")
+    assert refusal.text.endswith(f"the last of {MOST_LOSSES} in a row")
     assert machine.in_flight() == 0
 
 

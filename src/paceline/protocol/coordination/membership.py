@@ -26,6 +26,8 @@ from paceline.protocol.messages import Member
 RETIRED_KEPT = 16
 LOST_S = 2.0
 """After this a rank whose connection has ended is taken for dead, in questions that wait for an answer of all."""
+STRANGERS_S = 1.0
+"""A rank that is not of the deployment says hello ten times a second. It is named so often at most."""
 
 
 class RankState(Enum):
@@ -96,6 +98,14 @@ class Membership:
         # Whether ranks show their presence: known from the start, or once one has.
         self._presence = presence
         self._members: list[Member] | None = None
+        self._named = float("-inf")
+
+    def stranger(self, rank: int, now: float) -> str:
+        """A rank said hello that is not of the deployment. Returns what is to be said of it, or nothing."""
+        if now < self._named + STRANGERS_S:
+            return ""
+        self._named = now
+        return f"rank {rank} is not of this deployment of {self.size}"
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
         """A rank said hello. Returns whether it counts; a retired life's does not."""

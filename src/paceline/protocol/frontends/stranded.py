@@ -21,19 +21,23 @@ from paceline.protocol.routing.policy import Query
 PATIENCE_S = 60.0
 """A rank that has died needs this long at most to be back, as a rule."""
 MOST_LOSSES = 3
-"""Ranks that a request may lose without a token in between."""
+"""By default."""
 
 
 class Stranded:
     """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
-    `calls`: know whether the deployment is suspended.
+    `calls`: know whether the deployment is suspended. `most_losses`: ranks that a request may lose without a token in
+    between; with that many it is refused.
     """
 
-    def __init__(self, flights: Flights, router: Router, calls: FrontEndCalls, *, resumes: bool) -> None:
+    def __init__(
+        self, flights: Flights, router: Router, calls: FrontEndCalls, *, resumes: bool, most_losses: int = MOST_LOSSES
+    ) -> None:
         self._flights = flights
         self._router = router
         self._resumes = resumes
         self._calls = calls
+        self._most_losses = most_losses
         self._waiting: dict[int, tuple[Flight, float]] = {}
 
     def __len__(self) -> int:
@@ -72,10 +76,10 @@ class Stranded:
         """Ranks have come, or are known to be dead, or time has passed."""
         effects: list[Effect] = []
         for request, (flight, since) in list(self._waiting.items()):
-            suspected = len(flight.lost) >= MOST_LOSSES
+            suspected = len(flight.lost) >= self._most_losses
             rank = flight.link.rank
             if suspected and not self._may_be_back(flight):
-                text = f"rank {rank} ended while it served this request, the {MOST_LOSSES}rd in a row"
+                text = f"rank {rank} ended while it served this request, the last of {self._most_losses} in a row"
                 effects.append(Refuse(request, "rank-lost", text))
             elif self._flights.links and not suspected:
                 effects += self._send(flight)
