@@ -35,6 +35,7 @@ from paceline.protocol.scaling_messages import Outcome
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
+LOOK_AGAIN_S = 0.1
 
 
 @dataclass
@@ -194,6 +195,9 @@ class DeploymentScaling:
 
     def message(self, now: float) -> Scaling | None:
         """What to tell the nodes now, if that is due; the next repeat is set."""
+        if self._deadline is not None and now >= self._deadline:
+            # Time is up, and the ranks have not been heard yet: a coordinator that is new waits for them.
+            self._deadline = now + LOOK_AGAIN_S
         if self._due is None or now < self._due:
             return None
         lagging = any(node.number < self.state.number for node in self._nodes.values())
