@@ -24,7 +24,7 @@ from paceline.simulate.explore_search import Finding, World, search
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
-OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "notices", "max_memory_mb")
+OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "scales", "notices", "max_memory_mb")
 """Flags that say nothing of brokered binding's walk, nor of the answers'."""
 NOT_OF_ANSWERS = ("front_ends", "losses", "without")
 
@@ -42,6 +42,9 @@ def check(
     sync_interval: Annotated[int, typer.Option(min=1, help="Steps between the ranks' agreements.")] = 1,
     backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
     grouped: Annotated[bool, typer.Option(help="Ranks form generations, and one may die in a wave.")] = False,
+    scales: Annotated[
+        int, typer.Option(min=0, help="Changes of how many ranks there are, by one; ranks form generations then.")
+    ] = 0,
     notices: Annotated[
         bool | None, typer.Option(help="Whether front-ends' notices come through; without --grouped they do.")
     ] = None,
@@ -70,7 +73,7 @@ def check(
     bound = Bound(
         ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or [], RULES),
-        backlog=backlog, grouped=grouped, notices=notices,
+        backlog=backlog, grouped=grouped, scales=scales, notices=notices,
     )  # fmt: skip
     with progress() as report:
         result = walk(bound, report)

@@ -66,7 +66,7 @@ FaultsFlag = Annotated[
     typer.Option(
         "--faults-per-second",
         help="Something goes wrong so often, all the time: processes die, ranks are slow or cut off, connections end, "
-        "wakes are lost, all is suspended. For 60 s unless --duration says otherwise.",
+        "wakes are lost, all is suspended, ranks come and go. For 60 s unless --duration says otherwise.",
     ),
 ]
 LockstepFlag = Annotated[

@@ -186,3 +186,12 @@ def test_a_suspension_waits_for_new_ranks_and_not_for_those_that_left() -> None:
     machine.handle(knows(Scaling(3, 3, 1)), 2.0)
     assert machine._scaling.state.size == 1
     assert machine._suspension.shown.waiting_for == [0]
+
+
+def test_a_new_coordinator_that_has_not_heard_all_ranks_waits_when_the_time_of_a_change_is_up() -> None:
+    coordinator = Coordinator(2, 9, 0.1, fresh=False)
+    change = Scaling(5, 2, 1, front_end=100, call=1, drain_ms=1000)
+    coordinator.handle(RankSaid(NodeHello(PROTOCOL_VERSION, 7, [0, 1], change)), 0.0)
+    for now in (0.5, 1.0, 1.5, 20.0):
+        coordinator.handle(Tick(), now)
+        assert coordinator.deadline > now

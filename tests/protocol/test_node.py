@@ -82,3 +82,11 @@ def test_what_is_older_changes_nothing_and_is_answered_with_what_is_newer() -> N
 
 def test_what_is_for_ranks_is_not_for_it() -> None:
     assert hear(node(), StartDPWave(3)) == []
+
+
+def test_a_failure_is_told_of_under_the_number_that_a_new_coordinator_gives_the_change() -> None:
+    machine = node()
+    hear(machine, UP)
+    machine.handle(RankEnded(2, "no memory"), 0.0)
+    taken_over = Scaling(3, 2, 4, hosts=[(2, NODE), (3, 8)])
+    assert said(hear(machine, taken_over), RankFailed) == [RankFailed(NODE, 3, 2, "no memory")]

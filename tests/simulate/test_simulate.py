@@ -17,7 +17,7 @@ from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontends.stranded import Stranded
 from paceline.protocol.load import Ledger
 from paceline.protocol.ranks.requests import RankRequests
-from paceline.protocol.rules import RULES
+from paceline.protocol.rules import OF_SCALING, RULES
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_command
 
@@ -112,7 +112,7 @@ def first_broken(seeds: range, without: frozenset[str] = frozenset()) -> Outcome
 
 
 # These need a fault at the right moment: the scenarios have them.
-RARE = {"acknowledged-wakes", "stale-notice-leaves-nobody-out", "behind-at-rest-told"}
+RARE = {"acknowledged-wakes", "stale-notice-leaves-nobody-out", "behind-at-rest-told", *OF_SCALING}
 
 
 @pytest.mark.parametrize("rule", sorted(RULES.keys() - RARE))

@@ -88,7 +88,7 @@ class Coordinator:
         patience_s = None if lockstep else PATIENCE_S
         self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
         self._generations = Generations(engine_count)
-        self._scaling = DeploymentScaling(engine_count)
+        self._scaling = DeploymentScaling(engine_count, self._without)
         self._stalls = Stalls()
         self._suspension = Suspending(identity, lockstep, self._without)
         self._board = Board()

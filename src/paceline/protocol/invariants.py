@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from paceline.protocol.messages import Admit, Form, StartDPWave
+from paceline.protocol.messages import Admit, Form, Scaling, StartDPWave
 from paceline.protocol.rank import Phase, Rank
 from paceline.protocol.rank_events import Agree, DummyStep, Effect, Step, ToFrontEnd
 
@@ -101,6 +101,29 @@ def nothing_steps_while_suspended(settled: int, ranks: Mapping[str, tuple[bool, 
     if not runs or not unaware:
         return None
     return f"suspension {settled} is settled and {join(unaware)} knows of no later one, but {join(runs)} runs"
+
+
+def leaver_has_nothing(requests: int, trial: bool, undisturbed: bool) -> str | None:
+    """A rank that has not joined has no requests when it is ended, and one that is to leave ends what it has first.
+
+    `requests`: that it has. `undisturbed`: whether nobody has died, nothing was lost and the change was in time.
+    """
+    if not requests or not (trial or undisturbed):
+        return None
+    what = "has not joined yet" if trial else "is to leave, before its time is up,"
+    return f"a rank that {what} is ended while it has {requests} request{'s' * (requests > 1)}"
+
+
+def one_size_a_number(known: Mapping[str, Scaling]) -> str | None:
+    """Who knows the same number of a change knows the same sizes. `known`: by party, the newest that it has heard."""
+    first: dict[int, tuple[str, Scaling]] = {}
+    for party, scaling in known.items():
+        other, theirs = first.setdefault(scaling.number, (party, scaling))
+        # Before any change front-ends have heard of the size by a coordinator, which was told of it when it began.
+        if scaling.number and (scaling.size, scaling.limit) != (theirs.size, theirs.limit):
+            text = f"by scaling {scaling.number} there are {theirs.size} ranks to {other}"
+            return f"{text}, and {scaling.size} to {party}"
+    return None
 
 
 def agree_at_rest(coordinator: int, ranks: Mapping[str, int]) -> str | None:

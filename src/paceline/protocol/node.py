@@ -118,7 +118,7 @@ class Node:
                 effects.append(KeepRank(rank))
                 self._trial.discard(rank)
         self._failed = {rank: why for rank, why in self._failed.items() if rank in self._trial}
-        return [*effects, self._hello()]
+        return [*effects, self._hello(), *self._failures()]
 
     def _failures(self) -> list[Effect]:
         """What is said until the coordinator has done something about it."""

@@ -17,11 +17,15 @@ RULES: dict[str, str] = {
     "new-coordinator-asks": "A new coordinator asks all ranks who they are and what they do.",
     "joiner-told-the-wave": "A rank that joins is told the wave before it is ready.",
     "behind-at-rest-told": "A rank that rests a wave behind the others, as they finished one while it joined, is told.",
+    "leaver-drained": "A rank that is to leave goes when front-ends send it nothing more and it has nothing left.",
+    "scaling-repeated": "A change of the size is repeated until each node has said that it knows.",
 }
 """Name to the rule."""
 
 OF_GENERATIONS = frozenset({"behind-at-rest-told"})
 """Rules that only ranks which form generations need."""
+OF_SCALING = frozenset({"leaver-drained", "scaling-repeated"})
+"""Rules that are about more ranks, and fewer."""
 
 BINDING_RULES: dict[str, str] = {
     "grants-repeated": "A grant is repeated until its front-end has said what became of the request.",

@@ -7,14 +7,10 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
-from msgspec import Struct
-
-from paceline.engines.timed import CostModel
 from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import Member, ToFrontEnd, ToRank
-from paceline.protocol.quota import OFF
 from paceline.protocol.rank import Rank
 from paceline.protocol.routing.least import LeastLoad
 from paceline.simulate.checks import Checks
@@ -22,39 +18,10 @@ from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty
 from paceline.simulate.engine import VirtualEngine
 from paceline.simulate.front_end_party import FrontEndParty
-from paceline.simulate.network import STEADY, Delays, Link
+from paceline.simulate.network import Link
 from paceline.simulate.rank_party import RankParty
+from paceline.simulate.shape import Shape as Shape
 from paceline.simulate.world import Seeds, World
-
-
-class Shape(Struct, frozen=True):
-    """What a deployment is made of.
-
-    `grouped`: whether lockstep ranks form generations; else their engines have collectives of their own, and a
-    rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
-    messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
-    lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
-    a collective a little apart. `brokered`: whether front-ends' requests wait in the coordinator's queue.
-    """
-
-    ranks: int = 2
-    front_ends: int = 1
-    lockstep: bool = True
-    grouped: bool = True
-    external: bool = False
-    sync_interval: int = 16
-    prefill_quota: int = OFF
-    interval_s: float = 0.1
-    costs: CostModel = CostModel()
-    slots: int = 16
-    budget: int = 512
-    links: Delays = STEADY
-    connecting: Delays = STEADY
-    encode: bool = True
-    loss: float = 0.0
-    same_address: bool = False
-    scatter: bool = False
-    brokered: bool = False
 
 
 class Deployment:
@@ -100,7 +67,7 @@ class Deployment:
         """A new life of the coordinator, empty; all others' connections come up in their time."""
         shape = self.shape
         machine = Coordinator(
-            shape.ranks, next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
+            self.size(), next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
             publish_loads=not shape.external, fresh=not self.coordinators, without=self.without,
         )  # fmt: skip
         party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
@@ -226,10 +193,22 @@ class Deployment:
 
     def ready(self, limit_s: float = 30.0) -> Deployment:
         """Run until every front-end knows every rank that it serves."""
-        each = 1 if self.shape.external else self.shape.ranks
+        each = 1 if self.shape.external else self.size()
         known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
         self.world.run_until(known, limit_s, "that every front-end knows every rank")
         return self
+
+    def size(self) -> int:
+        """Ranks that there are to be."""
+        return self.shape.ranks
+
+    def present(self) -> dict[int, RankParty]:
+        """The ranks that there are."""
+        return self.ranks
+
+    def revive_rank(self, number: int) -> None:
+        """A rank that has died is started again."""
+        self.start_rank(number)
 
     def living_front_end(self, index: int) -> FrontEndParty | None:
         """This front-end, or the next one that lives; None where none does."""

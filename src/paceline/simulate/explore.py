@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.protocol.rules import OF_GENERATIONS
+from paceline.protocol.rules import OF_GENERATIONS, OF_SCALING
 from paceline.protocol.sampling import ControlAction, SuspendMode
 from paceline.simulate.explore_group import GroupedWorld
+from paceline.simulate.explore_scaling import ScaledWorld
 from paceline.simulate.explore_story import tell
 from paceline.simulate.explore_walk import Found, Progress as Progress, SingleWalk, WideWalk
 from paceline.simulate.explore_world import World
@@ -31,7 +33,8 @@ class Bound(Struct, frozen=True):
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states
-    that behave alike are one. `grouped`: whether ranks form generations, so that one may die in a wave. `backlog`:
+    that behave alike are one. `grouped`: whether ranks form generations, so that one may die in a wave. `scales`: how
+    often somebody asks for a rank more or one fewer, which brings generations with it. `backlog`:
     messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
     `notices`: whether front-ends' notices come through; None for
     yes where ranks form no generations, and else no: they do no more than save a hop, and there are ten times as many
@@ -50,6 +53,7 @@ class Bound(Struct, frozen=True):
     without: frozenset[str] = frozenset()
     merge: bool = True
     grouped: bool = False
+    scales: int = 0
     backlog: int = 3
     notices: bool | None = None
     max_memory_mb: int = 4096
@@ -86,7 +90,9 @@ def walk(bound: Bound, report: Callable[[Progress], None] = lambda _: None) -> R
 
 def bound_for(bound: Bound) -> Bound:
     """`bound` with what the rules that are left out are about: without, nothing of theirs occurs."""
-    return replace(bound, grouped=bound.grouped or bool(bound.without & OF_GENERATIONS))
+    scales = max(bound.scales, int(bool(bound.without & OF_SCALING)))
+    grouped = bound.grouped or bool(scales) or bool(bound.without & OF_GENERATIONS)
+    return replace(bound, grouped=grouped, scales=scales)
 
 
 def smaller_bounds(bound: Bound) -> Iterator[Bound]:
@@ -94,17 +100,22 @@ def smaller_bounds(bound: Bound) -> Iterator[Bound]:
     # What this rule is about does not occur without one.
     suspensions = max(bound.suspensions, int("suspension-number" in bound.without))
     faults = product(range(bound.losses + 1), range(bound.crashes + 1), range(suspensions + 1))
-    by_requests = product(sorted(faults, key=lambda fault: (sum(fault), fault)), range(1, bound.requests + 1))
-    for (losses, crashes, suspended), requests in sorted(by_requests, key=lambda one: sum(one[0]) + one[1]):
+    scaled = bool(bound.without & OF_SCALING)
+    by_requests = product(sorted(faults, key=lambda fault: (sum(fault), fault)), range(not scaled, bound.requests + 1))
+    # A second rank is needed where one is to leave. Where the size changes, a crash makes more states than a loss.
+    ranks = min(bound.ranks, 1 if "scaling-repeated" in bound.without else 2)
+    order = sorted(by_requests, key=lambda one: (sum(one[0]) + one[1], scaled * one[0][1]))
+    for (losses, crashes, suspended), requests in order:
         yield replace(
-            bound, ranks=min(2, bound.ranks), requests=requests, losses=losses, crashes=crashes, suspensions=suspended
-        )
+            bound, ranks=ranks, requests=requests, losses=losses, crashes=crashes, suspensions=suspended
+        )  # fmt: skip
 
 
 def _walk(bound: Bound, report: Callable[[Progress], None]) -> Result:
     begin = time.perf_counter()
     calls: tuple[ControlAction, ...] = (bound.mode, "resume") * bound.suspensions
-    world = (GroupedWorld if bound.grouped else World)(
+    kind = partial(ScaledWorld, scales=bound.scales) if bound.scales else GroupedWorld if bound.grouped else World
+    world: World = kind(
         bound.ranks, bound.requests, bound.losses, bound.crashes, calls=calls, steps=bound.steps,
         sync_interval=bound.sync_interval, without=bound.without, merge=bound.merge,
         backlog=bound.backlog, notices=not bound.grouped if bound.notices is None else bound.notices,

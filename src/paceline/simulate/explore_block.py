@@ -99,7 +99,7 @@ class Block(NamedTuple):
     `connected`: it hears broadcasts. `asked`: this life of the coordinator has asked it who it is.
     `arriving`: requests on their way. `notices`: notices on their way to the coordinator, that name this rank.
     `late`: what the life before said that may still be read. `gone`: a life of which the coordinator may still hear
-    that its connection has ended, 0 for none.
+    that its connection has ended, 0 for none. `ended`: there is no process, and none is started by itself.
     """
 
     life: int
@@ -111,6 +111,7 @@ class Block(NamedTuple):
     notices: tuple[int, ...]
     late: tuple[int, ...] = ()
     gone: int = 0
+    ended: bool = False
 
 
 class BlockMove(NamedTuple):

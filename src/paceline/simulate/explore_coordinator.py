@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 from paceline.protocol.coordinator import Coordinator
@@ -37,7 +37,8 @@ class Answer(NamedTuple):
 
     `state`: the one after it. `broadcasts`: to ranks. `published`: the newest wave that front-ends can hear of, and
     whether it runs. `answered`: the number that a call is answered with, 0 for none. `settled`: the number of the
-    suspension that is in force at all ranks, as this coordinator says; 0 where it does not say that.
+    suspension that is in force at all ranks, as this coordinator says; 0 where it does not say that. `scaling`: the
+    number of what front-ends are told of that, -1 for nothing.
     """
 
     state: int
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
     published: tuple[int, bool]
     answered: int
     settled: int
+    scaling: int = -1
 
     @property
     def left_out(self) -> tuple[int, int]:
@@ -73,10 +75,12 @@ class Coordinators:
     `size`: ranks in the deployment. `without`: rules left out.
     """
 
+    timers_kept: Mapping[str, tuple[str, str]] = TIMERS
+
     def __init__(self, size: int, without: frozenset[str] = frozenset()) -> None:
         self._size = size
         self._without = without
-        self._states: Register[Coordinator] = Register(_key)
+        self._states: Register[Coordinator] = Register(self.key)
         self._answers: dict[tuple[int, Hashable], Answer] = {}
         self._timers: dict[int, list[tuple[str, list[int]]]] = {}
         self._known: dict[int, tuple[int, ...]] = {}
@@ -88,10 +92,19 @@ class Coordinators:
     def __getitem__(self, number: int) -> Coordinator:
         return self._states[number]
 
-    def fresh(self, identity: int) -> int:
-        """One that knows nothing."""
+    def key(self, machine: Coordinator) -> Hashable:
+        """Equal for machines that behave alike."""
+        return _key(machine)
+
+    def scaling_in(self, message: Members) -> int:
+        """The number of what is said there of scaling, -1 where there is none."""
+        return -1
+
+    def fresh(self, identity: int, size: int = 0) -> int:
+        """One that knows nothing. `size`: ranks that it is told of, 0 for all there can be."""
         machine = Coordinator(
-            self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self._without
+            size or self._size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1,
+            without=self._without,
         )  # fmt: skip
         # Ranks' numbers that the machine makes itself, here and in `_handle`; all others come with messages.
         machine._introductions._unheard = {RankLabel(rank) for rank in machine._introductions._unheard}
@@ -136,18 +149,16 @@ class Coordinators:
         found = self._timers.get(number)
         if found is None:
             machine = self._states[number]
+            # What others wait for comes or does not: `explore_group`.
             waiting = {
                 "wake": machine._group.lagging(),
                 "question": _unheard(machine),
                 "generation": [*machine._generations._members],
-                # What is waited for here comes or does not: `explore_group`.
-                "patience": [],
-                "lost": [],
-                "silent": [],
                 "suspension": machine._suspension.state(_expected(machine)).waiting_for,
             }
-            set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in TIMERS.items()}
-            found = self._timers[number] = [(name, waiting[name]) for name, at in set_.items() if at in (NOW, LATER)]
+            set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in self.timers_kept.items()}
+            due = [name for name, at in set_.items() if at in (NOW, LATER)]
+            found = self._timers[number] = [(name, waiting.get(name, [])) for name in due]
         return found
 
     def counts_up(self, number: int, timer: str) -> bool:
@@ -204,7 +215,7 @@ class Coordinators:
     def _handle(self, number: int, name: Hashable, event: Event) -> Answer:
         machine = renumber(self._states[number])
         if isinstance(event, Tick):
-            part, field = TIMERS[str(name)]
+            part, field = self.timers_kept[str(name)]
             setattr(getattr(machine, part), field, NOW)
             # Patience is looked at where a repeat is due.
             machine._generations._due = NOW if name == "patience" else machine._generations._due
@@ -217,7 +228,7 @@ class Coordinators:
         why = wave_never_falls("the coordinator", before, machine._group.wave)
         if why is not None:
             raise Broken(why)
-        published, answered = (0, False), 0
+        published, answered, scaling = (0, False), 0, -1
         for effect in effects:
             if isinstance(effect, ToFrontEnds):
                 message = effect.message
@@ -225,10 +236,12 @@ class Coordinators:
                     answered = message.number
                 elif isinstance(message, Members | LoadView):
                     published = max(published, (message.wave, message.running))
+                if isinstance(message, Members):
+                    scaling = self.scaling_in(message)
         broadcasts = tuple(effect.message for effect in effects if isinstance(effect, ToRanks))
         state = machine._suspension.state(_expected(machine))
         settled = state.number if state.settled else 0
-        return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled)
+        return Answer(self._states.number(renumber(machine)), broadcasts, published, answered, settled, scaling)
 
 
 def _key(machine: Coordinator) -> Hashable:

@@ -50,11 +50,11 @@ class GroupedWorld(World):
         """Likewise; all ranks are members of one generation then, and know the same wave."""
         if self.common(state).stranded or not super().at_rest(state):
             return False
-        lives = [self.blocks.life(number) for number in state[FIRST_BLOCK:]]
+        lives = [self.blocks.life(number) for number in self.deployed(state)]
         if not all(life.idle for life in lives):
             return False
         groups = self._groups(state)
-        if not any(len(members) == self.ranks and self._know(state, group) for group, members in groups.items()):
+        if not any(len(members) == len(lives) and self._know(state, group) for group, members in groups.items()):
             return False
         waves = {f"rank {rank}": life.machine.wave for rank, life in enumerate(lives)}
         demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
@@ -66,7 +66,7 @@ class GroupedWorld(World):
         if self._merge:
             for rank, number in enumerate(numbers):
                 block = self.blocks[number]
-                over = block.gone or self.blocks.incarnation[number] - 1
+                over = block.gone or self.blocks.incarnation[number] - (not block.ended)
                 if (block.late or block.gone) and self.coordinators.retired(state[COORDINATOR], rank, over):
                     # Whatever still comes from that life is void.
                     numbers[rank] = self.blocks.number(block._replace(late=(), gone=0))
@@ -90,13 +90,13 @@ class GroupedWorld(World):
         return {group: members for group, members in holders.items() if len(members) == group.size}
 
     def _know(self, state: State, group: Group) -> bool:
-        return all(self.blocks.life(number).machine.generation == group.number for number in state[FIRST_BLOCK:])
+        return all(self.blocks.life(number).machine.generation == group.number for number in self.deployed(state))
 
     # Moves ----------------------------------------------------------------------------------------
 
     def _moves(self, state: State) -> Moves:
         common = self.common(state)
-        if self._tidies and not (common.unsent or common.stranded or common.crashes or self.calls):
+        if self._tidies and not (common.crashes or self.calls or self.requests_may_come(state)):
             for rank, number in enumerate(state[FIRST_BLOCK:]):
                 move = self._hears(number)
                 if move is not None:
@@ -106,8 +106,8 @@ class GroupedWorld(World):
             yield action, self._met(after) if action.kind == "form" else after
         if common.stranded:
             fewer = self._changed(state, common._replace(stranded=common.stranded - 1))
-            for rank, number in enumerate(state[FIRST_BLOCK:]):
-                for sent in ways_without_notice(self.blocks, number, common.published):
+            for rank in self.open_ranks(common):
+                for sent in ways_without_notice(self.blocks, state[FIRST_BLOCK + rank], common.published):
                     yield Action(sent.kind, rank, sent.stamp), self._with(fewer, rank, sent.block)
         groups = self._groups(state)
         yield from self._end_moves(state, common, groups)
@@ -115,6 +115,11 @@ class GroupedWorld(World):
         yield from self._late(state)
         for members in groups.values():
             yield from self._left(state, members)
+
+    def requests_may_come(self, state: State) -> bool:
+        """Whether a rank may yet be sent a request."""
+        common = self.common(state)
+        return bool(common.unsent or common.stranded)
 
     def _hears(self, number: int) -> BlockMove | None:
         """What a paused rank reads, if that is all that can happen at it: it may as well come first.

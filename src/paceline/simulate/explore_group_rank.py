@@ -122,7 +122,7 @@ class GroupedBlocks(Blocks):
     def _find_moves(self, number: int) -> list[BlockMove]:
         moves = super()._find_moves(number)
         block, life = self[number], self.life(number)
-        if life.loading:
+        if life.loading and not block.ended:
             moves.append(BlockMove("load", 0, self._after(block, Loaded()), False))
         if life.machine._to_form is not None and not life.busy:
             turned = life.copy()

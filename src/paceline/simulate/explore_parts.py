@@ -44,6 +44,8 @@ DROPPED: Mapping[str, frozenset[str]] = {
     "Suspending": frozenset({"_repeat_s", "shown"}),
     "Generations": frozenset({"_repeat_s"}),
     "Introductions": frozenset({"_repeat_s", "_begun"}),
+    # A node is there, sooner or later, and is waited for.
+    "DeploymentScaling": frozenset({"_repeat_s", "_nodeless_since"}),
     # Loads, counters and averages go into reports, which the walk turns off. The requests' names stand in `Life` as
     # what is left to do of each. `_mid_step` is read of independent ranks only.
     # The walk's ranks have no prefill quota.

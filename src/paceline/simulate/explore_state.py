@@ -11,6 +11,27 @@ State = tuple[int, ...]
 COORDINATOR, COMMON, FIRST_BLOCK = 0, 1, 2
 
 
+class Scale(NamedTuple):
+    """Scaling, as far as it belongs to no rank and not to the coordinator (`explore_scaling`).
+
+    `left`: changes that may still be asked for. `alike`: ranks below this have always been alike. `node`: the node with
+    its links. `published`, `known`: the newest Scaling that front-ends can hear of, and have heard of. `untold`:
+    whether they have still to tell the coordinator. `call`: of the last that asked; `target`: what for, 0 where that is
+    over. `late`: whether its time was up. `leaver`: the rank that is to have the number `alike`, -1 for none.
+    """
+
+    left: int
+    alike: int
+    node: int
+    published: int = 0
+    known: int = 0
+    untold: bool = True
+    call: int = 0
+    target: int = 0
+    late: bool = False
+    leaver: int = -1
+
+
 class Common(NamedTuple):
     """What belongs to no one party.
 
@@ -18,7 +39,8 @@ class Common(NamedTuple):
     `losses`, `crashes`: how many more there may be. `calls`: of the operator, how many have been served. `asking`:
     whether one is under way; `told`: whether this life of the coordinator has it; `answered`: its answer, 0 for none.
     `settled`: the number of the suspension that all ranks have said to keep, 0 where none is in force. `stranded`:
-    requests whose rank has died, and that their front-ends are to send to another one.
+    requests whose rank has died, and that their front-ends are to send to another one. `scale`: where ranks may come
+    and go.
     """
 
     unsent: int
@@ -31,6 +53,7 @@ class Common(NamedTuple):
     answered: int = 0
     settled: int = 0
     stranded: int = 0
+    scale: Scale | None = None
 
 
 class Action(NamedTuple):

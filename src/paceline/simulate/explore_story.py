@@ -18,7 +18,9 @@ from paceline.protocol.messages import (
     WaveComplete,
 )
 from paceline.simulate.explore_block import Broken
+from paceline.simulate.explore_scaling import ScaledWorld
 from paceline.simulate.explore_state import FIRST_BLOCK, Action, State
+from paceline.simulate.explore_story_scaling import of_scaling, situation
 from paceline.simulate.explore_world import World
 
 LONGEST_ENDING = 40
@@ -101,6 +103,8 @@ class _Teller:
         """Where everyone is."""
         parts = []
         for place in sorted(range(self._world.ranks), key=self._names.__getitem__):
+            if self._world.blocks[self._state[FIRST_BLOCK + place]].ended:
+                continue
             life = self._world.blocks.life(self._state[FIRST_BLOCK + place])
             machine, held = life.machine, life.unfinished
             state = "runs in" if machine.running else "is paused before"
@@ -111,7 +115,8 @@ class _Teller:
         known = f"the coordinator holds wave {coordinator['wave']}, " + (
             "knows ranks that run" if coordinator["running"] else "knows of no rank that runs"
         )
-        return join([*parts, known])
+        scaling = [situation(self._world, self._state)] if isinstance(self._world, ScaledWorld) else []
+        return join([*parts, known, *scaling])
 
     def _successors(self) -> Iterator[tuple[Action, State, State, tuple[int, ...]]]:
         try:
@@ -123,7 +128,8 @@ class _Teller:
         sentence = self._action(action)
         results = [result for place in range(self._world.ranks) for result in self._results(place, raw)]
         if action.lost >= 0:
-            results.append(f"the broadcast does not reach {self._rank(action.lost)}")
+            who = "the node" if action.lost == self._world.ranks else self._rank(action.lost)
+            results.append(f"the broadcast does not reach {who}")
         return f"{sentence}." if not results else f"{sentence}: {'; '.join(results)}."
 
     def _action(self, action: Action) -> str:
@@ -199,7 +205,10 @@ class _Teller:
                 return f"The coordinator reads what {rank}'s life before had said: {meaning(messages[action.detail])}"
             case "gone":
                 return f"The coordinator hears that the connection of {rank}'s life before has ended"
-        return "The coordinator dies and another starts that knows nothing; " + self._lost(action.detail)
+        if action.kind == "crash":
+            return "The coordinator dies and another starts that knows nothing; " + self._lost(action.detail)
+        assert isinstance(self._world, ScaledWorld)
+        return of_scaling(self._world, self._state, action, rank)
 
     def _lost(self, bits: int) -> str:
         words = ("what it had said to the coordinator", "broadcasts to it", "the notices that name it")
@@ -220,6 +229,8 @@ class _Teller:
             lost = blocks.life(before).unfinished + len(blocks[before].arriving)
             if lost and blocks.group_address:
                 yield f"{lost} request{'s' * (lost > 1)} must go on elsewhere"
+        elif blocks[after].ended > blocks[before].ended:
+            yield f"{name} is no more"
         elif now.running and (not was.running or now.wave != was.wave):
             yield f"{name} runs in wave {now.wave}"
         elif was.running and not now.running:

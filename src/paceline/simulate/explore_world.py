@@ -14,15 +14,12 @@ A lost broadcast is lost to one receiver, whole: all that one event made the coo
 what was on its way to and from it is lost; that some of it had come through is the walk in which it was read before.
 Front-ends' notices may also reach the next one. A rank dies between waves only; its next life is started at once, and
 connects and joins as late as one likes. (Its death in a wave: `explore_group`.)
-
-Ranks are alike. States that differ only in which rank is which are one: `canonical` puts the blocks in order and
-renumbers the coordinator's state to match.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import permutations, product
+from itertools import product
 
 from paceline.protocol.invariants import (
     agree_at_rest,
@@ -31,17 +28,13 @@ from paceline.protocol.invariants import (
     nothing_steps_while_suspended,
 )
 from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
-from paceline.protocol.sampling import ControlAction
 from paceline.simulate.explore_block import demand
-from paceline.simulate.explore_commuting import Commuting
-from paceline.simulate.explore_coordinator import Answer, Coordinators
-from paceline.simulate.explore_rank import Blocks
-from paceline.simulate.explore_rounds import Rounds
-from paceline.simulate.explore_sends import ways_to_send, ways_without_notice
+from paceline.simulate.explore_coordinator import Answer
+from paceline.simulate.explore_parties import Parties
 from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Action, Common, Moves, State
 
 
-class World:
+class World(Parties):
     """`ranks`, `requests`, `losses`, `crashes`: how much of each. `calls`: what the operator asks for, one by one.
 
     `steps`: engine steps of a request. `sync_interval`: steps between agreements. `without`: rules left out.
@@ -50,42 +43,14 @@ class World:
     `merge`: whether states that behave alike are merged; the verdict is the same without, and the walk longer.
     """
 
-    kind_of_blocks = Blocks
-
-    def __init__(
-        self, ranks: int, requests: int, losses: int, crashes: int, *, calls: tuple[ControlAction, ...] = (),
-        steps: int = 1, sync_interval: int = 1, without: frozenset[str] = frozenset(), merge: bool = True,
-        backlog: int = 3, notices: bool = True,
-    ) -> None:  # fmt: skip
-        self.ranks = ranks
-        self.backlog = backlog
-        self.calls = calls
-        self.blocks = self.kind_of_blocks(steps, sync_interval, without)
-        self.coordinators = Coordinators(ranks, without)
-        self.rounds = Rounds(self.blocks, backlog, called=bool(calls))
-        self.ways_to_send = ways_to_send if notices else ways_without_notice
-        self._merge = merge
-        self._without = without
-        self._numbers: dict[Common, int] = {}
-        self.commons: list[Common] = []
-        """What belongs to no one party, by number."""
-        self._bound = Common(requests, (0, False), losses, crashes)
-        # What commutes was shown for all rules together.
-        self.commute = merge and not without
-        self.commuting = Commuting(self.blocks, self.coordinators)
-
-    def common(self, state: State) -> Common:
-        """What belongs to no one party."""
-        return self.commons[state[COMMON]]
-
     def initial(self) -> State:
         """All ranks have joined, all front-ends know them, nothing is under way."""
         first = self.number(self._bound._replace(losses=0, crashes=0, unsent=0, calls=len(self.calls)))
-        state: State = (self.coordinators.fresh(1), first, *(self.blocks.fresh() for _ in range(self.ranks)))
+        state: State = (self.fresh(self._bound, 1), first, *self.first_blocks())
         seen = {state}
         while ahead := [after for action, after in self._moves(state) if action.fair and after not in seen]:
             seen.add(state := ahead[0])
-        bound = self._bound._replace(published=self.common(state).published)
+        bound = self.begun(self.common(state))
         return self.canonical((state[COORDINATOR], self.number(bound), *state[FIRST_BLOCK:]))[0]
 
     def successors(self, state: State) -> Moves:
@@ -109,34 +74,15 @@ class World:
             machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
             known = {f"rank {i}": (machine.running, machine.standing.number) for i, machine in enumerate(machines)}
             demand(nothing_steps_while_suspended(common.settled, known))
-        if common.asking or not all(map(self.blocks.quiet, state[FIRST_BLOCK:])):
+        if common.asking or not all(map(self.blocks.quiet, self.deployed(state))):
             return False
         if self.coordinators.timers(state[COORDINATOR]):
             return False
-        machines = [self.blocks.life(number).machine for number in state[FIRST_BLOCK:]]
+        machines = [self.blocks.life(number).machine for number in self.deployed(state)]
         # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
         waves = {f"rank {i}": machine.wave for i, machine in enumerate(machines) if machine.incarnation == 1}
         demand(agree_at_rest(self.coordinators.wave(state[COORDINATOR]), waves))
         return True
-
-    def canonical(self, state: State) -> tuple[State, tuple[int, ...]]:
-        """The one state of those that differ in the ranks' numbers, and the order that leads to it."""
-        identity = tuple(range(self.ranks))
-        if not self._merge:
-            return state, identity
-        if self.commute:
-            state = self.commuting.tidied(state, self.common(state))
-        blocks = state[FIRST_BLOCK:]
-        best = tuple(sorted(blocks))
-        if len(set(best)) == self.ranks:
-            if best == blocks:
-                return state, identity
-            order = tuple(map(blocks.index, best))
-            return (self.coordinators.renumbered(state[COORDINATOR], order), state[COMMON], *best), order
-        # Where some are equal, the coordinator's state decides.
-        orders = [order for order in permutations(identity) if tuple(blocks[i] for i in order) == best]
-        coordinator, order = min((self.coordinators.renumbered(state[COORDINATOR], o), o) for o in orders)
-        return (coordinator, state[COMMON], *best), order
 
     # Moves ----------------------------------------------------------------------------------------
 
@@ -235,11 +181,11 @@ class World:
         yield action, told
         # A question follows a connection that is up: what was lost before is why it is asked.
         if common.losses and any(not isinstance(message, Identify) for message in answer.broadcasts):
-            fewer = self.number(common._replace(losses=common.losses - 1))
-            for rank in range(self.ranks):
-                less = self._told(state, answer.broadcasts, rank)
+            for receiver in self.receivers:
+                less = self._told(state, answer.broadcasts, receiver)
                 if less != told:
-                    yield action._replace(lost=rank, fair=False), (less[COORDINATOR], fewer, *less[FIRST_BLOCK:])
+                    fewer = self.common(less)._replace(losses=common.losses - 1)
+                    yield action._replace(lost=receiver, fair=False), self._changed(less, fewer)
 
     def after_answer(self, common: Common, answer: Answer) -> Common:
         """What of it changes with what the coordinator answers."""
@@ -285,7 +231,7 @@ class World:
 
     def _submit(self, state: State, common: Common) -> Moves:
         state = self._changed(state, common._replace(unsent=common.unsent - 1))
-        for rank in range(self.ranks):
+        for rank in self.open_ranks(common):
             for sent in self.ways_to_send(self.blocks, state[FIRST_BLOCK + rank], common.published):
                 after = self._with(state, rank, sent.block)
                 action = Action(sent.kind, rank, sent.stamp, fair=False)
@@ -302,12 +248,17 @@ class World:
 
     def _crash(self, state: State, common: Common) -> Moves:
         """The coordinator dies; another is up at once, and as late as one likes in reading. Links may lose all."""
-        fewer = self.number(common._replace(crashes=common.crashes - 1, told=False))
-        fresh = self.coordinators.fresh(self.coordinators[state[COORDINATOR]].identity + 1)
+        after = self.crashed(common)
+        fewer = self.number(after)
+        fresh = self.fresh(after, self.coordinators[state[COORDINATOR]].identity + 1)
         choices = [self.blocks.after_crash(number) for number in state[FIRST_BLOCK:]]
         for chosen in product(*choices):
             lost = sum(bits << 3 * place for place, (bits, _) in enumerate(chosen))
             yield Action("crash", detail=lost, fair=False), (fresh, fewer, *(name for _, name in chosen))
+
+    def crashed(self, common: Common) -> Common:
+        """What is left when the coordinator has died."""
+        return common._replace(crashes=common.crashes - 1, told=False)
 
     def _rank_crash(self, state: State, common: Common) -> Moves:
         """A rank dies while none runs, and is started again. Its requests are over: its front-ends see it end."""
@@ -316,18 +267,3 @@ class World:
         before = self._changed(state, common._replace(crashes=common.crashes - 1))
         for rank, number in enumerate(state[FIRST_BLOCK:]):
             yield Action("die", rank, fair=False), self._with(before, rank, self.blocks.reborn(number))
-
-    def _with(self, state: State, rank: int, block: int) -> State:
-        place = FIRST_BLOCK + rank
-        return (*state[:place], block, *state[place + 1 :])
-
-    def _changed(self, state: State, common: Common) -> State:
-        return (state[COORDINATOR], self.number(common), *state[FIRST_BLOCK:])
-
-    def number(self, common: Common) -> int:
-        """The number of what belongs to no one party."""
-        number = self._numbers.get(common)
-        if number is None:
-            number = self._numbers[common] = len(self.commons)
-            self.commons.append(common)
-        return number

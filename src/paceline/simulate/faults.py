@@ -47,6 +47,26 @@ class ControlCall(Struct, frozen=True):
     action: ControlAction
 
 
+class ScaleCall(Struct, frozen=True):
+    """An operator's call for another size: when (seconds), at which front-end, how many ranks."""
+
+    at: float
+    front_end: int
+    size: int
+
+
+def draw_scales(
+    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, front_ends: int
+) -> list[ScaleCall]:  # fmt: skip
+    """So many a second, at any moment: by an eighth of the ranks more or fewer, at most."""
+    calls: list[ScaleCall] = []
+    at, most = begin_s + stream.expovariate(per_second), max(1, ranks // 8)
+    while at < begin_s + duration_s:
+        calls.append(ScaleCall(at, stream.randrange(front_ends), max(1, ranks + stream.randint(-most, most))))
+        at += stream.expovariate(per_second)
+    return calls
+
+
 def draw_calls(
     stream: random.Random, suspensions: int, begin_s: float, duration_s: float, front_ends: int
 ) -> list[ControlCall]:
@@ -120,6 +140,19 @@ class Mishaps:
         for call in calls:
             self._deployment.world.at(call.at, lambda call=call: self._call(call))  # type: ignore[misc]
 
+    def schedule_scales(self, calls: list[ScaleCall]) -> None:
+        """Likewise, for another size."""
+        for call in calls:
+            self._deployment.world.at(call.at, lambda call=call: self._scale(call))  # type: ignore[misc]
+
+    def _scale(self, call: ScaleCall) -> None:
+        front_end = self._deployment.living_front_end(call.front_end)
+        if front_end is not None:
+            known = front_end.machine.scaling
+            size = self._deployment.size() if known is None else known.size
+            self.happened["scale up" if call.size > size else "scale down"] += call.size != size
+            front_end.scale(call.size)
+
     def _call(self, call: ControlCall) -> None:
         front_end = self._deployment.living_front_end(call.front_end)
         if front_end is not None:
@@ -149,6 +182,8 @@ class Mishaps:
 
     def _strike(self, fault: Fault) -> bool:
         deployment, number = self._deployment, fault.party
+        if _party(fault) == "rank" and fault.kind != "coordinator-crash" and not deployment.ranks[number].alive:
+            return False
         deployment.world.journal.record(deployment.world.now, _party_name(fault), f"fault: {fault}")
         match fault.kind:
             case "coordinator-crash":
@@ -182,7 +217,7 @@ class Mishaps:
             case "coordinator-crash":
                 deployment.start_coordinator()
             case "rank-crash":
-                deployment.start_rank(number)
+                deployment.revive_rank(number)
             case "front-end-crash":
                 deployment.start_front_end(number)
             case "slow-rank":

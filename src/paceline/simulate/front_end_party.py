@@ -17,6 +17,8 @@ from paceline.simulate.network import Link
 from paceline.simulate.world import World
 
 CONTROL_REPEAT_S = 0.25
+DRAIN_MS, STARTUP_MS = 1500, 4000
+"""Of each change: as long as some ranks need, and not all."""
 
 
 class Call(Struct):
@@ -64,6 +66,8 @@ class FrontEndParty:
         self.alive = True
         self.answers = Answers(world, name)
         self.calls: dict[int, Call] = {}
+        self.scale_calls: dict[int, int] = {}
+        """By call, the size that an operator has asked for and waits for."""
         self.to_ranks: dict[int, Link] = {}
         self.lives: dict[int, int] = {}
         """By rank, the life that it is connected to."""
@@ -90,6 +94,17 @@ class FrontEndParty:
         self._ask(call)
         return call
 
+    def scale(self, size: int) -> None:
+        """An operator asks for so many ranks; asked again until it is answered."""
+        call = self.answers.number()
+        self.scale_calls[call] = size
+        self._ask_to_scale(call)
+
+    def _ask_to_scale(self, call: int) -> None:
+        if self.alive and call in self.scale_calls:
+            self.feed(frontend_events.Scale(call, self.scale_calls[call], DRAIN_MS, STARTUP_MS))
+            self.world.after(CONTROL_REPEAT_S, lambda: self._ask_to_scale(call))
+
     def _ask(self, call: int) -> None:
         if self.alive and not self.calls[call].over:
             self.feed(frontend_events.Control(call, self.calls[call].action))
@@ -102,6 +117,7 @@ class FrontEndParty:
     def kill(self) -> None:
         """The process is gone; its clients' connections break."""
         self.alive = False
+        self.scale_calls.clear()
         for call in self.calls.values():
             call.answered = self.world.now if not call.over else call.answered
         for request in self.answers:
@@ -153,6 +169,8 @@ class FrontEndParty:
                 self.answers.rank_lost(rank)
             case frontend_events.Refuse():
                 self.answers.refused(effect)
+            case frontend_events.Scaled(call):
+                self.scale_calls.pop(call, None)
             case frontend_events.Controlled(call, number, superseded):
                 self._checks.controlled(self, effect)
                 known = self.calls[call]

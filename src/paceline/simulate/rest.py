@@ -16,7 +16,7 @@ IDLE_EVENTS_A_PARTY = 8
 
 def check_rest(deployment: Deployment) -> None:
     """All ranks pause and agree on the wave, all loads are known exactly, nothing keeps happening. Raises Violation."""
-    world, ranks = deployment.world, deployment.ranks
+    world, ranks = deployment.world, deployment.present()
     paused = lambda: not any(party.machine.running for party in ranks.values())  # noqa: E731
     world.run_until(paused, PAUSE_LIMIT_S, "that all ranks pause")
     world.run_for(SETTLE_S)
@@ -39,7 +39,7 @@ def check_rest(deployment: Deployment) -> None:
 def _check_front_end(deployment: Deployment, party: FrontEndParty) -> None:
     machine = party.machine
     if deployment.shape.lockstep:
-        wave = max(rank.machine.wave for rank in deployment.ranks.values())
+        wave = max(rank.machine.wave for rank in deployment.present().values())
         # It may know a later one, where all who knew it too have died.
         if machine.wave < wave or machine.running:
             said = f"wave {machine.wave}, {'running' if machine.running else 'paused'}"
@@ -48,7 +48,7 @@ def _check_front_end(deployment: Deployment, party: FrontEndParty) -> None:
             )
     if deployment.shape.external:
         return
-    for number, rank in deployment.ranks.items():
+    for number, rank in deployment.present().items():
         known, load = machine.believed(number), rank.engine.load()
         finished = rank.machine.statistics()["finished"]
         if (known.waiting, known.running, known.prefill_tokens, known.finished) != (
@@ -56,6 +56,6 @@ def _check_front_end(deployment: Deployment, party: FrontEndParty) -> None:
         ):  # fmt: skip
             text = f"{party.name} believes of rank {number} {known}, which has {load} and has finished {finished}"
             raise Violation(text, party.name, rank.name, COORDINATOR)
-    for rank in deployment.ranks.values():
+    for rank in deployment.present().values():
         if rank.engine.has_work():
             raise Violation(f"{rank.name} still works for nobody", rank.name)

@@ -16,10 +16,11 @@ from paceline.protocol.quota import AUTO, OFF, fixed
 from paceline.simulate.answers import Answer
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment, Shape
-from paceline.simulate.faults import Mishaps, draw_calls, draw_faults, draw_steady
+from paceline.simulate.faults import Mishaps, draw_calls, draw_faults, draw_scales, draw_steady
 from paceline.simulate.front_end_party import FrontEndParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
+from paceline.simulate.scaled_deployment import ScaledDeployment
 from paceline.simulate.workload import Arrival, drawn
 from paceline.simulate.world import Seeds, Violation
 
@@ -29,6 +30,8 @@ SHOWN_EVENTS = 40
 STEADY_S = 60.0
 REQUESTS_A_RANK_AND_SECOND = 0.5
 """Of runs in which something is always wrong."""
+SCALES = 6
+"""In those, as many faults a change of the size."""
 
 
 class Options(Struct, frozen=True):
@@ -126,7 +129,8 @@ class Run:
     def __init__(self, options: Options, without: Set[str] = frozenset()) -> None:
         self.options = options
         self.seeds = Seeds(options.seed)
-        self.deployment = Deployment(self._shape(), self.seeds, Checks(), without)
+        kind = ScaledDeployment if options.faults_per_second else Deployment
+        self.deployment: Deployment = kind(self._shape(), self.seeds, Checks(), without)
         self.mishaps = Mishaps(self.deployment)
 
     def run(self) -> Outcome:
@@ -178,6 +182,8 @@ class Run:
         world.run_for(length + 1.0)
         world.run_until(self.mishaps.over, READY_LIMIT_S, "that everybody is up again")
         deployment.lose_no_more()
+        if isinstance(deployment, ScaledDeployment):
+            world.run_until(deployment.settled, READY_LIMIT_S, "that every change of the size is over")
         deployment.ready(READY_LIMIT_S)
         self._resume()
         deployment.finish(FINISH_LIMIT_S)
@@ -209,6 +215,12 @@ class Run:
             )  # fmt: skip
             self.mishaps.schedule(faults)
             self.mishaps.schedule_calls(calls)
+            self.mishaps.schedule_scales(
+                draw_scales(
+                    self.seeds.stream("scales"), self.options.faults_per_second / SCALES, begin_s=begin_s,
+                    duration_s=duration_s, ranks=shape.ranks, front_ends=shape.front_ends,
+                )
+            )  # fmt: skip
 
     def _arrivals(self) -> list[Arrival]:
         options, shape = self.options, self.deployment.shape

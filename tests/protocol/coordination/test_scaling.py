@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from paceline.protocol.coordination.scaling import NODES_S, DeploymentScaling
 from paceline.protocol.coordination.wave import FIRST_REPEAT_S
@@ -203,11 +204,33 @@ def test_a_new_coordinator_takes_up_the_newest_that_anybody_knows() -> None:
     found = DeploymentScaling(4)
     found.front_end(FRONT_END, state, 10.0)
     found.said(node_hello(NODE, [0, 1, 2, 3], Scaling(4, 4, 4)), 10.0)
-    assert found.state == state
+    # Under a number of its own: the one before may have ended it.
+    assert found.state == replace(state, number=7)
     ask(found, 2, call=3, now=10.0)
-    assert found.state == state
+    assert found.state == replace(state, number=7)
+    found.front_end(FRONT_END, found.state, 10.5)
+    assert found.state.number == 7
     advance(found, 11.0, busy=(2,), front_ends={FRONT_END})
-    assert numbers(found) == (6, 2, "done")
+    assert numbers(found) == (8, 2, "done")
+
+
+def test_a_change_that_the_coordinator_before_had_ended_ends_as_it_did_there() -> None:
+    found = DeploymentScaling(1)
+    found.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
+    found.front_end(FRONT_END, Scaling(2, 2, 2), 0.1)
+    assert numbers(found) == (4, 2, "done")
+    late = DeploymentScaling(1)
+    late.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
+    advance(late, 1.0)
+    late.front_end(FRONT_END, Scaling(2, 2, 2), 1.1)
+    assert numbers(late) == (4, 1, "late")
+
+
+def test_what_was_before_the_first_change_does_not_end_it() -> None:
+    found = scaling()
+    ask(found, 4)
+    found.said(node_hello(NODE, [0, 1], Scaling(0, 2, 2)), 0.0)
+    assert found.state.under_way
 
 
 def test_a_number_that_nobody_can_have_come_to_is_not_taken_up() -> None:

@@ -2,7 +2,8 @@
 
 Like a suspension it is one counter. An odd number is a change under way, the even number after it says how it ended;
 the higher number is the newer word, whoever brings it. Front-ends and nodes keep the newest that they have heard, so a
-new coordinator learns from them where the last one was.
+new coordinator learns from them where the last one was. It goes on with a change under a number of its own: the last
+one may have ended it, and said so to somebody who has not spoken yet. When that is heard, it ends as it did there.
 
 Up: the new ranks are given numbers behind the others and nodes to run on, the one with the fewest first. They load
 beside the traffic, and nobody counts on them: while the number is odd, `size` is what it was. When the last of them
@@ -18,7 +19,7 @@ A rank that a scale-down takes away, and a later scale-up brings back, is anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -34,6 +35,7 @@ from paceline.protocol.scaling_messages import Outcome
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
+LOOK_AGAIN_S = 0.1
 
 
 @dataclass
@@ -47,12 +49,15 @@ class KnownNode:
 
 
 class DeploymentScaling:
-    """How many ranks there are, and what is under way. `size`: at the start."""
+    """How many ranks there are, and what is under way. `size`: at the start. `without`: rules left out."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, without: Set[str] = frozenset()) -> None:
         self.state = Scaling(0, size, size)
+        self._without = without
         self.changed = False
         """Whether all else must be brought in line."""
+        self._taken_over: int | None = None
+        """The number that the change had at the coordinator before."""
         self._loaded: dict[int, RankHello] = {}
         self._nodes: dict[int, KnownNode] = {}
         self._known_by: dict[int, int] = {}
@@ -85,18 +90,24 @@ class DeploymentScaling:
         refusal = self._refusal(size)
         if refusal or size == state.size:
             outcome: Outcome = "refused" if refusal else "done"
-            self.learn(replace(asked, number=state.number + 2, outcome=outcome, why=refusal), now)
+            self._change(replace(asked, number=state.number + 2, outcome=outcome, why=refusal), now)
             return
         hosts = [(rank, node) for rank, node in state.hosts if rank < state.size]
         joining = range(state.size, size)
         hosts += zip(joining, self._places(len(joining)), strict=True)
         waiting_for = list(joining or range(size, state.size))
-        self.learn(replace(asked, number=state.number + 1, hosts=hosts, waiting_for=waiting_for), now)
+        self._change(replace(asked, number=state.number + 1, hosts=hosts, waiting_for=waiting_for), now)
 
     def learn(self, state: Scaling, now: float) -> None:
         """Somebody knows this; it counts where it is news."""
-        if state.number <= self.state.number or not plausible(state.number, self.state.number):
-            return
+        before, number = self._taken_over, self.state.number
+        if before is not None and (state.number, number) == (before + 1, before + 2):
+            self._change(replace(state, number=number + 1), now)
+        elif state.number > number and plausible(state.number, number):
+            self._taken_over = state.number if state.under_way else None
+            self._change(replace(state, number=state.number + 2) if state.under_way else state, now)
+
+    def _change(self, state: Scaling, now: float) -> None:
         self.state = state
         self.changed = True
         self._served[state.front_end] = max(state.call, self._served.get(state.front_end, 0))
@@ -174,7 +185,8 @@ class DeploymentScaling:
                 return
         else:
             known = all(self._known_by.get(front_end, -1) >= state.number for front_end in front_ends)
-            lacking = [rank for rank in state.leaving if not (known and idle(rank))]
+            drained = "leaver-drained" in self._without
+            lacking = [rank for rank in state.leaving if not (drained or (known and idle(rank)))]
         if not lacking or late:
             self._end("done", "", now)
         elif lacking != state.waiting_for:
@@ -183,10 +195,13 @@ class DeploymentScaling:
 
     def message(self, now: float) -> Scaling | None:
         """What to tell the nodes now, if that is due; the next repeat is set."""
+        if self._deadline is not None and now >= self._deadline:
+            # Time is up, and the ranks have not been heard yet: a coordinator that is new waits for them.
+            self._deadline = now + LOOK_AGAIN_S
         if self._due is None or now < self._due:
             return None
         lagging = any(node.number < self.state.number for node in self._nodes.values())
-        again = self.state.under_way or lagging
+        again = (self.state.under_way or lagging) and "scaling-repeated" not in self._without
         self._due = now + self._repeat_s if again else None
         self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
         return self.state
@@ -208,7 +223,7 @@ class DeploymentScaling:
         ended = replace(
             state, number=state.number + 1, size=size, hosts=hosts, waiting_for=[], outcome=outcome, why=why[:1024]
         )  # fmt: skip
-        self.learn(ended, now)
+        self._change(ended, now)
 
     def _tell(self, now: float) -> None:
         self._due = now
