@@ -144,6 +144,7 @@ def test_what_has_left_is_heard_no_more_and_another_life_of_it_is_when_it_is_wan
     machine.handle(hello(2), 1.1)
     machine.handle(report(2, 9), 1.1)
     assert machine.statistics()["ready"] == [0, 1]
+    machine.handle(RankSaid(NodeHello(PROTOCOL_VERSION, NODE, [0, 1], Scaling(2, 2, 2))), 1.9)
     machine.handle(scale(3, call=2), 2.0)
     effects = machine.handle(hello(2), 2.1)
     assert not said(effects, Admit)

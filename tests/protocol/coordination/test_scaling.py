@@ -27,6 +27,11 @@ def node_hello(node: int, ranks: list[int], state: Scaling, **more: Any) -> Node
     return NodeHello(PROTOCOL_VERSION, node, ranks, state, **more)
 
 
+def known(found: DeploymentScaling, ranks: int) -> None:
+    """The node answers with what it has heard, and so many ranks."""
+    found.said(node_hello(NODE, list(range(ranks)), found.state), 0.0)
+
+
 def ask(found: DeploymentScaling, size: int, call: int = 1, now: float = 0.0, front_end: int = FRONT_END) -> None:
     found.ask(ScaleRequest(front_end, call, size, 2000, 5000), now)
 
@@ -156,6 +161,7 @@ def test_a_second_one_changes_nothing_while_the_first_is_under_way() -> None:
     assert found.state == before
     loaded(found, 2, 3)
     advance(found)
+    known(found, 4)
     ask(found, 8, call=2, front_end=200)
     assert (found.state.number, found.state.target) == (3, 8)
 
@@ -165,9 +171,11 @@ def test_a_call_is_served_once_however_often_it_comes() -> None:
     ask(found, 1, call=5)
     advance(found)
     assert found.state.size == 1
+    known(found, 1)
     ask(found, 3, call=6, front_end=200)
     loaded(found, 1, 2)
     advance(found)
+    known(found, 3)
     ask(found, 1, call=5)
     assert numbers(found) == (4, 3, "done")
 
@@ -185,6 +193,7 @@ def test_external_mode_and_a_node_without_ranks_are_refused() -> None:
     ask(found, 2)
     assert numbers(found) == (2, 4, "refused")
     assert "the one with rank 2, 3 would have none" in found.state.why
+    known(found, 4)
     found.said(node_hello(OTHER, [2, 3], found.state, fixed=True), 0.0)
     ask(found, 8, call=2)
     assert numbers(found) == (4, 4, "refused")
@@ -268,3 +277,17 @@ def test_what_is_said_of_it(state: Scaling, line: str) -> None:
     found = DeploymentScaling(2)
     found.learn(state, 0.0)
     assert found.line() == line
+
+
+def test_a_change_waits_until_every_node_knows_how_the_last_one_ended() -> None:
+    """A node that still runs a rank that has left would keep it where a new one is asked for."""
+    found = scaling(4, node_7=[0, 1], node_8=[2, 3])
+    ask(found, 3)
+    advance(found)
+    assert numbers(found) == (2, 3, "done")
+    found.said(node_hello(NODE, [0, 1], found.state), 1.0)
+    ask(found, 4, call=2, now=1.0)
+    assert not found.state.under_way
+    found.said(node_hello(OTHER, [2], found.state), 2.0)
+    ask(found, 4, call=2, now=2.0)
+    assert found.state.hosts == [(3, OTHER)]

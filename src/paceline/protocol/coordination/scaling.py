@@ -230,9 +230,13 @@ class DeploymentScaling:
         self._repeat_s = FIRST_REPEAT_S
 
     def _waits_for_nodes(self, now: float) -> bool:
-        """A coordinator that has just begun may not have heard any node yet: whoever asks, asks again."""
+        """Whether it is too soon to begin anything: whoever asks, asks again.
+
+        A coordinator that has just begun may not have heard any node yet. And a node that has not heard how the last
+        change ended may still run a rank that has left, and would keep that life where the next one asks for a new one.
+        """
         if self._nodes:
-            return False
+            return any(node.number < self.state.number for node in self._nodes.values())
         if self._nodeless_since is None:
             self._nodeless_since = now
         return now < self._nodeless_since + NODES_S
