@@ -75,7 +75,7 @@ def main() -> None:
     print(f"requests: {tally.requests}, lost: {len(tally.lost)}, wrong: {len(tally.wrong)}")
     print(f"refused on arrival (503 with Retry-After): {tally.refused}")
     print(f"connections that broke with their front-end: {tally.cut}")
-    print(f"longest stall: {tally.longest_stall_s:.2f} s")
+    print(f"longest stall: {tally.longest_stall_s:.2f} s, {tally.longest_stall}")
     for what in [*tally.wrong, *tally.lost][:20]:
         print(what)
     sys.exit(1 if tally.lost or tally.wrong else 0)

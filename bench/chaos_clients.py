@@ -25,6 +25,9 @@ class Tally:
     cut: int = 0
     refused: int = 0
     longest_stall_s: float = 0.0
+    longest_stall: str = "none"
+    """When it was, and where in the stream."""
+    begin: float = field(default_factory=time.monotonic)
     faults: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -46,14 +49,15 @@ class Client(threading.Thread):
             self._ask(self._asks[which], self._texts[which])
 
     def _ask(self, ask: dict[str, Any], expected: str) -> None:
-        text, finish, stall_s = "", None, 0.0
+        text, finish = "", None
         before = time.monotonic()
         try:
             # A connection of its own: a front-end that is killed takes only what is under way with it.
             with self._running.openai as client:
                 for chunk in client.completions.create(**ask, stream=True):
                     now = time.monotonic()
-                    stall_s, before = max(stall_s, now - before), now
+                    self._stalled(now - before, before, len(text))
+                    before = now
                     for choice in chunk.choices:
                         text += choice.text
                         finish = choice.finish_reason or finish
@@ -74,7 +78,7 @@ class Client(threading.Thread):
             self._count(cut=cut, lost=None if cut else repr(error))
             return
         wrong = None if text == expected and finish else f"{text[-60:]!r} ({finish}) in place of {expected[-60:]!r}"
-        self._count(wrong=wrong, stall_s=stall_s)
+        self._count(wrong=wrong)
 
     def _count(
         self,
@@ -83,7 +87,6 @@ class Client(threading.Thread):
         refused: bool = False,
         lost: str | None = None,
         wrong: str | None = None,
-        stall_s: float = 0.0,
     ) -> None:
         tally = self._tally
         with tally.lock:
@@ -92,7 +95,13 @@ class Client(threading.Thread):
             tally.refused += refused
             tally.lost += [lost] if lost else []
             tally.wrong += [wrong] if wrong else []
-            tally.longest_stall_s = max(tally.longest_stall_s, stall_s)
+
+    def _stalled(self, seconds: float, since: float, characters: int) -> None:
+        tally = self._tally
+        with tally.lock:
+            if seconds > tally.longest_stall_s:
+                tally.longest_stall_s = seconds
+                tally.longest_stall = f"after {characters} characters, {since - tally.begin:.0f} s after the beginning"
 
 
 def asks_of(engine: str, model: str) -> list[dict[str, Any]]:
