@@ -76,6 +76,7 @@ def main() -> None:
     print(f"refused on arrival (503 with Retry-After): {tally.refused}")
     print(f"connections that broke with their front-end: {tally.cut}")
     print(f"longest stall: {tally.longest_stall_s:.2f} s, {tally.longest_stall}")
+    print(f"longest suspension: {tally.longest_suspension_s:.2f} s, {tally.longest_suspension}")
     for what in [*tally.wrong, *tally.lost][:20]:
         print(what)
     sys.exit(1 if tally.lost or tally.wrong else 0)

@@ -54,10 +54,18 @@ class Suspender(Operator):
 
     def run(self) -> None:
         while not self._over.wait(self._random.uniform(1.0, 6.0)):
-            mode = self._random.choice(("keep", "wait"))
+            mode, begin = self._random.choice(("keep", "wait")), time.monotonic()
             self._count(f"suspend, {mode}", self._call(f"/pause?mode={mode}&timeout={CALL_S:g}", CALL_S + 5.0))
             self._over.wait(self._random.uniform(0.1, 1.0))
             self._resume()
+            self._suspended(time.monotonic() - begin, begin)
+
+    def _suspended(self, seconds: float, since: float) -> None:
+        tally = self._tally
+        with tally.lock:
+            if seconds > tally.longest_suspension_s:
+                tally.longest_suspension_s = seconds
+                tally.longest_suspension = f"{since - tally.begin:.0f} s after the beginning"
 
     def _resume(self) -> None:
         end = time.monotonic() + RESUMED_S

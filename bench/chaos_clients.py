@@ -27,6 +27,8 @@ class Tally:
     longest_stall_s: float = 0.0
     longest_stall: str = "none"
     """When it was, and where in the stream."""
+    longest_suspension_s: float = 0.0
+    longest_suspension: str = "none"
     begin: float = field(default_factory=time.monotonic)
     faults: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -61,6 +63,9 @@ class Client(threading.Thread):
                     for choice in chunk.choices:
                         text += choice.text
                         finish = choice.finish_reason or finish
+        except openai.APITimeoutError as error:
+            self._count(lost=f"{error} after {len(text)} characters of {expected[:20]!r}")
+            return
         except openai.APIConnectionError:
             self._count(cut=True)
             return
