@@ -58,7 +58,11 @@ def check(
     ] = False,
     answers: Annotated[
         bool,
-        typer.Option("--answers", help="Walk what clients are given while ranks, connections and the coordinator die."),
+        typer.Option(
+            "--answers",
+            help="Walk what clients are given while ranks, connections and the coordinator die; with --scales, while"
+            " ranks come and go too, by itself and with each fault meanwhile.",
+        ),
     ] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,

@@ -16,7 +16,7 @@ from paceline.protocol.frontends.scaling import FrontEndScaling
 from paceline.protocol.messages import Members
 from paceline.protocol.node import Node
 from paceline.simulate.explore_answers_place import Bounds
-from paceline.simulate.explore_answers_scaling import ScaledAnswersWorld
+from paceline.simulate.explore_answers_scaling import ScaledAnswersWorld, ScaledPlace
 from paceline.simulate.explore_search import Finding, search
 
 BOUNDS = Bounds(crashes=0, scales=1)
@@ -40,6 +40,19 @@ def test_nor_with_a_fault_meanwhile(fault: dict[str, int]) -> None:
     found = walked(Bounds(tokens=1, scales=1, **fault))
     assert (found.violation, found.story) == ("", [])
     assert found.states > 1_000
+
+
+def test_a_rank_more_serves_once_it_has_loaded() -> None:
+    world = ScaledAnswersWorld(BOUNDS)
+    place = world.start()
+    assert isinstance(place, ScaledPlace)
+    place.ask(3)
+    assert not world.over(place)
+    place.start_rank(2)
+    while place.for_front_end:
+        place.front_end_hears()
+    assert place.machine.ready_ranks() == [0, 1, 2]
+    assert world.over(place)
 
 
 def forgotten_where_it_left(patch: pytest.MonkeyPatch) -> None:
@@ -80,7 +93,7 @@ def test_a_breakage_is_found(breakage: Any, found: str, monkeypatch: pytest.Monk
     breakage(monkeypatch)
     finding = walked()
     assert found in finding.violation
-    assert any("an operator asks for 1 ranks" in line for line in finding.story)
+    assert any("an operator asks for so many ranks: 1" in line for line in finding.story)
 
 
 @pytest.mark.timeout(300)

@@ -153,11 +153,11 @@ class ScaledAnswersWorld(AnswersWorld):
         if state is None:
             return
         if state.under_way:
-            yield f"the time to have {state.target} ranks is up", ScaledPlace.time_is_up
+            yield f"the time of the change to {state.target} is up", ScaledPlace.time_is_up
         elif place.scales:
             for size in (state.size - 1, state.size + 1):
                 if 0 < size <= self.bounds.places:
-                    yield f"an operator asks for {size} ranks", lambda p, n=size: p.ask(n)  # type: ignore[misc]
+                    yield f"an operator asks for so many ranks: {size}", lambda p, n=size: p.ask(n)  # type: ignore[misc]
 
     def _rank_moves(self, place: Place, rank: int) -> Iterator[tuple[str, Move]]:
         assert isinstance(place, ScaledPlace)
