@@ -18,14 +18,16 @@ from paceline.protocol.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
 from paceline.simulate.explore_answers import AnswersWorld
 from paceline.simulate.explore_answers_place import Bounds
+from paceline.simulate.explore_answers_scaling import ScaledAnswersWorld
 from paceline.simulate.explore_binding import KeyedWorld
 from paceline.simulate.explore_binding_world import Limits
 from paceline.simulate.explore_search import Finding, World, search
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
-OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "scales", "notices", "max_memory_mb")
+OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "notices", "max_memory_mb")
 """Flags that say nothing of brokered binding's walk, nor of the answers'."""
+NOT_OF_BINDING = ("scales", "answers")
 NOT_OF_ANSWERS = ("front_ends", "losses", "without")
 
 
@@ -43,7 +45,10 @@ def check(
     backlog: Annotated[int, typer.Option(min=2, help="Messages of a rank unread while the ranks step on.")] = 3,
     grouped: Annotated[bool, typer.Option(help="Ranks form generations, and one may die in a wave.")] = False,
     scales: Annotated[
-        int, typer.Option(min=0, help="Changes of how many ranks there are, by one; ranks form generations then.")
+        int,
+        typer.Option(
+            min=0, help="Changes of how many ranks there are, by one; without --answers ranks form generations then."
+        ),
     ] = 0,
     notices: Annotated[
         bool | None, typer.Option(help="Whether front-ends' notices come through; without --grouped they do.")
@@ -53,7 +58,11 @@ def check(
     ] = False,
     answers: Annotated[
         bool,
-        typer.Option("--answers", help="Walk what clients are given while ranks, connections and the coordinator die."),
+        typer.Option(
+            "--answers",
+            help="Walk what clients are given while ranks, connections and the coordinator die; with --scales, while"
+            " ranks come and go too, by itself and with each fault meanwhile.",
+        ),
     ] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
@@ -62,11 +71,10 @@ def check(
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
     if binding or answers:
         flag = "--binding" if binding else "--answers"
-        refused = [*OF_WAVES, *(() if binding else NOT_OF_ANSWERS), *(("answers",) if binding else ())]
-        for name in refused:
+        for name in (*OF_WAVES, *(NOT_OF_BINDING if binding else NOT_OF_ANSWERS)):
             if _is_given(context, name):
                 raise typer.BadParameter(f"not with {flag}", param_hint=f"--{name.replace('_', '-')}")
-        given = {name: context.params[name] for name in OF_BOTH if _is_given(context, name)}
+        given = {name: context.params[name] for name in (*OF_BOTH, "scales") if _is_given(context, name)}
         walks = _binding_walks(given, _rules(without or [], BINDING_RULES)) if binding else _answers_walks(given)
         _search(walks, as_json)
         return
@@ -104,10 +112,12 @@ def _binding_walks(given: dict[str, int], without: frozenset[str]) -> list[World
 
 
 def _answers_walks(given: dict[str, int]) -> list[World[Any]]:
-    """Likewise: a crash, or a connection that ends and comes up again."""
-    if "crashes" in given:
-        return [AnswersWorld(Bounds(**given))]
-    return [AnswersWorld(Bounds(**{**fault, **given})) for fault in ({"crashes": 1}, {"crashes": 0, "cuts": 1})]
+    """Likewise: a crash, or a connection that ends and comes up again. Where ranks come and go, neither too."""
+    faults = [{"crashes": 1}, {"crashes": 0, "cuts": 1}]
+    kind = AnswersWorld
+    if given.get("scales"):
+        faults, kind = [{"crashes": 0}, *({**fault, "tokens": 1} for fault in faults)], ScaledAnswersWorld
+    return [kind(Bounds(**{**fault, **given})) for fault in ([{}] if "crashes" in given else faults)]
 
 
 def _search(worlds: list[World[Any]], as_json: bool) -> None:

@@ -13,24 +13,26 @@ and another one starts that knows nothing. What the coordinator says to ranks, a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 from paceline.simulate.explore_answers_place import Bounds, Place
 from paceline.simulate.explore_parts import freeze
 
-Move = Callable[[Place], None]
+Move = Callable[[Any], None]
 
 
 class AnswersWorld:
     """The moves of one deployment."""
 
     stuck = "a request can never come to its end any more"
+    kind_of_place = Place
 
     def __init__(self, bounds: Bounds) -> None:
         self.bounds = bounds
 
     def start(self) -> Place:
         """All ranks are ready, and the front-end knows them."""
-        place = Place(self.bounds)
+        place = self.kind_of_place(self.bounds)
         while place.for_coordinator or place.for_front_end:
             if place.for_coordinator:
                 place.coordinator_hears()
@@ -40,14 +42,14 @@ class AnswersWorld:
 
     def over(self, place: Place) -> bool:
         """Whether no client waits, and every rank serves."""
-        return not place.answers.open and len(place.machine.ready_ranks()) == self.bounds.ranks
+        return place.settled()
 
     def moves(self, place: Place) -> Iterator[tuple[str, Move]]:
         """All that may happen next."""
         if len(place.answers) < self.bounds.requests:
             for rank in place.machine.ready_ranks():
                 yield f"a client asks, for rank {rank}", lambda p, r=rank: p.submit(r)  # type: ignore[misc]
-        for rank in range(self.bounds.ranks):
+        for rank in range(self.bounds.places):
             yield from self._rank_moves(place, rank)
             yield from self._connection_moves(place, rank)
         if place.for_front_end:
@@ -62,13 +64,14 @@ class AnswersWorld:
             yield text, Place.coordinator_hears
         if place.waits_for_ranks():
             yield "the coordinator waits no longer for ranks that say nothing", Place.coordinator_loses_patience
-        if place.crashes:
+        if place.crashes and place.at_risk:
             yield "the coordinator dies", Place.crash_coordinator
 
     def _rank_moves(self, place: Place, rank: int) -> Iterator[tuple[str, Move]]:
         life = place.ranks[rank]
         if not life.alive:
-            yield f"the next life of rank {rank} is there", lambda p: p.start_rank(rank)
+            if place.is_kept(rank):
+                yield f"the next life of rank {rank} is there", lambda p: p.start_rank(rank)
             return
         if life.inbox:
             name = type(life.inbox[0]).__name__
@@ -77,7 +80,7 @@ class AnswersWorld:
             yield f"rank {rank} makes a step", lambda p: p.step(rank)
         if life.joins and place.coordinator is not None and all(who != rank for who, _ in place.for_coordinator):
             yield f"rank {rank} says hello again", lambda p: p.hello_again(rank)
-        if place.crashes:
+        if place.crashes and place.at_risk and place.is_kept(rank):
             yield f"rank {rank} dies", lambda p: p.crash_rank(rank, lost=False)
             yield f"rank {rank} dies, and with it what it had said", lambda p: p.crash_rank(rank, lost=True)
 
@@ -92,7 +95,7 @@ class AnswersWorld:
         living = place.ranks[rank].alive and place.ranks[rank].incarnation == connection.life
         if connection.up and not living:
             yield f"the front-end sees its connection to rank {rank} end", lambda p: p.link_down(rank)
-        elif connection.up and place.cuts:
+        elif connection.up and place.cuts and place.at_risk:
             yield f"the front-end's connection to rank {rank} ends", lambda p: p.cut(rank, lost=False)
             yield f"the front-end's connection to rank {rank} ends with what is on it", lambda p: p.cut(rank, lost=True)
         elif not connection.up and living:

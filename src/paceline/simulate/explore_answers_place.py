@@ -22,13 +22,21 @@ FRONT_END = 7
 
 
 class Bounds(Struct, frozen=True):
-    """What a walk covers. `tokens`: of each answer. `crashes`: of a rank or the coordinator. `cuts`: of connections."""
+    """What a walk covers. `tokens`: of each answer. `crashes`: of a rank or the coordinator. `cuts`: of connections.
+    `scales`: changes of how many ranks there are, by one (`explore_answers_scaling.py`).
+    """
 
     ranks: int = 2
     requests: int = 1
     tokens: int = 2
     crashes: int = 1
     cuts: int = 0
+    scales: int = 0
+
+    @property
+    def places(self) -> int:
+        """Ranks that there can be: where that changes, one more than at first."""
+        return self.ranks + bool(self.scales)
 
 
 class Moment(Struct):
@@ -79,17 +87,35 @@ class Place:
         self.crashes, self.cuts = bounds.crashes, bounds.cuts
         self.coordinator: Coordinator | None = None
         self.coordinators = 0
-        self.said: list[list[Outputs]] = [[] for _ in range(bounds.ranks)]
-        self.gone = [0] * bounds.ranks
+        self.said: list[list[Outputs]] = [[] for _ in range(bounds.places)]
+        self.gone = [0] * bounds.places
         """By rank, the life of which the coordinator is still to see the connection end; 0 for none."""
-        self.connections: list[Connection | None] = [None] * bounds.ranks
+        self.connections: list[Connection | None] = [None] * bounds.places
         self.for_coordinator: list[tuple[int, Any]] = []
         self.for_front_end: list[Members] = []
-        self.ranks = [Life(rank, 0) for rank in range(bounds.ranks)]
+        self.ranks = [Life(rank, 0) for rank in range(bounds.places)]
         self.start_coordinator()
         for rank in range(bounds.ranks):
             self.start_rank(rank)
         self._front_end(frontend_events.Connected())
+
+    @property
+    def size(self) -> int:
+        """Ranks that there are to be."""
+        return self.bounds.ranks
+
+    def settled(self) -> bool:
+        """Whether no client waits, and every rank serves."""
+        return not self.answers.open and len(self.machine.ready_ranks()) == self.size
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether a fault may come now."""
+        return True
+
+    def is_kept(self, rank: int) -> bool:
+        """Whether a life of the rank is followed by another one."""
+        return True
 
     # The front-end ------------------------------------------------------------------------------
 
@@ -134,7 +160,7 @@ class Place:
             match effect:
                 case frontend_events.ToRank(rank, message):
                     if isinstance(message, AddRequest):
-                        self.answers.sent(rank, message)
+                        self._sent(rank, message)
                     life, connection = self.ranks[rank], self.connections[rank]
                     if life.alive and connection is not None and life.incarnation == connection.life:
                         life.inbox.append(message)
@@ -151,6 +177,9 @@ class Place:
                 case frontend_events.ToCoordinator(message):
                     self._coordinator(coordinator.FrontEndSaid(message))
         self.answers.none_lost(self.machine)
+
+    def _sent(self, rank: int, message: AddRequest) -> None:
+        self.answers.sent(rank, message)
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -212,7 +241,7 @@ class Place:
         """One that knows nothing; all are connected to it at once."""
         self.coordinators += 1
         fresh = self.coordinators == 1
-        size = self.bounds.ranks
+        size = self.size
         self.coordinator = Coordinator(size, self.coordinators, 0.0, lockstep=False, publish_loads=False, fresh=fresh)
         self._coordinator(coordinator.FrontEndSubscribed())
         for life in self.ranks:
@@ -243,7 +272,7 @@ class Place:
         self.coordinator = None
         self.for_coordinator.clear()
         self.for_front_end.clear()
-        self.gone = [0] * self.bounds.ranks
+        self.gone = [0] * self.bounds.places
 
     def _coordinator(self, event: coordinator.Event, now: float = NOW) -> None:
         if self.coordinator is None:
