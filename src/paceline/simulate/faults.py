@@ -177,13 +177,16 @@ class Mishaps:
     def _with_requests(self, first: int) -> int:
         """The rank to aim at."""
         ranks = self._deployment.ranks
-        order = [(first + further) % len(ranks) for further in range(len(ranks))]
+        # Scaling leaves gaps: of two ranks that join, the second may be there first.
+        order = sorted(ranks, key=lambda number: (number < first, number))
         return next((number for number in order if len(ranks[number].machine.requests)), first)
 
     def _strike(self, fault: Fault) -> bool:
         deployment, number = self._deployment, fault.party
-        if _party(fault) == "rank" and fault.kind != "coordinator-crash" and not deployment.ranks[number].alive:
-            return False
+        if _party(fault) == "rank" and fault.kind != "coordinator-crash":
+            rank = deployment.ranks.get(number)
+            if rank is None or not rank.alive:
+                return False
         deployment.world.journal.record(deployment.world.now, _party_name(fault), f"fault: {fault}")
         match fault.kind:
             case "coordinator-crash":
