@@ -157,7 +157,8 @@ class Agreements(RankTarget):
 
     def feed(self, frame: bytes) -> None:
         self._row = frame[13:]
-        if not self.engine.requests:
+        # Where a peer has it suspended, it holds what it gets.
+        if not self.engine.requests and not self.machine.requests.held:
             self._sent += 1
             request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
             self.handle(FrontEndSaid(FRONT_ENDS[0], request))
