@@ -291,3 +291,9 @@ def test_a_change_waits_until_every_node_knows_how_the_last_one_ended() -> None:
     found.said(node_hello(OTHER, [2], found.state), 2.0)
     ask(found, 4, call=2, now=2.0)
     assert found.state.hosts == [(3, OTHER)]
+
+
+def test_whatever_a_reason_says_it_is_one_line_of_the_log() -> None:
+    found = scaling()
+    found.front_end(FRONT_END, Scaling(2, 2, 4, outcome="failed", why="no memory\r\nWARNING all is well\n"), 0.0)
+    assert found.line() == "there are still 2 ranks, not 4: no memory WARNING all is well"

@@ -214,7 +214,8 @@ class DeploymentScaling:
             return f"scaling from {state.size} to {state.target} ranks: rank {_names(state.waiting_for)} to {what}"
         if state.outcome == "done":
             return f"there are {state.size} ranks"
-        return f"there are still {state.size} ranks, not {state.target}: {state.why}"
+        # A new coordinator has it from whoever knows it: it may be anything, but a log has a line for each entry.
+        return f"there are still {state.size} ranks, not {state.target}: {' '.join(state.why.split())}"
 
     def _end(self, outcome: Outcome, why: str, now: float) -> None:
         state = self.state
