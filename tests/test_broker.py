@@ -78,7 +78,8 @@ def test_a_burst_far_above_the_slots_is_served_in_order_and_level(front_ends: in
     # All that run at once begin within one step of each other; a machine that is busy delays some connections.
     assert max(abs(place - number) for place, number in enumerate(order)) <= 3 * RANKS * SLOTS
     level = Counter(got.rank for got in answers)
-    assert max(level.values()) - min(level.values()) <= SLOTS
+    # A rank that waits for a core ends less meanwhile, and gets less.
+    assert max(level.values()) - min(level.values()) <= 2 * SLOTS
     assert sum("granted by the broker" in got.why for got in answers) > count // 2
 
 
