@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.binding.broker import Broker, Entry
-from paceline.protocol.binding.shares import ShareBook
+from paceline.protocol.binding.broker import Entry
+from paceline.protocol.binding.pool import Pool
 from paceline.protocol.binding_messages import Ask, Grant, Grants, ReturnShares, Shares, Withdraw
 from paceline.protocol.coordination.board import Board
 from paceline.protocol.coordination.membership import Membership
@@ -21,20 +21,6 @@ REPEAT_S = 0.1
 
 UNANSWERED_S = 1.0
 """A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
-
-
-class Pool:
-    """The front-ends that balance over the same ranks, None for all, with their queue."""
-
-    def __init__(self, ranks: frozenset[int] | None, without: Set[str], lockstep: bool) -> None:
-        self.ranks = ranks
-        self.broker = Broker(without, lockstep)
-        self.shares = ShareBook()
-        self.marked: set[int] = set()
-        self.recalled: float | None = None
-        """Since when all shares have been recalled; None where they are not."""
-        self.stale = False
-        """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
 
 class Brokerage:
@@ -253,7 +239,7 @@ class Brokerage:
             if pool.stale and pool.broker.queued:
                 pool.stale = False
                 if pool.marked:
-                    _look(pool, board, membership)
+                    pool.look(board, membership)
                 for entry in pool.broker.grant():
                     entry.granted_at = now
                     made.append(_grant(entry))
@@ -322,7 +308,7 @@ class Brokerage:
         found: list[Shares] = []
         for pool in self._pools.values():
             if free and not pool.broker.queued:
-                _look(pool, board, membership)
+                pool.look(board, membership)
                 pool.shares.hand_out(pool.broker.rooms)
             found += pool.shares.shares(pool.broker.rooms)
         return found
@@ -336,14 +322,3 @@ class Brokerage:
 def _grant(entry: Entry) -> Grant:
     assert entry.room is not None
     return Grant(entry.front_end, entry.request, entry.room.rank, entry.room.incarnation)
-
-
-def _look(pool: Pool, board: Board, membership: Membership) -> None:
-    """Reckon the rooms of the ranks that are marked."""
-    rooms = pool.broker.rooms
-    for rank in pool.marked:
-        report = board.reports.get(rank)
-        if report is None or report.incarnation != membership.ready_life(rank):
-            continue
-        rooms.heard(rank, report.incarnation, report.load, board.on_the_wire(rank, report.incarnation))
-    pool.marked.clear()
