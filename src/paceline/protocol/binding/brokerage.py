@@ -186,10 +186,10 @@ class Brokerage:
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 waiting, rooms = pool.broker.queued, pool.broker.rooms
-                room = rooms.reported(report) if waiting else None
-                if room is None:
+                starts = rooms.reported(report) if waiting else None
+                if starts is None:
                     pool.marked.add(rank)
-                elif not room.reserved and rank not in rooms.open:
+                elif not starts:
                     # It is full: nobody who waits can start there, which is what most reports say then.
                     continue
                 pool.stale = True
@@ -275,10 +275,13 @@ class Brokerage:
         return self._said(made)
 
     def _said(self, made: list[Grant]) -> Grants:
-        asked: dict[int, int] = {}
-        for pool in self._pools.values():
+        told = self._told
+        if len(self._pools) == 1:
+            (pool,) = self._pools.values()
             counts = pool.broker.counts
-            asked.update(zip(counts, map(self._told.__getitem__, counts)))  # noqa: B905 (of one length)
+            asked = told.copy() if len(counts) == len(told) else {front_end: told[front_end] for front_end in counts}
+            return Grants(self._identity, made, asked, len(pool.broker.queued), self._recalling)
+        asked = {front_end: told[front_end] for pool in self._pools.values() for front_end in pool.broker.counts}
         return Grants(self._identity, made, asked, self.queued, self._recalling, self.queues())
 
     def _forget_silent(self, now: float) -> None:
