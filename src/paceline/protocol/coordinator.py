@@ -184,7 +184,9 @@ class Coordinator(Knowledge):
             case ScaleRequest() if self._introductions.acquainted(now):
                 self._scaling.ask(message, now)
                 self._publisher.members_changed(now)
-            case ControlRequest():
+            case ControlRequest(known=number, mode=mode):
+                self._suspension.known(number, mode, now)
+                self._suspension_changed(now)
                 self._suspension.calls.request(message)
             case FrontEndLeaving(front_end):
                 self._forget_front_end(front_end, now)

@@ -24,12 +24,14 @@ class Knowledge:
     `interval_s`: least time between two load views; 0 publishes every change.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
     carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `step_wait_s`: how
-    long a lockstep view waits for all to report one step. `without`: rules (`rules.py`) left out, to show what breaks.
+    long a lockstep view waits for all to report one step. `most_ranks`: what the deployment may be scaled to, None for
+    four times the ranks that it has and at least 16. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
-        fresh: bool = True, presence: bool = False, step_wait_s: float = STEP_WAIT_S, without: Set[str] = frozenset(),
+        fresh: bool = True, presence: bool = False, step_wait_s: float = STEP_WAIT_S,
+        most_ranks: int | None = None, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         self.identity = identity
         self.lockstep = lockstep
@@ -39,7 +41,7 @@ class Knowledge:
         patience_s = None if lockstep else PATIENCE_S
         self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
         self._generations = Generations(engine_count)
-        self._scaling = DeploymentScaling(engine_count, self._without)
+        self._scaling = DeploymentScaling(engine_count, most_ranks, self._without)
         self._stalls = Stalls()
         self._suspension = Suspending(identity, lockstep, self._without)
         self._board = Board()
