@@ -47,6 +47,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     [
         (["-dp", "0"], "--data-parallel-size"),
         (["--min-stats-update-interval-ms", "-1"], "--min-stats-update-interval-ms"),
+        (["-dp", "4", "--max-data-parallel-size", "3"], "--max-data-parallel-size: must be 4 to 65536"),
         (["--back-output-address", "nowhere"], "cannot bind nowhere"),
     ],
 )

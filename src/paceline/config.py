@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from paceline.errors import ConfigError
 from paceline.protocol.quota import setting_of
+from paceline.protocol.scaling_messages import most_ranks
 
 
 def _require(condition: bool, setting: str, text: str) -> None:
@@ -73,8 +74,8 @@ class ParallelConfig(Struct, frozen=True):
 
     @property
     def most_ranks(self) -> int:
-        """What the deployment may be scaled to: what is set, or enough for most and no more than a slip can start."""
-        return self.max_data_parallel_size or max(16, 4 * self.data_parallel_size)
+        """What the deployment may be scaled to."""
+        return self.max_data_parallel_size or most_ranks(self.data_parallel_size)
 
     @property
     def leads(self) -> bool:

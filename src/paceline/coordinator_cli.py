@@ -23,6 +23,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--data-parallel-size", "-dp", type=int, default=2, metavar="N", help="ranks in the deployment")
+    add(
+        "--max-data-parallel-size",
+        type=int,
+        metavar="N",
+        help="ranks that it may be scaled to",
+    )
     add("--front-publish-address", default="tcp://127.0.0.1:29551", metavar="ADDRESS", help="front-ends connect here")
     add("--back-output-address", default="tcp://127.0.0.1:29552", metavar="ADDRESS", help="ranks send here")
     add("--back-publish-address", default="tcp://127.0.0.1:29553", metavar="ADDRESS", help="ranks listen here")
@@ -41,6 +47,9 @@ def run_command(arguments: Sequence[str]) -> None:
     try:
         if not 1 <= options.data_parallel_size <= 65536:
             raise PacelineError("--data-parallel-size: must be 1 to 65536")
+        most = options.max_data_parallel_size
+        if most is not None and not options.data_parallel_size <= most <= 65536:
+            raise PacelineError(f"--max-data-parallel-size: must be {options.data_parallel_size} to 65536")
         if not 0 <= options.min_stats_update_interval_ms <= 3_600_000:
             raise PacelineError("--min-stats-update-interval-ms: must be 0 to 3600000")
         process = DPCoordinatorProc(
@@ -49,6 +58,7 @@ def run_command(arguments: Sequence[str]) -> None:
             not options.no_wave_coordination,
             not options.no_loads,
             not options.restarted,
+            most_ranks=most,
         )
         addresses = process.bind(
             options.front_publish_address, options.back_output_address, options.back_publish_address

@@ -103,6 +103,17 @@ def test_a_call_is_answered_told_and_published_at_once(lockstep: bool, mode: Sus
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
+def test_a_call_brings_the_number_that_only_its_front_end_knows(lockstep: bool) -> None:
+    """The coordinator and all ranks are new: a resumption asked for of the suspension before is not done already."""
+    machine = started(lockstep)
+    asked = ControlRequest(FRONT_END, 7, "resume", known=37, mode="wait")
+    effects = machine.handle(FrontEndSaid(asked), 2.0)
+    assert one(said(effects, ControlAnswer)).number == 38
+    assert told(effects) == [Suspension(38, "wait")]
+    assert not state(effects).settled
+
+
+@pytest.mark.parametrize("lockstep", [False, True])
 def test_a_resumption_is_released_when_all_know_it(lockstep: bool) -> None:
     machine = suspended(lockstep)
     assert told(machine.handle(control("resume"), 3.0)) == [Suspension(2, "keep", False)]

@@ -76,6 +76,13 @@ def test_a_call_is_sent_on_and_again_when_it_is_repeated(action: ControlAction) 
         assert one(said(ask(machine, 7, action), ControlRequest)) == ControlRequest(IDENTITY, 7, action)
 
 
+def test_a_call_says_what_the_front_end_knows() -> None:
+    machine, views = fresh()
+    views.state(3, True, "abort")
+    asked = one(said(ask(machine, 7, "resume"), ControlRequest))
+    assert asked == ControlRequest(IDENTITY, 7, "resume", 0, 3, "abort")
+
+
 def test_a_call_is_served_once_its_number_is_settled() -> None:
     machine, views = fresh()
     ask(machine, 7, "keep")

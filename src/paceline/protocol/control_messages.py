@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from paceline.protocol.sampling import ControlAction, Count, Identity, Message, RankNumber, SuspendMode
+from paceline.protocol.sampling import ControlAction, Count, Identity, Message, RankNumber, StampedWave, SuspendMode
 
 
 class Suspension(Message, frozen=True, tag="suspension"):
@@ -36,13 +36,16 @@ class SuspensionState(Message, frozen=True):
 class ControlRequest(Message, frozen=True, tag="control"):
     """Suspend in this mode, or resume. Repeated until it is answered; `call` is the front-end's number for it.
 
-    `answered`: the number that a coordinator answered it with before, 0 for none.
+    `answered`: the number that a coordinator answered it with before, 0 for none. `known`, `mode`: of the newest
+    suspension that the front-end has heard of, since the coordinator may be new and the ranks, too.
     """
 
     front_end: Identity
     call: Identity
     action: ControlAction
     answered: Count = 0
+    known: StampedWave = 0
+    mode: SuspendMode = "keep"
 
 
 class ControlAnswer(Message, frozen=True, tag="control-answer"):

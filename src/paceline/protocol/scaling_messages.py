@@ -14,6 +14,12 @@ Size = Annotated[int, Meta(ge=1, le=65536)]
 Outcome = Literal["done", "refused", "failed", "late"]
 
 
+def most_ranks(size: int) -> int:
+    """What a deployment that began with `size` ranks may have where nothing is set: enough for most who ask for more,
+    and no more than a slip of the hand can start."""
+    return max(16, 4 * size)
+
+
 class Scaling(Message, frozen=True, tag="scaling"):
     """How many ranks there are: even `number`: `size`; odd: `size` becomes `target`. The highest number counts.
 
@@ -49,6 +55,11 @@ class Scaling(Message, frozen=True, tag="scaling"):
     def serving(self) -> int:
         """Ranks below this get new requests, once they are ready."""
         return min(self.size, self.target) if self.under_way else self.size
+
+    def fits(self, most: int) -> bool:
+        """Whether all that it says can be so where there are never more ranks than `most`."""
+        lists = max(len(self.hosts), len(self.waiting_for))
+        return max(self.size, self.target, lists) <= most
 
     @property
     def joining(self) -> range:

@@ -137,6 +137,7 @@ class DPCoordinatorProc:
         publish_loads: bool = True,
         fresh: bool = True,
         rank_timeout_s: float = 0.0,
+        most_ranks: int | None = None,
     ) -> None:
         self._machine = Coordinator(
             engine_count,
@@ -147,6 +148,7 @@ class DPCoordinatorProc:
             fresh=fresh,
             # Ranks that are not of ours may begin without; who takes another's place must believe no stranger.
             presence=not fresh,
+            most_ranks=most_ranks,
         )
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
@@ -168,6 +170,7 @@ class DPCoordinatorProc:
         publish_loads: bool = True,
         fresh: bool = True,
         rank_timeout_s: float = 0.0,
+        most_ranks: int | None = None,
     ) -> None:
         """Bind, report the bound addresses through the pipe, and run until SIGTERM.
 
@@ -175,7 +178,7 @@ class DPCoordinatorProc:
         that says why they cannot be. `fresh`: False where it takes the place of one that has ended.
         """
         interval_ms, waves = min_stats_update_interval_ms, enable_wave_coordination
-        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh, rank_timeout_s)
+        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh, rank_timeout_s, most_ranks)
         process.stop_on_signals()
         try:
             addresses = process.bind(front_publish_address, back_output_address, back_publish_address)
@@ -291,9 +294,10 @@ def _process_arguments(config: ParallelConfig, folder: SocketFolder) -> dict[str
         "front_publish_address": address(front_local, "front-publish"),
         "back_output_address": address(back_local, "back-output"),
         "back_publish_address": address(back_local, "back-publish"),
-        # vLLM's configuration has no such field.
+        # vLLM's configuration has neither this nor the last one.
         "min_stats_update_interval_ms": 0 if external else getattr(config, "min_stats_update_interval_ms", 100),
         "publish_loads": not external,
+        "most_ranks": getattr(config, "most_ranks", None),
     }
 
 

@@ -49,6 +49,29 @@ def numbers(found: DeploymentScaling) -> tuple[int, int, str]:
     return found.state.number, found.state.size, found.state.outcome
 
 
+def test_more_ranks_than_there_may_be_are_refused() -> None:
+    found = DeploymentScaling(2, 4)
+    found.said(node_hello(NODE, [0, 1], found.state), 0.0)
+    ask(found, 5)
+    assert (found.state.outcome, found.state.size) == ("refused", 2)
+    assert found.state.why == "the coordinator allows 4 ranks (--max-data-parallel-size)"
+    known(found, 2)
+    ask(found, 4, call=2)
+    assert found.state.joining == range(2, 4)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [Scaling(8, 65_535, 65_535), Scaling(7, 2, 65_535), Scaling(9, 2, 4, waiting_for=list(range(2, 1000))),
+     Scaling(9, 2, 4, hosts=[(rank, NODE) for rank in range(2, 1000)])],
+)  # fmt: skip
+def test_nobody_is_believed_who_claims_more_ranks_than_there_may_be(claim: Scaling) -> None:
+    found = DeploymentScaling(2)
+    found.front_end(FRONT_END, claim, 0.0)
+    found.said(node_hello(NODE, [0, 1], claim), 0.0)
+    assert found.state == Scaling(0, 2, 2)
+
+
 def test_new_ranks_become_part_of_it_all_at_once_when_the_last_has_loaded() -> None:
     found = scaling()
     ask(found, 4)

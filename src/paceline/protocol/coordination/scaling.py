@@ -31,7 +31,7 @@ from paceline.protocol.coordination.membership import Membership
 from paceline.protocol.coordination.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.protocol.messages import NodeHello, RankFailed, RankHello, ScaleRequest, Scaling
 from paceline.protocol.plausible import plausible
-from paceline.protocol.scaling_messages import Outcome
+from paceline.protocol.scaling_messages import Outcome, most_ranks
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
@@ -49,10 +49,13 @@ class KnownNode:
 
 
 class DeploymentScaling:
-    """How many ranks there are, and what is under way. `size`: at the start. `without`: rules left out."""
+    """How many ranks there are, and what is under way. `size`: at the start. `most`: what there may ever be, None for
+    `most_ranks`. `without`: rules left out.
+    """
 
-    def __init__(self, size: int, without: Set[str] = frozenset()) -> None:
+    def __init__(self, size: int, most: int | None = None, without: Set[str] = frozenset()) -> None:
         self.state = Scaling(0, size, size)
+        self._most = max(size, most or most_ranks(size))
         self._without = without
         self.changed = False
         """Whether all else must be brought in line."""
@@ -99,7 +102,9 @@ class DeploymentScaling:
         self._change(replace(asked, number=state.number + 1, hosts=hosts, waiting_for=waiting_for), now)
 
     def learn(self, state: Scaling, now: float) -> None:
-        """Somebody knows this; it counts where it is news."""
+        """Somebody knows this; it counts where it is news, and can be: each rank that there may be costs something."""
+        if not state.fits(self._most):
+            return
         before, number = self._taken_over, self.state.number
         if before is not None and (state.number, number) == (before + 1, before + 2):
             self._change(replace(state, number=number + 1), now)
@@ -244,6 +249,8 @@ class DeploymentScaling:
 
     def _refusal(self, size: int) -> str:
         """Why this cannot be asked for; empty where it can."""
+        if size > self._most:
+            return f"the coordinator allows {self._most} ranks (--max-data-parallel-size)"
         if not self._nodes:
             return "no node is there that starts and ends ranks"
         if any(node.fixed for node in self._nodes.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from paceline.protocol.frontend_events import Controlled, Effect, ToCoordinator
 from paceline.protocol.messages import ControlAnswer, ControlRequest, SuspensionState
 from paceline.protocol.plausible import plausible
-from paceline.protocol.sampling import ControlAction
+from paceline.protocol.sampling import LARGEST_STAMP, ControlAction
 
 
 class FrontEndCalls:
@@ -25,7 +25,9 @@ class FrontEndCalls:
     def ask(self, call: int, action: ControlAction) -> list[Effect]:
         """Somebody asks, or asks again."""
         answered = self._calls.setdefault(call, None)
-        return [ToCoordinator(ControlRequest(self._identity, call, action, answered or 0))]
+        known = self.suspension
+        number = min(known.number, LARGEST_STAMP)
+        return [ToCoordinator(ControlRequest(self._identity, call, action, answered or 0, number, known.mode))]
 
     def give_up(self, call: int) -> None:
         """Nobody waits for this call any more."""
