@@ -252,10 +252,10 @@ def check(ranks: Ranks) -> None:
     assert sum(broker.counts.values()) == len(broker)
     for room in broker.rooms:
         promised = [entry for entry in broker.granted.values() if entry.room is room]
-        assert room.granted == Amount(len(promised), sum(e.tokens for e in promised), sum(e.kv for e in promised))
+        assert room.promised == Amount(len(promised), sum(e.tokens for e in promised), sum(e.kv for e in promised))
         there = len(ranks.running[room.rank]) + len(promised)
         assert there <= ranks.slots
-        kv = room.load.kv_reserved + room.granted.kv
+        kv = room.load.kv_reserved + room.promised.kv
         # Where whole answers are reserved, nothing is spared.
         assert kv <= (1.0 if room.load.kv_reserved else KV_SHARE) * ranks.total or there == 1
 

@@ -94,14 +94,14 @@ def test_waiting_requests_and_the_wire_count() -> None:
     )
     room = made[0]
     assert (room.free_requests(), room.free_kv()) == (1, 550)
-    room.granted.add(1, 10, 100)
+    room.promised.add(1, 10, 100)
     made.changed(room)
     assert best(made) is None
 
 
 def test_what_was_promised_stays_while_the_life_lasts_and_no_longer() -> None:
     made = rooms(load())
-    made[0].granted.add(4, 0, 0)
+    made[0].promised.add(4, 0, 0)
     made.heard(0, 10, load(), Amount())
     assert best(made) is None
     made.heard(0, 99, load(), Amount())
@@ -124,8 +124,8 @@ def slowly(made: Rooms, kv: int) -> set[int]:
     """The ranks that may be taken."""
 
     def weight(room: Room) -> int:
-        has, granted = room.load, room.granted
-        return has.prefill_tokens + granted.tokens + REQUEST_TOKENS * (has.running + granted.requests)
+        has, promised = room.load, room.promised
+        return has.prefill_tokens + promised.tokens + REQUEST_TOKENS * (has.running + promised.requests)
 
     fitting = [room for room in made if room.takes(kv) and not room.reserved]
     least = min((weight(room) for room in fitting), default=0)
@@ -143,7 +143,7 @@ def test_the_kept_order_is_the_order_that_looking_at_all_gives() -> None:
             one = load(chance.randrange(5), chance.choice([0, 30, 150, 250]), kv=chance.randrange(900), total=1000)
             made.heard(rank, 1, one, Amount())
         elif (room := made.of(rank)) is not None:
-            room.granted.add(1, 5, 20)
+            room.promised.add(1, 5, 20)
             made.changed(room)
         kv = chance.choice([1, 100, 400])
         found, right = made.best(kv), slowly(made, kv)

@@ -162,4 +162,5 @@ def test_together_they_cannot_send_more_than_there_is_room_for(moves: list[tuple
         for room in made:
             total = [s.requests for one in shares.shares(made) for s in one.shares if s.rank == room.rank]
             assert sum(total) == room.shared.requests
+            assert room.promised == room.shared
             assert running[room.rank] + sum(total) <= SLOTS

@@ -117,21 +117,22 @@ class Broker:
 
     def ask(self, front_end: int, descriptor: Descriptor, now: float) -> None:
         """A request waits. One that is known already keeps its place, or its grant."""
-        key = (front_end, descriptor.request)
+        request, tokens = descriptor.request, descriptor.tokens
+        key = (front_end, request)
         if key in self.queued or key in self.granted:
             return
         self._next_number = number = self._next_number + 1
         arrival = now - descriptor.waited_ms / 1000
-        tokens = descriptor.tokens
-        kv = tokens + descriptor.answer_tokens
         self.counts[front_end] = self.counts.get(front_end, 0) + 1
-        self._join(key, Entry(front_end, descriptor.request, tokens, kv, descriptor.priority, arrival, number))
+        kv = tokens + descriptor.answer_tokens
+        self._join(key, Entry(front_end, request, tokens, kv, descriptor.priority, arrival, number))
 
     def confirm(self, front_end: int, send: Send) -> bool:
         """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
         that is so. It takes no more room than before, so nothing has to be looked at anew.
         """
-        entry = self.granted.get((front_end, send.request))
+        key = (front_end, send.request)
+        entry = self.granted.get(key)
         if entry is None:
             return False
         room = entry.room
@@ -139,8 +140,11 @@ class Broker:
             return False
         if entry.tokens != send.tokens or entry.kv != send.tokens + send.answer_tokens:
             return False
-        del self.granted[front_end, send.request]
-        room.granted.add(-1, -entry.tokens, -entry.kv)
+        del self.granted[key]
+        promised = room.promised
+        promised.requests -= 1
+        promised.tokens -= entry.tokens
+        promised.kv -= entry.kv
         self._count_out(front_end)
         return True
 
@@ -153,7 +157,7 @@ class Broker:
         entry.waiting = False
         room = entry.room
         if room is not None and self._counts:
-            room.granted.add(-1, -entry.tokens, -entry.kv)
+            room.promised.add(-1, -entry.tokens, -entry.kv)
             self.rooms.changed(room)
         self._count_out(front_end)
 
@@ -186,19 +190,15 @@ class Broker:
     def grant(self) -> list[Entry]:
         """Grant whatever can start now, in order of the grants."""
         made: list[Entry] = []
-        while self.may_start():
-            found = self._next()
-            if found is None:
-                break
+        while self.may_start() and (found := self._next()) is not None:
             entry, room = found
             key = (entry.front_end, entry.request)
             del self.queued[key]
+            self.granted[key] = entry
             entry.waiting = False
             entry.room = room
-            self.granted[key] = entry
             if self._counts:
-                room.granted.add(1, entry.tokens, entry.kv)
-                self.rooms.changed(room)
+                self.rooms.promise(room, entry.tokens, entry.kv)
             self._made += 1
             made.append(entry)
         return made
@@ -213,11 +213,13 @@ class Broker:
         second = None if first is oldest else first
         if self._first.entry is not second:
             self._watch(self._first, second)
-        for turn in (self._oldest, self._first):
-            if turn.entry is not None and self._made - turn.since >= PATIENCE:
-                room = self._turn(turn, turn.entry)
-                if room is not None:
-                    return turn.entry, room
+        late = self._made - PATIENCE
+        if self._oldest.since <= late or (second is not None and self._first.since <= late):
+            for turn in (self._oldest, self._first):
+                if turn.entry is not None and turn.since <= late:
+                    room = self._turn(turn, turn.entry)
+                    if room is not None:
+                        return turn.entry, room
         if first is None or not self.rooms.open:
             return None
         room = self.rooms.best(first.kv)
@@ -250,18 +252,21 @@ class Broker:
         turn.entry, turn.since, turn.room = entry, self._made, None
 
     def _join(self, key: tuple[int, int], entry: Entry) -> None:
-        self.queued[key] = entry
+        queued = self.queued
+        queued[key] = entry
         self._by_order.join(entry)
-        if len(self.queued) == 1:
+        if len(queued) == 1:
             self._by_age, self._priority = None, entry.priority
         elif self._by_age is not None:
             self._by_age.join(entry)
         elif entry.priority != self._priority:
             self._by_age = WaitingLine(_age)
-            for one in sorted(self.queued.values(), key=_age):
+            for one in sorted(queued.values(), key=_age):
                 self._by_age.join(one)
 
     def _count_out(self, front_end: int) -> None:
-        self.counts[front_end] -= 1
-        if not self.counts[front_end]:
+        left = self.counts[front_end] - 1
+        if left:
+            self.counts[front_end] = left
+        else:
             del self.counts[front_end]

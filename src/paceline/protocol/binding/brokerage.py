@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.protocol.binding.broker import Broker, Entry
-from paceline.protocol.binding.shares import ShareBook
+from paceline.protocol.binding.broker import Entry
+from paceline.protocol.binding.pool import Pool
 from paceline.protocol.binding_messages import Ask, Grant, Grants, ReturnShares, Shares, Withdraw
 from paceline.protocol.coordination.board import Board
 from paceline.protocol.coordination.membership import Membership
@@ -21,20 +21,6 @@ REPEAT_S = 0.1
 
 UNANSWERED_S = 1.0
 """A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
-
-
-class Pool:
-    """The front-ends that balance over the same ranks, None for all, with their queue."""
-
-    def __init__(self, ranks: frozenset[int] | None, without: Set[str], lockstep: bool) -> None:
-        self.ranks = ranks
-        self.broker = Broker(without, lockstep)
-        self.shares = ShareBook()
-        self.marked: set[int] = set()
-        self.recalled: float | None = None
-        """Since when all shares have been recalled; None where they are not."""
-        self.stale = False
-        """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
 
 class Brokerage:
@@ -200,10 +186,10 @@ class Brokerage:
         for pool in self._pools.values():
             if pool.ranks is None or rank in pool.ranks:
                 waiting, rooms = pool.broker.queued, pool.broker.rooms
-                room = rooms.reported(report) if waiting else None
-                if room is None:
+                starts = rooms.reported(report) if waiting else None
+                if starts is None:
                     pool.marked.add(rank)
-                elif not room.reserved and rank not in rooms.open:
+                elif not starts:
                     # It is full: nobody who waits can start there, which is what most reports say then.
                     continue
                 pool.stale = True
@@ -253,7 +239,7 @@ class Brokerage:
             if pool.stale and pool.broker.queued:
                 pool.stale = False
                 if pool.marked:
-                    _look(pool, board, membership)
+                    pool.look(board, membership)
                 for entry in pool.broker.grant():
                     entry.granted_at = now
                     made.append(_grant(entry))
@@ -289,10 +275,13 @@ class Brokerage:
         return self._said(made)
 
     def _said(self, made: list[Grant]) -> Grants:
-        asked: dict[int, int] = {}
-        for pool in self._pools.values():
+        told = self._told
+        if len(self._pools) == 1:
+            (pool,) = self._pools.values()
             counts = pool.broker.counts
-            asked.update(zip(counts, map(self._told.__getitem__, counts)))  # noqa: B905 (of one length)
+            asked = told.copy() if len(counts) == len(told) else {front_end: told[front_end] for front_end in counts}
+            return Grants(self._identity, made, asked, len(pool.broker.queued), self._recalling)
+        asked = {front_end: told[front_end] for pool in self._pools.values() for front_end in pool.broker.counts}
         return Grants(self._identity, made, asked, self.queued, self._recalling, self.queues())
 
     def _forget_silent(self, now: float) -> None:
@@ -322,7 +311,7 @@ class Brokerage:
         found: list[Shares] = []
         for pool in self._pools.values():
             if free and not pool.broker.queued:
-                _look(pool, board, membership)
+                pool.look(board, membership)
                 pool.shares.hand_out(pool.broker.rooms)
             found += pool.shares.shares(pool.broker.rooms)
         return found
@@ -336,14 +325,3 @@ class Brokerage:
 def _grant(entry: Entry) -> Grant:
     assert entry.room is not None
     return Grant(entry.front_end, entry.request, entry.room.rank, entry.room.incarnation)
-
-
-def _look(pool: Pool, board: Board, membership: Membership) -> None:
-    """Reckon the rooms of the ranks that are marked."""
-    rooms = pool.broker.rooms
-    for rank in pool.marked:
-        report = board.reports.get(rank)
-        if report is None or report.incarnation != membership.ready_life(rank):
-            continue
-        rooms.heard(rank, report.incarnation, report.load, board.on_the_wire(rank, report.incarnation))
-    pool.marked.clear()

@@ -11,8 +11,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from msgspec import Struct
-
 from paceline.protocol.messages import Load, RankReport
 from paceline.protocol.routing.candidates import PLACE_BITS, PLACE_MASK, Ordering
 from paceline.protocol.routing.policy import REQUEST_TOKENS
@@ -42,12 +40,24 @@ FEW = 16
 """So many ranks with room are looked at one by one: while somebody waits, hardly any has. More are kept in order."""
 
 
-class Amount(Struct, gc=False):
+class Amount:
     """Requests, tokens of their prompts, and tokens of KV that they may come to need."""
 
-    requests: int = 0
-    tokens: int = 0
-    kv: int = 0
+    # No Struct, nor is Room: what is set with every message is set at half the cost.
+    __slots__ = ("kv", "requests", "tokens")
+
+    def __init__(self, requests: int = 0, tokens: int = 0, kv: int = 0) -> None:
+        self.requests = requests
+        self.tokens = tokens
+        self.kv = kv
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Amount):
+            return NotImplemented
+        return (self.requests, self.tokens, self.kv) == (other.requests, other.tokens, other.kv)
+
+    def __repr__(self) -> str:
+        return f"Amount({self.requests}, {self.tokens}, {self.kv})"
 
     def add(self, requests: int, tokens: int, kv: int) -> None:
         """So much more; less where they are negative."""
@@ -56,25 +66,31 @@ class Amount(Struct, gc=False):
         self.kv += kv
 
 
-class Room(Struct, gc=False):
-    """One life of one rank. `load`: its latest report; `wire`: what it was sent beyond; `granted`, `shared`: what was
-    promised. `reserved`: for one request. `touched`: whether anything has changed since shares were last handed out.
+class Room:
+    """One life of one rank. `load`: its latest report; `wire`: what it was sent beyond; `promised`: by grants and
+    shares; `shared`: of that, by shares. `reserved`: for one request. `touched`: whether anything has changed since
+    shares were last handed out.
     """
 
-    rank: int
-    incarnation: int
-    load: Load
-    wire: Amount
-    granted: Amount
-    shared: Amount
-    reserved: bool = False
-    touched: bool = True
-    budgets_ahead: int = BUDGETS_AHEAD
+    __slots__ = (
+        "budgets_ahead", "incarnation", "load", "promised", "rank", "reserved", "shared", "touched", "wire",
+    )  # fmt: skip
+
+    def __init__(self, rank: int, incarnation: int, load: Load, wire: Amount, budgets_ahead: int) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.load = load
+        self.wire = wire
+        self.promised = Amount()
+        self.shared = Amount()
+        self.reserved = False
+        self.touched = True
+        self.budgets_ahead = budgets_ahead
 
     def requests(self) -> int:
         """What it has and what was promised."""
         load = self.load
-        return load.waiting + load.running + self.wire.requests + self.granted.requests + self.shared.requests
+        return load.waiting + load.running + self.wire.requests + self.promised.requests
 
     def free_requests(self) -> int:
         """Slots that are neither taken nor promised."""
@@ -89,7 +105,7 @@ class Room(Struct, gc=False):
         load = self.load
         if not load.step_tokens:
             return ANY
-        ahead = load.prefill_tokens + self.wire.tokens + self.granted.tokens + self.shared.tokens
+        ahead = load.prefill_tokens + self.wire.tokens + self.promised.tokens
         return self.budgets_ahead * load.step_tokens - ahead
 
     def free_kv(self) -> int:
@@ -97,7 +113,7 @@ class Room(Struct, gc=False):
         load = self.load
         if not load.kv_total:
             return ANY
-        used = load.kv_waiting + self.wire.kv + self.granted.kv + self.shared.kv
+        used = load.kv_waiting + self.wire.kv + self.promised.kv
         if load.kv_reserved > load.kv_used:
             return load.kv_total - load.kv_reserved - used
         return int(KV_SHARE * load.kv_total) - load.kv_used - used
@@ -109,23 +125,23 @@ class Room(Struct, gc=False):
     def open(self) -> bool:
         """Whether something can start here that is small enough."""
         # `free_requests` and `free_tokens`, written out: this is asked after every report and every promise.
-        load, wire, granted, shared = self.load, self.wire, self.granted, self.shared
+        load, wire, promised = self.load, self.wire, self.promised
         slots = load.slots
         if slots:
             if load.answer_tokens:
                 slots += STEPS_AHEAD * load.decoding // load.answer_tokens
-            if slots <= load.running + load.waiting + wire.requests + granted.requests + shared.requests:
+            if slots <= load.running + load.waiting + wire.requests + promised.requests:
                 return False
         if self.reserved:
             return False
-        ahead = load.prefill_tokens + wire.tokens + granted.tokens + shared.tokens
+        ahead = load.prefill_tokens + wire.tokens + promised.tokens
         return not load.step_tokens or ahead < self.budgets_ahead * load.step_tokens
 
     def work(self) -> int:
-        """What it has to do, in prompt tokens."""
-        load, wire, granted = self.load, self.wire, self.granted
-        requests = load.waiting + load.running + wire.requests + granted.requests
-        return load.prefill_tokens + wire.tokens + granted.tokens + REQUEST_TOKENS * requests
+        """What it has to do, in prompt tokens. Nobody knows of a share whether it will be used."""
+        load, wire, promised, shared = self.load, self.wire, self.promised, self.shared
+        requests = load.waiting + load.running + wire.requests + promised.requests - shared.requests
+        return load.prefill_tokens + wire.tokens + promised.tokens - shared.tokens + REQUEST_TOKENS * requests
 
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
@@ -176,7 +192,7 @@ class Rooms:
         if room is None or room.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            room = Room(rank, incarnation, load, wire, Amount(), Amount(), budgets_ahead=self._budgets_ahead)
+            room = Room(rank, incarnation, load, wire, self._budgets_ahead)
             self._ranks.insert(place, rank)
             self._rooms.insert(place, room)
             self._by_rank[rank] = room
@@ -184,8 +200,10 @@ class Rooms:
         room.load, room.wire = load, wire
         self.changed(room)
 
-    def reported(self, report: RankReport) -> Room | None:
-        """A rank has reported. Returns its room, None where that life of it is not known."""
+    def reported(self, report: RankReport) -> bool | None:
+        """A rank has reported. Returns whether something may start there that could not, None where that life of it is
+        not known.
+        """
         rank = report.rank
         room = self._by_rank.get(rank)
         if room is None or room.incarnation != report.incarnation:
@@ -196,10 +214,11 @@ class Rooms:
         if room.open():
             self.open[rank] = room
             self._moved.add(rank)
-        elif rank in self.open:
+            return True
+        if rank in self.open:
             del self.open[rank]
             self._moved.add(rank)
-        return room
+        return room.reserved
 
     def forget(self, rank: int) -> None:
         """The rank is gone, with all that was promised of it."""
@@ -209,6 +228,18 @@ class Rooms:
             self.open.pop(rank, None)
             self._moved.discard(rank)
             self._by_load.changed = self._by_kv.changed = None
+
+    def promise(self, room: Room, tokens: int, kv: int) -> None:
+        """One that could start there is granted it."""
+        promised = room.promised
+        promised.requests += 1
+        promised.tokens += tokens
+        promised.kv += kv
+        room.touched = True
+        # As `changed` has it: what is open now was so before.
+        if not room.open():
+            self.open.pop(room.rank, None)
+        self._moved.add(room.rank)
 
     def changed(self, room: Room) -> None:
         """What it has, what was promised of it, or whether it is reserved, has changed."""
@@ -222,11 +253,13 @@ class Rooms:
 
     def best(self, kv: int) -> Room | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
+        if len(self.open) == 1:
+            # Mostly so while somebody waits: one slot after the other becomes free.
+            (room,) = self.open.values()
+            return room if room.startable_kv() >= kv else None
         if len(self.open) <= FEW:
             fits = [room for room in self.open.values() if room.startable_kv() >= kv]
-            if len(fits) > 1:
-                return min(fits, key=lambda room: (room.work(), room.rank))
-            return fits[0] if fits else None
+            return min(fits, key=lambda room: (room.work(), room.rank)) if fits else None
         loads, frees = self._orderings()
         if frees.least() > -kv:
             return None

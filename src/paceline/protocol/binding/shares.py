@@ -146,6 +146,7 @@ class ShareBook:
     def _give(self, amount: Amount, room: Room, requests: int, tokens: int, kv: int) -> None:
         amount.add(requests, tokens, kv)
         room.shared.add(requests, tokens, kv)
+        room.promised.add(requests, tokens, kv)
 
 
 def _due(free: int, shared: int, held: int, count: int, halves: int, place: int) -> int:

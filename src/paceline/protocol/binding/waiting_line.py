@@ -43,8 +43,8 @@ class WaitingLine(Generic[T]):
 
     def first(self) -> T | None:
         """Who is first, if anybody waits."""
-        line, front = self._line, self._front
-        for place in range(front, len(line)):
+        line = self._line
+        for place in range(self._front, len(line)):
             one = line[place]
             if one.waiting:
                 self._front = place
