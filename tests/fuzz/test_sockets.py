@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+
 import pytest
 
+from tests.fuzz.blind import rss_mb
 from tests.fuzz.sockets import flood_sockets
 from tests.fuzz.vllm_sockets import flood_vllm
+from tests.serving import deployment
 
 pytestmark = pytest.mark.slow
 
 INPUTS = 400
+WARM_UP, BROKEN = 500, 4000
+MOST_FOR_BROKEN_MB = 4.0
+"""A front-end that keeps what belongs to each takes 15."""
 
 
 @pytest.mark.parametrize("engine", ["timed", "moe"])
@@ -24,3 +32,22 @@ def test_the_coordinator_under_vllm_goes_on() -> None:
     rows = flood_vllm(INPUTS, seed=1)
     assert [row.first_error for row in rows if row.first_error] == []
     assert len(rows) == 4
+
+
+def test_connections_that_break_after_an_answer_cost_a_front_end_nothing() -> None:
+    with deployment("--engine", "timed", "-dp", "1") as running:
+        host, _, port = running.url.removeprefix("http://").rpartition(":")
+        front_end = running.pid_of("front-end 0")
+        break_connections(host, int(port), WARM_UP)
+        before = rss_mb(front_end)
+        break_connections(host, int(port), BROKEN)
+        assert rss_mb(front_end) < before + MOST_FOR_BROKEN_MB
+
+
+def break_connections(host: str, port: int, count: int) -> None:
+    for _ in range(count):
+        with socket.create_connection((host, port), timeout=30) as peer:
+            peer.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            # Closed with this it is broken off, with no end of what was said.
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

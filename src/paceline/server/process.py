@@ -30,6 +30,7 @@ from paceline.runtime.policies import find_policy
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client
+from paceline.server.connection import HttpConnection, OncePerKind
 from paceline.server.generation import Models
 
 logger = logging.getLogger("paceline.front-end")
@@ -101,6 +102,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
+    logging.getLogger("uvicorn.error").addFilter(OncePerKind())
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)
     loop = asyncio.get_running_loop()
@@ -197,7 +199,7 @@ def reserve_port(host: str, port: int) -> socket.socket:
 def _uvicorn_config(api: Api, settings: FrontEndSettings) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(api),
-        http="httptools",
+        http=HttpConnection,
         loop="uvloop",
         lifespan="off",
         access_log=False,

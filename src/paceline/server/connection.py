@@ -1,0 +1,133 @@
+"""A front-end's end of one HTTP connection: uvicorn's, with bounds for what a stranger may cost.
+
+Uvicorn's own keeps a head as large as it comes and waits for its end for ever; it parses all requests of one read in
+advance; where a connection breaks after an answer, the keep-alive timer holds all that it was until it fires; and each
+connection that is no HTTP is a line of the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+"""What may come, one read more or less, without an end of a head or a piece of a body; of trailers likewise."""
+MAX_PIPELINED = 100
+"""Requests of one connection that wait for the answer before theirs."""
+HEAD_TOO_LARGE = b"the head of the request is larger than %d bytes" % MAX_HEAD_BYTES
+ANSWER_431 = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(HEAD_TOO_LARGE), HEAD_TOO_LARGE)
+)
+
+
+class HttpConnection(HttpToolsProtocol):
+    """One connection. A request must be whole, or get on, within the keep-alive time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._owed = True
+        """Whether the client has more to say before there can be an answer."""
+        self._progress = 0
+        self._bytes_since = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for timer in (self.timeout_keep_alive_task, self._deadline):
+            if timer is not None:
+                timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        self._bytes_since += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._bytes_since > MAX_HEAD_BYTES:
+            self._end_with(ANSWER_431)
+        elif self._owed and self._deadline is None:
+            self._arm()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._answering():
+            self.transport.close()
+        else:
+            super().send_400_response(msg)
+
+    # What the parser finds ----------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._owed = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._got_on()
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError("too many requests in advance")
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._got_on()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._owed = False
+        self._got_on()
+        super().on_message_complete()
+
+    def _got_on(self) -> None:
+        self._progress += 1
+        self._bytes_since = 0
+
+    # How it ends --------------------------------------------------------------------------------
+
+    def _arm(self) -> None:
+        self._deadline = self.loop.call_later(self.timeout_keep_alive, self._look, self._progress)
+
+    def _look(self, progress: int) -> None:
+        """Give up a client that owes something and has not got on."""
+        self._deadline = None
+        if not self._owed or self.transport.is_closing():
+            return
+        if self._progress == progress:
+            self.transport.close()
+        else:
+            self._arm()
+
+    def _answering(self) -> bool:
+        """Whether a request that is whole has no answer yet, or another's answer has begun."""
+        cycle = self.cycle
+        if self.pipeline or cycle is None or cycle.response_complete:
+            return bool(self.pipeline)
+        return cycle.response_started or not cycle.more_body
+
+    def _end_with(self, answer: bytes) -> None:
+        # It would be taken for that answer, or a part of it.
+        if not self._answering():
+            self.transport.write(answer)
+        self.transport.close()
+
+
+class OncePerKind(logging.Filter):
+    """Lets one warning of a kind into the log, and counts all: who sends garbage must not fill a disk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        """Warnings by their text before anything is put into it, which bounds how many there are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        kind = str(record.msg)
+        self.counts[kind] += 1
+        record.msg = f"{kind} (further ones are only counted)"
+        return self.counts[kind] == 1
