@@ -182,7 +182,7 @@ def _beside_timer(cells: Sequence[Cell]) -> str:
     return (
         f"p99 within interval + {GOAL_OVER_MS:g} ms: {sum(cell.kept for cell in cells)} of {len(cells)} rows, the bare "
         f"timer {bare}. At most {over[False]:.1f} ms more than the bare timer's p99 where ranks are independent, and "
-        f"{over[True]:.1f} ms in lockstep, where a view that is due waits up to {STEP_WAIT_S * 1000:g} ms for the rest "
+        f"{over[True]:.1f} ms in lockstep, where a view waits up to {STEP_WAIT_S * 1000:g} ms for the rest "
         "of a step: a process that waits for a core is late, however it is written."
     )
 

@@ -25,8 +25,8 @@ from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.protocol.frontend import FrontEnd
+from paceline.runtime.identity import new_identity
 from paceline.runtime.policies import find_policy
-from paceline.runtime.processes import new_identity
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client

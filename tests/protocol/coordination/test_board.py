@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from paceline.protocol.coordination.board import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
 from paceline.protocol.messages import Load, Member, OnTheWire, RankReport, RankView, Send
 from tests.protocol.harness import find, one
@@ -169,7 +171,7 @@ def test_the_first_view_is_due_at_once() -> None:
 
 
 def test_a_change_after_quiet_is_due_at_once_and_the_next_after_the_interval() -> None:
-    clock = PublishClock(0.1)
+    clock = PublishClock(0.1, 0.0)
     clock.published(10.0)
     assert not clock.due(11.0)
     clock.changed(11.0)
@@ -179,6 +181,54 @@ def test_a_change_after_quiet_is_due_at_once_and_the_next_after_the_interval() -
     assert not clock.due(11.05)
     assert clock.deadline() == 11.1
     assert clock.due(11.1)
+
+
+def test_a_whole_step_may_go_out_early_and_moves_no_later_view() -> None:
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    for count in range(1, 50):
+        on_time = 1.0 + count * 0.1
+        early = on_time - STEP_WAIT_S
+        clock.changed(early - 0.05)
+        assert clock.deadline() == pytest.approx(early)
+        assert not clock.due(early - 1e-6)
+        assert clock.due(early + 1e-6)
+        clock.published(early + 1e-6)
+
+
+def test_half_a_step_waits_until_its_time_and_no_longer() -> None:
+    """Ranks that are never at one step, and as fast as they can be."""
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    for count in range(1, 50):
+        on_time = 1.0 + count * 0.1
+        clock.changed(on_time - 0.0999)
+        assert clock.due(on_time - STEP_WAIT_S / 2)
+        assert clock.hold(on_time - STEP_WAIT_S / 2)
+        assert clock.deadline() == pytest.approx(on_time)
+        assert not clock.hold(on_time + 1e-9)
+        clock.published(on_time)
+
+
+def test_half_a_step_that_comes_late_has_the_whole_wait() -> None:
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    clock.changed(1.099)
+    assert clock.due(1.099)
+    assert clock.hold(1.1)
+    assert clock.deadline() == pytest.approx(1.099 + STEP_WAIT_S)
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.001, 0.005])
+def test_a_short_interval_is_kept_on_average(interval_s: float) -> None:
+    clock, now, views = PublishClock(interval_s), 0.0, 0
+    while views < 200:
+        clock.changed(now)
+        now = max(now, clock.deadline())
+        assert clock.due(now)
+        clock.published(now)
+        views += 1
+    assert now >= (views - 2) * interval_s
 
 
 def test_without_a_change_a_view_is_due_after_the_heartbeat() -> None:
@@ -203,7 +253,7 @@ def test_a_hold_ends_and_begins_anew_with_each_view() -> None:
 
 def test_further_changes_do_not_move_the_deadline() -> None:
     for seed in range(50):
-        chance, clock, now = random.Random(seed), PublishClock(0.1), 0.0
+        chance, clock, now = random.Random(seed), PublishClock(0.1, 0.0), 0.0
         clock.published(0.0)
         clock.changed(0.01)
         while now < 0.1:

@@ -2,9 +2,10 @@
 
 Publishing has a deadline that no input delays: the first change after a quiet time goes out at once,
 later ones one interval after the last view, and without any change a view goes out every few seconds.
-In lockstep a view waits a few milliseconds at most for the ranks that have not reported the same step
-yet, so that it holds one step's loads: the ranks report within microseconds of one another, and a view
-of half a step shows differences between ranks that are not there. A rank reports what has changed, so one that was
+In lockstep a view holds one step's loads where it can: the ranks report within microseconds of one another,
+and a view of half a step shows differences between ranks that are not there. So from a few milliseconds
+before its time on it goes out as soon as all are at one step, and else at its time. Where the first change comes late,
+or after a quiet time, the view waits a few milliseconds at most. A rank reports what has changed, so one that was
 waited for in vain, or was behind in an urgent view, is not waited for again until it reports.
 """
 
@@ -141,11 +142,16 @@ class Board:
 
 
 class PublishClock:
-    """When the next view is due."""
+    """When the next view is due.
+
+    `interval_s`: least time between two, on average. `step_wait_s`: how long before its time a view may go out
+    because all ranks are at one step, and how long after the first change it waits until they are; 0 for neither.
+    """
 
     def __init__(self, interval_s: float, step_wait_s: float = STEP_WAIT_S) -> None:
         self._interval_s = interval_s
         self._step_wait_s = step_wait_s
+        self._early_s = min(step_wait_s, interval_s / 2)
         self._last = float("-inf")
         self._changed_at: float | None = None
         self._hold_until: float | None = None
@@ -157,7 +163,9 @@ class PublishClock:
 
     def published(self, now: float) -> None:
         """A view went out."""
-        self._last = now
+        # What goes out early makes the next one no earlier: with the steps of all ranks it would always be early.
+        on_time = self._last + self._interval_s
+        self._last = on_time if on_time - self._early_s <= now < on_time else now
         self._changed_at = None
         self._hold_until = None
 
@@ -166,11 +174,14 @@ class PublishClock:
         return now >= self._plain_due()
 
     def hold(self, now: float) -> bool:
-        """Whether a view that is due but holds half a step waits for the other half."""
+        """Whether a view that may go out but holds half a step waits for the other half.
+
+        It does until its time, so that the wait makes no interval longer, and after a change that came later for the
+        whole wait.
+        """
         if self._changed_at is None:
             return False
-        if self._hold_until is None:
-            self._hold_until = now + self._step_wait_s
+        self._hold_until = max(self._last + self._interval_s, self._changed_at + self._step_wait_s)
         return now < self._hold_until
 
     def deadline(self) -> float:
@@ -180,4 +191,4 @@ class PublishClock:
     def _plain_due(self) -> float:
         if self._changed_at is None:
             return self._last + HEARTBEAT_S
-        return max(self._changed_at, self._last + self._interval_s)
+        return max(self._changed_at, self._last + self._interval_s - self._early_s)

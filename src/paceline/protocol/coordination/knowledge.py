@@ -21,11 +21,12 @@ class Knowledge:
     """The parts, and who is forgotten in all of them.
 
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
-    `interval_s`: least time between two load views; 0 publishes every change.
+    `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
+    out in lockstep where all ranks have reported one step, and how long a late one waits for that.
     `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `step_wait_s`: how
-    long a lockstep view waits for all to report one step. `most_ranks`: what the deployment may be scaled to, None for
-    four times the ranks that it has and at least 16. `without`: rules (`rules.py`) left out, to show what breaks.
+    carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `most_ranks`: what
+    the deployment may be scaled to, None for four times the ranks that it has and at least 16. `without`: rules
+    (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
