@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 
 import pytest
+import zmq
 
 from tests.fuzz.blind import rss_mb
+from tests.fuzz.flood import addresses_in, socket_folders
 from tests.fuzz.sockets import flood_sockets
 from tests.fuzz.vllm_sockets import flood_vllm
-from tests.serving import deployment
+from tests.serving import deployment, wait_until
 
 pytestmark = pytest.mark.slow
 
 INPUTS = 400
+PEERS, BURST = 20, 2000
+MOST_OF_BURST_MB = 12.0
 WARM_UP, BROKEN = 500, 4000
 MOST_FOR_BROKEN_MB = 4.0
 """A front-end that keeps what belongs to each takes 15."""
@@ -42,6 +47,24 @@ def test_connections_that_break_after_an_answer_cost_a_front_end_nothing() -> No
         before = rss_mb(front_end)
         break_connections(host, int(port), BROKEN)
         assert rss_mb(front_end) < before + MOST_FOR_BROKEN_MB
+
+
+@pytest.mark.timeout(60)
+def test_what_a_burst_takes_of_a_coordinator_is_given_back() -> None:
+    with deployment("--engine", "timed", "-dp", "1") as running, zmq.Context() as context:
+        coordinator = running.pid_of("coordinator")
+        before = largest = rss_mb(coordinator)
+        address = addresses_in(socket_folders(running.process.pid), 0)["back-output"]
+        with contextlib.ExitStack() as peers:
+            for _ in range(PEERS):
+                peer = peers.enter_context(context.socket(zmq.PUSH))
+                peer.sndhwm = peer.linger = 0
+                peer.connect(address)
+                for _ in range(BURST):
+                    peer.send(b"\x00" * 1000)
+            while largest < before + MOST_OF_BURST_MB:
+                largest = max(largest, rss_mb(coordinator))
+        wait_until(lambda: rss_mb(coordinator) < before + MOST_OF_BURST_MB / 2, "it is as small as before")
 
 
 def break_connections(host: str, port: int, count: int) -> None:

@@ -45,6 +45,7 @@ from paceline.protocol.codec import BadMessage
 from paceline.runtime.garbage import Garbage
 from paceline.runtime.identity import new_identity
 from paceline.runtime.log import set_up_log
+from paceline.runtime.spare_memory import SpareMemory
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.vllm")
@@ -72,6 +73,7 @@ class VllmProcess:
         self._ranks_wait_until = float("-inf")
         self._stopping = False
         self._wakeup = Wakeup()
+        self._spare = SpareMemory()
 
     def stop(self) -> None:
         """Make `run` return. Safe in a signal handler."""
@@ -101,6 +103,8 @@ class VllmProcess:
             if now >= (deadline := self._translation.deadline):
                 self._handle(Tick())
                 continue
+            if not busy:
+                self._spare.look(now)
             until = min(deadline, self._ranks_wait_until) if ranks_wait else deadline
             # ZeroMQ's own poll knows whole milliseconds, too coarse for what is due in this protocol.
             files = urgent if ranks_wait else [*urgent, ranks]

@@ -39,6 +39,7 @@ from paceline.runtime.processes import spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
 from paceline.runtime.socket_folder import SocketFolder
 from paceline.runtime.sockets import bound_address, giving_up_after, open_socket, tcp_address
+from paceline.runtime.spare_memory import SpareMemory
 from paceline.runtime.wakeup import Wakeup
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class DPCoordinatorProc:
         self._garbage_back = Garbage(logger, "the ranks' socket")
         self._stopping = False
         self._wakeup = Wakeup()
+        self._spare = SpareMemory()
 
     @staticmethod
     def run_coordinator(
@@ -228,9 +230,10 @@ class DPCoordinatorProc:
         files: list[Any] = [self._front.fd, self._back_in.fd, self._back_out.fd, self._wakeup.fileno()]
         while not self._stopping:
             ready = dict(poller.poll(0))
-            if not ready and (wait_s := self._machine.deadline - time.monotonic()) > 0:
+            if not ready and (now := time.monotonic()) < self._machine.deadline:
+                self._spare.look(now)
                 # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
-                select.select(files, (), (), wait_s)
+                select.select(files, (), (), max(0.0, self._machine.deadline - time.monotonic()))
                 ready = dict(poller.poll(0))
             if self._back_out in ready:
                 self._read_subscriptions()
