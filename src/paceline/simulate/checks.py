@@ -108,8 +108,12 @@ class Checks:
             raise Violation(f"{party.name} steps while paused", party.name)
         if self._settled <= self._resumed:
             return
-        if not party.lockstep and party.machine.incarnation not in self._settled_lives:
-            # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
+        if not party.lockstep:
+            # Each goes on as it hears of the end. One that was not ready, nobody waited for.
+            knew, number = party.machine.incarnation in self._settled_lives, party.machine.standing.number
+            if knew and number <= self._settled:
+                text = f"{party.name} steps in the settled suspension {self._settled}, and knows of {number}"
+                raise Violation(text, party.name, COORDINATOR)
             return
         known = {rank.name: rank.machine.standing.number for rank in self._ready()}
         unaware = [name for name, number in known.items() if number <= self._settled]
