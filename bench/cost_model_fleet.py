@@ -18,7 +18,8 @@ from paceline.protocol.messages import Load, LoadView
 from paceline.protocol.quota import AUTO
 from paceline.protocol.routing import LeastLoad
 from paceline.runtime.coordinator_process import DPCoordinator
-from paceline.runtime.processes import new_identity, spawn
+from paceline.runtime.identity import new_identity
+from paceline.runtime.processes import spawn
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.server.client import Client
 

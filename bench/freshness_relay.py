@@ -8,7 +8,8 @@ from multiprocessing import get_context
 import zmq
 from freshness_feed import now_us
 
-from paceline.runtime.sockets import SocketFolder, open_socket
+from paceline.runtime.socket_folder import SocketFolder
+from paceline.runtime.sockets import open_socket
 
 MAX_BYTES = 1 << 20
 

@@ -20,7 +20,8 @@ from paceline.protocol.messages import PROTOCOL_VERSION, Identify, Output, RankH
 from paceline.protocol.routing import LeastLoad
 from paceline.protocol.sampling import SamplingParams
 from paceline.runtime.coordinator_process import DPCoordinator
-from paceline.runtime.processes import new_identity, spawn
+from paceline.runtime.identity import new_identity
+from paceline.runtime.processes import spawn
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.server.client import Client
 from tests.runtime.peers import context, receive

@@ -38,6 +38,7 @@ MAY_IMPORT = {
 SMALL_PROCESSES = [
     "paceline.runtime.coordinator_process",
     "paceline.coordinator_cli",
+    "paceline.integrations.vllm_main",
     "paceline.integrations.vllm_process",
 ]
 SMALL_PROCESS_MAY_LOAD = {"zmq", "msgspec", "typing_extensions", "paceline"}
@@ -161,6 +162,16 @@ def test_small_process_loads_little(name: str) -> None:
     assert "zmq" in top
     assert not top & LARGE
     assert not top - SMALL_PROCESS_MAY_LOAD - sys.stdlib_module_names
+    # Each of these takes milliseconds, of some 70, that a coordinator has no use for.
+    assert not {module for module in loaded_by(name) if module.startswith("paceline.protocol.routing")}
+    assert not top & {"dataclasses", "hashlib"}
+
+
+def test_a_coordinator_under_vllm_is_bound_before_the_rest_is_imported() -> None:
+    loaded = loaded_by("paceline.integrations.vllm_main")
+    ours = {name for name in loaded if name.startswith("paceline.protocol.")}
+    assert ours <= {"paceline.protocol.limits"}
+    assert not loaded & {"msgspec", "logging", "multiprocessing", "pathlib", "shutil", "tempfile"}
 
 
 # Tests --------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from paceline.protocol.messages import Scaling
 from paceline.protocol.node import Node
 from paceline.protocol.quota import setting_of
 from paceline.runtime.coordinator_process import DPCoordinator
+from paceline.runtime.identity import new_identity
 from paceline.runtime.node_keeper import NodeKeeper, rank_name
-from paceline.runtime.processes import new_identity
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
-from paceline.runtime.sockets import SocketFolder, tcp_address
+from paceline.runtime.socket_folder import SocketFolder
+from paceline.runtime.sockets import tcp_address
 from paceline.runtime.supervisor import Reporter, Supervisor
 from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
 

@@ -21,8 +21,8 @@ from paceline.protocol.messages import (
     SendNotice,
 )
 from paceline.runtime.front_end_inbox import FrontEndInbox
+from paceline.runtime.garbage import Garbage
 from paceline.runtime.rank_inbox import RankInbox
-from paceline.runtime.sockets import Garbage
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Frames, Target, said_well
 

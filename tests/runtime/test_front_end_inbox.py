@@ -28,7 +28,8 @@ from paceline.protocol.messages import (
     Withdraw,
 )
 from paceline.runtime.front_end_inbox import READ_AT_ONCE, FrontEndInbox
-from paceline.runtime.sockets import Garbage, open_socket
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.sockets import open_socket
 
 DEADLINE_S = 10.0
 FRONT_END = 5

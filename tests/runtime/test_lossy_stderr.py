@@ -13,7 +13,7 @@ from paceline.runtime.lossy_stderr import LossyFile
 
 PROGRAM = """
 import logging, sys
-from paceline.runtime.processes import set_up_log
+from paceline.runtime.log import set_up_log
 set_up_log("info")
 for number in range(3000):
     print("line", number, file=sys.stderr)

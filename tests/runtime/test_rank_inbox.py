@@ -21,8 +21,9 @@ from paceline.protocol.messages import (
     Scaling,
     StartWave,
 )
+from paceline.runtime.garbage import Garbage
 from paceline.runtime.rank_inbox import HANDLED_AT_ONCE, LEAST_KEPT, RankInbox, reports_kept
-from paceline.runtime.sockets import Garbage, open_socket
+from paceline.runtime.sockets import open_socket
 
 DEADLINE_S = 10.0
 

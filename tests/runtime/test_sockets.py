@@ -14,8 +14,10 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
+from paceline.runtime.garbage import Garbage
 from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
-from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, open_socket, tcp_address
+from paceline.runtime.socket_folder import SocketFolder
+from paceline.runtime.sockets import bound_address, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 from tests.runtime.peers import context, send_garbage
 
@@ -33,7 +35,7 @@ def test_a_folder_whose_process_was_killed_is_removed_by_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = "import os; from paceline.runtime.sockets import SocketFolder; print(SocketFolder().path); os._exit(9)"
+    code = "import os; from paceline.runtime.socket_folder import SocketFolder; print(SocketFolder().path); os._exit(9)"
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)},
                             capture_output=True, text=True, check=False)  # fmt: skip
     abandoned = Path(killed.stdout.strip())

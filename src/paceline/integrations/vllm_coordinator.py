@@ -17,7 +17,8 @@ from paceline.integrations.vllm_events import Memory
 from paceline.integrations.vllm_keeper import run_keeper
 from paceline.integrations.vllm_settings import Settings
 from paceline.runtime.processes import spawn, stop
-from paceline.runtime.sockets import SocketFolder, tcp_address
+from paceline.runtime.socket_folder import SocketFolder
+from paceline.runtime.sockets import tcp_address
 
 NAME = "Paceline_DP_Coordinator"
 INTERVAL_MS = 10.0
@@ -33,7 +34,7 @@ class VllmCoordinator:
 
     dialect = VllmDialect()
     """The installed vLLM's; the plugin sets it."""
-    program = "paceline.integrations.vllm_process"
+    program = "paceline.integrations.vllm_main"
     """The module that the coordinator runs as."""
 
     def __init__(

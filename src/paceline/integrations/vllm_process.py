@@ -1,6 +1,7 @@
 """The coordinator under vLLM as a process: three sockets around the translation around the machine.
 
-Its keeper starts it (`vllm_keeper.py`), with pyzmq, msgspec and the standard library: vLLM is never imported.
+Its keeper starts it (`vllm_keeper.py`, by `vllm_main.py`), with pyzmq, msgspec and the standard library: vLLM is never
+imported.
 
 Of a rank's load reports only the last is decoded. Ranks are read for a few milliseconds at a time, so that however many
 reports wait, what front-ends say and what is due to be published come in between.
@@ -10,11 +11,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import multiprocessing
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import msgspec
 import zmq
 
-from paceline.errors import StartupError
 from paceline.integrations import vllm_codec as codec
 from paceline.integrations.vllm_codec import Notice, RankMessage
 from paceline.integrations.vllm_events import (
@@ -41,10 +39,12 @@ from paceline.integrations.vllm_events import (
     Wake,
 )
 from paceline.integrations.vllm_settings import Said, Settings, Status
+from paceline.integrations.vllm_sockets import VllmSockets
 from paceline.integrations.vllm_translation import VllmTranslation
-from paceline.protocol.codec import MAX_CONTROL_BYTES, BadMessage
-from paceline.runtime.processes import new_identity, set_up_log
-from paceline.runtime.sockets import Garbage, bound_address, open_socket
+from paceline.protocol.codec import BadMessage
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.identity import new_identity
+from paceline.runtime.log import set_up_log
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.vllm")
@@ -53,43 +53,25 @@ MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
 READ_S = 0.005
 """As long may ranks be read, where they have said that much, before front-ends get their turn."""
-REPORTS_KEPT = 1000
-"""Messages of a rank that wait here; the rank keeps what is beyond. Each costs up to a kilobyte."""
 
 
 class VllmProcess:
     """The sockets and the loop of one coordinator under vLLM."""
 
-    def __init__(self, settings: Settings, channel: socket.socket) -> None:
-        self._settings = settings
+    def __init__(self, settings: Settings, channel: socket.socket, sockets: VllmSockets) -> None:
         self._channel = channel
+        self._sockets = sockets
+        self._front, self._back_in, self._back_out = sockets.front, sockets.back_in, sockets.back_out
         self._translation = VllmTranslation(
             settings.memory, settings.dialect, identity=new_identity(), interval_s=settings.interval_ms / 1000,
             lockstep=settings.lockstep, publish_loads=settings.publish_loads, restarted=settings.restarted,
             stall_s=settings.stall_s,
         )  # fmt: skip
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._garbage_front = Garbage(logger, "the front-ends' socket")
         self._garbage_back = Garbage(logger, "the ranks' socket")
         self._ranks_wait_until = float("-inf")
         self._stopping = False
         self._wakeup = Wakeup()
-
-    def bind(self) -> tuple[str, str, str]:
-        """Bind the sockets; returns where each of the three can be reached. Raises StartupError."""
-        settings = self._settings
-        context, limit = self._context, MAX_CONTROL_BYTES
-        # Each subscription is reported, not the first alone.
-        each = {zmq.XPUB_VERBOSE: 1}
-        # A subscription holds once it is taken up here: a rank must hear nothing before it is greeted.
-        taken_up = {zmq.XPUB_MANUAL: 1}
-        front, output, publish = (
-            settings.front_publish_address, settings.back_output_address, settings.back_publish_address,
-        )  # fmt: skip
-        self._front = open_socket(context, zmq.XPUB, bind=front, max_bytes=limit, options=each)
-        self._back_in = open_socket(context, zmq.PULL, bind=output, max_bytes=limit, kept=REPORTS_KEPT)
-        self._back_out = open_socket(context, zmq.XPUB, bind=publish, max_bytes=limit, options=taken_up)
-        return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
 
     def stop(self) -> None:
         """Make `run` return. Safe in a signal handler."""
@@ -125,7 +107,7 @@ class VllmProcess:
             if self._channel in select.select(files, (), (), 0 if busy else min(max(until - now, 0), 3600.0))[0]:
                 self._on_keeper()
         self._wakeup.close()
-        self._context.destroy(linger=0)
+        self._sockets.close()
 
     def statistics(self) -> dict[str, object]:
         """The machine's figures and the garbage seen."""
@@ -249,26 +231,13 @@ def say(channel: socket.socket, said: Said) -> None:
         logger.debug("the keeper does not listen: %s", error)
 
 
-def main(arguments: list[str]) -> None:
-    """Run one coordinator: `arguments` holds its Settings as JSON."""
-    settings = msgspec.json.decode(arguments[0], type=Settings)
-    multiprocessing.current_process().name = "coordinator"
-    set_up_log(settings.log_level)
-    channel = socket.socket(fileno=settings.channel)
-    process = VllmProcess(settings, channel)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def run(settings_json: str, channel: socket.socket, sockets: VllmSockets) -> None:
+    """Serve until stopped, at sockets that are bound and said to be. `settings_json`: Settings."""
+    settings = msgspec.json.decode(settings_json, type=Settings)
+    set_up_log(settings.log_level, "coordinator")
+    process = VllmProcess(settings, channel, sockets)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
-    try:
-        addresses = process.bind()
-    except StartupError as error:
-        say(channel, Said(failed=str(error)))
-        sys.exit(1)
-    say(channel, Said(addresses=addresses))
     # What has been made so far stays: it need not be looked through again and again.
     gc.collect()
     gc.freeze()
     process.run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -39,9 +39,9 @@ class Status(Struct, frozen=True):
 
 
 class Said(Struct, frozen=True, omit_defaults=True):
-    """One word of the coordinator to its keeper: it is bound; why it cannot be; what to remember; how things stand."""
+    """One word of the coordinator to its keeper: what to remember; how things stand. Before these it has said its
+    `addresses`, or why there are none (`failed`): `vllm_main.py`.
+    """
 
-    addresses: tuple[str, str, str] | None = None
-    failed: str | None = None
     memory: Memory | None = None
     status: Status | None = None

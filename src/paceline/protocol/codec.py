@@ -12,6 +12,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from paceline.protocol.limits import (
+    MAX_CONTROL_BYTES as MAX_CONTROL_BYTES,
+    MAX_REQUEST_BYTES as MAX_REQUEST_BYTES,
+)
 from paceline.protocol.messages import (
     PROTOCOL_VERSION,
     AddRequest,
@@ -30,12 +34,6 @@ from paceline.protocol.messages import (
     ToRank,
 )
 from paceline.protocol.sampling import Message
-
-MAX_CONTROL_BYTES = 4 * 1024 * 1024
-"""Largest message to or from the coordinator: a view of 1,024 ranks and 64 front-ends fits twice."""
-
-MAX_REQUEST_BYTES = 64 * 1024 * 1024
-"""Largest message between a front-end and a rank: a prompt of ten million tokens fits."""
 
 T = TypeVar("T")
 

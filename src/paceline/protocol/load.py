@@ -21,6 +21,9 @@ import msgspec
 
 from paceline.protocol.messages import Load
 
+REQUEST_TOKENS = 256
+"""What one queued request weighs besides its prompt, in prompt tokens: its answer is yet to come."""
+
 MAX_LEDGER_SENDS = 65536
 """Sends kept one by one. A rank that leaves more than this unreported is not taking requests in."""
 

@@ -25,7 +25,8 @@ from paceline.protocol import codec
 from paceline.protocol.messages import FromRank, Outputs, ToRank
 from paceline.protocol.rank_events import CoordinatorSaid, Event, FrontEndGone, FrontEndSaid
 from paceline.protocol.ranks.backlog import Backlog
-from paceline.runtime.sockets import Garbage, bound_address, open_socket
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.sockets import bound_address, open_socket
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.rank")

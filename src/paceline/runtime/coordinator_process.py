@@ -33,9 +33,12 @@ from paceline.protocol.coordinator_events import (
     ToRanks,
 )
 from paceline.runtime.front_end_inbox import FrontEndInbox, views_queued
-from paceline.runtime.processes import new_identity, spawn, stop
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.identity import new_identity
+from paceline.runtime.processes import spawn, stop
 from paceline.runtime.rank_inbox import RankInbox, reports_kept
-from paceline.runtime.sockets import Garbage, SocketFolder, bound_address, giving_up_after, open_socket, tcp_address
+from paceline.runtime.socket_folder import SocketFolder
+from paceline.runtime.sockets import bound_address, giving_up_after, open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
 if TYPE_CHECKING:

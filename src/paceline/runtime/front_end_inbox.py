@@ -15,7 +15,7 @@ from paceline.protocol.coordinator_events import (
     FrontEndSubscribed,
 )
 from paceline.protocol.messages import FromFrontEnd, OfRequests
-from paceline.runtime.sockets import Garbage
+from paceline.runtime.garbage import Garbage
 
 READ_AT_ONCE = 256
 """Messages that are read before others get their turn and what is due is sent."""

@@ -12,7 +12,8 @@ import zmq
 
 from paceline.protocol import codec
 from paceline.protocol.messages import Identify, NodeHello, RankFailed, Scaling
-from paceline.runtime.sockets import Garbage, open_socket
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.sockets import open_socket
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.supervisor")

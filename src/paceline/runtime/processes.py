@@ -23,9 +23,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from paceline.errors import PacelineError
-from paceline.runtime.lossy_stderr import make_stderr_lossy
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(processName)s: %(message)s"
+from paceline.runtime.log import set_up_log
 
 
 @contextmanager
@@ -72,20 +70,6 @@ def _show_name(name: str) -> None:
     """Let `ps` and `top` show who is who, where the system can: 15 characters are kept."""
     with contextlib.suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write(name[:15])
-
-
-def new_identity(index: int = 0) -> int:
-    """A number that no process of this deployment has had: the time, and `index` among those started together.
-
-    It is odd: as a ZeroMQ routing id its first byte must not be zero.
-    """
-    return time.time_ns() // 1024 * 1024 + index % 512 * 2 + 1
-
-
-def set_up_log(level: str) -> None:
-    """Log lines of this process to stderr, `level` and above."""
-    make_stderr_lossy()
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
 
 
 def end_with_parent() -> None:

@@ -11,7 +11,7 @@ import zmq
 from paceline.protocol import codec
 from paceline.protocol.coordinator_events import Event, RankSaid, RanksReported
 from paceline.protocol.messages import FromRank, NodeHello, RankFailed, RankReport
-from paceline.runtime.sockets import Garbage
+from paceline.runtime.garbage import Garbage
 
 READ_S = 0.002
 """As long may be read before what has come is handled."""

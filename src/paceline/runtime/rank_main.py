@@ -14,7 +14,7 @@ from paceline.errors import StartupError
 from paceline.protocol.quota import AUTO, OFF
 from paceline.protocol.rank import Rank
 from paceline.runtime.carrier import Carrier
-from paceline.runtime.processes import new_identity
+from paceline.runtime.identity import new_identity
 from paceline.runtime.rank_process import SWITCH_INTERVAL_S, EngineRank
 from paceline.runtime.status import Failed, Progressed, Ready
 

@@ -17,7 +17,8 @@ from msgspec import Struct
 
 from paceline.errors import StartupError
 from paceline.protocol.messages import PROTOCOL_VERSION
-from paceline.runtime.sockets import Garbage, open_socket, tcp_address
+from paceline.runtime.garbage import Garbage
+from paceline.runtime.sockets import open_socket, tcp_address
 from paceline.runtime.wakeup import Wakeup
 
 logger = logging.getLogger("paceline.rendezvous")

@@ -1,4 +1,4 @@
-"""ZeroMQ sockets as all shells use them: addresses, limits, and what happens to garbage.
+"""ZeroMQ sockets as all shells use them: addresses and limits.
 
 Every socket drops its queue when it is closed, bounds what it keeps for a peer that does not read, and
 refuses frames that are too large before they are in memory.
@@ -6,15 +6,7 @@ refuses frames that are too large before they are in memory.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import logging
-import os
-import shutil
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 
 import zmq
 
@@ -22,48 +14,6 @@ from paceline.errors import StartupError
 
 SEND_QUEUE_MESSAGES = 10_000
 RECEIVE_QUEUE_MESSAGES = 100_000
-IPC_PATH_BYTES = 107
-"""Longest path a Unix socket can have on Linux."""
-
-
-PREFIX = "paceline-"
-LOCK = ".lock"
-
-
-class SocketFolder:
-    """A private folder for the ipc sockets of one deployment, removed with it.
-
-    A process that is killed removes nothing. So its folder holds a lock as long as it lives, and whoever makes the next
-    folder removes those whose lock is nobody's.
-    """
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        # Locked before it has its name: one that is being made never looks abandoned.
-        self._lock = open(self.path / f"{LOCK}.new", "w")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        os.rename(self._lock.name, self.path / LOCK)
-        _remove_abandoned(self.path.parent)
-
-    def address(self, name: str) -> str:
-        """The ipc address of socket `name`."""
-        path = str(self.path / name)
-        if len(os.fsencode(path)) > IPC_PATH_BYTES:
-            raise StartupError(f"socket path too long for this system ({len(path)} > {IPC_PATH_BYTES}): set TMPDIR")
-        return f"ipc://{path}"
-
-    def close(self) -> None:
-        """Remove the folder and what is in it. May be called twice."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
-
-
-def _remove_abandoned(parent: Path) -> None:
-    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
-        # Another user's folder, or one that is going just now.
-        with contextlib.suppress(OSError), open(lock, "r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def tcp_address(host: str, port: int = 0) -> str:
@@ -134,21 +84,3 @@ def giving_up_after(silence_s: float) -> dict[zmq.SocketOption, int]:
 def bound_address(socket: zmq.Socket[bytes]) -> str:
     """Where a bound socket can be reached, with the port that was found for port 0."""
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
-
-
-class Garbage:
-    """What arrived and was no message: counted by kind, the first of each kind logged."""
-
-    def __init__(self, logger: logging.Logger, socket_name: str) -> None:
-        self._logger = logger
-        self._socket_name = socket_name
-        self.counts: Counter[str] = Counter()
-
-    def add(self, kind: str, detail: str) -> None:
-        """One more of `kind`."""
-        self.counts[kind] += 1
-        if self.counts[kind] == 1:
-            # What a stranger sent does not belong in a log unescaped, or whole.
-            shown = detail[:200].encode("unicode_escape").decode()
-            self._logger.warning("dropped a message on %s, %s: %s (further ones are only counted)",
-                                 self._socket_name, kind, shown)  # fmt: skip

@@ -1,8 +1,7 @@
 """A front-end's shell: ZeroMQ sockets in the event loop, around the front-end's machine.
 
-The sockets' file descriptors are watched by the loop itself. Such a descriptor tells of a change, not of a
-state: after a wake, and after each send, a socket is read until nothing is left, or the loop would not be
-told again.
+The sockets' file descriptors are watched by the loop itself. Such a descriptor tells of a change, not of a state: after
+a wake, and after each send, a socket is read until nothing is left, or the loop would not be told again.
 
 A step's tokens arrive as one message, and each goes straight to its answer: no task is woken for a token.
 """
@@ -46,8 +45,9 @@ from paceline.protocol.frontend_events import (
 )
 from paceline.protocol.messages import AddRequest, FrontEndLeaving, Output
 from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.runtime.garbage import Garbage
 from paceline.runtime.link_monitor import LinkMonitor
-from paceline.runtime.sockets import Garbage, giving_up_after, open_socket
+from paceline.runtime.sockets import giving_up_after, open_socket
 from paceline.server.delivery import Sink
 from paceline.server.errors import Refused
 

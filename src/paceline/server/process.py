@@ -25,12 +25,12 @@ from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.protocol.frontend import FrontEnd
+from paceline.runtime.identity import new_identity
 from paceline.runtime.policies import find_policy
-from paceline.runtime.processes import new_identity
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client
-from paceline.server.connection import HttpConnection, OncePerKind
+from paceline.server.connection import HttpConnection, OncePerKind, raise_descriptor_limit
 from paceline.server.generation import Models
 
 logger = logging.getLogger("paceline.front-end")
@@ -102,6 +102,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
+    raise_descriptor_limit()
     logging.getLogger("uvicorn.error").addFilter(OncePerKind())
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)

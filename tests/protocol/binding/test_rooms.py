@@ -7,8 +7,8 @@ import random
 from msgspec.structs import replace
 
 from paceline.protocol.binding.rooms import ANY, LOCKSTEP_BUDGETS_AHEAD, STEPS_AHEAD, Amount, Room, Rooms
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.messages import Load
-from paceline.protocol.routing.policy import REQUEST_TOKENS
 
 
 def load(running: int = 0, prefill: int = 0, *, slots: int = 4, budget: int = 100, kv: int = 0, total: int = 0) -> Load:

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.routing import LeastLoad, LeastRequests, Lockstep
 from paceline.protocol.routing.candidates import Candidate, Candidates
-from paceline.protocol.routing.policy import REQUEST_TOKENS, Query
+from paceline.protocol.routing.policy import Query
 from tests.protocol.lockstep_model import Outcome, arrivals, run
 
 

@@ -6,10 +6,11 @@ import random
 
 from hypothesis import given, settings, strategies as st
 
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.routing import LeastLoad, Prefix, prefix as routing_prefix
 from paceline.protocol.routing.affinity import GUARD_TOKENS
 from paceline.protocol.routing.candidates import Candidate, Candidates
-from paceline.protocol.routing.policy import REQUEST_TOKENS, Query
+from paceline.protocol.routing.policy import Query
 from paceline.protocol.routing.prefix import BLOCK_TOKENS, COMPARED, MAX_PROMPT_BLOCKS, BlockIndex, block_hashes
 
 

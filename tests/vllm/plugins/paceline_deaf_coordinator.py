@@ -6,7 +6,7 @@
 import os
 import sys
 
-from paceline.integrations import vllm_process
+from paceline.integrations import vllm_main, vllm_process
 from paceline.integrations.vllm_codec import Notice, read_front_end
 
 
@@ -27,4 +27,4 @@ def register() -> None:
 
 if __name__ == "__main__":
     vllm_process.VllmProcess = DeafProcess
-    vllm_process.main(sys.argv[1:])
+    vllm_main.main(sys.argv[1:])

@@ -11,9 +11,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.messages import Load, RankReport
-from paceline.protocol.routing.candidates import PLACE_BITS, PLACE_MASK, Ordering
-from paceline.protocol.routing.policy import REQUEST_TOKENS
+from paceline.protocol.ordering import PLACE_BITS, PLACE_MASK, Ordering
 
 ANY = 1 << 40
 """More than there ever is: no limit is known."""

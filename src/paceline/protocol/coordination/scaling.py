@@ -20,8 +20,8 @@ A rank that a scale-down takes away, and a later scale-up brings back, is anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.protocol.binding.brokerage import Brokerage
@@ -38,8 +38,7 @@ NODES_S = 1.0
 LOOK_AGAIN_S = 0.1
 
 
-@dataclass
-class KnownNode:
+class KnownNode(Struct):
     """What a node last said. `number`: of the newest Scaling that it knows."""
 
     ranks: frozenset[int]

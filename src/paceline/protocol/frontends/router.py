@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from heapq import nsmallest
 
 from paceline.protocol.frontends.link import RankLink
-from paceline.protocol.routing.candidates import RESORT_SHARE, Candidates
+from paceline.protocol.ordering import RESORT_SHARE
+from paceline.protocol.routing.candidates import Candidates
 from paceline.protocol.routing.least import LeastLoad, work
 from paceline.protocol.routing.policy import Decision, Policy, Query, belief
 

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.routing.blind import PowerOfTwo, RoundRobin
 from paceline.protocol.routing.candidates import Candidate, Candidates
 from paceline.protocol.routing.least import LeastLoad, LeastRequests
 from paceline.protocol.routing.lockstep import Lockstep
-from paceline.protocol.routing.policy import REQUEST_TOKENS, Policy, Query
+from paceline.protocol.routing.policy import Policy, Query
 from paceline.protocol.routing.prefix import Prefix
 from paceline.protocol.routing.session import Session
 

@@ -11,8 +11,9 @@ they do without affinity too, and the third is what going there is worth.
 
 from __future__ import annotations
 
-from paceline.protocol.routing.candidates import PLACE_MASK, Candidate, Ordering
-from paceline.protocol.routing.policy import REQUEST_TOKENS
+from paceline.protocol.load import REQUEST_TOKENS
+from paceline.protocol.ordering import PLACE_MASK, Ordering
+from paceline.protocol.routing.candidates import Candidate
 
 GUARD_TOKENS = 8 * REQUEST_TOKENS
 GUARD_SHARE = 0.5

@@ -23,8 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from paceline.protocol.routing.candidates import PLACE_MASK, Candidate, Candidates, Ordering
-from paceline.protocol.routing.policy import REQUEST_TOKENS, Policy, Query
+from paceline.protocol.load import REQUEST_TOKENS
+from paceline.protocol.ordering import PLACE_MASK, Ordering
+from paceline.protocol.routing.candidates import Candidate, Candidates
+from paceline.protocol.routing.policy import Policy, Query
 
 EQUAL_SHARE = 0.125
 """Loads are not known better than this share of their mean; smaller differences decide nothing."""

@@ -21,9 +21,10 @@ least-load's is to within one.
 
 from __future__ import annotations
 
+from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.routing.candidates import Candidate, Candidates
 from paceline.protocol.routing.least import LeastLoad, Rotation
-from paceline.protocol.routing.policy import REQUEST_TOKENS, Policy, Query
+from paceline.protocol.routing.policy import Policy, Query
 
 STEP_TOKENS = 512
 """Prompt tokens that a rank computes in a step: what --max-num-batched-tokens is unless it is set."""

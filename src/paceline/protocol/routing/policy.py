@@ -14,9 +14,6 @@ from msgspec import Struct
 
 from paceline.protocol.routing.candidates import Candidate, Candidates
 
-REQUEST_TOKENS = 256
-"""What one queued request weighs besides its prompt, in prompt tokens: its answer is yet to come."""
-
 
 class Query(Struct, frozen=True, gc=False):
     """What is known of a request before it has a rank.
