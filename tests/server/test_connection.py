@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
+import os
+import resource
+import signal
 import socket
 import struct
 import weakref
@@ -18,6 +22,7 @@ import uvloop
 from uvicorn.server import ServerState
 
 from paceline.server.connection import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind
+from tests.serving import deployment, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n"
@@ -117,18 +122,18 @@ def only(state: ServerState) -> weakref.ref[Any]:
 
 async def wait_forgotten(connection: weakref.ref[Any], state: ServerState) -> None:
     """Until it has ended and nothing holds it."""
-    await wait_until(lambda: not state.connections)
-    await wait_until(lambda: gc.collect() >= 0 and connection() is None)
+    await wait_for(lambda: not state.connections)
+    await wait_for(lambda: gc.collect() >= 0 and connection() is None)
 
 
 async def wait_s(seconds: float) -> None:
     """So long at least."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    await wait_until(lambda: loop.time() > end)
+    await wait_for(lambda: loop.time() > end)
 
 
-async def wait_until(condition: Callable[[], object]) -> None:
+async def wait_for(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0)
@@ -155,7 +160,7 @@ def test_one_that_breaks_in_mid_answer_is_forgotten() -> None:
             await peer.wait_said(b"1\r\n")
             connection = only(state)
             peer.reset()
-            await wait_until(lambda: not state.connections)
+            await wait_for(lambda: not state.connections)
             app.ready.set()
             await wait_forgotten(connection, state)
 
@@ -176,7 +181,7 @@ def test_a_head_that_comes_in_drops_is_closed() -> None:
     async def test() -> None:
         async with served(App(), patience_s=0.3) as (peer, state):
             await peer.send(GET[:-2])
-            await wait_until(lambda: state.connections)
+            await wait_for(lambda: state.connections)
             while state.connections:
                 await peer.send(b"a: b\r\n")
                 await wait_s(0.01)
@@ -243,7 +248,7 @@ def test_requests_in_advance_are_answered_in_order_up_to_so_many() -> None:
             await peer.wait_said(b"\r\n%d\r\n0\r\n\r\n" % (1 + MAX_PIPELINED))
             app.ready.clear()
             await peer.send(GET * (2 + MAX_PIPELINED))
-            await wait_until(lambda: not state.connections)
+            await wait_for(lambda: not state.connections)
 
     run(test)
 
@@ -257,6 +262,26 @@ def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:
             assert b"400" not in await peer.wait_end()
 
     run(test)
+
+
+@pytest.mark.slow
+def test_clients_leave_descriptors_for_the_ranks() -> None:
+    with deployment("--engine", "timed", "-dp", "2") as running:
+        front_end, rank = running.pid_of("front-end 0"), running.pid_of("rank 0")
+        resource.prlimit(front_end, resource.RLIMIT_NOFILE, (200, 200))
+        host, _, port = running.url.removeprefix("http://").rpartition(":")
+        with contextlib.ExitStack() as held:
+            for _ in range(300):
+                held.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            running.wait_line("more than 150 connections")
+            os.kill(rank, signal.SIGKILL)
+            running.wait_line("rank 0 is back")
+        wait_until(lambda: running.health()["ready"] == [0, 1], "both ranks are there")
+        body = {"prompt": "a", "max_tokens": 2}
+        answer = running.http.post("/v1/completions", json=body, headers={"X-data-parallel-rank": "0"})
+        assert answer.json()["choices"][0]["text"] == " 0 1"
+        assert running.output.count("more than 150 connections") == 1
+        assert "Traceback" not in running.output
 
 
 def test_garbage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

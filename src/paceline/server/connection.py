@@ -8,7 +8,9 @@ connection that is no HTTP is a line of the log.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import resource
 from collections import Counter
 from typing import Any
 
@@ -18,11 +20,27 @@ MAX_HEAD_BYTES = 64 * 1024
 """What may come, one read more or less, without an end of a head or a piece of a body; of trailers likewise."""
 MAX_PIPELINED = 100
 """Requests of one connection that wait for the answer before theirs."""
+MOST_DESCRIPTORS = 1 << 16
 HEAD_TOO_LARGE = b"the head of the request is larger than %d bytes" % MAX_HEAD_BYTES
 ANSWER_431 = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
     b"content-length: %d\r\nconnection: close\r\n\r\n%s" % (len(HEAD_TOO_LARGE), HEAD_TOO_LARGE)
 )
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: usually far more than it is given at first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """How many clients may be connected: a quarter of the descriptors stays free for ranks, which come and go."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft - soft // 4
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -38,7 +56,11 @@ class HttpConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._arm()
+        if len(self.connections) > (most := most_connections()):
+            self.logger.warning("more than %d connections: closed", most)
+            transport.abort()
+        else:
+            self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

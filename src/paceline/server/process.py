@@ -30,7 +30,7 @@ from paceline.runtime.policies import find_policy
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client
-from paceline.server.connection import HttpConnection, OncePerKind
+from paceline.server.connection import HttpConnection, OncePerKind, raise_descriptor_limit
 from paceline.server.generation import Models
 
 logger = logging.getLogger("paceline.front-end")
@@ -102,6 +102,7 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
     )
     client = Client(machine, settings.coordinator, settings.rank_timeout_s)
     api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
+    raise_descriptor_limit()
     logging.getLogger("uvicorn.error").addFilter(OncePerKind())
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)
