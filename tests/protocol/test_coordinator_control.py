@@ -109,7 +109,7 @@ def test_a_call_brings_the_number_that_only_its_front_end_knows(lockstep: bool) 
     asked = ControlRequest(FRONT_END, 7, "resume", known=37, mode="wait")
     effects = machine.handle(FrontEndSaid(asked), 2.0)
     assert one(said(effects, ControlAnswer)).number == 38
-    assert told(effects) == [Suspension(38, "wait")]
+    assert told(effects) == [Suspension(38, "wait", not lockstep)]
     assert not state(effects).settled
 
 
