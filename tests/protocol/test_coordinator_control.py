@@ -109,13 +109,29 @@ def test_a_call_brings_the_number_that_only_its_front_end_knows(lockstep: bool) 
     asked = ControlRequest(FRONT_END, 7, "resume", known=37, mode="wait")
     effects = machine.handle(FrontEndSaid(asked), 2.0)
     assert one(said(effects, ControlAnswer)).number == 38
-    assert told(effects) == [Suspension(38, "wait")]
+    assert told(effects) == [Suspension(38, "wait", not lockstep)]
     assert not state(effects).settled
 
 
-@pytest.mark.parametrize("lockstep", [False, True])
-def test_a_resumption_is_released_when_all_know_it(lockstep: bool) -> None:
-    machine = suspended(lockstep)
+def test_independent_ranks_go_on_as_each_hears_that_it_may() -> None:
+    """None of them is waited for: it may be stopped, or on its way back."""
+    machine = suspended(lockstep=False)
+    effects = machine.handle(control("resume"), 3.0)
+    assert told(effects) == [Suspension(2, "keep", True)]
+    assert state(effects) == SuspensionState(2, "keep", False, [0, 1])
+    machine.handle(hello(0, 2, False), 3.001)
+    assert state(machine.handle(Tick(), 3.2)).waiting_for == [1]
+    assert told(machine.handle(Tick(), machine.deadline)) == [Suspension(2, "keep", True)], "until it has heard"
+    assert state(machine.handle(hello(1, 2, False), 3.5)) == SuspensionState(2, "keep", True, [])
+
+
+def test_a_new_coordinator_lets_independent_ranks_go_on_before_all_have_spoken() -> None:
+    machine = Coordinator(2, COORDINATOR, 0.1, lockstep=False)
+    assert told(machine.handle(hello(0, 2, True), 0.0)) == [Suspension(2, "keep", True)]
+
+
+def test_a_resumption_in_lockstep_is_released_when_all_know_it() -> None:
+    machine = suspended()
     assert told(machine.handle(control("resume"), 3.0)) == [Suspension(2, "keep", False)]
     assert told(machine.handle(hello(0, 2, True), 3.001)) == []
     assert told(machine.handle(hello(1, 2, True), 3.002)) == [Suspension(2, "keep", True)]

@@ -150,6 +150,17 @@ def test_a_call_while_another_is_under_way_is_told_so_by_the_coordinators_next_w
     assert find(hear(machine, DOWN), Scaled) == [Scaled(5, 4, None)]
 
 
+def test_a_second_call_during_the_first_does_not_overtake_it() -> None:
+    """The coordinator may not have heard the first: where it heard the second before, it would take it for a repeat."""
+    machine = front_end(*FOUR)
+    hear(machine, Scaling(0, 4, 4))
+    assert said(machine.handle(Scale(1, 5, 2000, 5000), 0.0), ScaleRequest)
+    assert machine.handle(Scale(2, 6, 2000, 5000), 0.0) == [Scaled(2, 4, None)]
+    assert one(said(machine.handle(Scale(1, 5, 2000, 5000), 0.0), ScaleRequest)).call == 1, "repeated"
+    machine.handle(ControlGivenUp(1), 0.0)
+    assert said(machine.handle(Scale(3, 6, 2000, 5000), 0.0), ScaleRequest)
+
+
 def test_nobody_is_told_of_a_call_that_was_given_up() -> None:
     machine = front_end(*FOUR)
     machine.handle(CALL, 0.0)

@@ -126,8 +126,11 @@ class Suspendable(Deployment):
 
     def _may_step(self, rank: int) -> None:
         self.steps += 1
-        lowest = min(shell.machine.standing.number for shell in self.ranks.values())
-        forbidden = [number for number in self.settled if number >= lowest]
+        # In lockstep nobody steps before all know of the end.
+        known = [
+            shell.machine.standing.number for number, shell in self.ranks.items() if self.lockstep or number == rank
+        ]
+        forbidden = [number for number in self.settled if number >= min(known)]
         assert not forbidden, f"rank {rank} begins a step while suspension {forbidden} is settled"
 
     def _note_settled(self) -> None:

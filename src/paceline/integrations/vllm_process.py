@@ -52,6 +52,12 @@ logger = logging.getLogger("paceline.vllm")
 
 MESSAGES_A_TURN = 256
 """Read from one socket before the others get their turn and what is due is sent."""
+# As plain numbers: to combine enumerations takes longer than to send.
+NOBLOCK, MORE, POLLIN = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.POLLIN)
+REST_S = 0.0002
+"""After a wave's first wake, so that who carries it, and who waits for it, need not share the processors with what else
+is to be done about it: that takes as long, and can wait.
+"""
 READ_S = 0.005
 """As long may ranks be read, where they have said that much, before front-ends get their turn."""
 
@@ -82,18 +88,20 @@ class VllmProcess:
 
     def run(self) -> None:
         """Serve until stopped, or until the keeper is gone."""
-        urgent: list[Any] = [self._front.fd, self._back_out.fd, self._wakeup, self._channel]
-        ranks = self._back_in.fd
+        keeper, front, ranks = self._channel.fileno(), self._front.fd, self._back_in.fd
+        urgent: list[Any] = [front, self._back_out.fd, self._wakeup.fileno(), keeper]
+        all_of_them = [*urgent, ranks]
+        ready: list[Any] = []
         self._handle(Tick())
         while not self._stopping:
             # To ask each socket costs a fraction of what a poll does. What front-ends say is the most urgent.
             busy = False
-            if _has_message(self._front):
+            if front in ready or _has_message(self._front):
                 busy = True
-                self._read(self._front, self._on_front_end_frame)
+                self._read(self._front, self._on_front_end_frame, self._garbage_front)
             if _has_message(self._back_out):
                 busy = True
-                self._read(self._back_out, self._on_rank_subscription)
+                self._read(self._back_out, self._on_rank_subscription, self._garbage_back)
             now = time.monotonic()
             ranks_wait = now < self._ranks_wait_until
             if not ranks_wait and _has_message(self._back_in):
@@ -107,8 +115,9 @@ class VllmProcess:
                 self._spare.look(now)
             until = min(deadline, self._ranks_wait_until) if ranks_wait else deadline
             # ZeroMQ's own poll knows whole milliseconds, too coarse for what is due in this protocol.
-            files = urgent if ranks_wait else [*urgent, ranks]
-            if self._channel in select.select(files, (), (), 0 if busy else min(max(until - now, 0), 3600.0))[0]:
+            files = urgent if ranks_wait else all_of_them
+            ready, _, _ = select.select(files, (), (), 0 if busy else min(max(until - now, 0), 3600.0))
+            if keeper in ready:
                 self._on_keeper()
         self._wakeup.close()
         self._sockets.close()
@@ -125,13 +134,16 @@ class VllmProcess:
         else:
             self._stopping = True
 
-    def _read(self, endpoint: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
+    def _read(self, endpoint: zmq.Socket[bytes], take: Callable[[bytes], None], garbage: Garbage) -> None:
         for _ in range(MESSAGES_A_TURN):
             try:
-                frames = endpoint.recv_multipart(zmq.NOBLOCK)
+                frame = endpoint.recv(NOBLOCK)
             except zmq.Again:
                 return
-            take(frames)
+            if endpoint.getsockopt(zmq.RCVMORE):
+                _leave_out(endpoint, garbage)
+            else:
+                take(frame)
 
     def _read_ranks(self) -> None:
         """Read until nothing is there, or something is due."""
@@ -142,14 +154,14 @@ class VllmProcess:
         receive, whose_report, clock = self._back_in.recv, codec.whose_report, time.monotonic
         while True:
             try:
-                frame = receive(zmq.NOBLOCK)
+                frame = receive(NOBLOCK)
             except zmq.Again:
                 break
             whose = whose_report(frame)
             if whose is not None:
                 last[whose] = frame
             elif self._back_in.getsockopt(zmq.RCVMORE):
-                self._garbage_back.add("frames", f"{1 + len(self._back_in.recv_multipart())} frames in place of one")
+                _leave_out(self._back_in, self._garbage_back)
             else:
                 # What else a rank says is heard in its place.
                 self._reported(last.values())
@@ -173,8 +185,7 @@ class VllmProcess:
             self._garbage_back.add(error.kind, error.detail)
             return None
 
-    def _on_rank_subscription(self, frames: list[bytes]) -> None:
-        frame = frames[0] if len(frames) == 1 else b""
+    def _on_rank_subscription(self, frame: bytes) -> None:
         if frame == b"\x01":
             self._back_out.setsockopt(zmq.SUBSCRIBE, b"")
             self._handle(RankSubscribed())
@@ -183,14 +194,11 @@ class VllmProcess:
         else:
             self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
-    def _on_front_end_frame(self, frames: list[bytes]) -> None:
-        if len(frames) != 1 or not frames[0]:
-            self._garbage_front.add("frames", f"{len(frames)} frames in place of one")
-            return
-        frame = frames[0]
-        if frame[0] == 1:
+    def _on_front_end_frame(self, frame: bytes) -> None:
+        kind = frame[:1]
+        if kind == b"\x01":
             self._handle(FrontEndSubscribed())
-        elif frame[0] != 0:
+        elif kind != b"\x00":
             try:
                 message = codec.read_front_end(frame)
             except BadMessage as error:
@@ -199,12 +207,13 @@ class VllmProcess:
             sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
             if sent is not None:
                 self._wake(sent)
+                time.sleep(REST_S)
             self._handle(FrontEndSaid(message), sent)
 
     def _wake(self, wake: Wake) -> None:
         kind, what = codec.wake(wake.wave, wake.exclude)
-        self._back_out.send(kind, zmq.NOBLOCK | zmq.SNDMORE)
-        self._back_out.send(what, zmq.NOBLOCK)
+        self._back_out.send(kind, MORE)
+        self._back_out.send(what, NOBLOCK)
 
     def _handle(self, event: Event, sent: Wake | None = None) -> None:
         """`sent`: of the effects, what has been sent already."""
@@ -224,7 +233,12 @@ class VllmProcess:
 
 
 def _has_message(endpoint: zmq.Socket[bytes]) -> bool:
-    return bool(int(endpoint.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(endpoint.getsockopt(zmq.EVENTS)) & POLLIN)
+
+
+def _leave_out(endpoint: zmq.Socket[bytes], garbage: Garbage) -> None:
+    """The frames that follow one, where one is a message."""
+    garbage.add("frames", f"{1 + len(endpoint.recv_multipart())} frames in place of one")
 
 
 def say(channel: socket.socket, said: Said) -> None:

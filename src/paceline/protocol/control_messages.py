@@ -13,7 +13,7 @@ class Suspension(Message, frozen=True, tag="suspension"):
     """Suspend (odd `number`) or resume (even): the highest number counts. Each rank answers with a RankHello.
 
     `mode`: what becomes of requests: `keep` them as they are, `wait` until they are finished, `abort` them.
-    `released`: all ranks know the even number, and work starts again.
+    `released`: work starts again, since all ranks know the even number (in lockstep), or without waiting for that.
     """
 
     number: Count

@@ -38,7 +38,7 @@ def scaling_routes(client: Client, most_ranks: int) -> list[Route]:
             raise ApiError(504, text, kind="server_error", code="timeout") from None
         if done.state is None:
             state = client.machine.scaling
-            under_way = "" if state is None else f": from {state.size} to {state.target} ranks"
+            under_way = "" if state is None or not state.under_way else f": from {state.size} to {state.target} ranks"
             raise ApiError(409, f"the deployment is being scaled already{under_way}", code="scaling")
         _check(done.state)
         text = f"Scaled from {done.before} to {size} data parallel ranks"

@@ -72,6 +72,7 @@ class Checks:
         self._settled = 0
         self._settled_lives: frozenset[int] = frozenset()
         self._resumed = 0
+        self._size = 0
 
     def watch(self, ranks: Mapping[int, RankParty], front_ends: Mapping[int, FrontEndParty]) -> None:
         """The ranks and front-ends by number, as they are at any time."""
@@ -108,8 +109,12 @@ class Checks:
             raise Violation(f"{party.name} steps while paused", party.name)
         if self._settled <= self._resumed:
             return
-        if not party.lockstep and party.machine.incarnation not in self._settled_lives:
-            # It was not ready yet, so nobody waited for it; what it does concerns no other rank.
+        if not party.lockstep:
+            # Each goes on as it hears of the end. One that was not ready, nobody waited for.
+            knew, number = party.machine.incarnation in self._settled_lives, party.machine.standing.number
+            if knew and number <= self._settled:
+                text = f"{party.name} steps in the settled suspension {self._settled}, and knows of {number}"
+                raise Violation(text, party.name, COORDINATOR)
             return
         known = {rank.name: rank.machine.standing.number for rank in self._ready()}
         unaware = [name for name, number in known.items() if number <= self._settled]
@@ -137,8 +142,13 @@ class Checks:
             raise Violation(why, party.name)
 
     def _ready(self) -> list[RankParty]:
-        """The ranks that count: those that the others have gone on without take part in nothing."""
-        ready = [party for party in self._ranks.values() if party.alive and party.machine.phase is Phase.READY]
+        """The ranks that count: those that the others have gone on without take part in nothing, and those that the
+        coordinator has let go are about to end.
+        """
+        ready = [
+            party for number, party in self._ranks.items()
+            if number < self._size and party.alive and party.machine.phase is Phase.READY
+        ]  # fmt: skip
         newest = max((party.machine.told for party in ready), default=0)
         return [party for party in ready if party.machine.told == newest]
 
@@ -152,6 +162,7 @@ class Checks:
             if wave < before:
                 raise Violation(f"the coordinator's wave went down from {before} to {wave}", COORDINATOR)
             self._coordinator_waves[identity] = wave
+        self._size = party.machine.size
         if isinstance(message, LoadView):
             self._suspension(message.suspension)
             for entry in message.ranks or ():

@@ -11,11 +11,11 @@ from paceline.integrations.vllm_codec import Notice, read_front_end
 
 
 class DeafProcess(vllm_process.VllmProcess):
-    def _on_front_end_frame(self, frames: list[bytes]) -> None:
-        if frames[0][0] > 1 and isinstance(read_front_end(frames[0]), Notice):
+    def _on_front_end_frame(self, frame: bytes) -> None:
+        if frame[0] > 1 and isinstance(read_front_end(frame), Notice):
             vllm_process.logger.info("a notice is not heard")
         else:
-            super()._on_front_end_frame(frames)
+            super()._on_front_end_frame(frame)
 
 
 def register() -> None:

@@ -53,6 +53,11 @@ class Knowledge:
         self._front_ends: set[int] = set()
 
     @property
+    def size(self) -> int:
+        """Ranks in the deployment."""
+        return self._membership.size
+
+    @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due

@@ -15,7 +15,7 @@ class Suspending(GroupSuspension):
     """A GroupSuspension with its calls. `lockstep`: whether the ranks run in waves. `without`: rules left out."""
 
     def __init__(self, identity: int, lockstep: bool, without: Set[str]) -> None:
-        super().__init__(without)
+        super().__init__(without, together=lockstep)
         self.calls = Calls()
         self.shown = SuspensionState()
         """What front-ends are shown."""

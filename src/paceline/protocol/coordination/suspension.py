@@ -7,7 +7,8 @@ still on its way, does not count any more. Once every rank holds the same number
 higher number can start one: wakes from before belong to waves that all have finished.
 
 Resuming: all ranks are told the even number; when each has said that it knows it, it is released, and work starts.
-So no rank steps before all have taken note, and the first who starts wakes the others into one wave.
+So no rank steps before all have taken note, and the first who starts wakes the others into one wave. Independent
+ranks have no waves: each goes on as soon as it hears that it may, whoever else is stopped or on its way back.
 
 The counter is soft state like all else here: a new coordinator takes up the highest number that it hears.
 """
@@ -33,10 +34,14 @@ class Acknowledged(Struct, frozen=True):
 
 
 class GroupSuspension:
-    """The suspension of all ranks, and what is still to be acknowledged."""
+    """The suspension of all ranks, and what is still to be acknowledged.
 
-    def __init__(self, without: Set[str] = frozenset()) -> None:
+    `together`: whether all go on at once, as ranks in lockstep must. `without`: rules (`rules.py`) left out.
+    """
+
+    def __init__(self, without: Set[str] = frozenset(), *, together: bool = True) -> None:
         self.standing = Standing()
+        self._together = together
         self._said: dict[int, Acknowledged] = {}
         self._due: float | None = None
         self._repeat_s = FIRST_REPEAT_S
@@ -88,7 +93,8 @@ class GroupSuspension:
             return
         standing = self.standing
         ranks = list(expected)
-        if not standing.suspended and not standing.released and all(self._knows(rank) for rank in ranks):
+        known = not self._together or all(self._knows(rank) for rank in ranks)
+        if known and not standing.suspended and not standing.released:
             standing.released = True
             self._due = now
             self._repeat_s = FIRST_REPEAT_S

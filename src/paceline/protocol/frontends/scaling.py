@@ -60,8 +60,13 @@ class FrontEndScaling:
         return self.state if self.state is not None and self.state.number else None
 
     def ask(self, event: Scale) -> list[Effect]:
-        """Somebody asks, or asks again."""
+        """Somebody asks, or asks again.
+
+        A second call during the first is not sent: heard before the first, it would make that look like a late repeat.
+        """
         known = self.state.size if self.state is not None else event.size
+        if self._calls and event.call not in self._calls:
+            return [Scaled(event.call, known, None)]
         self._calls.setdefault(event.call, known)
         request = ScaleRequest(self._identity, event.call, event.size, event.drain_ms, event.startup_ms)
         return [ToCoordinator(request)]
