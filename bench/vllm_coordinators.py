@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--front-ends", type=int, nargs="*", default=FRONT_ENDS)
     options = parser.parse_args()
     starts = [start_and_memory() for _ in range(1 if options.quick else 3)]
-    start = {name: [statistics.median(one[name][part] for one in starts) for part in (0, 1)] for name in starts[0]}
+    start = {name: [statistics.median(one[name][part] for one in starts) for part in range(3)] for name in starts[0]}
     stock = StockCoordinators()
     rows: list[Row] = []
     try:

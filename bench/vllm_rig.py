@@ -135,21 +135,37 @@ def memory_mb(pid: int) -> float:
     return 0.0
 
 
-def start_and_memory() -> dict[str, tuple[float, float]]:
-    """Of each: seconds from starting it until its addresses are known, and megabytes then."""
+def start_and_memory() -> dict[str, tuple[float, float, float]]:
+    """Of each: seconds from starting it until its addresses are known, and until its ranks are greeted; megabytes
+    then.
+    """
     begin = time.monotonic()
     stock = StockCoordinators()
     with tempfile.TemporaryDirectory() as folder:
         # Not the fork that the rigs use: a process of its own, as vLLM's launcher spawns it.
-        _, pid = stock.start(folder, 2, True, fork=False)
-        theirs = (time.monotonic() - begin, memory_mb(pid))
+        (_, _, publish), pid = stock.start(folder, 2, True, fork=False)
+        bound = time.monotonic() - begin
+        greet(publish, 2)
+        theirs = (bound, time.monotonic() - begin, memory_mb(pid))
         stock.close()
     begin = time.monotonic()
     ours = VllmCoordinator(config(2))
-    took = time.monotonic() - begin
-    mine = (took, sum(map(memory_mb, _pids(ours))))
+    bound = time.monotonic() - begin
+    greet(ours.get_engine_socket_addresses()[0], 2)
+    mine = (bound, time.monotonic() - begin, sum(map(memory_mb, _pids(ours))))
     ours.shutdown()
     return {"stock": theirs, "ours": mine}
+
+
+def greet(publish: str, size: int) -> None:
+    """As so many ranks, subscribe, and wait for READY."""
+    with zmq.Context() as context:
+        ranks = [_connected(context, zmq.XSUB, publish) for _ in range(size)]
+        for rank in ranks:
+            rank.send(b"\x01")
+        for rank in ranks:
+            assert rank.poll(30_000), "no READY"
+            rank.close()
 
 
 def _pids(ours: VllmCoordinator) -> list[int]:
