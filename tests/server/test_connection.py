@@ -191,9 +191,9 @@ def test_a_head_that_comes_in_drops_is_closed() -> None:
 
 def test_a_body_that_comes_in_drops_is_not() -> None:
     async def test() -> None:
-        async with served(App(), patience_s=0.5) as (peer, _):
+        async with served(App(), patience_s=1.0) as (peer, _):
             await peer.send(POST)
-            for _ in range(15):
+            for _ in range(20):
                 await peer.send(b"1\r\na\r\n")
                 await wait_s(0.1)
             await peer.send(b"0\r\n\r\n")
