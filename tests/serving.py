@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
@@ -38,7 +39,8 @@ class Command:
         self.lines: list[str] = []
         self.url = ""
         self.http: Any = None
-        self._clients: list[openai.OpenAI] = []
+        # Each takes a megabyte; those that are not held any more have been closed.
+        self._clients: weakref.WeakSet[openai.OpenAI] = weakref.WeakSet()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *arguments],
             stderr=subprocess.STDOUT, stdout=to or subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
@@ -96,7 +98,7 @@ class Command:
     def openai(self) -> openai.OpenAI:
         """The official client."""
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
-        self._clients.append(client)
+        self._clients.add(client)
         return client
 
     def async_openai(self) -> openai.AsyncOpenAI:
@@ -115,7 +117,7 @@ class Command:
         """End it, and its descendants, at once."""
         if self.http is not None:
             self.http.close()
-        for client in self._clients:
+        for client in list(self._clients):
             client.close()
         left = self.children()
         for pid in [self.process.pid, *left]:
