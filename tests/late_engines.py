@@ -1,8 +1,9 @@
-"""Engines of which ranks from 2 on do not come up, for `--engine tests.late_engines:NAME`."""
+"""Engines that do not come up, for `--engine tests.late_engines:NAME`: most of them from rank 2 on."""
 
 from __future__ import annotations
 
 import threading
+import weakref
 
 from paceline.engines.base import EngineError, EngineSettings, Progress
 from paceline.engines.timed import TimedEngine
@@ -28,4 +29,24 @@ class Slow(TimedEngine):
         if settings.rank >= FIRST_BAD_RANK:
             progress("loading for ever", 0.1)
             threading.Event().wait()
+        return super().create(settings, progress)
+
+
+class InCallback(TimedEngine):
+    """Loads in the callback of a weak reference, out of which no exception comes, and then for ever."""
+
+    @classmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> TimedEngine:
+        def callback(_: object) -> None:
+            progress("loading", 0.1)
+            threading.Event().wait()
+
+        class Thing:
+            pass
+
+        thing = Thing()
+        reference = weakref.ref(thing, callback)
+        del thing
+        threading.Event().wait()
+        assert reference() is None
         return super().create(settings, progress)

@@ -33,7 +33,7 @@ from paceline.runtime.carrier import Carrier
 from paceline.runtime.processes import spawn
 from paceline.runtime.rank_main import RankSettings, run_rank
 from paceline.runtime.rank_process import EngineRank
-from paceline.runtime.status import Failed, Ready
+from paceline.runtime.status import Failed, Progressed, Ready
 from tests.runtime.peers import Context, context, receive, send_garbage, shout_at
 from tests.serving import wait_until
 
@@ -253,6 +253,22 @@ def test_engine_that_cannot_be_made_says_why(world: World) -> None:
     process.join(10)
     assert process.exitcode == 1
     reader.close()
+
+
+def test_a_rank_that_loads_ends_wherever_it_is(world: World) -> None:
+    """An exception would not come out of everything: in some callbacks it is printed, and the rank goes on."""
+    reader, writer = get_context("spawn").Pipe(duplex=False)
+    settings = RankSettings("tests.late_engines:InCallback", EngineSettings(), world.bind,
+                            world.coordinator_input, world.coordinator_output)  # fmt: skip
+    process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
+    writer.close()
+    wait_for(reader, Progressed)
+    process.terminate()
+    process.join(10)
+    ended = process.exitcode
+    process.kill()
+    reader.close()
+    assert ended == 0
 
 
 def wait_for(reader: Any, kind: type[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -47,7 +48,9 @@ def run_rank(settings: RankSettings, status: Connection) -> None:
 
     def on_terminate(*_: object) -> None:
         if stopping[0] is None:
-            sys.exit(0)
+            # It has joined nothing, and owes nobody anything. An exception need not end it: raised in a callback of the
+            # import machinery it is printed and forgotten.
+            os._exit(0)
         stopping[0].stop()
 
     signal.signal(signal.SIGTERM, on_terminate)
