@@ -28,7 +28,8 @@ test: $(STAMP) ## lint, types, and all tests, the slow ones included
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(or $(ARGS),-m "not alone")
+	@$(if $(ARGS),true,$(BIN)/python -m pytest -m alone)
 
 test-fast: $(STAMP) ## the tests that start no process and load no model
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

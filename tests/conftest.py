@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from tests.serving import Deployment, deployment
 # A busy machine is no failure: a test that hangs is ended by its own deadline.
 settings.register_profile("paceline", deadline=None)
 settings.load_profile("paceline")
+
+# A shell without job control starts what runs in the background with Ctrl-C ignored, and our children would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

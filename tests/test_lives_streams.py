@@ -125,7 +125,8 @@ def test_real_text_goes_on_as_if_nothing_had_happened() -> None:
     """Greedy, and drawn with a seed: bit for bit, at a rank that computes the same in another batch."""
     prompts = ["The capital of France is", "In Japanese: 東京は"]
     asks: list[dict[str, Any]] = [
-        {"prompt": prompt, "max_tokens": 40, "extra_body": {"ignore_eos": True}, **how}
+        # Long enough that the rank has not finished its part when it is killed.
+        {"prompt": prompt, "max_tokens": 120, "extra_body": {"ignore_eos": True}, **how}
         for prompt in prompts
         for how in ({"temperature": 0}, {"temperature": 1.0, "seed": 7, "frequency_penalty": 0.3})
     ]  # fmt: skip

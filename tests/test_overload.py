@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from bench.overload import BACK_S, Shape, run, table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SHORT = Shape(best_s=5.0, normal_s=5.0, over_s=15.0, burst=200)
 GROWTH_MIB = 8
