@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from msgspec import Struct
 
-from tests.vllm.serving import PROMPTS, Server, burst, rest, vllm, waves
+from tests.vllm.serving import PROMPTS, VERSION, Server, burst, rest, vllm, waves
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -25,6 +25,11 @@ SHORT = CASES[:2]
 KILLS_S = 60.0
 KILL_EVERY_S = 2.0
 CLIENTS = 4
+
+OLD = VERSION == "0.12.0"
+"""Its dense ranks run in waves, too; and its MoE ranks give two texts for one greedy prompt, on vLLM's own coordinator:
+of 40 texts of two such runs 11 were equal.
+"""
 
 
 class Case(Struct):
@@ -35,6 +40,15 @@ class Case(Struct):
     stock: list[str]
     ours: list[str]
     waves: list[int]
+
+    @property
+    def in_waves(self) -> bool:
+        return self.model == "moe" or OLD
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether vLLM's own two runs give one text."""
+        return self.model == "dense" or not OLD
 
 
 def case_name(case: tuple[str, int]) -> str:
@@ -72,7 +86,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_the_text_is_the_same(case: Case) -> None:
     assert len(case.ours) == 40
-    assert case.ours == case.stock
+    assert all(case.ours)
+    if case.repeatable:
+        assert case.ours == case.stock
 
 
 def test_it_is_our_coordinator(case: Case) -> None:
@@ -87,7 +103,7 @@ def test_both_ranks_are_used(case: Case) -> None:
 
 
 def test_waves_without_a_gap(case: Case) -> None:
-    if case.model == "dense":
+    if not case.in_waves:
         assert not case.waves, "independent ranks have none"
         return
     assert len(case.waves) >= 6
@@ -106,7 +122,8 @@ def test_it_can_die(case: Case) -> None:
             if time.monotonic() >= end:
                 return count
             prompt = draw.choice(PROMPTS)
-            assert case.server.complete(prompt) == expected[prompt]
+            text = case.server.complete(prompt)
+            assert text == expected[prompt] if case.repeatable else text
             rest(draw.choice((0.0, 0.0, 0.3)))
             if seed == 0:
                 rest(0.5)
@@ -127,7 +144,7 @@ def test_it_can_die(case: Case) -> None:
     # On a busy machine a new one may take longer than that.
     assert len(killed) >= 0.5 * KILLS_S / KILL_EVERY_S
     assert served > len(killed)
-    if case.model == "moe":
+    if case.in_waves:
         seen = waves(case.server)
         assert len(seen) > before
         assert seen == list(range(len(seen)))
