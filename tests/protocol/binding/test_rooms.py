@@ -6,8 +6,7 @@ import random
 
 from msgspec.structs import replace
 
-from paceline.protocol.binding.rooms import ANY, LOCKSTEP_BUDGETS_AHEAD, STEPS_AHEAD, Amount, Room, Rooms
-from paceline.protocol.load import REQUEST_TOKENS
+from paceline.protocol.binding.rooms import ANY, RUNNING_TOKENS, STEPS_AHEAD, Amount, Room, Rooms
 from paceline.protocol.messages import Load
 
 
@@ -34,22 +33,23 @@ def test_the_least_loaded_rank_that_can_start_it_is_taken() -> None:
 
 
 def test_never_behind_a_full_rank() -> None:
-    assert best(rooms(load(4), load(3, 150))) == 1
+    assert best(rooms(load(4), load(3, 140))) == 1
     assert best(rooms(load(4), load(4))) is None
 
 
-def test_not_where_two_steps_of_prompts_are_ahead() -> None:
-    assert best(rooms(load(1, 200), load(2, 199))) == 1
-    assert best(rooms(load(1, 200), load(2, 250))) is None
+def test_not_where_one_and_a_half_steps_of_prompts_are_ahead() -> None:
+    assert best(rooms(load(1, 150), load(2, 149))) == 1
+    assert best(rooms(load(1, 150), load(2, 250))) is None
+    # Rounded down, for the limit of a share as for the queue.
+    assert best(rooms(load(0, 4, budget=3))) is None
+    assert rooms(load(0, 4, budget=3))[0].free_tokens() == 0
     # An engine that has no budget, or does not say.
     assert best(rooms(load(1, 10**6, budget=0))) == 0
 
 
-def test_in_lockstep_not_where_one_step_of_prompts_is_ahead() -> None:
-    made = Rooms(LOCKSTEP_BUDGETS_AHEAD)
-    made.heard(0, 10, load(1, 100), Amount())
-    made.heard(1, 11, load(2, 99), Amount())
-    assert best(made) == 1
+def test_prompts_ahead_weigh_more_than_answers_under_way() -> None:
+    assert best(rooms(load(0, 99), load(3, 0))) == 1
+    assert best(rooms(load(0, 95), load(3, 0))) == 0
 
 
 def test_kv_fits_with_two_percent_to_spare() -> None:
@@ -125,7 +125,7 @@ def slowly(made: Rooms, kv: int) -> set[int]:
 
     def weight(room: Room) -> int:
         has, promised = room.load, room.promised
-        return has.prefill_tokens + promised.tokens + REQUEST_TOKENS * (has.running + promised.requests)
+        return has.prefill_tokens + promised.tokens + RUNNING_TOKENS * (has.running + promised.requests)
 
     fitting = [room for room in made if room.takes(kv) and not room.reserved]
     least = min((weight(room) for room in fitting), default=0)

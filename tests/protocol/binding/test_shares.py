@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.protocol.binding.rooms import KV_SHARE, Amount, Rooms
+from paceline.protocol.binding.rooms import BUDGETS_AHEAD, KV_SHARE, Amount, Rooms
 from paceline.protocol.binding.shares import ENTRIES, LEAST_RANKS, ShareBook
 from paceline.protocol.messages import Load, Send
 
@@ -35,7 +35,7 @@ def held(shares: ShareBook, made: Rooms) -> list[list[tuple[int, int, int]]]:
 def test_one_front_end_has_all_of_the_room() -> None:
     made, shares = rooms(3, running=4), book(1)
     shares.hand_out(made)
-    assert held(shares, made) == [[(12, 2 * BUDGET, int(KV_SHARE * KV) - 400)] * 3]
+    assert held(shares, made) == [[(12, int(BUDGETS_AHEAD * BUDGET), int(KV_SHARE * KV) - 400)] * 3]
     assert [room.free_requests() for room in made] == [0, 0, 0]
 
 
@@ -72,8 +72,8 @@ def test_what_was_spent_is_made_up_for_and_nobody_loses_what_it_has() -> None:
     for number in range(3):
         shares.spent(0, Send(0, 10, number, 10, 5), made)
     assert [one[0] for one in held(shares, made)] == [
-        (1, BUDGET // 2 - 30, held(shares, made)[0][0][2]),
-        (4, 256, KV_SHARE * KV // 4),
+        (1, int(BUDGETS_AHEAD * BUDGET) // 4 - 30, held(shares, made)[0][0][2]),
+        (4, int(BUDGETS_AHEAD * BUDGET) // 4, KV_SHARE * KV // 4),
     ]
     made.heard(0, 10, Load(0, 3, SLOTS, 30, 0, KV, step_tokens=BUDGET, kv_reserved=45), Amount())
     shares.hand_out(made)

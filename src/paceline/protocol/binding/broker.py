@@ -3,9 +3,9 @@
 A request that is bound when it arrives waits behind one rank, and stays there although another rank is free a moment
 later: lengths of answers are not known, so no policy can foresee which. Here nobody waits behind a rank. The
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
-that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than two steps compute (in
-lockstep one); and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
-(`rooms.py`). Of those ranks it takes the least loaded.
+that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than one and a half
+steps compute; and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
+(`rooms.py`). Of those ranks it takes the one with the least ahead of a new prompt.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
@@ -44,7 +44,7 @@ from operator import attrgetter
 
 from msgspec import Struct
 
-from paceline.protocol.binding.rooms import BUDGETS_AHEAD, LOCKSTEP_BUDGETS_AHEAD, Room, Rooms
+from paceline.protocol.binding.rooms import Room, Rooms
 from paceline.protocol.binding.waiting_line import WaitingLine
 from paceline.protocol.binding_messages import Descriptor
 from paceline.protocol.messages import Send
@@ -93,8 +93,8 @@ class Turn:
 class Broker:
     """The queue of one set of ranks. `without`: rules (`rules.py`) left out, to show what breaks."""
 
-    def __init__(self, without: Set[str] = frozenset(), lockstep: bool = False) -> None:
-        self.rooms = Rooms(LOCKSTEP_BUDGETS_AHEAD if lockstep else BUDGETS_AHEAD)
+    def __init__(self, without: Set[str] = frozenset()) -> None:
+        self.rooms = Rooms()
         self.granted: dict[tuple[int, int], Entry] = {}
         """By front-end and request: granted, and not confirmed yet."""
         self.queued: dict[tuple[int, int], Entry] = {}

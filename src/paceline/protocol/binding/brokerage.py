@@ -26,10 +26,9 @@ UNANSWERED_S = 1.0
 class Brokerage:
     """All queues of one coordinator. `without`: rules (`rules.py`) left out."""
 
-    def __init__(self, identity: int, without: Set[str] = frozenset(), lockstep: bool = False) -> None:
+    def __init__(self, identity: int, without: Set[str] = frozenset()) -> None:
         self._identity = identity
         self._without = without
-        self._lockstep = lockstep
         self._repeats = "grants-repeated" not in without
         self._pools: dict[frozenset[int] | None, Pool] = {}
         self._pool_of: dict[int, Pool] = {}
@@ -85,7 +84,7 @@ class Brokerage:
             return
         pool = self._pools.get(ranks)
         if pool is None:
-            pool = self._pools[ranks] = Pool(ranks, self._without, self._lockstep)
+            pool = self._pools[ranks] = Pool(ranks, self._without)
             pool.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
         self._pool_of[front_end] = pool
         self._told.setdefault(front_end, 0)

@@ -13,9 +13,9 @@ from paceline.protocol.coordination.membership import Membership
 class Pool:
     """The front-ends that balance over the same ranks, None for all, with their queue."""
 
-    def __init__(self, ranks: frozenset[int] | None, without: Set[str], lockstep: bool) -> None:
+    def __init__(self, ranks: frozenset[int] | None, without: Set[str]) -> None:
         self.ranks = ranks
-        self.broker = Broker(without, lockstep)
+        self.broker = Broker(without)
         self.shares = ShareBook()
         self.marked: set[int] = set()
         """Ranks whose rooms are to be reckoned when that is wanted."""

@@ -11,18 +11,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from paceline.protocol.load import REQUEST_TOKENS
 from paceline.protocol.messages import Load, RankReport
 from paceline.protocol.ordering import PLACE_BITS, PLACE_MASK, Ordering
 
 ANY = 1 << 40
 """More than there ever is: no limit is known."""
 
-BUDGETS_AHEAD = 2
-"""A rank with fewer prompt tokens ahead than so many steps compute has room for another prompt."""
+BUDGETS_AHEAD = 1.5
+"""A rank with fewer prompt tokens ahead than so many full steps compute has room for another prompt: one step's, and
+what keeps the next from being short before the report of this one has come back as a grant. More only binds early."""
 
-LOCKSTEP_BUDGETS_AHEAD = 1
-"""Likewise in lockstep, where the prefill quota makes a budget's worth of prompts take several steps."""
+RUNNING_TOKENS = 32
+"""What one request weighs besides its prompt, in prompt tokens, where ranks are compared by what is ahead of a new one.
+Not REQUEST_TOKENS, as in a queue behind one rank: here nobody waits for answers to end, they only make steps longer,
+an answer of 300 tokens by what some tens of prompt tokens take. Where prompts are ahead, they decide."""
 
 KV_SHARE = 0.98
 """Of the KV memory, what is given away; the rest is for answers whose length nobody knows. An engine that reserves the
@@ -72,11 +74,9 @@ class Room:
     shares were last handed out.
     """
 
-    __slots__ = (
-        "budgets_ahead", "incarnation", "load", "promised", "rank", "reserved", "shared", "touched", "wire",
-    )  # fmt: skip
+    __slots__ = ("incarnation", "load", "promised", "rank", "reserved", "shared", "touched", "wire")
 
-    def __init__(self, rank: int, incarnation: int, load: Load, wire: Amount, budgets_ahead: int) -> None:
+    def __init__(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
         self.rank = rank
         self.incarnation = incarnation
         self.load = load
@@ -85,7 +85,6 @@ class Room:
         self.shared = Amount()
         self.reserved = False
         self.touched = True
-        self.budgets_ahead = budgets_ahead
 
     def requests(self) -> int:
         """What it has and what was promised."""
@@ -106,7 +105,7 @@ class Room:
         if not load.step_tokens:
             return ANY
         ahead = load.prefill_tokens + self.wire.tokens + self.promised.tokens
-        return self.budgets_ahead * load.step_tokens - ahead
+        return int(BUDGETS_AHEAD * load.step_tokens) - ahead
 
     def free_kv(self) -> int:
         """Tokens of KV."""
@@ -135,13 +134,13 @@ class Room:
         if self.reserved:
             return False
         ahead = load.prefill_tokens + wire.tokens + promised.tokens
-        return not load.step_tokens or ahead < self.budgets_ahead * load.step_tokens
+        return not load.step_tokens or ahead < int(BUDGETS_AHEAD * load.step_tokens)
 
     def work(self) -> int:
         """What it has to do, in prompt tokens. Nobody knows of a share whether it will be used."""
         load, wire, promised, shared = self.load, self.wire, self.promised, self.shared
         requests = load.waiting + load.running + wire.requests + promised.requests - shared.requests
-        return load.prefill_tokens + wire.tokens + promised.tokens - shared.tokens + REQUEST_TOKENS * requests
+        return load.prefill_tokens + wire.tokens + promised.tokens - shared.tokens + RUNNING_TOKENS * requests
 
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
@@ -157,10 +156,9 @@ def _kv(room: Room) -> int:
 
 
 class Rooms:
-    """The rooms of all ranks that have been heard, in order of rank. `budgets_ahead`: as BUDGETS_AHEAD."""
+    """The rooms of all ranks that have been heard, in order of rank."""
 
-    def __init__(self, budgets_ahead: int = BUDGETS_AHEAD) -> None:
-        self._budgets_ahead = budgets_ahead
+    def __init__(self) -> None:
         self._rooms: list[Room] = []
         self._ranks: list[int] = []
         self._by_rank: dict[int, Room] = {}
@@ -192,7 +190,7 @@ class Rooms:
         if room is None or room.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            room = Room(rank, incarnation, load, wire, self._budgets_ahead)
+            room = Room(rank, incarnation, load, wire)
             self._ranks.insert(place, rank)
             self._rooms.insert(place, room)
             self._by_rank[rank] = room

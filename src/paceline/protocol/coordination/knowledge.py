@@ -46,7 +46,7 @@ class Knowledge:
         self._stalls = Stalls()
         self._suspension = Suspending(identity, lockstep, self._without)
         self._board = Board()
-        self.broker = Brokerage(identity, self._without, lockstep)
+        self.broker = Brokerage(identity, self._without)
         wait_s = step_wait_s if lockstep else None
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=wait_s)
         self._dropped = 0
