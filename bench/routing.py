@@ -89,6 +89,10 @@ class Bench:
             budget = self._tuned(cell)
             yield Measured(cell, TUNED, budget, self._outcome(cell, "vllm-0.32", budget))
 
+    def ours(self, cell: Cell) -> Measured:
+        """Our figure of one row."""
+        return Measured(cell, OURS, DEFAULT_BUDGET, self._outcome(cell, OURS, DEFAULT_BUDGET))
+
     def _tuned(self, cell: Cell) -> int:
         """The token budget that suits vLLM's rule best, as somebody would find it who has so many front-ends."""
         group = replace(cell, front_ends=TUNING_FRONT_ENDS)
@@ -176,8 +180,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def read(path: Path) -> list[Measured]:
-    """What was measured before."""
-    return [msgspec.json.decode(line, type=Measured) for line in path.read_bytes().splitlines()]
+    """What was measured before; of the same figure the last one."""
+    lines = [msgspec.json.decode(line, type=Measured) for line in path.read_bytes().splitlines()]
+    return list({(one.cell, one.policy): one for one in lines}.values())
 
 
 def numbers(text: str) -> list[int]:
@@ -198,6 +203,7 @@ def main() -> int:
     parser.add_argument("--kv-tokens", type=int, default=EngineShape().kv_tokens)
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep every figure there, and go on from what it has")
     parser.add_argument("--known", action="store_true", help="measure nothing: write what the file of --json has")
+    parser.add_argument("--ours", action="store_true", help="with --json: ours anew, the others as the file has them")
     parser.add_argument("--write", action="store_true", help="write bench/results/routing.md and its plots")
     args = parser.parse_args()
     if args.quick:
@@ -209,11 +215,11 @@ def main() -> int:
     rows = [cell for cell in cells(args) if cell in there or not args.known]
     for place, cell in enumerate(rows, 1):
         row = [one for one in known if one.cell == cell]
-        if not row:
-            row = list(bench.row(cell))
-            if args.json:
-                with args.json.open("ab") as file:
-                    file.writelines(msgspec.json.encode(one) + b"\n" for one in row)
+        new = list(bench.row(cell)) if not row else [bench.ours(cell)] if args.ours else []
+        if new and args.json:
+            with args.json.open("ab") as file:
+                file.writelines(msgspec.json.encode(one) + b"\n" for one in new)
+        row = [*(one for one in row if one.policy != OURS or not new), *new]
         measured += row
         print(to_console(row, f"{place}/{len(rows)}, {time.monotonic() - begin:.0f} s"), flush=True)
     if args.write:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import example, given, settings, strategies as st
 
-from paceline.protocol.binding.broker import PATIENCE, Broker, Entry
+from paceline.protocol.binding.broker import PATIENCE, PRIORITY_PATIENCE, Broker, Entry
 from paceline.protocol.binding.rooms import KV_SHARE, Amount
 from paceline.protocol.binding_messages import Descriptor
 from paceline.protocol.messages import Load
@@ -149,7 +149,7 @@ def test_the_longest_wait_is_bounded_whatever_priority_the_others_have() -> None
         ranks.end(0)
         granted += [entry.request for entry in ranks.grant()]
     for place, request in enumerate((1, 2, 3)):
-        assert granted.index(request) <= (place + 1) * (PATIENCE + 1)
+        assert granted.index(request) == (place + 1) * (PRIORITY_PATIENCE + 1) - 1
 
 
 def test_a_large_one_is_not_passed_by_small_ones_for_ever() -> None:
@@ -203,6 +203,24 @@ def test_a_kept_rank_is_free_again_when_the_one_it_was_kept_for_has_gone() -> No
     ranks.broker.drop(1, 1)
     assert [entry.request for entry in ranks.grant()] == [2 + PATIENCE, 50]
     assert not ranks.broker.rooms[0].reserved
+
+
+def test_whose_turn_it_is_keeps_it_when_a_better_priority_comes() -> None:
+    """The rank is kept for it, so nobody else is granted, and passing more often would wait for ever."""
+    ranks = Ranks(1, slots=4)
+    ranks.ask(0, answer=500)
+    ranks.grant()
+    ranks.ask(1, answer=900)
+    for number in range(2, 2 + PATIENCE):
+        ranks.ask(number, answer=5)
+        ranks.grant()
+        ranks.running[0] = ranks.running[0][:1]
+        ranks.report(0)
+    ranks.ask(50, answer=5, priority=-1)
+    assert ranks.grant() == []
+    ranks.running[0] = []
+    ranks.report(0)
+    assert [entry.request for entry in ranks.grant()] == [1, 50]
 
 
 MOVES = st.lists(

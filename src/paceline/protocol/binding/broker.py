@@ -10,10 +10,11 @@ steps compute; and the KV memory holds the prompt and the longest answer, with s
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
 only those that are smaller pass, and the one that has waited longest, whom also those of a better priority pass. When
-`PATIENCE` others have been granted since it came into that place, it is its turn: it gets the next rank that can
-start it, and where none can, one rank is kept for it. A rank that gets nothing new becomes empty, and an empty rank
-takes anything. So who has k requests before it by arrival is granted after at most (k + 1) x (PATIENCE + 1) others,
-plus the times that k + 1 ranks take to end what they run.
+so many others have been granted since it came into that place (`PATIENCE`, or where they have a better priority
+`PRIORITY_PATIENCE`), it is its turn: it gets the next rank that can start it, and where none can, one rank is kept
+for it. A rank that gets nothing new becomes empty, and an empty rank takes anything. So who has k requests before it
+by arrival is granted after at most (k + 1) x (PRIORITY_PATIENCE + 1) others, plus the times that k + 1 ranks take to
+end what they run.
 
 What a grant is. It says that this request goes to this life of this rank, and counts against the rank's room at once.
 The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it
@@ -49,8 +50,11 @@ from paceline.protocol.binding.waiting_line import WaitingLine
 from paceline.protocol.binding_messages import Descriptor
 from paceline.protocol.messages import Send
 
-PATIENCE = 16
-"""So many grants may pass a request over that is first in order, or has waited longest."""
+PATIENCE = 4
+"""So many grants may pass over a request that is first in order, because it fits nowhere."""
+
+PRIORITY_PATIENCE = 16
+"""So many may pass over one that has waited longest, because their priority is better."""
 
 LOOK_AHEAD = 2
 """So many are asked, in order, whether they fit where the first does not.
@@ -213,13 +217,14 @@ class Broker:
         second = None if first is oldest else first
         if self._first.entry is not second:
             self._watch(self._first, second)
-        late = self._made - PATIENCE
-        if self._oldest.since <= late or (second is not None and self._first.since <= late):
-            for turn in (self._oldest, self._first):
-                if turn.entry is not None and turn.since <= late:
-                    room = self._turn(turn, turn.entry)
-                    if room is not None:
-                        return turn.entry, room
+        passed = self._made - self._oldest.since
+        # Whose turn it is, it stays: a rank may be kept from all others.
+        due = passed >= (PATIENCE if second is None else PRIORITY_PATIENCE) or self._oldest.room is not None
+        if oldest is not None and due and (room := self._turn(self._oldest, oldest)) is not None:
+            return oldest, room
+        due = self._made - self._first.since >= PATIENCE
+        if second is not None and due and (room := self._turn(self._first, second)) is not None:
+            return second, room
         if first is None or not self.rooms.open:
             return None
         room = self.rooms.best(first.kv)
