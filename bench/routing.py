@@ -15,8 +15,8 @@ from pathlib import Path
 from random import Random
 
 import msgspec
-from msgspec import Struct
 from msgspec.structs import replace
+from routing_figures import Cell, Measured
 from routing_report import RESULTS, to_console, write
 
 from paceline.simulate.traffic.engine import EngineShape
@@ -48,25 +48,6 @@ TUNED = "vllm-0.32, tuned"
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_BUDGET = 2048
 TUNING_FRONT_ENDS = 4
-
-
-class Cell(Struct, frozen=True):
-    """One row: what is served, on what."""
-
-    trace: str
-    lockstep: bool
-    ranks: int
-    front_ends: int
-    load: str
-
-
-class Measured(Struct, frozen=True):
-    """One figure of a row: by whom, with which token budget."""
-
-    cell: Cell
-    policy: str
-    budget: int
-    outcome: Outcome
 
 
 class Bench:

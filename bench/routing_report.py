@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from routing import Cell, Measured
+from routing_figures import Cell, Measured
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, TUNED, VLLM, BOUND = "paceline", "vllm-0.32, tuned", "vllm-0.32", "oracle"
