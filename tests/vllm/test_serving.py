@@ -86,8 +86,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_the_text_is_the_same(case: Case) -> None:
     assert len(case.ours) == 40
-    if case.repeatable:
-        assert case.ours == case.stock
+    if not case.repeatable:
+        pytest.skip("vLLM's own two runs give different texts")
+    assert case.ours == case.stock
 
 
 def test_it_is_our_coordinator(case: Case) -> None:
