@@ -23,10 +23,11 @@ from cost_model_fleet import DatedFrontEnd, Fleet, connected
 from cost_model_report import Sample, plot, to_console, to_markdown
 from msgspec.structs import replace
 
+from paceline.net.frontend import FrontendShell
 from paceline.protocol.cost import predicted_wait
+from paceline.protocol.frontend_events import Placed, Refuse
 from paceline.protocol.messages import Load, Output
 from paceline.protocol.sampling import SamplingParams
-from paceline.server.client import Client
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PROMPTS = (8, 600)
@@ -49,25 +50,25 @@ class Sink:
         self.now_believed: Callable[[], Load] | None = None
         self.done = asyncio.Event()
 
-    def placed(self, rank: int, decision: object) -> None:
-        self.rank = rank
-
-    def put(self, output: Output) -> None:
-        if self.first is None and output.token_ids:
-            self.first = time.monotonic()
-        if output.finish_reason is not None:
-            # By now the report of the step that made the first token is there.
-            self.load = self.now_believed() if self.now_believed is not None else None
-            self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        self.done.set()
+    def handle(self, news: Placed | Output | Refuse) -> None:
+        match news:
+            case Placed(_, rank):
+                self.rank = rank
+            case Refuse():
+                self.done.set()
+            case Output():
+                if self.first is None and news.token_ids:
+                    self.first = time.monotonic()
+                if news.finish_reason is not None:
+                    # By now the report of the step that made the first token is there.
+                    self.load = self.now_believed() if self.now_believed is not None else None
+                    self.done.set()
 
 
 class Loader:
     """Sends random requests through one front-end, and keeps what was predicted and what came."""
 
-    def __init__(self, client: Client, machine: DatedFrontEnd, vocabulary: int) -> None:
+    def __init__(self, client: FrontendShell, machine: DatedFrontEnd, vocabulary: int) -> None:
         self._client, self._machine, self._vocabulary = client, machine, vocabulary
         self._chance = random.Random(SEED)
         self._open: list[tuple[Sink, Sample]] = []
@@ -81,7 +82,7 @@ class Loader:
         believed = {rank: (self._machine.believed(rank), self._machine.age_s(rank, now)) for rank in self.ranks}
         sink = Sink()
         sent = time.monotonic()
-        self._client.submit(sink, tokens, params)  # type: ignore[arg-type]
+        self._client.submit(sink.handle, tokens, params)
         rank = sink.rank
         sink.now_believed = partial(self._machine.believed, rank)
         known, age_s = believed[rank]

@@ -12,6 +12,7 @@ from typing import Any
 
 from paceline.config import ParallelConfig
 from paceline.engines.base import EngineSettings
+from paceline.net.frontend import FrontendShell
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid
 from paceline.protocol.messages import Load, LoadView
@@ -21,7 +22,6 @@ from paceline.runtime.coordinator_process import DPCoordinator
 from paceline.runtime.identity import new_identity
 from paceline.runtime.processes import spawn
 from paceline.runtime.rank_main import RankSettings, run_rank
-from paceline.server.client import Client
 
 START_S = 120.0
 
@@ -90,10 +90,10 @@ class Fleet:
 
 
 @asynccontextmanager
-async def connected(fleet: Fleet) -> AsyncIterator[tuple[Client, DatedFrontEnd]]:
+async def connected(fleet: Fleet) -> AsyncIterator[tuple[FrontendShell, DatedFrontEnd]]:
     """A front-end that knows every rank."""
     machine = DatedFrontEnd(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
-    client = Client(machine, fleet.coordinator.get_stats_publish_address())
+    client = FrontendShell(machine, fleet.coordinator.get_stats_publish_address())
     try:
         async with asyncio.timeout(START_S):
             while len(machine.ready_ranks()) < fleet.size:

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
 
 # DESIGN.md, section 7: what a package may import of ours. `paceline` itself holds the version and nothing else.
@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "paceline.integrations": {
         "paceline.integrations", "paceline.runtime", "paceline.protocol", "paceline.errors",
     },
+    "paceline.net": {"paceline.net", "paceline.runtime", "paceline.protocol", "paceline.errors"},
     "paceline.server": {
-        "paceline.server", "paceline.runtime", "paceline.engines", "paceline.protocol", "paceline.errors", "paceline",
+        "paceline.server", "paceline.net", "paceline.runtime", "paceline.engines", "paceline.protocol",
+        "paceline.errors", "paceline",
     },
 }  # fmt: skip
 

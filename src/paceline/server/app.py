@@ -12,33 +12,36 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response as PlainResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
-from paceline.server.client import Client
-from paceline.server.delivery import EventStream, WholeAnswer
-from paceline.server.errors import ApiError, Refused, error_response
-from paceline.server.generation import Generation, Models
-from paceline.server.head import RANK_HEADER
-from paceline.server.openai import (
-    BodyDecoder,
+from paceline.net.frontend import FrontendShell
+from paceline.server.control import control_routes
+from paceline.server.errors import ApiError, error_response
+from paceline.server.http import ResponseWriter, read_body
+from paceline.server.openapi import openapi_document
+from paceline.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
+    Decoder,
     GenerationRequest,
+    Models,
+    Part,
+    asks_why,
+    prepare,
+    rank_of,
+    session_of,
 )
-from paceline.server.openapi import openapi_document
-from paceline.server.outlet import Outlet
-from paceline.server.routing_header import asked_for, session_of
-from paceline.server.scale import scaling_routes
-from paceline.server.suspend import suspension_routes
+from paceline.server.responses import CutOff, Phase, Response, Submitted
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -49,16 +52,16 @@ class Api:
     """What the routes share. `draining` refuses new work while what runs finishes."""
 
     def __init__(
-        self, client: Client, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
+        self, frontend: FrontendShell, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
     ) -> None:
-        self.client = client
+        self.frontend = frontend
         self.models = models
         self.started = started
         self.max_body_bytes = max_body_bytes
         self.most_ranks = most_ranks
         self.draining = False
         self.active = 0
-        self.answers: set[WholeAnswer | EventStream] = set()
+        self.writers: set[ResponseWriter] = set()
         self._id_prefix = uuid.uuid4().hex[:20]
         self._ids = 0
         self.idle = asyncio.Event()
@@ -82,8 +85,8 @@ class Api:
 
     def cut_off(self) -> None:
         """End what still runs, with an error to its clients."""
-        for answer in list(self.answers):
-            answer.fail(Refused("shutting-down", "the server has shut down"))
+        for writer in list(self.writers):
+            writer.handle(CutOff())
 
     def check_open(self) -> None:
         """Raise ApiError while draining."""
@@ -99,12 +102,12 @@ class Api:
             raise ApiError(404, text, param="model", code="model_not_found")
 
 
-class GenerationEndpoint(Generic[T]):
+class Endpoint(Generic[T]):
     """`/v1/completions` or `/v1/chat/completions`, as an ASGI application."""
 
     def __init__(self, api: Api, kind: type[T]) -> None:
         self._api = api
-        self._decode = BodyDecoder(kind).decode
+        self._decode = Decoder(kind).decode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -113,14 +116,18 @@ class GenerationEndpoint(Generic[T]):
         api.enter()
         try:
             api.check_open()
-            body = await read_body(receive, headers, api.max_body_bytes)
-            request = self._decode(body)
+            request = self._decode(await read_body(receive, headers, api.max_body_bytes))
             api.check_model(request.model)
+            rank = rank_of(headers)
+            prepared = prepare(request, api.models, api.new_id())
+            explain = asks_why(headers)
+            response = Response(
+                prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
+                stream=bool(request.stream), with_usage=prepared.with_usage, explain=explain,
+            )  # fmt: skip
             session = session_of(headers, request.user)
-            generation = Generation(
-                api.client, api.models, api.new_id(), request, _rank_of(headers), session, asked_for(headers)
-            )
-            await self._answer(generation, request_id, receive, send)
+            ask = partial(api.frontend.submit, rank=rank, priority=request.priority, session=session, explain=explain)
+            await self._answer(response, prepared.parts, ask, receive, send)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -133,73 +140,48 @@ class GenerationEndpoint(Generic[T]):
         finally:
             api.leave()
 
-    async def _answer(self, generation: Generation, request_id: str, receive: Receive, send: Send) -> None:
-        """Let the answer be sent; until it has been, wait for the client to go away. Raises ApiError."""
+    async def _answer(
+        self, response: Response, parts: list[Part], ask: Callable[..., int], receive: Receive, send: Send
+    ) -> None:
+        """Ask the ranks, and let the response be written; until it has been, wait for the client to go away."""
         task = asyncio.current_task()
         assert task is not None
-        outlet = Outlet(send, task.cancel)
-        answer = generation.answer(outlet, request_id)
-        generation.start(answer)
-        self._api.answers.add(answer)
+        writer = ResponseWriter(send, response, task.cancel)
+        requests: list[int] = []
         try:
-            # The end of the answer is a disconnect too: this task has nothing else to do.
+            for part in parts:
+                requests.append(ask(writer.handle, part.prompt_token_ids, part.params))
+                if response.phase is Phase.ENDED:
+                    break
+            writer.handle(Submitted(requests))
+            self._api.writers.add(writer)
+            # The end of the response is a disconnect too: this task has nothing else to do.
             while (await receive())["type"] != "http.disconnect":
                 pass
         except asyncio.CancelledError:
-            if not outlet.full:
+            if not response.given_up:
                 raise
             logger.warning("a client does not read its answer: given up")
         finally:
-            self._api.answers.discard(answer)
-            outlet.close()
-            generation.abandon()
-
-
-async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
-    length = headers.get("content-length")
-    if length is not None and length.isdigit() and int(length) > max_bytes:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client went away before its body was read")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _rank_of(headers: Headers) -> int | None:
-    text = headers.get(RANK_HEADER.decode())
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 5:
-        raise ApiError(
-            400, f"X-data-parallel-rank: {text[:40]!r} is no rank number", param="X-data-parallel-rank",
-            code="unknown_rank",
-        )  # fmt: skip
-    return int(text)
+            self._api.writers.discard(writer)
+            writer.close()
+            self._api.frontend.abandon(requests)
 
 
 def _plain_routes(api: Api) -> list[Route]:
     document = json.dumps(openapi_document()).encode()
-    endpoints: dict[str, Callable[[], Response]] = {
+    endpoints: dict[str, Callable[[], PlainResponse]] = {
         "/health": lambda: _health(api),
-        "/loads": lambda: JSONResponse({"ranks": api.client.machine.loads(), "queued": api.client.machine.queued()}),
+        "/loads": lambda: JSONResponse(
+            {"ranks": api.frontend.machine.loads(), "queued": api.frontend.machine.queued()}
+        ),
         "/version": lambda: JSONResponse({"version": __version__}),
         "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
-        "/openapi.json": lambda: Response(document, media_type="application/json"),
+        "/openapi.json": lambda: PlainResponse(document, media_type="application/json"),
     }
 
-    def route(path: str, answer: Callable[[], Response]) -> Route:
-        async def endpoint(request: Request) -> Response:
+    def route(path: str, answer: Callable[[], PlainResponse]) -> Route:
+        async def endpoint(request: Request) -> PlainResponse:
             response = answer()
             request_id = request.headers.get("x-request-id")
             if request_id is not None:
@@ -211,9 +193,9 @@ def _plain_routes(api: Api) -> list[Route]:
     return [route(path, answer) for path, answer in endpoints.items()]
 
 
-def _health(api: Api) -> Response:
-    statistics = api.client.machine.statistics()
-    stalls = api.client.machine.stalls
+def _health(api: Api) -> PlainResponse:
+    statistics = api.frontend.machine.statistics()
+    stalls = api.frontend.machine.stalls
     healthy = bool(statistics["ready"]) and not api.draining and not stalls
     if api.draining:
         status = "draining"
@@ -234,7 +216,7 @@ def _model(api: Api) -> dict[str, Any]:
     }
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> PlainResponse:
     assert isinstance(error, HTTPException)
     texts = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
@@ -244,7 +226,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _on_defect(request: Request, error: Exception) -> Response:
+async def _on_defect(request: Request, error: Exception) -> PlainResponse:
     logger.error("internal error: %s: %s", type(error).__name__, error)
     return error_response(ApiError(500, "internal error", kind="server_error", code="internal_error"))
 
@@ -252,16 +234,15 @@ async def _on_defect(request: Request, error: Exception) -> Response:
 def build_app(api: Api) -> ASGIApp:
     """The application of one front-end."""
     endpoints: dict[str, ASGIApp] = {
-        "/v1/completions": GenerationEndpoint(api, CompletionRequest),
-        "/v1/chat/completions": GenerationEndpoint(api, ChatCompletionRequest),
+        "/v1/completions": Endpoint(api, CompletionRequest),
+        "/v1/chat/completions": Endpoint(api, ChatCompletionRequest),
     }
     # Starlette wraps `send` three times for its errors, and each token would pay for it.
     rest = Starlette(
         routes=[
             *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
             *_plain_routes(api),
-            *suspension_routes(api.client),
-            *scaling_routes(api.client, api.most_ranks),
+            *control_routes(api.frontend, api.most_ranks),
         ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )

@@ -24,14 +24,14 @@ from msgspec import Struct
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
+from paceline.net.frontend import FrontendShell
 from paceline.protocol.frontend import FrontEnd
 from paceline.runtime.identity import new_identity
 from paceline.runtime.policies import find_policy
 from paceline.runtime.status import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
-from paceline.server.client import Client
-from paceline.server.connection import HttpConnection, OncePerKind, raise_descriptor_limit
-from paceline.server.generation import Models
+from paceline.server.http import HttpConnection, OncePerKind, raise_descriptor_limit
+from paceline.server.requests import Models
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -100,26 +100,26 @@ async def _serve(settings: FrontEndSettings, status: Connection) -> None:
         node=settings.node,
         most_losses=settings.most_losses,
     )
-    client = Client(machine, settings.coordinator, settings.rank_timeout_s)
-    api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
+    frontend = FrontendShell(machine, settings.coordinator, settings.rank_timeout_s)
+    api = Api(frontend, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
     raise_descriptor_limit()
     logging.getLogger("uvicorn.error").addFilter(OncePerKind())
     server = Server(_uvicorn_config(api, settings))
     drain = Drain(api, server, settings.drain_timeout_s)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, drain.asked)
-    await _wait_ranks(client, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
+    await _wait_ranks(frontend, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
     listener = listen(settings.host, settings.port)
     status.send(Ready())
     await server.serve([listener])
-    client.close()
+    frontend.close()
 
 
-async def _wait_ranks(client: Client, ranks: frozenset[int], enough: int, status: Connection) -> None:
+async def _wait_ranks(frontend: FrontendShell, ranks: frozenset[int], enough: int, status: Connection) -> None:
     """Until `enough` of `ranks` are ready; tells `status` whom it waits for whenever that changes."""
-    while len(missing := ranks.difference(client.machine.ready_ranks())) > len(ranks) - enough:
+    while len(missing := ranks.difference(frontend.machine.ready_ranks())) > len(ranks) - enough:
         status.send(Waiting(sorted(missing)))
-        await client.wait_changed()
+        await frontend.wait_changed()
 
 
 class Server(uvicorn.Server):

@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from paceline.server.connection import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind
+from paceline.server.http import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind
 from tests.serving import deployment, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"

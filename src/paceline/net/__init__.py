@@ -1,0 +1,1 @@
+"""Shells: sockets around the machines."""
