@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from starlette.datastructures import Headers
 
 from paceline.engines.base import EngineSettings
 from paceline.engines.group import GenerationEnded
@@ -124,7 +125,7 @@ class HttpBodies(Target):
         for decode in self._decoders:
             try:
                 request = decode(frame)
-                prepared = prepare(request, self._models, "id")
+                prepared = prepare(request, Headers(), self._models, "id")
             except ApiError as error:
                 assert error.status == 400
                 json.dumps(error.body)

@@ -78,23 +78,22 @@ def test_any_json_is_a_request_or_names_a_field(fields: dict[str, Any]) -> None:
 
 
 RANGES = [
-    ("n", 0, "must be 1 to 128, not 0"),
-    ("temperature", 2.5, "must be 0 to 2, not 2.5"),
-    ("top_p", 0, "must be more than 0 and at most 1, not 0"),
-    ("top_k", -2, "must be -1 to 2147483647, not -2"),
-    ("repetition_penalty", -1, "must be more than 0, not -1"),
-    ("max_tokens", 0, "must be at least 1, not 0"),
-    ("n", 10**400, f"must be 1 to 128, not {10**400}"),
-    ("logit_bias", {"1": 1, "2": 101}, "2: must be -100 to 100, not 101"),
-    ("stop", "", "must have 1 to 4096 characters"),
-    ("stop", ["a", ""], "must have 1 to 4096 characters"),
-    ("stop", ["a"] * 17, "must have at most 16 items, not 17"),
+    ("n", 0, "must be at least 1"),
+    ("n", 10**400, "must be at most 128"),
+    ("temperature", 2.5, "must be at most 2"),
+    ("top_p", 0, "must be more than 0"),
+    ("top_k", -2, "must be at least -1"),
+    ("priority", 2**40, "must be at most 2147483647"),
+    ("logit_bias", {"1": 1, "2": 101}, "must be at most 100"),
+    ("stop", "", "its length must be at least 1"),
+    ("stop", ["a", ""], "its length must be at least 1"),
+    ("stop", ["a"] * 17, "its length must be at most 16"),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "text"), RANGES, ids=lambda value: str(value)[:20])
-def test_a_value_out_of_its_type_s_range_is_told_the_range(field: str, value: object, text: str) -> None:
-    with pytest.raises(ApiError, match=rf"^{field}: ") as caught:
+def test_a_value_out_of_its_type_s_range_is_told_the_bound(field: str, value: object, text: str) -> None:
+    with pytest.raises(ApiError) as caught:
         decode(msgspec.json.encode({"prompt": "a", field: value}))
     assert (str(caught.value), caught.value.param) == (f"{field}: {text}", field)
     assert caught.value.body["error"]["code"] == "invalid_value"
@@ -104,13 +103,6 @@ def test_the_document_says_the_same_ranges() -> None:
     fields = openapi_document()["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 128}
     assert fields["top_p"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-
-
-def test_what_is_no_json_behind_a_wrong_field_is_an_error_too() -> None:
-    for body, code in ((b'{"n": 0, nonsense', "invalid_json"), (b'{"n": 0, "seed": 1e999}', "invalid_type")):
-        with pytest.raises(ApiError) as caught:
-            decode(body)
-        assert (caught.value.status, caught.value.body["error"]["code"]) == (400, code)
 
 
 def test_unknown_fields_are_ignored() -> None:

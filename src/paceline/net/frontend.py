@@ -81,7 +81,7 @@ class FrontendShell:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._told: dict[int, OnRequest] = {}
         self._next_request = 1
-        self._changed: list[asyncio.Future[None]] = []
+        self._changed = asyncio.Event()
         self._calls: dict[int, asyncio.Future[Controlled | Scaled]] = {}
         self._tick_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
@@ -124,9 +124,7 @@ class FrontendShell:
 
     async def wait_changed(self) -> None:
         """Until ranks have come or gone."""
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._changed.append(waiter)
-        await waiter
+        await self._changed.wait()
 
     async def control(self, action: ControlAction, timeout_s: float) -> Controlled:
         """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
@@ -234,10 +232,8 @@ class FrontendShell:
         self._coordinator.send(codec.encode(message), "the coordinator")
 
     def _ranks_changed(self) -> None:
-        waiters, self._changed = self._changed, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _arrange_tick(self) -> None:
         """See to it that the machine gets its Tick. One that comes too early asks again."""

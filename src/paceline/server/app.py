@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from starlette.applications import Starlette
@@ -26,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from paceline import __version__
 from paceline.net.frontend import FrontendShell
 from paceline.server.control import control_routes
-from paceline.server.errors import ApiError, error_response
+from paceline.server.errors import ApiError, error_response, route
 from paceline.server.http import ResponseWriter, read_body
 from paceline.server.openapi import openapi_document
 from paceline.server.requests import (
@@ -35,11 +33,8 @@ from paceline.server.requests import (
     Decoder,
     GenerationRequest,
     Models,
-    Part,
-    asks_why,
+    Prepared,
     prepare,
-    rank_of,
-    session_of,
 )
 from paceline.server.responses import CutOff, Phase, Response, Submitted
 
@@ -118,16 +113,8 @@ class Endpoint(Generic[T]):
             api.check_open()
             request = self._decode(await read_body(receive, headers, api.max_body_bytes))
             api.check_model(request.model)
-            rank = rank_of(headers)
-            prepared = prepare(request, api.models, api.new_id())
-            explain = asks_why(headers)
-            response = Response(
-                prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
-                stream=bool(request.stream), with_usage=prepared.with_usage, explain=explain,
-            )  # fmt: skip
-            session = session_of(headers, request.user)
-            ask = partial(api.frontend.submit, rank=rank, priority=request.priority, session=session, explain=explain)
-            await self._answer(response, prepared.parts, ask, receive, send)
+            prepared = prepare(request, headers, api.models, api.new_id())
+            await self._answer(prepared, request_id, receive, send)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -140,17 +127,21 @@ class Endpoint(Generic[T]):
         finally:
             api.leave()
 
-    async def _answer(
-        self, response: Response, parts: list[Part], ask: Callable[..., int], receive: Receive, send: Send
-    ) -> None:
+    async def _answer(self, prepared: Prepared, request_id: str, receive: Receive, send: Send) -> None:
         """Ask the ranks, and let the response be written; until it has been, wait for the client to go away."""
         task = asyncio.current_task()
         assert task is not None
+        response = Response(
+            prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
+            stream=prepared.stream, with_usage=prepared.with_usage, explain=prepared.explain,
+        )  # fmt: skip
         writer = ResponseWriter(send, response, task.cancel)
+        how = (prepared.rank, prepared.priority, prepared.session, prepared.explain)
+        frontend = self._api.frontend
         requests: list[int] = []
         try:
-            for part in parts:
-                requests.append(ask(writer.handle, part.prompt_token_ids, part.params))
+            for part in prepared.parts:
+                requests.append(frontend.submit(writer.handle, part.prompt_token_ids, part.params, *how))
                 if response.phase is Phase.ENDED:
                     break
             writer.handle(Submitted(requests))
@@ -165,32 +156,19 @@ class Endpoint(Generic[T]):
         finally:
             self._api.writers.discard(writer)
             writer.close()
-            self._api.frontend.abandon(requests)
+            frontend.abandon(requests)
 
 
 def _plain_routes(api: Api) -> list[Route]:
     document = json.dumps(openapi_document()).encode()
-    endpoints: dict[str, Callable[[], PlainResponse]] = {
-        "/health": lambda: _health(api),
-        "/loads": lambda: JSONResponse(
-            {"ranks": api.frontend.machine.loads(), "queued": api.frontend.machine.queued()}
-        ),
-        "/version": lambda: JSONResponse({"version": __version__}),
-        "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
-        "/openapi.json": lambda: PlainResponse(document, media_type="application/json"),
-    }
-
-    def route(path: str, answer: Callable[[], PlainResponse]) -> Route:
-        async def endpoint(request: Request) -> PlainResponse:
-            response = answer()
-            request_id = request.headers.get("x-request-id")
-            if request_id is not None:
-                response.headers["x-request-id"] = request_id
-            return response
-
-        return Route(path, endpoint, methods=["GET"])
-
-    return [route(path, answer) for path, answer in endpoints.items()]
+    machine = api.frontend.machine
+    return [
+        route("/health", "GET", lambda _: _health(api)),
+        route("/loads", "GET", lambda _: JSONResponse({"ranks": machine.loads(), "queued": machine.queued()})),
+        route("/version", "GET", lambda _: JSONResponse({"version": __version__})),
+        route("/v1/models", "GET", lambda _: JSONResponse({"object": "list", "data": [_model(api)]})),
+        route("/openapi.json", "GET", lambda _: PlainResponse(document, media_type="application/json")),
+    ]
 
 
 def _health(api: Api) -> PlainResponse:

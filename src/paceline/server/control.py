@@ -6,7 +6,6 @@ and `POST /is_scaling_elastic_ep`: have more ranks or fewer.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -18,7 +17,7 @@ from paceline.net.frontend import FrontendShell
 from paceline.protocol.messages import Scaling, SuspensionState
 from paceline.protocol.sampling import ControlAction
 from paceline.protocol.standing import MODES
-from paceline.server.errors import ApiError, bad, error_response
+from paceline.server.errors import ApiError, bad, route
 from paceline.server.http import read_body
 from paceline.server.requests import Decoder
 
@@ -106,28 +105,12 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
         return JSONResponse({"is_scaling_elastic_ep": state is not None and state.under_way} | words)
 
     return [
-        _route("/pause", "POST", pause),
-        _route("/resume", "POST", resume),
-        _route("/is_paused", "GET", is_paused),
-        _route("/scale_elastic_ep", "POST", scale),
-        _route("/is_scaling_elastic_ep", "GET POST", is_scaling),
+        route("/pause", "POST", pause),
+        route("/resume", "POST", resume),
+        route("/is_paused", "GET", is_paused),
+        route("/scale_elastic_ep", "POST", scale),
+        route("/is_scaling_elastic_ep", "GET POST", is_scaling),
     ]
-
-
-def _route(path: str, methods: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
-    """A route of which `answer` may raise ApiError."""
-
-    async def endpoint(request: Request) -> Response:
-        request_id = request.headers.get("x-request-id")
-        try:
-            response = await answer(request)
-        except ApiError as error:
-            return error_response(error, request_id)
-        if request_id is not None:
-            response.headers["x-request-id"] = request_id
-        return response
-
-    return Route(path, endpoint, methods=methods.split())
 
 
 # Suspending ---------------------------------------------------------------------------------------

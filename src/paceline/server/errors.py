@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 
 class ApiError(Exception):
@@ -35,3 +39,20 @@ def error_response(error: ApiError, request_id: str | None = None) -> Response:
         # The rest of the body is still coming and nobody will read it.
         headers["connection"] = "close"
     return JSONResponse(error.body, error.status, headers)
+
+
+def route(path: str, methods: str, answer: Callable[[Request], Response | Awaitable[Response]]) -> Route:
+    """A route of which `answer` may raise ApiError."""
+
+    async def endpoint(request: Request) -> Response:
+        request_id = request.headers.get("x-request-id")
+        try:
+            response = answer(request)
+            response = response if isinstance(response, Response) else await response
+        except ApiError as error:
+            return error_response(error, request_id)
+        if request_id is not None:
+            response.headers["x-request-id"] = request_id
+        return response
+
+    return Route(path, endpoint, methods=methods.split())

@@ -17,19 +17,6 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
-from msgspec.inspect import (
-    DictType,
-    Field,
-    FloatType,
-    IntType,
-    ListType,
-    Metadata,
-    StrType,
-    StructType,
-    Type,
-    UnionType,
-    type_info,
-)
 from starlette.datastructures import Headers
 
 from paceline.engines.base import Tokenizer
@@ -125,6 +112,9 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
 # Decoding -----------------------------------------------------------------------------------------
 
 
+BOUNDS = {">=": "at least", ">": "more than", "<=": "at most", "<": "less than"}
+
+
 class Decoder(Generic[T]):
     """Requests of one kind, from JSON or from a query. Raises ApiError naming the field."""
 
@@ -135,10 +125,9 @@ class Decoder(Generic[T]):
     def decode(self, body: bytes) -> T:
         """From JSON."""
         try:
-            try:
-                return self._decoder.decode(body)
-            except msgspec.ValidationError as error:
-                raise self._named(str(error), _plain_json(body)) from None
+            return self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise named(str(error)) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
@@ -147,70 +136,20 @@ class Decoder(Generic[T]):
         try:
             return msgspec.convert(query, self._kind, strict=False)
         except msgspec.ValidationError as error:
-            raise self._named(str(error), query) from None
-
-    def _named(self, text: str, given: Any) -> ApiError:
-        """The error for what msgspec says of `given`: of another type than the field's, or out of its range."""
-        where = re.search(r" - at (?:`key` in )?`\$\.?(.*?)`", text)
-        field = re.search(r"(?:missing required|contains unknown) field `(.*?)`", text)
-        param = ".".join(one.group(1) for one in (where, field) if one and one.group(1))
-        if isinstance(given, dict) and ", got " not in text:
-            name = re.split(r"[.\[]", param)[0]
-            kinds = {known.encode_name: known.type for known in fields_of(self._kind)}
-            if name in kinds and (breach := breach_of(kinds[name], given.get(name))):
-                return bad(name, breach)
-        reason = re.sub(r" - at .*$", "", text)
-        return ApiError(400, f"{param or 'body'}: {reason}", param=param or None, code="invalid_type")
+            raise named(str(error)) from None
 
 
-def _plain_json(body: bytes) -> Any:
-    """Without a type; None where a number is too large for any. Raises msgspec.DecodeError, and what Python does."""
-    try:
-        return msgspec.json.decode(body)
-    except msgspec.ValidationError:
-        return None
-
-
-def fields_of(kind: type) -> tuple[Field, ...]:
-    """What a request type says of its fields."""
-    info = type_info(kind)
-    assert isinstance(info, StructType)
-    return info.fields
-
-
-def breach_of(kind: Type, value: Any) -> str:
-    """How a value is out of the range that its type states; empty where it is within, or of another type."""
-    match kind, value:
-        case UnionType(types=kinds), _:
-            return next(filter(None, (breach_of(one, value) for one in kinds)), "")
-        case Metadata(type=inner), _:
-            return breach_of(inner, value)
-        case ((IntType() | FloatType()), int() | float() | str()):
-            # A query's numbers are texts.
-            return _number_breach(kind, float(value) if isinstance(value, str) else value)
-        case StrType(min_length=int(least), max_length=int(most)), str() if not least <= len(value) <= most:
-            return f"must have {least} to {most} characters"
-        case ListType(min_length=int(least)), list() if len(value) < least:
-            return "must not be empty"
-        case ListType(max_length=int(most)), list() if len(value) > most:
-            return f"must have at most {most} items, not {len(value)}"
-        case ListType(item_type=item), list():
-            return next(filter(None, (breach_of(item, one) for one in value)), "")
-        case DictType(value_type=item), dict():
-            return next((f"{key}: {why}" for key, one in value.items() if (why := breach_of(item, one))), "")
-    return ""
-
-
-def _number_breach(kind: IntType | FloatType, value: float) -> str:
-    least, above = kind.ge, kind.gt
-    most = kind.lt - 1 if kind.lt is not None else kind.le
-    if (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most):
-        return ""
-    shown = f"{float(value):g}" if isinstance(kind, FloatType) else f"{value}"
-    if least is not None and most is not None:
-        return f"must be {least} to {most}, not {shown}"
-    bounds = ((f"at least {least}", least), (f"more than {above}", above), (f"at most {most}", most))
-    return f"must be {' and '.join(text for text, bound in bounds if bound is not None)}, not {shown}"
+def named(said: str) -> ApiError:
+    """The error for what msgspec says: a value of another type than its field's, or out of the range that it states."""
+    where = re.search(r" - at (?:`key` in )?`\$\.?(.*?)`", said)
+    field = re.search(r"(?:missing required|contains unknown) field `(.*?)`", said)
+    param = ".".join(one.group(1) for one in (where, field) if one and one.group(1))
+    if bound := re.match(r"Expected `\w+` (of length )?([<>]=?) (\S+)", said):
+        length, sign, value = bound.groups()
+        text = f"{'its length ' if length else ''}must be {BOUNDS[sign]} {value.removesuffix('.0')}"
+        return bad(re.split(r"[.\[]", param)[0], text)
+    reason = re.sub(r" - at .*$", "", said)
+    return ApiError(400, f"{param or 'body'}: {reason}", param=param or None, code="invalid_type")
 
 
 # What goes to the ranks ---------------------------------------------------------------------------
@@ -224,33 +163,39 @@ class Models(Struct):
     limit: int
 
 
-class Part(Struct):
-    """One choice of an answer: a request of its own to the ranks, and the text that it begins with (`echo`)."""
-
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    opening_text: str = ""
-
-
-class Prepared(Struct):
-    """A checked request for text: what the ranks are asked, and how the answer is worded."""
-
-    parts: list[Part]
-    form: Format
-    prompt_tokens: int
-    with_usage: bool
-
-
 class Prompt(Struct):
-    """One prompt, the tokens that may be made, and the text that the answer begins with."""
+    """One prompt, the tokens that may be made, and the text that the answer begins with (`echo`)."""
 
     token_ids: list[int]
     max_tokens: int
     opening_text: str = ""
 
 
-def prepare(request: GenerationRequest, models: Models, identity: str) -> Prepared:
-    """Check a request, whose answer gets this identity. Raises ApiError where a field is wrong."""
+class Part(Struct):
+    """One choice of an answer, which is a request of its own to the ranks."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    opening_text: str
+
+
+class Prepared(Struct):
+    """A checked request for text. `rank`: the one that it names; `explain`: whether it asks why a rank was chosen."""
+
+    parts: list[Part]
+    form: Format
+    prompt_tokens: int
+    stream: bool
+    with_usage: bool
+    rank: int | None
+    priority: int
+    session: str | None
+    explain: bool
+
+
+def prepare(request: GenerationRequest, headers: Headers, models: Models, identity: str) -> Prepared:
+    """Check a request, whose answer gets this identity. Raises ApiError where a field or a header is wrong."""
+    rank = rank_of(headers)
     check_supported(request)
     with_usage = bool(request.stream_options and request.stream_options.include_usage)
     form: type[Format]
@@ -261,16 +206,16 @@ def prepare(request: GenerationRequest, models: Models, identity: str) -> Prepar
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         prompts, form = [chat_prompt(request, models)], ChatFormat
     params = sampling_params(request, logprobs, models.tokenizer.vocabulary_size)
-    parts = [
-        Part(prompt.token_ids, _params_of(params, prompt, copy), prompt.opening_text)
-        for prompt in prompts
-        for copy in range(request.n or 1)
-    ]
-    worded = form(identity, request.model or models.name, int(time.time()), with_usage)
-    return Prepared(parts, worded, sum(len(prompt.token_ids) for prompt in prompts), with_usage)
+    return Prepared(
+        [Part(one.token_ids, _for(one, copy, params), one.opening_text)
+         for one in prompts for copy in range(request.n or 1)],
+        form(identity, request.model or models.name, int(time.time()), with_usage),
+        sum(len(prompt.token_ids) for prompt in prompts),
+        bool(request.stream), with_usage, rank, request.priority, session_of(headers, request.user), asks_why(headers),
+    )  # fmt: skip
 
 
-def _params_of(params: SamplingParams, prompt: Prompt, copy: int) -> SamplingParams:
+def _for(prompt: Prompt, copy: int, params: SamplingParams) -> SamplingParams:
     # Copies of one prompt with one seed would be one answer n times over.
     seed = None if params.seed is None else (params.seed + copy) % 2**32
     return msgspec.structs.replace(params, max_tokens=prompt.max_tokens, seed=seed)
@@ -347,9 +292,8 @@ def completion_prompts(request: CompletionRequest, models: Models) -> list[Promp
     prompts: list[Prompt] = []
     for part in parts:
         ids = tokenizer.encode(part) if isinstance(part, str) else part
-        tokens = max_tokens_of(
-            "max_tokens", request.max_tokens, DEFAULT_COMPLETION_TOKENS, len(ids), models.limit, "prompt"
-        )
+        default = DEFAULT_COMPLETION_TOKENS
+        tokens = max_tokens_of("max_tokens", request.max_tokens, default, len(ids), models.limit, "prompt")
         echo = (part if isinstance(part, str) else tokenizer.decode(part)) if request.echo else ""
         prompts.append(Prompt(ids, tokens, echo))
     return prompts

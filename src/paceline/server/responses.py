@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -304,16 +305,15 @@ class Choice:
 
 
 class Format:
-    """How one endpoint words its responses. `identity`: the response's id; `created`: seconds since 1970."""
+    """How an endpoint words its responses. `identity`: the response's id; `created`: seconds since 1970."""
 
     prefix: str
     object_name: str
     chunk_name: str
 
     def __init__(self, identity: str, model: str, created: int, null_usage: bool) -> None:
-        identity = f"{self.prefix}-{identity}"
-        self._whole = {"id": identity, "object": self.object_name, "created": created, "model": model}
-        self._chunk = self._whole | {"object": self.chunk_name}
+        whole = {"id": f"{self.prefix}-{identity}", "object": self.object_name, "created": created, "model": model}
+        self._whole, self._chunk = whole, whole | {"object": self.chunk_name}
         self._null_usage = {"usage": None} if null_usage else {}
 
     def body(self, choices: list[Entry], total: dict[str, int]) -> bytes:
@@ -340,11 +340,11 @@ class Format:
 
     def chunk_entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
         """The `choices` entry of an event."""
-        raise NotImplementedError
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
         """The `choices` entry of a whole response."""
-        raise NotImplementedError
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
         """The `logprobs` object of some tokens, the first of which begins at character `offset`."""
@@ -357,22 +357,13 @@ class CompletionFormat(Format):
     prefix = "cmpl"
     object_name = chunk_name = "text_completion"
 
-    def chunk_entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    entry = chunk_entry
-
     def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
-        tokens, offsets = [], []
-        for position in positions:
-            tokens.append(_text(position.chosen))
-            offsets.append(offset)
-            offset += len(tokens[-1])
+        texts = [_text(position.chosen) for position in positions]
         return {
-            "tokens": tokens,
+            "tokens": texts,
             "token_logprobs": [_logprob(position.chosen) for position in positions],
             "top_logprobs": [_top(position) for position in positions],
-            "text_offset": offsets,
+            "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
         }
 
 
