@@ -68,7 +68,7 @@ format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff format .
 
 docs: $(STAMP) ## write the generated parts of docs/PROTOCOL.md and docs/WAVES.md anew
-	@$(BIN)/python -m paceline.protocol.reference docs/PROTOCOL.md
+	@$(BIN)/python tools/protocol_reference.py docs/PROTOCOL.md
 	@$(BIN)/python -m paceline.simulate.waves_document docs/WAVES.md
 
 bench-serve: $(STAMP) ## what the front-end costs per request and per streamed token

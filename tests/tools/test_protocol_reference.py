@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import protocol_reference as reference
 import pytest
 
 from paceline import coordinator_cli
 from paceline.config import ParallelConfig
-from paceline.protocol import codec, messages, rank, reference
+from paceline.protocol import codec, messages, rank
 from paceline.protocol.coordination import board, wave
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.frontend_events import CoordinatorSaid, Event, Submit

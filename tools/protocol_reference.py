@@ -1,6 +1,6 @@
 """The tables and hex dumps of docs/PROTOCOL.md, generated from the message classes.
 
-    python -m paceline.protocol.reference docs/PROTOCOL.md [--check]
+    python tools/protocol_reference.py docs/PROTOCOL.md [--check]
 
 rewrites what stands between two marker comments in that file, or, with `--check`, says by its exit status
 whether that is current. Types, bounds and defaults come from what the decoder itself works with. What a
@@ -184,7 +184,7 @@ def replace_between_markers(text: str, tables: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Rewrite or check the file; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m paceline.protocol.reference", description=reference.__doc__)
+    parser = argparse.ArgumentParser(prog="tools/protocol_reference.py", description=reference.__doc__)
     parser.add_argument("file", type=Path, help="a Markdown file with the two markers, docs/PROTOCOL.md")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the file is not current")
     options = parser.parse_args(arguments)
