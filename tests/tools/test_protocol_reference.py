@@ -13,14 +13,16 @@ import pytest
 
 from paceline import coordinator_cli
 from paceline.config import ParallelConfig
-from paceline.protocol import codec, messages, rank
-from paceline.protocol.coordination import board, wave
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import CoordinatorSaid, Event, Submit
-from paceline.protocol.messages import Load, LoadView, Member, Members, RankView
-from paceline.protocol.routing import LeastLoad
-from paceline.protocol.sampling import Message, SamplingParams
-from paceline.runtime import rendezvous, sockets
+from paceline.core import codec, messages
+from paceline.core.coordinator import load_table as board, wave
+from paceline.core.frontend.events import CoordinatorSaid, Event, Submit
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Load
+from paceline.core.messages import LoadView, Member, Members, RankView
+from paceline.core.rank import machine as rank
+from paceline.core.requests import Message, SamplingParams
+from paceline.core.routing import LeastLoad
+from paceline.net import node as rendezvous, sockets
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md"
 
