@@ -7,10 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 
+from paceline.core.frontend.events import Placed, Refuse
+from paceline.core.requests import Output, SamplingParams
 from paceline.net.frontend import FrontendShell
-from paceline.protocol.frontend_events import Placed, Refuse
-from paceline.protocol.messages import Output
-from paceline.protocol.sampling import SamplingParams
 
 Size = tuple[int, int]
 """Prompt and answer, in tokens."""

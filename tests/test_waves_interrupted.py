@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.core.requests import ControlAction
 from paceline.net.frontend import FrontendShell
-from paceline.protocol.sampling import ControlAction
 from tests.fleet import Answer, Fleet, ask, fleet, front_ends
 from tests.test_waves import DEADLINE_S, RANKS, SMALL
 

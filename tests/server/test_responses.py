@@ -9,10 +9,9 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.protocol.frontend_events import Placed, Refuse
-from paceline.protocol.messages import Output
-from paceline.protocol.routing.policy import Belief, Decision
-from paceline.protocol.sampling import PositionLogprobs, TokenLogprob
+from paceline.core.frontend.events import Placed, Refuse
+from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
+from paceline.core.routing.policy import Belief, Decision
 from paceline.server.responses import (
     DONE_EVENT,
     MAX_DECISIONS_BYTES,

@@ -1,1 +1,1 @@
-"""Shells: sockets around the machines."""
+"""The shells: sockets, processes, signals. No decision is made here that a machine could make."""

@@ -13,47 +13,14 @@ from typing import Generic, TypeVar
 
 import zmq
 
+from paceline.core import codec
+from paceline.core.frontend import events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import FromFrontEnd, FrontEndLeaving, Member
+from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, Output, Outputs, SamplingParams
 from paceline.errors import StartupError
-from paceline.protocol import codec
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import (
-    Abandon,
-    Connect,
-    Connected,
-    Control,
-    ControlGivenUp,
-    Controlled,
-    CoordinatorSaid,
-    Deliver,
-    Disconnect,
-    Effect,
-    Event,
-    LinkDown,
-    LinkFailed,
-    LinkUp,
-    Placed,
-    RankSaid,
-    Refuse,
-    Scale,
-    Scaled,
-    Submit,
-    Tick,
-    ToCoordinator,
-    ToRank,
-)
-from paceline.protocol.messages import (
-    AddRequest,
-    FromFrontEnd,
-    FromFrontEndToRank,
-    FrontEndLeaving,
-    Member,
-    Output,
-    Outputs,
-)
-from paceline.protocol.sampling import ControlAction, SamplingParams
-from paceline.runtime.garbage import Garbage
-from paceline.runtime.link_monitor import LinkMonitor
-from paceline.runtime.sockets import giving_up_after, open_socket
+from paceline.net.links import Garbage, LinkMonitor
+from paceline.net.sockets import giving_up_after, open_socket
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -64,7 +31,7 @@ MESSAGES_A_TURN = 512
 ASK_AGAIN_S = 0.25
 """A call that is not answered is repeated: the coordinator may have been away."""
 
-OnRequest = Callable[[Placed | Output | Refuse], None]
+OnRequest = Callable[[events.Placed | Output | events.Refuse], None]
 """Is told what becomes of a request: its rank, each output, or why there will be none. It must not wait."""
 
 
@@ -82,7 +49,7 @@ class FrontendShell:
         self._told: dict[int, OnRequest] = {}
         self._next_request = 1
         self._changed = asyncio.Event()
-        self._calls: dict[int, asyncio.Future[Controlled | Scaled]] = {}
+        self._calls: dict[int, asyncio.Future[events.Controlled | events.Scaled]] = {}
         self._tick_at = NEVER
         self._timer: asyncio.TimerHandle | None = None
         self._ranks = RankConnections(self._context, machine.identity, rank_timeout_s, self._feed, self._ranks_changed)
@@ -90,11 +57,11 @@ class FrontendShell:
         garbage = Garbage(logger, "the coordinator's broadcasts")
         said = codec.to_front_end()
         self._coordinator = WatchedSocket(
-            subscriber, said, garbage, lambda message: self._feed(CoordinatorSaid(message))
+            subscriber, said, garbage, lambda message: self._feed(events.CoordinatorSaid(message))
         )
         subscriber.send(b"\x01")
         subscriber.send(b"\x01" + codec.front_end_topic(machine.identity))
-        self._feed(Connected())
+        self._feed(events.Connected())
 
     # Requests -----------------------------------------------------------------------------------
 
@@ -107,7 +74,7 @@ class FrontendShell:
         """
         request = self._next_request
         self._next_request += 1
-        submit = Submit(request, prompt_token_ids, params, rank, priority, session, explain)
+        submit = events.Submit(request, prompt_token_ids, params, rank, priority, session, explain)
         effects = self.machine.handle(submit, time.monotonic())
         # After the machine, which may ask a policy of somebody else's: what that raises must leave nothing behind.
         self._told[request] = told
@@ -118,7 +85,7 @@ class FrontendShell:
         """Nobody waits for these any more: abort those that still run."""
         for request in requests:
             self._told.pop(request, None)
-        self._feed(Abandon(requests))
+        self._feed(events.Abandon(requests))
 
     # The deployment -----------------------------------------------------------------------------
 
@@ -126,26 +93,26 @@ class FrontendShell:
         """Until ranks have come or gone."""
         await self._changed.wait()
 
-    async def control(self, action: ControlAction, timeout_s: float) -> Controlled:
+    async def control(self, action: ControlAction, timeout_s: float) -> events.Controlled:
         """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
         contrary. Raises asyncio.TimeoutError after `timeout_s`; what was asked for stays asked for.
         """
-        done = await self._call(lambda call: Control(call, action), timeout_s)
-        assert isinstance(done, Controlled)
+        done = await self._call(lambda call: events.Control(call, action), timeout_s)
+        assert isinstance(done, events.Controlled)
         return done
 
-    async def scale(self, size: int, drain_s: float, startup_s: float, timeout_s: float) -> Scaled:
+    async def scale(self, size: int, drain_s: float, startup_s: float, timeout_s: float) -> events.Scaled:
         """Let the deployment have `size` ranks; returns when it has, or will not. Raises as `control` does."""
         times_ms = round(drain_s * 1000), round(startup_s * 1000)
-        done = await self._call(lambda call: Scale(call, size, *times_ms), timeout_s)
-        assert isinstance(done, Scaled)
+        done = await self._call(lambda call: events.Scale(call, size, *times_ms), timeout_s)
+        assert isinstance(done, events.Scaled)
         return done
 
-    async def _call(self, event: Callable[[int], Event], timeout_s: float) -> Controlled | Scaled:
+    async def _call(self, event: Callable[[int], events.Event], timeout_s: float) -> events.Controlled | events.Scaled:
         """Ask, again and again, until the machine says what has become of it."""
         call = self._next_request
         self._next_request += 1
-        done: asyncio.Future[Controlled | Scaled] = self._loop.create_future()
+        done: asyncio.Future[events.Controlled | events.Scaled] = self._loop.create_future()
         self._calls[call] = done
         deadline = self._loop.time() + timeout_s
         try:
@@ -158,7 +125,7 @@ class FrontendShell:
             return done.result()
         finally:
             del self._calls[call]
-            self._feed(ControlGivenUp(call))
+            self._feed(events.ControlGivenUp(call))
 
     def close(self) -> None:
         """Say good-bye and close all sockets."""
@@ -172,34 +139,34 @@ class FrontendShell:
 
     # Events and effects -------------------------------------------------------------------------
 
-    def _feed(self, event: Event) -> None:
+    def _feed(self, event: events.Event) -> None:
         self._perform(self.machine.handle(event, time.monotonic()))
 
-    def _perform(self, effects: Sequence[Effect]) -> None:
+    def _perform(self, effects: Sequence[events.Effect]) -> None:
         for effect in effects:
             match effect:
-                case Deliver(outputs):
+                case events.Deliver(outputs):
                     self._deliver(outputs)
-                case ToRank(rank, message):
+                case events.ToRank(rank, message):
                     self._send_rank(rank, message)
-                case Placed(request):
+                case events.Placed(request):
                     self._tell(request, effect)
-                case ToCoordinator(to_coordinator):
+                case events.ToCoordinator(to_coordinator):
                     self._send_coordinator(to_coordinator)
-                case Connect(member):
+                case events.Connect(member):
                     self._ranks.connect(member)
-                case Disconnect(rank):
+                case events.Disconnect(rank):
                     self._ranks.disconnect(rank)
-                case Controlled(call) | Scaled(call):
+                case events.Controlled(call) | events.Scaled(call):
                     waiter = self._calls.get(call)
                     if waiter is not None and not waiter.done():
                         waiter.set_result(effect)
-                case Refuse(request):
+                case events.Refuse(request):
                     self._tell(request, effect)
                     self._told.pop(request, None)
         self._arrange_tick()
 
-    def _tell(self, request: int, news: Placed | Refuse) -> None:
+    def _tell(self, request: int, news: events.Placed | events.Refuse) -> None:
         told = self._told.get(request)
         if told is not None:
             told(news)
@@ -226,7 +193,7 @@ class FrontendShell:
         request = message.request
         # After the effects that are under way: the machine is not to be called from within.
         self._loop.call_soon(self.abandon, [request])
-        self._tell(request, Refuse(request, "overloaded", f"rank {rank} takes no more requests now"))
+        self._tell(request, events.Refuse(request, "overloaded", f"rank {rank} takes no more requests now"))
 
     def _send_coordinator(self, message: FromFrontEnd) -> None:
         self._coordinator.send(codec.encode(message), "the coordinator")
@@ -247,7 +214,7 @@ class FrontendShell:
     def _tick(self) -> None:
         self._tick_at, self._timer = NEVER, None
         if time.monotonic() >= self.machine.deadline:
-            self._feed(Tick())
+            self._feed(events.Tick())
         else:
             self._arrange_tick()
 
@@ -260,7 +227,7 @@ class RankConnections:
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], identity: int, rank_timeout_s: float,
-        feed: Callable[[Event], None], changed: Callable[[], None],
+        feed: Callable[[events.Event], None], changed: Callable[[], None],
     ) -> None:  # fmt: skip
         self._context = context
         self._routing_id = identity.to_bytes(8, "little")
@@ -293,11 +260,11 @@ class RankConnections:
             )
         except StartupError as error:
             logger.warning("rank %d cannot be used: %s", rank, error)
-            self._feed(LinkFailed(rank))
+            self._feed(events.LinkFailed(rank))
             return
         feed = self._feed
         self._sockets[rank] = WatchedSocket(
-            socket, self._decoder, self._garbage, lambda message: feed(RankSaid(message))
+            socket, self._decoder, self._garbage, lambda message: feed(events.RankSaid(message))
         )
         monitor = self._monitors[rank] = LinkMonitor(socket, lambda up: self._on_link(rank, up))
         self._loop.add_reader(monitor.socket.fileno(), monitor.read)
@@ -324,7 +291,7 @@ class RankConnections:
         """A connection has come up or ended. What came before its end counts."""
         self._sockets[rank].drain()
         if rank in self._sockets:
-            self._feed(LinkUp(rank) if up else LinkDown(rank))
+            self._feed(events.LinkUp(rank) if up else events.LinkDown(rank))
             self._changed()
 
 

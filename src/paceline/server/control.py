@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from paceline.core.messages import Scaling, SuspensionState
+from paceline.core.requests import ControlAction
+from paceline.core.standing import MODES
 from paceline.net.frontend import FrontendShell
-from paceline.protocol.messages import Scaling, SuspensionState
-from paceline.protocol.sampling import ControlAction
-from paceline.protocol.standing import MODES
 from paceline.server.errors import ApiError, bad, route
 from paceline.server.http import read_body
 from paceline.server.requests import Decoder

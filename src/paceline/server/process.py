@@ -21,14 +21,13 @@ import uvicorn
 import uvloop
 from msgspec import Struct
 
+from paceline.core.frontend.machine import FrontEnd
 from paceline.engines.base import EngineError, EngineSettings
-from paceline.engines.registry import find_engine
+from paceline.engines.registry import find_engine, find_policy
 from paceline.errors import StartupError
 from paceline.net.frontend import FrontendShell
-from paceline.protocol.frontend import FrontEnd
-from paceline.runtime.identity import new_identity
-from paceline.runtime.policies import find_policy
-from paceline.runtime.status import Failed, Ready, Waiting
+from paceline.net.links import new_identity
+from paceline.process.supervisor import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.http import HttpConnection, OncePerKind, raise_descriptor_limit
 from paceline.server.requests import Models

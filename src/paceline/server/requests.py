@@ -19,8 +19,8 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.datastructures import Headers
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import Tokenizer
-from paceline.protocol.sampling import SamplingParams
 from paceline.server.errors import ApiError, bad
 from paceline.server.responses import RANK_HEADER, ChatFormat, CompletionFormat, Format
 

@@ -28,10 +28,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from paceline.protocol.frontend_events import Placed, Refuse
-from paceline.protocol.messages import Output
-from paceline.protocol.routing.policy import Decision
-from paceline.protocol.sampling import PositionLogprobs, TokenLogprob
+from paceline.core.frontend.events import Placed, Refuse
+from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
+from paceline.core.routing.policy import Decision
 from paceline.server.errors import ApiError, error_response
 
 _encode = msgspec.json.encode

@@ -1,1 +1,0 @@
-"""The shells: sockets, processes, signals. No decision is made here that a machine could make."""
