@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import uuid
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -40,7 +40,7 @@ from paceline.server.responses import CutOff, Phase, Response, Submitted
 
 logger = logging.getLogger("paceline.front-end")
 
-T = TypeVar("T", bound=GenerationRequest)
+DEFECT = ApiError(500, "internal error", kind="server_error", code="internal_error")
 
 
 class Api:
@@ -55,52 +55,32 @@ class Api:
         self.max_body_bytes = max_body_bytes
         self.most_ranks = most_ranks
         self.draining = False
-        self.active = 0
+        self.running: set[asyncio.Task[Any]] = set()
+        """Of requests for text, until they are answered; `writers`: those that write."""
         self.writers: set[ResponseWriter] = set()
         self._id_prefix = uuid.uuid4().hex[:20]
         self._ids = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
 
     def new_id(self) -> str:
         """An id that no other request has: random for this front-end's life, then counted."""
         self._ids += 1
         return f"{self._id_prefix}{self._ids:012x}"
 
-    def enter(self) -> None:
-        """A request for text has begun."""
-        self.active += 1
-        self.idle.clear()
-
-    def leave(self) -> None:
-        """It has ended."""
-        self.active -= 1
-        if not self.active:
-            self.idle.set()
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Until nothing runs, or for so long."""
+        if self.running:
+            await asyncio.wait(self.running, timeout=timeout_s)
 
     def cut_off(self) -> None:
         """End what still runs, with an error to its clients."""
         for writer in list(self.writers):
             writer.handle(CutOff())
 
-    def check_open(self) -> None:
-        """Raise ApiError while draining."""
-        if self.draining:
-            raise ApiError(
-                503, "the server is shutting down", kind="server_error", code="shutting_down", retry_after_s=5
-            )
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError where a request names a model that is not served."""
-        if name is not None and name != self.models.name:
-            text = f"model: {name!r} is not served here, only {self.models.name!r}"
-            raise ApiError(404, text, param="model", code="model_not_found")
-
-
-class Endpoint(Generic[T]):
+class Endpoint:
     """`/v1/completions` or `/v1/chat/completions`, as an ASGI application."""
 
-    def __init__(self, api: Api, kind: type[T]) -> None:
+    def __init__(self, api: Api, kind: type[GenerationRequest]) -> None:
         self._api = api
         self._decode = Decoder(kind).decode
 
@@ -108,13 +88,16 @@ class Endpoint(Generic[T]):
         headers = Headers(scope=scope)
         api = self._api
         request_id = headers.get("x-request-id") or api.new_id()
-        api.enter()
+        task = asyncio.current_task()
+        assert task is not None
+        api.running.add(task)
         try:
-            api.check_open()
+            if api.draining:
+                text = "the server is shutting down"
+                raise ApiError(503, text, kind="server_error", code="shutting_down", retry_after_s=5)
             request = self._decode(await read_body(receive, headers, api.max_body_bytes))
-            api.check_model(request.model)
             prepared = prepare(request, headers, api.models, api.new_id())
-            await self._answer(prepared, request_id, receive, send)
+            await self._answer(prepared, request_id, receive, send, task)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -122,30 +105,28 @@ class Endpoint(Generic[T]):
             logger.debug("traceback", exc_info=True)
             # An answer that has begun cannot become another one: uvicorn closes its connection.
             with contextlib.suppress(RuntimeError):
-                defect = ApiError(500, "internal error", kind="server_error", code="internal_error")
-                await error_response(defect, request_id)(scope, receive, send)
+                await error_response(DEFECT, request_id)(scope, receive, send)
         finally:
-            api.leave()
+            api.running.discard(task)
 
-    async def _answer(self, prepared: Prepared, request_id: str, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, prepared: Prepared, request_id: str, receive: Receive, send: Send, task: asyncio.Task[Any]
+    ) -> None:
         """Ask the ranks, and let the response be written; until it has been, wait for the client to go away."""
-        task = asyncio.current_task()
-        assert task is not None
+        api, frontend, requests = self._api, self._api.frontend, list[int]()
         response = Response(
             prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
             stream=prepared.stream, with_usage=prepared.with_usage, explain=prepared.explain,
         )  # fmt: skip
         writer = ResponseWriter(send, response, task.cancel)
         how = (prepared.rank, prepared.priority, prepared.session, prepared.explain)
-        frontend = self._api.frontend
-        requests: list[int] = []
         try:
             for part in prepared.parts:
                 requests.append(frontend.submit(writer.handle, part.prompt_token_ids, part.params, *how))
                 if response.phase is Phase.ENDED:
                     break
             writer.handle(Submitted(requests))
-            self._api.writers.add(writer)
+            api.writers.add(writer)
             # The end of the response is a disconnect too: this task has nothing else to do.
             while (await receive())["type"] != "http.disconnect":
                 pass
@@ -154,7 +135,7 @@ class Endpoint(Generic[T]):
                 raise
             logger.warning("a client does not read its answer: given up")
         finally:
-            self._api.writers.discard(writer)
+            api.writers.discard(writer)
             writer.close()
             frontend.abandon(requests)
 
@@ -206,7 +187,7 @@ async def _on_http_exception(request: Request, error: Exception) -> PlainRespons
 
 async def _on_defect(request: Request, error: Exception) -> PlainResponse:
     logger.error("internal error: %s: %s", type(error).__name__, error)
-    return error_response(ApiError(500, "internal error", kind="server_error", code="internal_error"))
+    return error_response(DEFECT)
 
 
 def build_app(api: Api) -> ASGIApp:

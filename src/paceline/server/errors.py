@@ -29,7 +29,6 @@ def bad(param: str, text: str, code: str = "invalid_value") -> ApiError:
 
 
 def error_response(error: ApiError, request_id: str | None = None) -> Response:
-    """The whole answer for an error."""
     headers: dict[str, str] = {}
     if request_id is not None:
         headers["x-request-id"] = request_id

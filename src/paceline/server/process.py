@@ -7,7 +7,6 @@ timeout. A second one ends at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -145,16 +144,14 @@ class Drain:
         self._task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        self._api.draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._api.idle.wait(), self._timeout_s)
-        if self._api.active:
-            logger.warning("%d requests had not finished after %g s", self._api.active, self._timeout_s)
-            self._api.cut_off()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._api.idle.wait(), CUT_OFF_S)
-        self._server.should_exit = True
-        self._server.force_exit = self._api.active > 0
+        api, server = self._api, self._server
+        api.draining = True
+        await api.wait_idle(self._timeout_s)
+        if api.running:
+            logger.warning("%d requests had not finished after %g s", len(api.running), self._timeout_s)
+            api.cut_off()
+            await api.wait_idle(CUT_OFF_S)
+        server.should_exit, server.force_exit = True, bool(api.running)
 
 
 def listen(host: str, port: int) -> socket.socket:

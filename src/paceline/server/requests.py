@@ -123,7 +123,6 @@ class Decoder(Generic[T]):
         self._decoder = msgspec.json.Decoder(kind)
 
     def decode(self, body: bytes) -> T:
-        """From JSON."""
         try:
             return self._decoder.decode(body)
         except msgspec.ValidationError as error:
@@ -132,7 +131,6 @@ class Decoder(Generic[T]):
             raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
     def convert(self, query: dict[str, str]) -> T:
-        """From texts."""
         try:
             return msgspec.convert(query, self._kind, strict=False)
         except msgspec.ValidationError as error:
@@ -195,6 +193,9 @@ class Prepared(Struct):
 
 def prepare(request: GenerationRequest, headers: Headers, models: Models, identity: str) -> Prepared:
     """Check a request, whose answer gets this identity. Raises ApiError where a field or a header is wrong."""
+    if request.model is not None and request.model != models.name:
+        text = f"model: {request.model!r} is not served here, only {models.name!r}"
+        raise ApiError(404, text, param="model", code="model_not_found")
     rank = rank_of(headers)
     check_supported(request)
     with_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -209,7 +210,7 @@ def prepare(request: GenerationRequest, headers: Headers, models: Models, identi
     return Prepared(
         [Part(one.token_ids, _for(one, copy, params), one.opening_text)
          for one in prompts for copy in range(request.n or 1)],
-        form(identity, request.model or models.name, int(time.time()), with_usage),
+        form(identity, models.name, int(time.time()), with_usage),
         sum(len(prompt.token_ids) for prompt in prompts),
         bool(request.stream), with_usage, rank, request.priority, session_of(headers, request.user), asks_why(headers),
     )  # fmt: skip

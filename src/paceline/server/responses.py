@@ -95,8 +95,6 @@ Effect = Write | GiveUp
 
 
 class Phase(Enum):
-    """See above."""
-
     OPENING = "opening"
     STREAMING = "streaming"
     ENDED = "ended"
@@ -281,7 +279,6 @@ class Choice:
         return self._form.event(self.entry(self._form.chunk_entry))
 
     def take(self, output: Output) -> None:
-        """One more output."""
         self.tokens += len(output.token_ids)
         self._texts.append(output.text)
         if output.logprobs is not None:
@@ -316,15 +313,12 @@ class Format:
         self._null_usage = {"usage": None} if null_usage else {}
 
     def body(self, choices: list[Entry], total: dict[str, int]) -> bytes:
-        """The whole response."""
         return _encode(self._whole | {"choices": choices, "usage": total})
 
     def event(self, choice: Entry) -> bytes:
-        """Any event of a choice."""
         return stream_event(self._chunk | {"choices": [choice]} | self._null_usage)
 
     def usage_event(self, total: dict[str, int]) -> bytes:
-        """The event that ends a stream with `include_usage`."""
         return stream_event(self._chunk | {"choices": [], "usage": total})
 
     def splice(self, index: int) -> tuple[bytes, bytes]:
@@ -341,9 +335,8 @@ class Format:
         """The `choices` entry of an event."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
-        """The `choices` entry of a whole response."""
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    entry = chunk_entry
+    """That of a whole response."""
 
     def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
         """The `logprobs` object of some tokens, the first of which begins at character `offset`."""
@@ -399,7 +392,6 @@ class ChatFormat(Format):
 
 
 def stream_event(body: object) -> bytes:
-    """One server-sent event."""
     return b"data: " + _encode(body) + b"\n\n"
 
 
