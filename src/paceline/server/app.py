@@ -36,7 +36,7 @@ from paceline.server.requests import (
     Prepared,
     prepare,
 )
-from paceline.server.responses import CutOff, Phase, Response, Submitted
+from paceline.server.responses import ENDED, CutOff, Response, Submitted
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -113,7 +113,8 @@ class Endpoint:
         self, prepared: Prepared, request_id: str, receive: Receive, send: Send, task: asyncio.Task[Any]
     ) -> None:
         """Ask the ranks, and let the response be written; until it has been, wait for the client to go away."""
-        api, frontend, requests = self._api, self._api.frontend, list[int]()
+        api, frontend = self._api, self._api.frontend
+        requests: list[int] = []
         response = Response(
             prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
             stream=prepared.stream, with_usage=prepared.with_usage, explain=prepared.explain,
@@ -123,7 +124,7 @@ class Endpoint:
         try:
             for part in prepared.parts:
                 requests.append(frontend.submit(writer.handle, part.prompt_token_ids, part.params, *how))
-                if response.phase is Phase.ENDED:
+                if response.phase is ENDED:
                     break
             writer.handle(Submitted(requests))
             api.writers.add(writer)

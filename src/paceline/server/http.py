@@ -22,7 +22,7 @@ from starlette.types import Receive, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from paceline.server.errors import ApiError
-from paceline.server.responses import Blocked, Event, Response, Unblocked, Write
+from paceline.server.responses import Blocked, Event, GiveUp, Response, Unblocked, Write
 
 MAX_HEAD_BYTES = 64 * 1024
 """What may come, one read more or less, without an end of a head or a piece of a body; of trailers too."""
@@ -208,7 +208,7 @@ class ResponseWriter:
         effect = self._response.handle(event)
         if effect is None:
             return
-        if not isinstance(effect, Write):
+        if isinstance(effect, GiveUp):
             self._give_up()
             return
         sending: Any = self._start(effect) if effect.status else self._send(_body_message(effect))

@@ -100,6 +100,10 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+# An enumeration's members are slow to look up in it.
+OPENING, STREAMING, ENDED = Phase
+
+
 # The machine --------------------------------------------------------------------------------------
 
 
@@ -113,7 +117,7 @@ class Response:
         self, form: Format, request_id: str, opening_texts: list[str], prompt_tokens: int, *,
         stream: bool = False, with_usage: bool = False, explain: bool = False,
     ) -> None:  # fmt: skip
-        self.phase = Phase.OPENING
+        self.phase = OPENING
         self.given_up = False
         self._form = form
         self._request_id = request_id
@@ -131,14 +135,12 @@ class Response:
 
     def handle(self, event: Event) -> Effect | None:
         """Take in one event; returns what to do."""
+        if type(event) is Output and event.finish_reason is None and self.phase is STREAMING:
+            data = self._choice_of[event.request].event(event)
+            return (Write(data) if self._kept is None else self._write(data)) if data else None
+        if self.phase is ENDED and type(event) is not Unblocked:
+            return None
         match event:
-            case Output(finish_reason=None) if self.phase is Phase.STREAMING:
-                data = self._choice_of[event.request].event(event)
-                return self._write(data) if data else None
-            case Unblocked():
-                return self._write_kept()
-            case _ if self.phase is Phase.ENDED:
-                return None
             case Output():
                 return self._on_output(event)
             case Placed(_, rank, decision):
@@ -153,6 +155,8 @@ class Response:
                 return self._fail(ApiError(503, text, kind="server_error", code="shutting_down", retry_after_s=1))
             case Blocked():
                 self._kept = []
+            case Unblocked():
+                return self._write_kept()
         return None
 
     # Beginning and ending -----------------------------------------------------------------------
@@ -167,7 +171,7 @@ class Response:
 
     def _begin_when_placed(self) -> Effect | None:
         # Not before all are submitted: the next one may be refused.
-        if self._stream and self._choice_of and not self._unplaced and self.phase is Phase.OPENING:
+        if self._stream and self._choice_of and not self._unplaced and self.phase is OPENING:
             return self._write_event(b"")
         return None
 
@@ -189,7 +193,7 @@ class Response:
         return self._write_event(data + DONE_EVENT, last=True)
 
     def _fail(self, error: ApiError) -> Effect | None:
-        if self.phase is Phase.STREAMING:
+        if self.phase is STREAMING:
             return self._write(stream_event(error.body), last=True)
         response = error_response(error, self._request_id)
         return self._start(response.status_code, response.raw_headers, bytes(response.body), last=True)
@@ -217,32 +221,32 @@ class Response:
 
     def _write_event(self, data: bytes, last: bool = False) -> Effect | None:
         """Write `data` of a stream, behind the response headers where they have not gone out."""
-        if self.phase is not Phase.OPENING:
+        if self.phase is not OPENING:
             return self._write(data, last) if data else None
         opening = b"".join([choice.opening() for choice in self._choices])
         return self._start(200, [*self._headers(), *STREAM_HEADERS], opening + data, last)
 
     def _start(self, status: int, headers: RawHeaders, data: bytes, last: bool) -> Write:
         """The first write: nothing can be kept yet."""
-        self.phase = Phase.ENDED if last else Phase.STREAMING
+        self.phase = ENDED if last else STREAMING
         return Write(data, last, status, headers)
 
     def _write(self, data: bytes, last: bool = False) -> Effect | None:
         if last:
-            self.phase = Phase.ENDED
+            self.phase = ENDED
         if self._kept is None:
             return Write(data, last)
         self._kept.append(data)
         self._kept_bytes += len(data)
         if self._kept_bytes <= MAX_KEPT_BYTES:
             return None
-        self.phase, self.given_up = Phase.ENDED, True
+        self.phase, self.given_up = ENDED, True
         self._kept.clear()
         return GiveUp()
 
     def _write_kept(self) -> Effect | None:
         kept, self._kept, self._kept_bytes = self._kept, None, 0
-        return Write(b"".join(kept), self.phase is Phase.ENDED) if kept else None
+        return Write(b"".join(kept), self.phase is ENDED) if kept else None
 
 
 class Choice:
