@@ -20,7 +20,7 @@ from paceline.net.node import Here, answer_to, read_answer, read_question
 from paceline.server.errors import ApiError
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest
-from paceline.vllm.coordinator import Keeper
+from paceline.vllm.watchdog import Keeper
 from tests.fuzz.target import Target, said_well
 
 NOTHING: Any = np.zeros(3, np.float32)

@@ -33,7 +33,7 @@ def test_a_folder_whose_process_was_killed_is_removed_by_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = "import os; from paceline.net.sockets import SocketFolder; print(SocketFolder().path); os._exit(9)"
+    code = "import os; from paceline.net.links import SocketFolder; print(SocketFolder().path); os._exit(9)"
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)},
                             capture_output=True, text=True, check=False)  # fmt: skip
     abandoned = Path(killed.stdout.strip())
