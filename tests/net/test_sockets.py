@@ -14,9 +14,10 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, SocketFolder, Wakeup
+from paceline.net.links import Garbage, SocketFolder
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
 from paceline.net.sockets import bound_address, open_socket, tcp_address
+from paceline.process.spawn import Wakeup
 from tests.net.peers import context, send_garbage
 
 

@@ -45,9 +45,9 @@ from paceline.core.coordinator.events import (
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.messages import FromFrontEnd, FromRank, NodeHello, OfRequests, RankFailed, RankReport
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, SocketFolder, Wakeup, new_identity
+from paceline.net.links import Garbage, SocketFolder, new_identity
 from paceline.net.sockets import bound_address, giving_up_after, open_socket, tcp_address
-from paceline.process.spawn import SpareMemory, spawn, stop
+from paceline.process.spawn import SpareMemory, Wakeup, spawn, stop
 
 if TYPE_CHECKING:
     from paceline.config import ParallelConfig

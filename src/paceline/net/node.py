@@ -23,8 +23,9 @@ from msgspec import Struct
 from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, Wakeup
+from paceline.net.links import Garbage
 from paceline.net.sockets import open_socket, tcp_address
+from paceline.process.spawn import Wakeup
 
 logger = logging.getLogger("paceline.supervisor")
 

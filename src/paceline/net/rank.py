@@ -71,8 +71,9 @@ from paceline.engines.group import GenerationEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.net.group import StallWatch
-from paceline.net.links import Garbage, Wakeup, new_identity
+from paceline.net.links import Garbage, new_identity
 from paceline.net.sockets import bound_address, open_socket
+from paceline.process.spawn import Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
 
 if TYPE_CHECKING:

@@ -34,8 +34,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from paceline.errors import StartupError
-from paceline.net.links import Wakeup
-from paceline.process.spawn import spawn, stop
+from paceline.process.spawn import Wakeup, spawn, stop
 
 
 class Progressed(Struct, frozen=True):

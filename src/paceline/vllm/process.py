@@ -28,9 +28,9 @@ from msgspec import Struct
 
 from paceline.core.codec import BadMessage
 from paceline.core.coordinator.events import Note
-from paceline.net.links import Garbage, Wakeup, new_identity
+from paceline.net.links import Garbage, new_identity
 from paceline.process.log import set_up_log
-from paceline.process.spawn import SpareMemory
+from paceline.process.spawn import SpareMemory, Wakeup
 from paceline.vllm import codec
 from paceline.vllm.codec import Notice, RankMessage, VllmDialect
 from paceline.vllm.main import VllmSockets

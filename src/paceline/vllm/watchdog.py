@@ -23,7 +23,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from paceline.net.links import Wakeup
+from paceline.process.spawn import Wakeup
 
 logger = logging.getLogger("paceline.vllm")
 
