@@ -30,7 +30,7 @@ STEP_MS = 10.0
 MANY_STREAMS = 256
 MANY_STEP_MS = 40.0
 CONNECTIONS = (1, 32, 128)
-QUICK = {"seconds": 1.0, "streams": [1, 32], "front_ends": [1]}
+QUICK = {"seconds": 1.0, "streams": [1, 32], "frontends": [1]}
 
 
 TABLE = {number: str(number) for number in range(20_000)}
@@ -63,9 +63,9 @@ class Client:
 
 
 @contextmanager
-def running(front_ends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
+def running(frontends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
     """A deployment, and a client for it."""
-    deployment = Deployment(front_ends, step_ms, RANKS)
+    deployment = Deployment(frontends, step_ms, RANKS)
     try:
         client = Client()
         try:
@@ -92,7 +92,7 @@ def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int
     many = [("streams", count) for count in args.streams if count > MANY_STREAMS]
     free = few + many + [(kind, count) for kind in ("requests", "streamed requests") for count in CONNECTIONS]
     steps = ((STEP_MS, few), (MANY_STEP_MS, many), (0.0, free))
-    return [(front_ends, step_ms, jobs) for front_ends in args.front_ends for step_ms, jobs in steps if jobs]
+    return [(frontends, step_ms, jobs) for frontends in args.frontends for step_ms, jobs in steps if jobs]
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -100,12 +100,12 @@ def measure(args: argparse.Namespace) -> Report:
     total = sum(len(jobs) for _, _, jobs in work)
     cells: list[dict[str, Any]] = []
     begin = time.monotonic()
-    for front_ends, step_ms, jobs in work:
-        with running(front_ends, step_ms) as (deployment, client):
+    for frontends, step_ms, jobs in work:
+        with running(frontends, step_ms) as (deployment, client):
             for kind, connections in jobs:
                 paced = f"steps of {step_ms:g} ms" if step_ms else "steps of zero cost"
                 print(
-                    f"[{len(cells) + 1}/{total}] {front_ends} front-end(s), {paced}: {connections} {kind}",
+                    f"[{len(cells) + 1}/{total}] {frontends} front-end(s), {paced}: {connections} {kind}",
                     file=sys.stderr,
                 )
                 job = {
@@ -114,13 +114,13 @@ def measure(args: argparse.Namespace) -> Report:
                     "probe_seconds": args.seconds / 2 if step_ms else 0.0,
                 }  # fmt: skip
                 # Ranks whose steps cost nothing never rest: on one core with the client they would starve it.
-                pin(deployment, client, front_ends == 1 and (step_ms > 0 or kind != "streams"))
+                pin(deployment, client, frontends == 1 and (step_ms > 0 or kind != "streams"))
                 figures = client.run(job)
-                cell = {"front_ends": front_ends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
+                cell = {"frontends": frontends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
                 cells.append(cell | {"connections": connections} | figures)
     wake_us = cpu_us(200, 0.01), cpu_us(2000, 0.0)
-    streams, front_ends = (",".join(map(str, given)) for given in (args.streams, args.front_ends))
-    options = f"--seconds {args.seconds:g} --streams {streams} --front-ends {front_ends}"
+    streams, frontends = (",".join(map(str, given)) for given in (args.streams, args.frontends))
+    options = f"--seconds {args.seconds:g} --streams {streams} --front-ends {frontends}"
     return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells, *wake_us)
 
 

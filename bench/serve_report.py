@@ -58,7 +58,7 @@ def _added_first(cell: Cell) -> str:
 
 
 COLUMNS: Columns = {
-    "front-ends": lambda cell: str(cell["front_ends"]),
+    "front-ends": lambda cell: str(cell["frontends"]),
     "answer": lambda cell: "streamed" if cell["kind"] == "streamed requests" else "whole",
     "connections": lambda cell: str(cell["connections"]),
     "step ms": lambda cell: f"{cell['step_ms']:g}",
@@ -118,7 +118,7 @@ def verdicts(report: Report) -> str:
         what = "a request" if cell["kind"] == "requests" else f"a streamed token, {paced}"
         goal = reference / GOAL_SHARE
         found.append(
-            f"- {what}, {cell['connections']} at once, {cell['front_ends']} front-end(s): {cell['us']:.1f} us, "
+            f"- {what}, {cell['connections']} at once, {cell['frontends']} front-end(s): {cell['us']:.1f} us, "
             f"{reference / cell['us']:.1f} x less than {reference:g} us; "
             f"goal {goal:g} us: {'met' if cell['us'] <= goal else 'missed'}"
         )

@@ -15,11 +15,11 @@ import zmq
 
 from paceline.core import codec
 from paceline.core.frontend import events
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import FromFrontEnd, FrontEndLeaving, Member
-from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, Output, Outputs, SamplingParams
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import FromFrontend, FrontendLeaving, Member
+from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Output, Outputs, SamplingParams
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, LinkMonitor
+from paceline.net.links import BadFrames, LinkMonitor
 from paceline.net.sockets import giving_up_after, open_socket
 
 logger = logging.getLogger("paceline.front-end")
@@ -42,7 +42,7 @@ class FrontendShell:
     rank's process may be silent before its requests go on elsewhere, 0 for ever.
     """
 
-    def __init__(self, machine: FrontEnd, coordinator: str, rank_timeout_s: float = 0.0) -> None:
+    def __init__(self, machine: Frontend, coordinator: str, rank_timeout_s: float = 0.0) -> None:
         self.machine = machine
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -54,13 +54,13 @@ class FrontendShell:
         self._timer: asyncio.TimerHandle | None = None
         self._ranks = RankConnections(self._context, machine.identity, rank_timeout_s, self._feed, self._ranks_changed)
         subscriber = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
-        garbage = Garbage(logger, "the coordinator's broadcasts")
-        said = codec.to_front_end()
+        bad_frames = BadFrames(logger, "the coordinator's broadcasts")
+        said = codec.to_frontend()
         self._coordinator = WatchedSocket(
-            subscriber, said, garbage, lambda message: self._feed(events.CoordinatorSaid(message))
+            subscriber, said, bad_frames, lambda message: self._feed(events.CoordinatorSaid(message))
         )
         subscriber.send(b"\x01")
-        subscriber.send(b"\x01" + codec.front_end_topic(machine.identity))
+        subscriber.send(b"\x01" + codec.frontend_topic(machine.identity))
         self._feed(events.Connected())
 
     # Requests -----------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class FrontendShell:
         """Say good-bye and close all sockets."""
         if self._timer is not None:
             self._timer.cancel()
-        self._send_coordinator(FrontEndLeaving(self.machine.identity))
+        self._send_coordinator(FrontendLeaving(self.machine.identity))
         self._ranks.close()
         self._coordinator.forget()
         # The good-bye gets a moment to go out.
@@ -187,7 +187,7 @@ class FrontendShell:
                 logger.debug("traceback", exc_info=True)
                 self.abandon([output.request])
 
-    def _send_rank(self, rank: int, message: FromFrontEndToRank) -> None:
+    def _send_rank(self, rank: int, message: FromFrontendToRank) -> None:
         if self._ranks.send(rank, message) or not isinstance(message, AddRequest):
             return
         request = message.request
@@ -195,7 +195,7 @@ class FrontendShell:
         self._loop.call_soon(self.abandon, [request])
         self._tell(request, events.Refuse(request, "overloaded", f"rank {rank} takes no more requests now"))
 
-    def _send_coordinator(self, message: FromFrontEnd) -> None:
+    def _send_coordinator(self, message: FromFrontend) -> None:
         self._coordinator.send(codec.encode(message), "the coordinator")
 
     def _ranks_changed(self) -> None:
@@ -236,11 +236,11 @@ class RankConnections:
         self._changed = changed
         self._loop = asyncio.get_running_loop()
         self._decoder = codec.outputs()
-        self._garbage = Garbage(logger, "a rank's outputs")
+        self._bad_frames = BadFrames(logger, "a rank's outputs")
         self._sockets: dict[int, WatchedSocket[Outputs]] = {}
         self._monitors: dict[int, LinkMonitor] = {}
 
-    def send(self, rank: int, message: FromFrontEndToRank) -> bool:
+    def send(self, rank: int, message: FromFrontendToRank) -> bool:
         """Send, or drop where the rank does not read. Returns False where it was dropped."""
         socket = self._sockets.get(rank)
         # A rank that could not be connected to has been given up already, with all that was meant for it.
@@ -264,7 +264,7 @@ class RankConnections:
             return
         feed = self._feed
         self._sockets[rank] = WatchedSocket(
-            socket, self._decoder, self._garbage, lambda message: feed(events.RankSaid(message))
+            socket, self._decoder, self._bad_frames, lambda message: feed(events.RankSaid(message))
         )
         monitor = self._monitors[rank] = LinkMonitor(socket, lambda up: self._on_link(rank, up))
         self._loop.add_reader(monitor.socket.fileno(), monitor.read)
@@ -303,11 +303,15 @@ class WatchedSocket(Generic[T]):
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], decoder: codec.Decoder[T], garbage: Garbage, on_message: Callable[[T], None]
+        self,
+        socket: zmq.Socket[bytes],
+        decoder: codec.Decoder[T],
+        bad_frames: BadFrames,
+        on_message: Callable[[T], None],
     ) -> None:
         self._socket = socket
         self._decode = decoder.decode
-        self._garbage = garbage
+        self._bad_frames = bad_frames
         self._on_message = on_message
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(socket.fileno(), self.drain)
@@ -338,12 +342,12 @@ class WatchedSocket(Generic[T]):
 
     def _on_frames(self, frames: list[bytes]) -> None:
         if len(frames) != 1:
-            self._garbage.add("frames", f"{len(frames)} frames in place of one")
+            self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
             return
         try:
             message = self._decode(frames[0])
         except codec.BadMessage as error:
-            self._garbage.add(error.kind, error.detail)
+            self._bad_frames.add(error.kind, error.detail)
             return
         self._on_message(message)
 
