@@ -2,7 +2,7 @@
 
 Three deployments for each number of front-ends: steps of 10 ms, steps of 40 ms (for 512 streams, which at
 10 ms would be more than two cores can carry) and steps of zero cost. The load comes from a process of its
-own (`serve_client.py`); `serve_report.py` says what the figures mean.
+own (`serve_client.py`); `bench/results/serve.md` says what the figures mean.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from serve_deployment import CannotRun, Deployment, ending_on_signals
-from serve_report import Report, machine, to_console, to_markdown
+from serve_report import Report, machine, tables, to_markdown, verdicts
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results" / "serve.md"
@@ -33,57 +32,18 @@ CONNECTIONS = (1, 32, 128)
 QUICK = {"seconds": 1.0, "streams": [1, 32], "frontends": [1]}
 
 
-TABLE = {number: str(number) for number in range(20_000)}
-
-
-class Client:
-    """The process that loads."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(BENCH / "serve_client.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def pin(self, cores: set[int]) -> None:
-        os.sched_setaffinity(self._process.pid, cores)
-
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Do one job; returns its figures. Raises CannotRun."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline() or '{"error": "the client process ended"}'
-        figures: dict[str, Any] = json.loads(line)
-        if "error" in figures:
-            raise CannotRun(figures["error"])
-        return figures
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def running(frontends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
-    """A deployment, and a client for it."""
-    deployment = Deployment(frontends, step_ms, RANKS)
-    try:
-        client = Client()
-        try:
-            yield deployment, client
-        finally:
-            client.close()
-        if complaints := deployment.complaints():
-            raise CannotRun(f"the deployment complained: {complaints[0]}")
-    finally:
-        deployment.close()
-
-
-def pin(deployment: Deployment, client: Client, apart: bool) -> None:
-    """Give the front-ends a core for themselves, or let all share all cores."""
+def load(deployment: Deployment, job: dict[str, Any], apart: bool) -> dict[str, Any]:
+    """Do one job in a process of its own; returns its figures. `apart`: give the front-ends a core for themselves."""
     cores = sorted(CORES)
     own, others = ({cores[0]}, set(cores[1:])) if apart and len(cores) > 1 else (CORES, CORES)
     deployment.pin({"front-ends": own, "ranks": others, "coordinator": others})
-    client.pin(others)
+    job = {"port": deployment.port, "processes": deployment.processes, "ranks": RANKS, "cores": sorted(others)} | job
+    command = [sys.executable, str(BENCH / "serve_client.py")]
+    said = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False).stdout
+    figures: dict[str, Any] = json.loads(said or '{"error": "the client process ended"}')
+    if "error" in figures:
+        raise CannotRun(figures["error"])
+    return figures
 
 
 def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int]]]]:
@@ -101,42 +61,19 @@ def measure(args: argparse.Namespace) -> Report:
     cells: list[dict[str, Any]] = []
     begin = time.monotonic()
     for frontends, step_ms, jobs in work:
-        with running(frontends, step_ms) as (deployment, client):
+        with closing(Deployment(frontends, step_ms, RANKS)) as deployment:
             for kind, connections in jobs:
-                paced = f"steps of {step_ms:g} ms" if step_ms else "steps of zero cost"
-                print(
-                    f"[{len(cells) + 1}/{total}] {frontends} front-end(s), {paced}: {connections} {kind}",
-                    file=sys.stderr,
-                )
-                job = {
-                    "kind": kind, "connections": connections, "port": deployment.port, "ranks": RANKS,
-                    "step_ms": step_ms, "processes": deployment.processes, "seconds": args.seconds,
-                    "probe_seconds": args.seconds / 2 if step_ms else 0.0,
-                }  # fmt: skip
+                print(f"[{len(cells) + 1}/{total}] {frontends=} {step_ms=:g} {connections=} {kind}", file=sys.stderr)
+                what = {"step_ms": step_ms, "kind": kind, "connections": connections}
+                times = {"seconds": args.seconds, "probe_seconds": args.seconds / 2 if step_ms else 0.0}
                 # Ranks whose steps cost nothing never rest: on one core with the client they would starve it.
-                pin(deployment, client, frontends == 1 and (step_ms > 0 or kind != "streams"))
-                figures = client.run(job)
-                cell = {"frontends": frontends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
-                cells.append(cell | {"connections": connections} | figures)
-    wake_us = cpu_us(200, 0.01), cpu_us(2000, 0.0)
-    streams, frontends = (",".join(map(str, given)) for given in (args.streams, args.frontends))
-    options = f"--seconds {args.seconds:g} --streams {streams} --front-ends {frontends}"
-    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells, *wake_us)
-
-
-def cpu_us(rounds: int, pause_s: float) -> float:
-    """CPU microseconds of some look-ups spread over memory, with a pause before each time.
-
-    A process that has slept finds its caches and the core cold, and on a virtual machine the wake-up itself is dear. No
-    stack can avoid that share; without it beside them, the figures of few streams would seem to speak of the stack.
-    """
-    begin = time.process_time()
-    for _ in range(rounds):
-        if pause_s:
-            time.sleep(pause_s)
-        for place in range(300):
-            len(TABLE[place * 60])
-    return (time.process_time() - begin) / rounds * 1e6
+                apart = frontends == 1 and (step_ms > 0 or kind != "streams")
+                cells.append({"frontends": frontends} | what | load(deployment, what | times, apart))
+            if complaints := deployment.complaints():
+                raise CannotRun(f"the deployment complained: {complaints[0]}")
+    streams, balanced = (",".join(map(str, given)) for given in (args.streams, args.frontends))
+    options = f"--seconds {args.seconds:g} --streams {streams} --front-ends {balanced}"
+    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells)
 
 
 def numbers(text: str) -> list[int]:
@@ -166,12 +103,11 @@ def main() -> int:
     except CannotRun as error:
         print(f"bench-serve: failed: {error}", file=sys.stderr)
         return 1
-    print(to_console(report))
+    print(f"\n{tables(report)}\n\n{verdicts(report)}\n{report.seconds:.0f} s in all")
     if args.json:
         args.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     if args.write:
         RESULTS.write_text(to_markdown(report, RESULTS.read_text()))
-        print(f"written: {RESULTS.relative_to(BENCH.parent)}")
     return 0
 
 

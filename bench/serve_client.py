@@ -1,6 +1,6 @@
 """The load of `serve.py`: raw sockets and one epoll, in a process of its own.
 
-Reads one job a line from stdin and answers each with one line of JSON. Every token of every stream is held
+Reads a job from stdin and answers with JSON. Every token of every stream is held
 against the text that the timed engine makes (" 0 1 2 ..."): the last number in what has come must be the
 count of what has come, at every read.
 """
@@ -34,7 +34,7 @@ BUFFER = bytearray(1 << 20)
 
 
 class Wrong(Exception):
-    """The deployment did not do what it must; the text says what."""
+    """The deployment did not do what it must."""
 
 
 class Connection:
@@ -46,13 +46,11 @@ class Connection:
         self.socket.setblocking(False)
         self.descriptor = self.socket.fileno()
         self.gaps: array[float] | None = None
-        self.tokens = self.expected = self.reads = 0
         self.sent_at = self.first_at = self.last_at = 0.0
         self.ended = True
-        self._tail = b""
 
     def send(self, tokens: int, *, stream: bool, rank: int | None = None) -> None:
-        self.tokens, self.expected, self.reads, self.ended, self._tail = 0, tokens, 0, False, b""
+        self.tokens, self.expected, self.ended, self._tail = 0, tokens, False, b""
         request = request_bytes(tokens, stream, rank)
         self.first_at = 0.0
         self.sent_at = time.perf_counter()
@@ -65,7 +63,6 @@ class Connection:
         now = time.perf_counter()
         if not size:
             raise Wrong(f"a connection was closed after {self.tokens} of {self.expected} tokens")
-        self.reads += 1
         data, end = BUFFER, size
         if self._tail:
             data = bytearray(self._tail) + memoryview(BUFFER)[:size]
@@ -133,6 +130,7 @@ class Job(msgspec.Struct):
     step_ms: float
     ranks: int
     processes: dict[str, list[int]]
+    cores: list[int]
 
 
 def process_cpu_ns(process: int) -> int:
@@ -190,7 +188,6 @@ class Pool:
         return connection
 
     def heard(self, timeout_s: float = SILENCE_S) -> list[Connection]:
-        """Wait for connections that have something."""
         found = [self.by_descriptor[descriptor] for descriptor, _ in self.epoll.poll(timeout_s)]
         if not found and timeout_s == SILENCE_S:
             raise Wrong(f"nothing came for {SILENCE_S:g} s")
@@ -203,17 +200,12 @@ class Pool:
         return heard
 
     def start(self, tokens: int, rank: int | None) -> None:
-        """A stream of `tokens` on every connection."""
         for connection in self.connections:
             connection.send(tokens, stream=True, rank=rank)
 
     def finish(self) -> None:
-        """Until all streams have ended."""
         while not all(connection.ended for connection in self.connections):
             self.turn()
-
-    def reads(self) -> int:
-        return sum(connection.reads for connection in self.connections)
 
     def keep_gaps(self, gaps: array[float] | None) -> None:
         for connection in self.connections:
@@ -242,42 +234,36 @@ def run_streams(job: Job) -> dict[str, Any]:
         pool.start(int((job.seconds + job.probe_seconds + SLACK_S) * 1e3 / job.step_ms) + 10, rank)
         while not all(connection.tokens for connection in pool.connections):
             pool.turn()
-        reads = watch(pool, clock, job.seconds, gaps)
+        watch(pool, clock, job.seconds, gaps)
         first_ms = {"first_ms": probe(pool, job)}
         pool.finish()
     else:
-        reads = run_whole(pool, clock, tokens, rank, gaps)
+        run_whole(pool, clock, tokens, rank, gaps)
     pool.close()
-    figures = clock.figures()
-    return figures | {"merged": figures["count"] / max(1, reads), "gap_ms": quantiles(gaps or [0.0])} | first_ms
+    return clock.figures() | {"gap_ms": quantiles(gaps or [0.0])} | first_ms
 
 
-def run_whole(pool: Pool, clock: Clock, tokens: int, rank: int | None, gaps: array[float]) -> int:
+def run_whole(pool: Pool, clock: Clock, tokens: int, rank: int | None, gaps: array[float]) -> None:
     """Streams from their beginning to their end, several times: for steps of zero cost, where early streams can
-    end before late ones begin. Returns the reads that it took."""
-    reads = 0
+    end before late ones begin."""
     pool.keep_gaps(gaps)
     clock.read(pool.received)
     for _ in range(PARTS):
         pool.start(tokens, rank)
         pool.finish()
         clock.read(pool.received)
-        reads += pool.reads()
-    return reads
 
 
-def watch(pool: Pool, clock: Clock, seconds: float, gaps: array[float]) -> int:
+def watch(pool: Pool, clock: Clock, seconds: float, gaps: array[float]) -> None:
     """Receive for `seconds`, or until a stream ends: costs while all run and none begins or ends."""
     pool.keep_gaps(gaps)
-    before, over = pool.reads(), False
-    begin = time.perf_counter()
+    begin, over = time.perf_counter(), False
     clock.read(pool.received)
     for part in range(1, PARTS + 1):
         while time.perf_counter() < begin + seconds * part / PARTS and not over:
             over = any(connection.ended for connection in pool.turn())
         clock.read(pool.received)
     pool.keep_gaps(None)
-    return pool.reads() - before
 
 
 def probe(pool: Pool, job: Job) -> dict[str, float]:
@@ -326,25 +312,21 @@ def run_requests(job: Job) -> dict[str, Any]:
 
 
 def quantiles(values: list[float] | array[float]) -> dict[str, float]:
-    """Count, p50 and p99, in milliseconds of seconds."""
+    """p50 and p99 of seconds, in milliseconds."""
     if not values:
         raise Wrong("nothing was measured: too few seconds for this load")
     ordered = sorted(values)
-    at = {name: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for name, share in SHARES.items()}
-    return {"count": len(ordered)} | {name: value * 1e3 for name, value in at.items()}
-
-
-SHARES = {"p50": 0.5, "p99": 0.99}
+    return {name: ordered[int(share * len(ordered))] * 1e3 for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
 def main() -> None:
-    for line in sys.stdin:
-        job = msgspec.json.decode(line, type=Job)
-        try:
-            answer = run_streams(job) if job.kind == "streams" else run_requests(job)
-        except (Wrong, OSError) as error:
-            answer = {"error": f"{job.kind}, {job.connections} connections: {error}"}
-        print(json.dumps(answer), flush=True)
+    job = msgspec.json.decode(sys.stdin.read(), type=Job)
+    os.sched_setaffinity(0, job.cores)
+    try:
+        answer = run_streams(job) if job.kind == "streams" else run_requests(job)
+    except (Wrong, OSError) as error:
+        answer = {"error": f"{job.kind}, {job.connections} connections: {error}"}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
