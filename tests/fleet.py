@@ -12,7 +12,6 @@ from typing import Any
 
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.frontend.events import Placed, Refuse
 from paceline.core.frontend.machine import Frontend
@@ -25,6 +24,7 @@ from paceline.net.frontend import FrontendShell
 from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
+from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive
 from tests.serving import wait_until
 

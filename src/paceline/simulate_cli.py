@@ -140,7 +140,7 @@ def run_seeds(options: Options, seeds: Iterator[int], as_json: bool, many: bool)
     return False
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+simulate_app = app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(help="Run the machines in virtual time, from a seed, with delays, losses and crashes.")(simulate_command)
 
 
