@@ -20,7 +20,6 @@ from paceline.server.responses import (
     ChatFormat,
     CompletionFormat,
     CutOff,
-    Format,
     GiveUp,
     Phase,
     Response,
@@ -34,7 +33,7 @@ FORMATS = [CompletionFormat, ChatFormat]
 
 
 def response(
-    kind: type[Format] = CompletionFormat, texts: tuple[str, ...] = ("",), stream: bool = True, **how: Any
+    kind: type[CompletionFormat] = CompletionFormat, texts: tuple[str, ...] = ("",), stream: bool = True, **how: Any
 ) -> Response:
     form = kind("1", "m", 5, bool(how.get("with_usage")))
     return Response(form, "id", list(texts), 3, stream=stream, **how)
@@ -87,7 +86,7 @@ def test_a_token_s_event_is_the_encoded_one(text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_stream_from_its_headers_to_its_end(kind: type[Format]) -> None:
+def test_a_stream_from_its_headers_to_its_end(kind: type[CompletionFormat]) -> None:
     made = response(kind, with_usage=True)
     opening = begun(made)
     assert (opening.status, opening.last) == (200, False)
@@ -154,7 +153,7 @@ def test_chat_logprobs_have_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_whole_response_gathers_all_outputs(kind: type[Format]) -> None:
+def test_a_whole_response_gathers_all_outputs(kind: type[CompletionFormat]) -> None:
     made = response(kind, ("", "echo "), stream=False)
     begun(made)
     outputs = (Output(1, [1], "a"), Output(1, [2, 3], "b"), Output(0, [4], "z", "length"))

@@ -133,7 +133,7 @@ class FrontendShell:
             self._timer.cancel()
         self._send_coordinator(FrontendLeaving(self.machine.identity))
         self._ranks.close()
-        self._coordinator.forget()
+        self._loop.remove_reader(self._coordinator.socket.fileno())
         # The good-bye gets a moment to go out.
         self._context.destroy(linger=200)
 
@@ -283,7 +283,6 @@ class RankConnections:
         self._changed()
 
     def close(self) -> None:
-        """Close all."""
         for rank in list(self._sockets):
             self.disconnect(rank)
 
@@ -309,7 +308,7 @@ class WatchedSocket(Generic[T]):
         bad_frames: BadFrames,
         on_message: Callable[[T], None],
     ) -> None:
-        self._socket = socket
+        self.socket = socket
         self._decode = decoder.decode
         self._bad_frames = bad_frames
         self._on_message = on_message
@@ -319,22 +318,22 @@ class WatchedSocket(Generic[T]):
     def send(self, frame: bytes, to: str) -> bool:
         """Send, or drop where the peer's queue is full. Returns whether it was sent."""
         try:
-            self._socket.send(frame, zmq.NOBLOCK)
+            self.socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("%s does not read: a message to it was dropped", to)
             return False
         # A send can swallow the descriptor's sign that something has come in.
-        if self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
+        if self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
             self._loop.call_soon(self.drain)
         return True
 
     def drain(self) -> None:
         """Read what is there; the rest in the loop's next turn, where it is much."""
         for _ in range(MESSAGES_A_TURN):
-            if self._socket.closed:
+            if self.socket.closed:
                 return
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._on_frames(frames)
@@ -351,11 +350,6 @@ class WatchedSocket(Generic[T]):
             return
         self._on_message(message)
 
-    def forget(self) -> None:
-        """Read no more."""
-        self._loop.remove_reader(self._socket.fileno())
-
     def close(self) -> None:
-        """Read no more, and close it."""
-        self.forget()
-        self._socket.close()
+        self._loop.remove_reader(self.socket.fileno())
+        self.socket.close()

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from paceline.core.messages import Scaling, SuspensionState
+from paceline.core.messages import SuspensionState
 from paceline.core.requests import ControlAction
 from paceline.core.standing import MODES
 from paceline.net.frontend import FrontendShell
@@ -154,19 +154,15 @@ async def _scale(frontend: FrontendShell, asked: ScaleRequest, most_ranks: int) 
         text = "scaling has not ended; the coordinator or a rank is away. It stays asked for."
         raise ApiError(504, text, kind="server_error", code="timeout") from None
     if done.state is None:
-        state = frontend.machine.scaling
-        under_way = "" if state is None or not state.under_way else f": from {state.size} to {state.target} ranks"
+        now = frontend.machine.scaling
+        under_way = "" if now is None or not now.under_way else f": from {now.size} to {now.target} ranks"
         raise ApiError(409, f"the deployment is being scaled already{under_way}", code="scaling")
-    _check(done.state)
-    text = f"Scaled from {done.before} to {size} data parallel ranks"
-    return JSONResponse({"message": text, "before": done.before} | done.state.in_words())
-
-
-def _check(state: Scaling) -> None:
-    """Raise ApiError where the size is not what was asked for."""
+    state = done.state
     match state.outcome:
         case "refused":
             raise bad("new_data_parallel_size", state.why, code="cannot_scale")
         case "failed" | "late":
             text = f"rolled back to {state.size} ranks: {state.why}"
             raise ApiError(500 if state.outcome == "failed" else 504, text, kind="server_error", code="rolled_back")
+    text = f"Scaled from {done.before} to {size} data parallel ranks"
+    return JSONResponse({"message": text, "before": done.before} | state.in_words())

@@ -77,20 +77,14 @@ def _query(kind: type) -> list[Schema]:
 
 
 _REQUEST_ID = _parameter("header", "X-Request-Id", "comes back in the answer's header of this name", _TEXT)
+_WHY = "1 asks for the response header of this name: what the choice of the rank was based on"
+_SESSION = "the session's key for --routing session; without it, `user` is"
 _GENERATION_HEADERS = [
-    _parameter(
-        "header", "X-data-parallel-rank", "the rank that shall serve the request", _type("integer", minimum=0)
-    ),
-    _parameter(
-        "header", "X-Session-Id", "the session's key for --routing session; without it, `user` is", _TEXT
-    ),
-    _parameter(
-        "header", "X-Paceline-Routing",
-        "1 asks for the response header of this name: what the choice of the rank was based on",
-        _type("string", enum=["1", "true"]),
-    ),
+    _parameter("header", "X-data-parallel-rank", "the rank that shall serve the request", _type("integer", minimum=0)),
+    _parameter("header", "X-Session-Id", _SESSION, _TEXT),
+    _parameter("header", "X-Paceline-Routing", _WHY, _type("string", enum=["1", "true"])),
     _REQUEST_ID,
-]  # fmt: skip
+]
 
 
 # Answers ------------------------------------------------------------------------------------------

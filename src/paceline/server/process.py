@@ -34,6 +34,8 @@ from paceline.server.requests import Models
 logger = logging.getLogger("paceline.front-end")
 
 LISTEN_BACKLOG = 2048
+SHARED = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+"""For a port that several processes bind."""
 CUT_OFF_S = 1.0
 """What answers that were cut off get to tell their clients."""
 
@@ -102,12 +104,13 @@ async def _serve(settings: FrontendSettings, status: Connection) -> None:
     api = Api(frontend, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
     raise_descriptor_limit()
     logging.getLogger("uvicorn.error").addFilter(OncePerKind())
-    server = Server(_uvicorn_config(api, settings))
+    server = Server(_uvicorn_config(api))
     drain = Drain(api, server, settings.drain_timeout_s)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, drain.asked)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain.asked)
     await _wait_ranks(frontend, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
-    listener = listen(settings.host, settings.port)
+    listener = bound(settings.host, settings.port, *SHARED)
+    listener.listen(LISTEN_BACKLOG)
+    listener.setblocking(False)
     status.send(Ready())
     await server.serve([listener])
     frontend.close()
@@ -154,46 +157,31 @@ class Drain:
         server.should_exit, server.force_exit = True, bool(api.running)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that shares its port with the other front-ends. Raises StartupError."""
-    listener = shared_socket(host, port)
-    listener.listen(LISTEN_BACKLOG)
-    listener.setblocking(False)
-    return listener
-
-
-def shared_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to a port that several processes may bind. Raises StartupError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return bound
-
-
 def reserve_port(host: str, port: int) -> socket.socket:
     """Hold a port for the front-ends without listening on it; port 0 finds a free one.
 
     Raises StartupError where somebody else has it: bound without sharing first, because a shared bind would
     also succeed next to another server of this user that shares.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with bound(host, port, socket.SO_REUSEADDR) as probe:
+        port = probe.getsockname()[1]
+    return bound(host, port, *SHARED)
+
+
+def bound(host: str, port: int, *options: int) -> socket.socket:
+    """A bound socket with these options. Raises StartupError."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            port = probe.getsockname()[1]
+        for option in options:
+            made.setsockopt(socket.SOL_SOCKET, option, 1)
+        made.bind((host, port))
     except OSError as error:
+        made.close()
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return shared_socket(host, port)
+    return made
 
 
-def _uvicorn_config(api: Api, settings: FrontendSettings) -> uvicorn.Config:
+def _uvicorn_config(api: Api) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(api),
         http=HttpConnection,

@@ -22,7 +22,7 @@ from starlette.datastructures import Headers
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import Tokenizer
 from paceline.server.errors import ApiError, bad
-from paceline.server.responses import RANK_HEADER, ChatFormat, CompletionFormat, Format
+from paceline.server.responses import RANK_HEADER, ChatFormat, CompletionFormat
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_SESSION_CHARACTERS = 512
@@ -181,7 +181,7 @@ class Prepared(Struct):
     """A checked request for text. `rank`: the one that it names; `explain`: whether it asks why a rank was chosen."""
 
     parts: list[Part]
-    form: Format
+    form: CompletionFormat
     prompt_tokens: int
     stream: bool
     with_usage: bool
@@ -199,7 +199,7 @@ def prepare(request: GenerationRequest, headers: Headers, models: Models, identi
     rank = rank_of(headers)
     check_supported(request)
     with_usage = bool(request.stream_options and request.stream_options.include_usage)
-    form: type[Format]
+    form: type[CompletionFormat]
     if isinstance(request, CompletionRequest):
         logprobs, prompts, form = request.logprobs, completion_prompts(request, models), CompletionFormat
     else:

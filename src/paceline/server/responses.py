@@ -114,7 +114,7 @@ class Response:
     """
 
     def __init__(
-        self, form: Format, request_id: str, opening_texts: list[str], prompt_tokens: int, *,
+        self, form: CompletionFormat, request_id: str, opening_texts: list[str], prompt_tokens: int, *,
         stream: bool = False, with_usage: bool = False, explain: bool = False,
     ) -> None:  # fmt: skip
         self.phase = OPENING
@@ -255,7 +255,7 @@ class Choice:
     __slots__ = ("_after", "_before", "_form", "_index", "_last", "_offset", "_opening_text", "_positions", "_texts",
                  "tokens")  # fmt: skip
 
-    def __init__(self, form: Format, index: int, opening_text: str, stream: bool) -> None:
+    def __init__(self, form: CompletionFormat, index: int, opening_text: str, stream: bool) -> None:
         self.tokens = 0
         self._form = form
         self._index = index
@@ -304,12 +304,11 @@ class Choice:
 # Formats ------------------------------------------------------------------------------------------
 
 
-class Format:
-    """How an endpoint words its responses. `identity`: the response's id; `created`: seconds since 1970."""
+class CompletionFormat:
+    """How `/v1/completions` words its responses. `identity`: the response's id; `created`: seconds since 1970."""
 
-    prefix: str
-    object_name: str
-    chunk_name: str
+    prefix = "cmpl"
+    object_name = chunk_name = "text_completion"
 
     def __init__(self, identity: str, model: str, created: int, null_usage: bool) -> None:
         whole = {"id": f"{self.prefix}-{identity}", "object": self.object_name, "created": created, "model": model}
@@ -344,16 +343,6 @@ class Format:
 
     def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
         """The `logprobs` object of some tokens, the first of which begins at character `offset`."""
-        raise NotImplementedError
-
-
-class CompletionFormat(Format):
-    """`/v1/completions`."""
-
-    prefix = "cmpl"
-    object_name = chunk_name = "text_completion"
-
-    def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
         texts = [_text(position.chosen) for position in positions]
         return {
             "tokens": texts,
@@ -363,12 +352,11 @@ class CompletionFormat(Format):
         }
 
 
-class ChatFormat(Format):
-    """`/v1/chat/completions`."""
+class ChatFormat(CompletionFormat):
+    """What `/v1/chat/completions` words differently."""
 
     prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_name = "chat.completion.chunk"
+    object_name, chunk_name = "chat.completion", "chat.completion.chunk"
 
     def opening(self, index: int) -> bytes:
         delta = {"role": "assistant", "content": ""}
