@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from paceline.server.errors import ApiError
@@ -211,7 +211,8 @@ class ResponseWriter:
         if isinstance(effect, GiveUp):
             self._give_up()
             return
-        sending: Any = self._start(effect) if effect.status else self._send(_body_message(effect))
+        message = {"type": "http.response.body", "body": effect.data, "more_body": not effect.last}
+        sending: Any = self._start(effect, message) if effect.status else self._send(message)
         try:
             awaited = sending.send(None)
         except StopIteration:
@@ -224,18 +225,14 @@ class ResponseWriter:
         if self._waiting is not None:
             self._waiting.cancel()
 
-    async def _start(self, write: Write) -> None:
+    async def _start(self, write: Write, message: Message) -> None:
         await self._send({"type": "http.response.start", "status": write.status, "headers": write.headers})
         if write.data or write.last:
-            await self._send(_body_message(write))
+            await self._send(message)
 
     async def _go_on(self, sending: Any, awaited: Any) -> None:
         await _await_started(sending, awaited)
         self.handle(Unblocked())
-
-
-def _body_message(write: Write) -> dict[str, object]:
-    return {"type": "http.response.body", "body": write.data, "more_body": not write.last}
 
 
 @types.coroutine
