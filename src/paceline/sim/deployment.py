@@ -1,0 +1,440 @@
+"""A whole deployment of the real machines on one virtual clock: lives that begin and end, and their links."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Set
+from functools import partial
+from typing import Any
+
+from msgspec import Struct
+
+from paceline.engines.timed import CostModel
+from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
+from paceline.protocol.coordinator import Coordinator
+from paceline.protocol.frontend import FrontEnd
+from paceline.protocol.messages import Member, ToFrontEnd, ToRank
+from paceline.protocol.node import Node, RankEnded
+from paceline.protocol.quota import OFF
+from paceline.protocol.rank import Rank
+from paceline.protocol.routing.least import LeastLoad
+from paceline.protocol.routing.policy import Policy
+from paceline.sim.checks import Checks
+from paceline.sim.collectives import Groups
+from paceline.sim.engine import VirtualEngine
+from paceline.sim.processes import CoordinatorProcess, Engine, FrontEndProcess, NodeProcess, RankProcess, Watch
+from paceline.sim.world import STEADY, Delays, Link, Seeds, World
+
+NODE_IDENTITY = 900_000
+FIRST_FRONTEND = 1_000_000
+LONGEST_LOADING_S = 2.0
+
+
+class Shape(Struct, frozen=True):
+    """What a deployment is made of.
+
+    `grouped`: whether lockstep ranks form generations; else their engines have collectives of their own, and a
+    rank's death is theirs to deal with. `external`, `hybrid`: each front-end has the rank of its number alone.
+    `scaled`: whether a node starts and ends ranks, so that the size may change. `connecting`: how long a connection
+    takes to come up. `encode`: whether messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and
+    of front-ends' notices, that get lost. `same_address`: whether a rank's next life is reached where the last one was.
+    `scatter`: whether ranks leave a collective a little apart. `brokered`: whether front-ends' requests wait in the
+    coordinator's queue. `watched`: whether a journal is kept, and front-ends look at each view as it comes.
+    """
+
+    ranks: int = 2
+    front_ends: int = 1
+    lockstep: bool = True
+    grouped: bool = True
+    external: bool = False
+    hybrid: bool = False
+    scaled: bool = False
+    sync_interval: int = 16
+    prefill_quota: int = OFF
+    interval_s: float = 0.1
+    costs: CostModel = CostModel()
+    slots: int = 16
+    budget: int = 512
+    links: Delays = STEADY
+    connecting: Delays = STEADY
+    encode: bool = True
+    loss: float = 0.0
+    same_address: bool = False
+    scatter: bool = False
+    brokered: bool = False
+    watched: bool = True
+
+
+class Deployment:
+    """All processes, by number; `start` begins them. One that has died is replaced by its next life, or by none.
+
+    Where it is scaled, a rank that has left stays in `ranks`, dead.
+    """
+
+    def __init__(
+        self, shape: Shape, seeds: Seeds | None = None, checks: Watch | None = None, without: Set[str] = frozenset()
+    ) -> None:
+        self.shape = shape
+        self.seeds = seeds or Seeds(0)
+        self.checks = checks or Checks()
+        self.world = World(shape.watched)
+        self.loss = shape.loss
+        self.without = without
+        scatter = self.seeds.stream("scatter") if shape.scatter else None
+        self.groups = Groups(self.world, scatter)
+        self._fixed = self.groups.fixed(shape.ranks) if shape.lockstep and not shape.grouped else None
+        self.coordinator: CoordinatorProcess | None = None
+        self.coordinators: list[CoordinatorProcess] = []
+        self.ranks: dict[int, RankProcess] = {}
+        self.front_ends: dict[int, FrontEndProcess] = {}
+        self.retired: list[FrontEndProcess] = []
+        """Front-ends that have died, with what their clients got."""
+        self.node: NodeProcess | None = None
+        self._links: list[Link] = []
+        self._backs: dict[tuple[int, int], tuple[FrontEndProcess, Link]] = {}
+        self._severed: set[tuple[int, int]] = set()
+        self._lives = itertools.count(1)
+        self._connecting = self.seeds.stream("connecting")
+        self._loads = self.seeds.stream("loading")
+        self._loading: set[int] = set()
+        if isinstance(self.checks, Checks):
+            self.checks.deployed(self.ranks, self.front_ends)
+        if shape.scaled:
+            machine = Node(NODE_IDENTITY, range(shape.ranks), shape.ranks)
+            self.node = NodeProcess(self.world, machine, self.start_loading, self.stop_rank)
+            self.node.to_coordinator = self._link("node to coordinator", codec.from_rank(), self._from_rank)
+            self.node.broadcasts = self._link("coordinator to node", codec.to_rank(), self.node.hear)
+            self.node.to_coordinator.hold()
+
+    def start(self) -> Deployment:
+        """Begin a coordinator, all front-ends and all ranks."""
+        self.start_coordinator()
+        for index in range(self.shape.front_ends):
+            self.start_front_end(index)
+        for number in range(self.shape.ranks):
+            self.start_rank(number)
+        return self
+
+    # What is there ------------------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Ranks that there are to be."""
+        return self.shape.ranks if self.node is None else self.node.machine.scaling.size
+
+    def present(self) -> dict[int, RankProcess]:
+        """The ranks that there are."""
+        if self.node is None:
+            return self.ranks
+        return {number: rank for number, rank in self.ranks.items() if number in self.node.machine.ranks}
+
+    def living_front_end(self, index: int) -> FrontEndProcess | None:
+        """This front-end, or the next one that lives; None where none does."""
+        count = len(self.front_ends)
+        found = [self.front_ends[(index + further) % count] for further in range(count)]
+        return next((front_end for front_end in found if front_end.alive), None)
+
+    def settled(self) -> bool:
+        """Whether nobody waits for a change of the size, and all know the same."""
+        if self.node is None:
+            return True
+        known = [front_end.machine.scaling for front_end in self.front_ends.values()]
+        changes = [scaling for scaling in known if scaling is not None]
+        under_way = any(scaling.under_way for scaling in (*changes, self.node.machine.scaling))
+        asked = any(front_end.scale_calls for front_end in self.front_ends.values())
+        return not under_way and not asked and {scaling.size for scaling in changes} <= {self.size()}
+
+    def controlled(self) -> bool:
+        """Whether no operator waits for a suspension or its end."""
+        return all(call.over for front_end in self.front_ends.values() for call in front_end.calls.values())
+
+    def finished(self) -> bool:
+        """Whether no client waits."""
+        return all(front_end.finished() for front_end in self.front_ends.values())
+
+    def ready(self, limit_s: float = 30.0) -> Deployment:
+        """Run until every front-end knows every rank that it serves."""
+        each = 1 if self.shape.external or self.shape.hybrid else self.size()
+        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
+        self.world.run_until(known, limit_s, "that every front-end knows every rank")
+        return self
+
+    def finish(self, limit_s: float = 30.0) -> float:
+        """Run until every request is answered; returns how many seconds that took."""
+        return self.world.run_until(self.finished, limit_s, "that every request is answered")
+
+    # The coordinator's lives ----------------------------------------------------------------------
+
+    def start_coordinator(self) -> CoordinatorProcess:
+        """A new life of the coordinator, empty; all others' connections come up in their time."""
+        shape = self.shape
+        machine = Coordinator(
+            self.size(), next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
+            publish_loads=not shape.external, fresh=not self.coordinators, without=self.without,
+        )  # fmt: skip
+        life = CoordinatorProcess(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
+        self.coordinator = life
+        self.coordinators.append(life)
+        life.feed(coordinator.Tick())
+        for front_end in self.front_ends.values():
+            self._connect(front_end, coordinator.FrontEndSubscribed())
+        for rank in self.ranks.values():
+            self._connect_rank(rank)
+        if self.node is not None:
+            self._connect(self.node, coordinator.RankSubscribed())
+        return life
+
+    def crash_coordinator(self) -> None:
+        """It is gone. What others send it waits at their side for the next one, but for what was on the wire."""
+        if self.coordinator is not None:
+            self.coordinator.kill()
+        self.coordinator = None
+        node = [] if self.node is None else [self.node]
+        connected: list[RankProcess | FrontEndProcess | NodeProcess] = [
+            *self.ranks.values(), *self.front_ends.values(), *node
+        ]  # fmt: skip
+        for process in connected:
+            process.connected = False
+            process.to_coordinator.cut()
+            process.to_coordinator.hold()
+
+    # Ranks' lives -------------------------------------------------------------------------------
+
+    def start_rank(self, number: int) -> RankProcess:
+        """A new life of a rank, its engine loaded."""
+        shape, life = self.shape, next(self._lives)
+        address = f"tcp://rank-{number}" if shape.same_address else f"tcp://rank-{number}-{life}"
+        machine = Rank(
+            number, life, address, lockstep=shape.lockstep, report_loads=not shape.external,
+            sync_interval=shape.sync_interval, prefill_quota=shape.prefill_quota, without=self.without,
+            group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
+        )  # fmt: skip
+        rank = RankProcess(
+            self.world, machine, self.engine(), shape.lockstep, self.groups, self.checks, self._back, self._fixed
+        )
+        rank.to_coordinator = self._link(f"{rank.name} to coordinator", codec.from_rank(), self._from_rank)
+        rank.broadcasts = self._link(f"coordinator to {rank.name}", codec.to_rank(), rank.hear)
+        rank.to_coordinator.hold()
+        self.ranks[number] = rank
+        self._connect_rank(rank)
+        rank.start()
+        return rank
+
+    def engine(self) -> Engine:
+        """A rank's engine."""
+        return VirtualEngine(self.shape.costs, self.shape.slots, self.shape.budget)
+
+    def crash_rank(self, number: int) -> None:
+        """The rank's process is gone without a word; the coordinator sees its connection end.
+
+        One that is to join is not started again, and the node says so.
+        """
+        self._end_rank(number)
+        if self.node is not None and self.node.machine.on_trial(number):
+            self.node.feed(RankEnded(number, "it died"))
+
+    def _end_rank(self, number: int) -> None:
+        rank = self.ranks[number]
+        self.world.journal.record(self.world.now, rank.name, "crashes")
+        rank.kill()
+        rank.broadcasts.close()
+        if rank.connected:
+            gone, life = coordinator.RankGone(number, rank.machine.incarnation), self.coordinator
+            self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(life, gone))
+        for front_end in self.front_ends.values():
+            down = partial(front_end.link_down, number, rank.machine.incarnation)
+            self.world.after(self.shape.links.draw(self._connecting), down)
+
+    def revive_rank(self, number: int) -> None:
+        """A rank that has died is started again, if it is still of the deployment, and did not die on trial."""
+        if self.node is None:
+            self.start_rank(number)
+        elif number in self.node.machine.ranks and not self.node.machine.on_trial(number):
+            self._begin_rank(number)
+
+    def start_loading(self, number: int) -> None:
+        """A new rank's process begins: its engine is there some time later."""
+        rank = self.ranks.get(number)
+        if number not in self._loading and (rank is None or not rank.alive):
+            self._loading.add(number)
+            self.world.after(self._loads.random() * LONGEST_LOADING_S, lambda: self._loaded(number))
+
+    def stop_rank(self, number: int) -> None:
+        """Its process is ended for good."""
+        self._loading.discard(number)
+        if number in self.ranks and self.ranks[number].alive:
+            self._end_rank(number)
+
+    def _loaded(self, number: int) -> None:
+        if number in self._loading:
+            self._loading.discard(number)
+            self._begin_rank(number)
+
+    def _begin_rank(self, number: int) -> None:
+        if number not in self.ranks or not self.ranks[number].alive:
+            self.start_rank(number)
+
+    # Front-ends' lives --------------------------------------------------------------------------
+
+    def start_front_end(self, index: int) -> FrontEndProcess:
+        """A new life of a front-end."""
+        shape = self.shape
+        machine = FrontEnd(
+            FIRST_FRONTEND + next(self._lives), self.policy(index),
+            ranks=frozenset({index}) if shape.external or shape.hybrid else None,
+            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
+            brokered=shape.brokered, resumes=True, without=self.without,
+        )  # fmt: skip
+        front_end = FrontEndProcess(
+            self.world, f"front-end {index}", machine, self.checks, self._dial, not shape.watched
+        )
+        name = front_end.name
+        front_end.to_coordinator = self._link(f"{name} to coordinator", codec.from_front_end(), self._from_front_end)
+        front_end.to_coordinator.loss = self.loss
+        front_end.broadcasts = self._link(f"coordinator to {name}", codec.to_front_end(), front_end.hear)
+        front_end.to_coordinator.hold()
+        self.front_ends[index] = front_end
+        self._connect(front_end, coordinator.FrontEndSubscribed())
+        front_end.feed(frontend_events.Connected())
+        return front_end
+
+    def policy(self, index: int) -> Policy:
+        """How a front-end chooses ranks."""
+        return LeastLoad(index, self.shape.front_ends)
+
+    def crash_front_end(self, index: int) -> None:
+        """The front-end's process is gone; the coordinator sees its connection end, ranks when they next send to it."""
+        front_end = self.front_ends[index]
+        self.world.journal.record(self.world.now, front_end.name, "crashes")
+        front_end.kill()
+        front_end.broadcasts.close()
+        self.retired.append(front_end)
+        gone = coordinator.FrontEndGone(front_end.machine.identity)
+        self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(self.coordinator, gone))
+
+    # Connections --------------------------------------------------------------------------------
+
+    def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None] | None:
+        """A front-end's connection to a rank that lives ends. Returns what brings it up again; None where it has none.
+
+        `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
+        late, as when the rank's process was stopped and goes on.
+        """
+        rank, front_end = self.ranks[number], self.front_ends[index]
+        life, identity = rank.machine.incarnation, front_end.machine.identity
+        if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
+            return None
+        links = [link for link in (front_end.to_ranks.get(number), self._back(rank, identity)) if link is not None]
+        for link in links:
+            if severed:
+                link.cut()
+            link.hold()
+        if severed:
+            rank.gone.add(identity)
+            self._severed.add((identity, life))
+        front_end.link_down(number, life)
+
+        def up() -> None:
+            self._severed.discard((identity, life))
+            if rank.alive:
+                front_end.link_up(number, life)
+            for link in links:
+                link.release()
+
+        return up
+
+    def lose_no_more(self) -> None:
+        """From now on everything sent arrives."""
+        self.loss = 0.0
+        for link in self._links:
+            link.lose_no_more()
+
+    def _connect_rank(self, rank: RankProcess) -> None:
+        """A rank has two connections, and either may come up first."""
+        life = self.coordinator
+        if life is None:
+            return
+        self._connect(rank, coordinator.RankSubscribed(rank.machine.rank, rank.machine.incarnation), release=False)
+        release = lambda: rank.to_coordinator.release() if life is self.coordinator else None  # noqa: E731
+        self.world.after(self.shape.connecting.draw(self._connecting), release)
+
+    def _connect(
+        self, process: RankProcess | FrontEndProcess | NodeProcess, event: coordinator.Event, release: bool = True
+    ) -> None:
+        """The coordinator hears of a process that subscribes; `release`: and from then on what it has said."""
+        life = self.coordinator
+        if life is None:
+            return
+
+        def subscribe() -> None:
+            if getattr(process, "alive", True) and life is self.coordinator and not process.connected:
+                process.connected = True
+                life.feed(event)
+                if release:
+                    process.to_coordinator.release()
+
+        self.world.after(self.shape.connecting.draw(self._connecting), subscribe)
+
+    def _dial(self, front_end: FrontEndProcess, member: Member) -> Link:
+        self.checks.connected(front_end, member)
+        identity, number = front_end.machine.identity, member.rank
+        life = self.ranks[number].machine.incarnation
+        if (identity, life) not in self._backs:
+            self._backs[identity, life] = (front_end, self._outputs(f"rank {number}", front_end))
+
+        def deliver(message: Any) -> None:
+            target = self.ranks[number]
+            if target.alive and target.machine.address == member.address:
+                target.arrive(rank_events.FrontEndSaid(identity, message))
+
+        return self._link(f"{front_end.name} to rank {number}", codec.request(), deliver)
+
+    def _back(self, rank: RankProcess, identity: int) -> Link | None:
+        """The way back to a front-end; a life that answers at its predecessor's address has the same one."""
+        front_end, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
+        if front_end is None:
+            front_end = next((f for f in self.front_ends.values() if f.machine.identity == identity), None)
+            if front_end is None:
+                return None
+            link = self._outputs(rank.name, front_end)
+            self._backs[identity, rank.machine.incarnation] = (front_end, link)
+        severed = (identity, rank.machine.incarnation) in self._severed
+        return link if front_end.alive and not severed else None
+
+    def _outputs(self, rank: str, front_end: FrontEndProcess) -> Link:
+        deliver = lambda message: front_end.feed(frontend_events.RankSaid(message))  # noqa: E731
+        return self._link(f"{rank} to {front_end.name}", codec.outputs(), deliver)
+
+    def _link(self, name: str, decoder: codec.Decoder[Any], deliver: Callable[[Any], None]) -> Link:
+        stream = self.seeds.stream(f"link {name} {len(self._links)}")
+        decoder_used = decoder if self.shape.encode else None
+        link = Link(self.world, name, decoder_used, deliver, self.shape.links, stream)
+        self._links.append(link)
+        return link
+
+    # The coordinator's links --------------------------------------------------------------------
+
+    def _from_rank(self, message: Any) -> None:
+        self._tell(self.coordinator, coordinator.RankSaid(message))
+
+    def _from_front_end(self, message: Any) -> None:
+        self._tell(self.coordinator, coordinator.FrontEndSaid(message))
+
+    def _tell(self, life: CoordinatorProcess | None, event: coordinator.Event) -> None:
+        if life is not None:
+            life.feed(event)
+
+    def _to_ranks(self, message: ToRank) -> None:
+        for rank in self.ranks.values():
+            if rank.connected and rank.alive:
+                self._broadcast(rank.broadcasts, message)
+        if self.node is not None and self.node.connected:
+            self._broadcast(self.node.broadcasts, message)
+
+    def _to_front_ends(self, message: ToFrontEnd) -> None:
+        for front_end in self.front_ends.values():
+            if front_end.connected and front_end.alive:
+                self._broadcast(front_end.broadcasts, message)
+
+    def _broadcast(self, link: Link, message: Any) -> None:
+        link.loss = self.loss
+        link.send(message)
