@@ -415,11 +415,17 @@ class FrontEndProcess:
 
     def submit(self, tokens: int = 8, max_tokens: int = 2, rank: int | None = None, priority: int = 0) -> int:
         """One request of a client, to `rank` if it names one; returns its number."""
-        request = self.answers.asked(max_tokens)
+        request = self.answers.number()
         # The prompt begins with the number: ranks know it by another one where it is sent again.
-        prompt = [request] + [1] * (tokens - 1)
-        self.feed(frontend_events.Submit(request, prompt, SamplingParams(max_tokens), rank, priority))
+        self.ask(request, [request] + [1] * (tokens - 1), SamplingParams(max_tokens), rank, priority)
         return request
+
+    def ask(
+        self, request: int, prompt: list[int], params: SamplingParams, rank: int | None = None, priority: int = 0
+    ) -> None:
+        """One request of a client, by a number that nothing of this front-end has."""
+        self.answers.asked(request, params.max_tokens)
+        self.feed(frontend_events.Submit(request, prompt, params, rank, priority))
 
     def abandon(self, *requests: int) -> None:
         """The clients of these hang up."""
@@ -491,6 +497,8 @@ class FrontEndProcess:
             (when, view), self._unseen = self._unseen, None
             self._handle(view, when)
         self._handle(event, self.world.now)
+        self.answers.none_lost(self.machine)
+        self._watch.frontend(self, event)
         self._alarm.set()
 
     def _handle(self, event: frontend_events.Event, when: float) -> None:
@@ -498,8 +506,6 @@ class FrontEndProcess:
         self.world.journal.record(self.world.now, self.name, event, effects)
         for effect in effects:
             self._perform(effect)
-        self.answers.none_lost(self.machine)
-        self._watch.frontend(self, event)
 
     def _perform(self, effect: frontend_events.Effect) -> None:
         match effect:
