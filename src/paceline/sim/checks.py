@@ -128,9 +128,7 @@ class Checks(Watch):
         barred = isinstance(effect, rank_events.Step) and effect.prefill_quota == 0 and startable
         self._barred[life] = self._barred.get(life, 0) + 1 if barred else 0
         if self._barred[life] > PATIENCE + 1:
-            text = (
-                f"{rank.name} has {startable} prompt tokens to compute and has had no quota for {PATIENCE + 2} steps"
-            )
+            text = f"{rank.name} has {startable} prompt tokens to compute and has had no quota for {PATIENCE + 2} steps"
             raise Violation(text, rank.name)
 
     def together(self, rank: RankProcess, effects: Sequence[rank_events.Effect]) -> None:
@@ -202,7 +200,9 @@ class Checks(Watch):
             standing = rank.machine.standing
             # A life that has come since the resumption need not know its number, if it is free all the same.
             if standing.number < answer.number and not (answer.number % 2 == 0 and standing.free):
-                text = f"{frontend.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
+                text = (
+                    f"{frontend.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
+                )
                 raise Violation(text, frontend.name, rank.name, COORDINATOR)
 
     # Front-ends ---------------------------------------------------------------------------------
@@ -223,7 +223,9 @@ class Checks(Watch):
         self._sent.add((frontend.machine.identity, request.request))
         known = self._known[frontend.machine.identity][rank]
         if (request.incarnation, request.number) != (known.incarnation, len(known.tokens_after)):
-            text = f"{frontend.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
+            text = (
+                f"{frontend.name} numbers send {len(known.tokens_after)} to life {known.incarnation} wrongly: {request}"
+            )
             raise Violation(text, frontend.name, f"rank {rank}")
         known.tokens_after.append(known.tokens_after[-1] + request.tokens)
 

@@ -17,7 +17,9 @@ from typing import Any
 
 from msgspec import Struct
 
+from paceline.protocol.agreement import agreed
 from paceline.protocol.messages import GroupMember
+from paceline.protocol.rank_events import Agree
 from paceline.sim.world import Violation, World
 
 SCATTER_S = 0.00005
@@ -46,11 +48,22 @@ class Span:
 
     def cut(self) -> None:
         """End with the step that runs now."""
-        if self.steps > 1 and self.step_s > 0.0:
-            steps = math.floor((self._world.now - self.begin) / self.step_s + ROUNDING) + 1
-            if steps < self.steps:
-                self.steps = steps
-                self._arrange()
+        steps = self.running
+        if steps < self.steps:
+            self.steps = steps
+            self._arrange()
+
+    @property
+    def running(self) -> int:
+        """Which step runs now, from 1."""
+        if self.steps == 1 or self.step_s <= 0.0:
+            return self.steps
+        return min(self.steps, math.floor((self._world.now - self.begin) / self.step_s + ROUNDING) + 1)
+
+    @property
+    def step_end(self) -> float:
+        """When the step that runs now is over."""
+        return self.begin + self.step_s * self.running
 
     def _arrange(self) -> None:
         steps = self.steps
@@ -61,7 +74,8 @@ class Span:
 class Part(Struct):
     """A rank in a collective: what it gives, how long that takes it (seconds), and whom to tell the outcome.
 
-    `done` gets all values, `ended` is called in its place where the generation has ended. `steps`: how many such
+    `done` gets all values (of an agreement, what came of them), `ended` is called in its place where the generation
+    has ended. `steps`: how many such
     collectives it can take part in without being asked in between.
     """
 
@@ -121,6 +135,9 @@ class Group:
                 self._world.after(self._draw(NOTICE_S), part.ended)
             return
         values = [part.value for part in parts]
+        if isinstance(values[0], Agree):
+            # The same at all: reduced once.
+            values = [agreed(value for value in values if isinstance(value, Agree))]
         for part in parts:
             self._world.after(self._draw(SCATTER_S), partial(self._hand_out, part, values))
 

@@ -209,7 +209,7 @@ class Deployment:
             group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
         )  # fmt: skip
         rank = RankProcess(
-            self.world, machine, self.engine(), shape.lockstep, self.groups, self.checks, self._back, self._fixed
+            self.world, machine, self.engine(), shape.lockstep, self.groups, self.checks, self.back, self._fixed
         )
         rank.to_coordinator = self._link(f"{rank.name} to coordinator", codec.from_rank(), self._from_rank)
         rank.broadcasts = self._link(f"coordinator to {rank.name}", codec.to_rank(), rank.hear)
@@ -323,7 +323,7 @@ class Deployment:
         life, identity = rank.machine.incarnation, front_end.machine.identity
         if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
             return None
-        links = [link for link in (front_end.to_ranks.get(number), self._back(rank, identity)) if link is not None]
+        links = [link for link in (front_end.to_ranks.get(number), self.back(rank, identity)) if link is not None]
         for link in links:
             if severed:
                 link.cut()
@@ -388,7 +388,7 @@ class Deployment:
 
         return self._link(f"{front_end.name} to rank {number}", codec.request(), deliver)
 
-    def _back(self, rank: RankProcess, identity: int) -> Link | None:
+    def back(self, rank: RankProcess, identity: int) -> Link | None:
         """The way back to a front-end; a life that answers at its predecessor's address has the same one."""
         front_end, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
         if front_end is None:

@@ -54,7 +54,7 @@ def summed_up(run: Replay, real_s: float) -> Outcome:
     """Sum up a run that is over. Requests from before the window (the warm-up) count for the tokens alone."""
     setup, recorder, engines = run.setup, run.recorder, run.engines
     begin, end = recorder.window
-    answers = [answer for front_end in run.front_ends.values() for answer in front_end.answers.values()]
+    answers = [answer for answers in run.answers() for answer in answers.values()]
     counted = [answer for answer in answers if answer.asked >= begin]
     waits = np.array([one.first - one.asked for one in counted]) * 1e3
     paces = np.array([(one.ended - one.first) / (one.tokens - 1) for one in counted if one.tokens > 1]) * 1e3

@@ -14,7 +14,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.protocol import coordinator_events as coordinator, frontend_events, node, rank_events
-from paceline.protocol.agreement import agreed
 from paceline.protocol.coordinator import Coordinator
 from paceline.protocol.frontend import FrontEnd
 from paceline.protocol.messages import (
@@ -48,7 +47,7 @@ COORDINATOR, NODE = "coordinator", "node"
 
 
 class Watch:
-    """What is told of every event, where it was. This one looks at nothing; `Checks` holds the invariants against it."""
+    """What is told of every event, where it was. This one looks at nothing; `Checks` holds the invariants."""
 
     def rank(self, rank: RankProcess, event: rank_events.Event) -> None:
         """`event` has been handled, its effects not yet done."""
@@ -211,12 +210,20 @@ class RankProcess:
     def arrive(self, event: rank_events.Event) -> None:
         """Something came in: handled when the step is over, or in a moment."""
         self._inbox.append(event)
+        self.interrupt()
+        self._arrange_turn()
+
+    @property
+    def span(self) -> Span | None:
+        """The steps that it is in, or was in last."""
+        return self._span if self.group is None else self.group.span
+
+    def interrupt(self) -> None:
+        """Let it have a turn after the step that runs now, or is about to."""
         if self.busy:
             self._part.steps = 1
-            span = self._span if self.group is None else self.group.span
-            if span is not None:
-                span.cut()
-        self._arrange_turn()
+            if self.span is not None:
+                self.span.cut()
 
     def hear(self, message: Any) -> None:
         """A broadcast. As in the real shell, some are handled in the midst of a step too."""
@@ -341,11 +348,11 @@ class RankProcess:
         self._feed(done)
         self._go_on()
 
-    def _agreed(self, entered: list[rank_events.Agree]) -> None:
+    def _agreed(self, outcome: list[rank_events.Agreed]) -> None:
         if not self.alive:
             return
         self.busy = False
-        self._feed(agreed(entered))
+        self._feed(outcome[0])
         self._go_on()
 
     def _formed(self, generation: int, group: Group) -> None:
@@ -548,9 +555,7 @@ class NodeProcess:
     `start`, `stop`: of a rank's process.
     """
 
-    def __init__(
-        self, world: World, machine: Node, start: Callable[[int], None], stop: Callable[[int], None]
-    ) -> None:
+    def __init__(self, world: World, machine: Node, start: Callable[[int], None], stop: Callable[[int], None]) -> None:
         self.world, self.machine = world, machine
         self.to_coordinator: Link
         self.broadcasts: Link

@@ -20,6 +20,7 @@ from paceline.protocol.routing import POLICIES
 from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.routing.policy import Policy
 from paceline.protocol.sampling import SamplingParams
+from paceline.sim.answers import Answers
 from paceline.sim.collectives import ROUNDING, Span
 from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.engine import BLOCK_TOKENS, EngineShape, MemoryEngine, Sequence
@@ -96,7 +97,7 @@ def _ended(span: Span, until: float) -> int:
 
 
 class Replay(Deployment):
-    """One run. `requests` are numbered from 1, by their places in the trace. Raises ConfigError where none can be served."""
+    """One run. Requests are numbered from 1, as they come. Raises ConfigError where none can be served."""
 
     def __init__(self, setup: Setup, arrivals: list[Arrival], recorder: Recorder | None = None) -> None:
         self.setup = setup
@@ -117,7 +118,7 @@ class Replay(Deployment):
         # Whether the policy looks at what the prompts are, not only at how long.
         self._contents = setup.routing == "prefix" or setup.policy is not None
         # Clients allow as much as the longest answer has; how long theirs will be they do not know.
-        self._params = SamplingParams(1 << (max(one.answer_tokens for one in self.arrivals) - 1).bit_length())
+        self.params = SamplingParams(1 << (max(one.answer_tokens for one in self.arrivals) - 1).bit_length())
         self._next = 0
         links = Delays(setup.delay_s, 0.0, 0.0, 0.0)
         shape = Shape(
@@ -129,7 +130,7 @@ class Replay(Deployment):
         super().__init__(shape, Seeds(setup.seed), self.recorder)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Outcome:
-        """Serve all arrivals (in order of time); returns the figures. `progress`: told of requests ended, of how many."""
+        """Serve all arrivals (in order of time). `progress`: told of how many requests have ended, and of how many."""
         begin, world = time.perf_counter(), self.world
         self.start().ready()
         world.run_for(QUIET_S)
@@ -142,9 +143,13 @@ class Replay(Deployment):
         world.run_until(self.served, float("inf"), "that all are served")
         return summed_up(self, time.perf_counter() - begin)
 
+    def answers(self) -> list[Answers]:
+        """What clients got."""
+        return [front_end.answers for front_end in self.front_ends.values()]
+
     def served(self) -> bool:
         """Whether all have come and ended."""
-        return self._next == len(self.arrivals) and self.finished()
+        return self._next == len(self.arrivals) and not any(answers.open for answers in self.answers())
 
     def engine(self) -> Engine:
         """One with memory."""
@@ -161,7 +166,7 @@ class Replay(Deployment):
 
     def submit(self, front_end: FrontEndProcess, sequence: Sequence) -> None:
         """A client's request has reached its front-end."""
-        front_end.ask(sequence.number, prompt_of(sequence, self._contents), self._params)
+        front_end.ask(sequence.number, prompt_of(sequence, self._contents), self.params)
 
     def _arrive(self) -> None:
         sequence, front_end = self.sequences[self._next], self.front_ends[self.places[self._next]]
@@ -175,7 +180,7 @@ class Replay(Deployment):
         if self._next < count:
             self.recorder.balance(self.engines, self.world.now - self.begin_s)
         if self._progress is not None:
-            self._progress(self._next - sum(one.answers.open for one in self.front_ends.values()), count)
+            self._progress(self._next - sum(answers.open for answers in self.answers()), count)
         self.world.after(self._sample_s, self._sample)
 
 
