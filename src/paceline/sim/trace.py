@@ -51,16 +51,6 @@ def faster(arrivals: Iterable[Arrival], scale: float) -> list[Arrival]:
     return [Arrival(one.at / scale, one.prompt_tokens, one.answer_tokens, one.blocks) for one in arrivals]
 
 
-def in_bursts(arrivals: Iterable[Arrival], period_s: float, share: float) -> list[Arrival]:
-    """The same requests with those of each `period_s` squeezed into the first `share` of it."""
-    found = []
-    for one in arrivals:
-        period, within = divmod(one.at, period_s)
-        at = period * period_s + within * share
-        found.append(Arrival(at, one.prompt_tokens, one.answer_tokens, one.blocks))
-    return found
-
-
 def _rows(path: Path, file: Iterable[str]) -> Iterator[Arrival]:
     lines = iter(file)
     first = next(lines, "")
