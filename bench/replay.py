@@ -124,7 +124,7 @@ class QueueReplay(Replay):
 
     def submit(self, front_end: FrontEndProcess, sequence: Sequence) -> None:
         """On its way to the queue."""
-        self.asked.asked(sequence.number, self.params.max_tokens)
+        self.asked.asked(self.params.max_tokens, sequence.number)
         self.world.after(self.setup.delay_s, partial(self._join, sequence))
 
     def back(self, rank: RankProcess, identity: int) -> Link | None:

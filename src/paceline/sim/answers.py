@@ -59,10 +59,12 @@ class Answers(dict[int, Answer]):
         self._name = name
         self._next = 1
 
-    def asked(self, request: int, max_tokens: int) -> None:
-        """A client asks."""
+    def asked(self, max_tokens: int, number: int | None = None) -> int:
+        """A client asks; returns the request's number."""
+        request = self.number() if number is None else number
         self[request] = Answer(self._clock.now, max_tokens)
         self.open += 1
+        return request
 
     def number(self) -> int:
         """A number that nothing of this front-end has."""

@@ -237,12 +237,13 @@ class PrefixCache:
 
 
 class MemoryEngine:
-    """One rank's engine. `find`: the request of the trace that one on the wire is."""
+    """One rank's engine. `find`: the request of the trace that one on the wire is. `most`: steps that it takes at once."""
 
     slowness = 1.0
 
-    def __init__(self, shape: EngineShape, find: Callable[[AddRequest], Sequence]) -> None:
+    def __init__(self, shape: EngineShape, find: Callable[[AddRequest], Sequence], most: int = ANY_NUMBER - 1) -> None:
         self.shape = shape
+        self._most = most
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}
         self.prefilling: deque[Sequence] = deque()
@@ -350,7 +351,7 @@ class MemoryEngine:
             heappop(ends)
         room = (self.shape.kv_tokens - self.kv_used) // self.decoding
         unreported = max(1, int(self.shape.kv_tokens * UNREPORTED) // self.decoding)
-        return min(ends[0][0] - self.steps, room, unreported)
+        return min(ends[0][0] - self.steps, room, unreported, self._most)
 
     def _begin(self, quota: int | None) -> None:
         """Put one step together; `quota`: prompt tokens that it may compute at most.

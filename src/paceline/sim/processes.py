@@ -431,7 +431,7 @@ class FrontEndProcess:
         self, request: int, prompt: list[int], params: SamplingParams, rank: int | None = None, priority: int = 0
     ) -> None:
         """One request of a client, by a number that nothing of this front-end has."""
-        self.answers.asked(request, params.max_tokens)
+        self.answers.asked(params.max_tokens, request)
         self.feed(frontend_events.Submit(request, prompt, params, rank, priority))
 
     def abandon(self, *requests: int) -> None:

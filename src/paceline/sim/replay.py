@@ -21,7 +21,7 @@ from paceline.protocol.routing.least import LeastLoad
 from paceline.protocol.routing.policy import Policy
 from paceline.protocol.sampling import SamplingParams
 from paceline.sim.answers import Answers
-from paceline.sim.collectives import ROUNDING, Span
+from paceline.sim.collectives import ANY_NUMBER, ROUNDING, Span
 from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.engine import BLOCK_TOKENS, EngineShape, MemoryEngine, Sequence
 from paceline.sim.outcome import Outcome, summed_up
@@ -32,6 +32,8 @@ from paceline.sim.world import Delays, Seeds
 SAMPLES = 2000
 """How often a run is looked at for how level its ranks are, and for the progress bar."""
 LEAST_SAMPLE_S = 0.1
+SYNC_INTERVAL = 16
+"""Steps between two agreements of lockstep ranks."""
 QUIET_S = 1.0
 """From when all know each other to the first request."""
 
@@ -121,9 +123,10 @@ class Replay(Deployment):
         self.params = SamplingParams(1 << (max(one.answer_tokens for one in self.arrivals) - 1).bit_length())
         self._next = 0
         links = Delays(setup.delay_s, 0.0, 0.0, 0.0)
+        quota = setup.lockstep and setup.quota
         shape = Shape(
-            setup.ranks, setup.front_ends, setup.lockstep, grouped=False,
-            prefill_quota=AUTO if setup.lockstep and setup.quota else OFF, interval_s=setup.interval_s, links=links,
+            setup.ranks, setup.front_ends, setup.lockstep, grouped=False, prefill_quota=AUTO if quota else OFF,
+            sync_interval=1 if quota else SYNC_INTERVAL, interval_s=setup.interval_s, links=links,
             connecting=links, encode=False, brokered=setup.bind == "broker" and issubclass(self._kind, LeastLoad),
             watched=False,
         )  # fmt: skip
@@ -153,7 +156,9 @@ class Replay(Deployment):
 
     def engine(self) -> Engine:
         """One with memory."""
-        self.engines.append(MemoryEngine(self.setup.engine, self.sequence))
+        # With a quota ranks learn from each agreement, and many steps at once are one step to them.
+        most = SYNC_INTERVAL if self.shape.prefill_quota != OFF else ANY_NUMBER - 1
+        self.engines.append(MemoryEngine(self.setup.engine, self.sequence, most))
         return self.engines[-1]
 
     def sequence(self, request: AddRequest) -> Sequence:
