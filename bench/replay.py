@@ -15,9 +15,10 @@ import numpy as np
 from bench.peers import CLIENTS, QUEUES, AdpBalance, Client, ContextGate, Queue, Rank, Snapshot
 from msgspec.structs import replace
 
+from paceline.core.frontend import events as frontend_events
+from paceline.core.rank import events as rank_events
+from paceline.core.requests import AddRequest, Outputs
 from paceline.errors import ConfigError
-from paceline.protocol import frontend_events, rank_events
-from paceline.protocol.messages import AddRequest, Outputs
 from paceline.sim.answers import Answers
 from paceline.sim.engine import EngineShape, MemoryEngine, Sequence
 from paceline.sim.processes import Engine, FrontEndProcess, Planned, RankProcess

@@ -13,10 +13,10 @@ import msgspec
 import typer
 from msgspec import Struct
 
+from paceline.core.routing import POLICIES
+from paceline.engines.registry import PolicyError, find_policy
 from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError, PacelineError
-from paceline.protocol.routing import POLICIES
-from paceline.runtime.policies import PolicyError, find_policy
 from paceline.sim import outcome as traced
 from paceline.sim.engine import EngineShape
 from paceline.sim.replay import Replay, Setup

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.messages import GroupMember
-from paceline.runtime import group_seat
+from paceline.core.messages import GroupMember
+from paceline.net import group as group_seat
+from paceline.sim import collectives
 from paceline.sim.collectives import Group, Groups, Part
 from paceline.sim.world import Violation, World
-from paceline.sim import collectives
 
 MEMBERS = [GroupMember(rank, 10 + rank, f"tcp://group-{rank}") for rank in range(3)]
 LIVES = [(member.rank, member.incarnation) for member in MEMBERS]

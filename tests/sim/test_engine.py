@@ -6,10 +6,10 @@ from random import Random
 
 import pytest
 
+from paceline.core.rank.events import Stepped
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.timed import CostModel, TimedEngine
-from paceline.protocol.rank_events import Stepped
-from paceline.protocol.sampling import SamplingParams
 from paceline.sim.engine import BLOCK_TOKENS, EngineShape, MemoryEngine, PrefixCache, Sequence
 from tests.sim.traces import drawn, sequence
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from paceline.core.rank import events as rank_events, prefill_quota as quota
+from paceline.core.rank.prefill_quota import RankQuota
 from paceline.engines.timed import CostModel
-from paceline.protocol import quota, rank_events
-from paceline.protocol.ranks.quota import RankQuota
 from paceline.sim.checks import Checks
 from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.processes import RankProcess
@@ -135,7 +135,7 @@ def test_a_rank_that_decides_by_itself_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_quota_that_stays_at_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.protocol.quota.PATIENCE", 10**9)
+    monkeypatch.setattr("paceline.core.rank.prefill_quota.PATIENCE", 10**9)
     made, _ = deployment(quota.AUTO)
     request = made.front_ends[0].submit(4000, 4, 0)
     with pytest.raises(Violation, match="has had no quota for 10 steps"):

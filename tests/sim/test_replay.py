@@ -8,8 +8,8 @@ import pytest
 from bench.peers import CLIENTS, QUEUES
 from msgspec.structs import asdict
 
+from paceline.core.routing import POLICIES
 from paceline.errors import ConfigError
-from paceline.protocol.routing import POLICIES
 from paceline.sim.engine import BLOCK_TOKENS, MemoryEngine
 from paceline.sim.processes import Planned
 from paceline.sim.replay import Replay, Setup, prompt_of

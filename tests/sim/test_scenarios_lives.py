@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.protocol.messages import Form, StartDPWave, Suspension
+from paceline.core.messages import Form, StartDPWave, Suspension
 from paceline.sim.deployment import Deployment
 from paceline.sim.run import check_quiescence
 from tests.sim.test_scenarios import deploy, run_a_wave, running, waves

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol import codec
-from paceline.protocol.messages import Admit, StartDPWave
+from paceline.core import codec
+from paceline.core.messages import Admit, StartDPWave
 from paceline.sim.world import STEADY, Alarm, Delays, Journal, Link, Seeds, Violation, World
 
 

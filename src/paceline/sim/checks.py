@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from paceline.protocol import frontend_events, rank_events
-from paceline.protocol.invariants import same_quota
-from paceline.protocol.messages import (
-    AddRequest,
+from paceline.core.frontend import events as frontend_events
+from paceline.core.invariants import same_quota
+from paceline.core.load import Load
+from paceline.core.messages import (
     Admit,
     Form,
     Grants,
-    Load,
     LoadView,
     Member,
     Members,
@@ -28,8 +27,10 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     ToRank,
 )
-from paceline.protocol.quota import PATIENCE
-from paceline.protocol.rank import Phase
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.machine import Phase
+from paceline.core.rank.prefill_quota import PATIENCE
+from paceline.core.requests import AddRequest
 from paceline.sim.processes import COORDINATOR, CoordinatorProcess, FrontEndProcess, RankProcess, Watch
 from paceline.sim.world import Violation
 

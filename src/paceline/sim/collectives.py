@@ -17,9 +17,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol.agreement import agreed
-from paceline.protocol.messages import GroupMember
-from paceline.protocol.rank_events import Agree
+from paceline.core.messages import GroupMember
+from paceline.core.rank.events import Agree
+from paceline.core.rank.prefill_quota import agreed
 from paceline.sim.world import Violation, World
 
 SCATTER_S = 0.00005

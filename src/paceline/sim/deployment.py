@@ -9,16 +9,19 @@ from typing import Any
 
 from msgspec import Struct
 
+from paceline.core import codec
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import Member, ToFrontEnd, ToRank
+from paceline.core.node import Node, RankEnded
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.machine import Rank
+from paceline.core.rank.prefill_quota import OFF
+from paceline.core.routing.least import LeastLoad
+from paceline.core.routing.policy import Policy
 from paceline.engines.timed import CostModel
-from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import Member, ToFrontEnd, ToRank
-from paceline.protocol.node import Node, RankEnded
-from paceline.protocol.quota import OFF
-from paceline.protocol.rank import Rank
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.routing.policy import Policy
 from paceline.sim.checks import Checks
 from paceline.sim.collectives import Groups
 from paceline.sim.engine import VirtualEngine

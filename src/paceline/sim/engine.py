@@ -20,9 +20,10 @@ from itertools import islice
 
 from msgspec import Struct
 
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput, Stepped
+from paceline.core.requests import AddRequest
 from paceline.engines.timed import CostModel
-from paceline.protocol.messages import AddRequest, Load
-from paceline.protocol.rank_events import StepOutput, Stepped
 from paceline.sim.collectives import ANY_NUMBER
 from paceline.sim.processes import Planned
 
@@ -237,7 +238,10 @@ class PrefixCache:
 
 
 class MemoryEngine:
-    """One rank's engine. `find`: the request of the trace that one on the wire is. `most`: steps that it takes at once."""
+    """One rank's engine.
+
+    `find`: the request of the trace that one on the wire is. `most`: steps that it takes at once.
+    """
 
     slowness = 1.0
 

@@ -13,26 +13,17 @@ from typing import Any, NamedTuple, Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.protocol import coordinator_events as coordinator, frontend_events, node, rank_events
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import (
-    AddRequest,
-    FromFrontEndToRank,
-    Identify,
-    Load,
-    LoadView,
-    Member,
-    Outputs,
-    RankReport,
-    Scaling,
-    StartDPWave,
-    ToFrontEnd,
-    ToRank,
-)
-from paceline.protocol.node import Node
-from paceline.protocol.rank import Phase, Rank
-from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.core import node
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Load
+from paceline.core.messages import Identify, LoadView, Member, RankReport, Scaling, StartDPWave, ToFrontEnd, ToRank
+from paceline.core.node import Node
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.machine import Phase, Rank
+from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, Outputs, SamplingParams
 from paceline.sim.answers import Answers
 from paceline.sim.collectives import Group, Groups, Part, Span
 from paceline.sim.world import Alarm, Link, Violation, World

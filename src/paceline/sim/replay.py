@@ -11,15 +11,14 @@ from random import Random
 
 from msgspec import Struct
 
+from paceline.core.load import REQUEST_TOKENS
+from paceline.core.rank.events import Stepped
+from paceline.core.rank.prefill_quota import AUTO, OFF
+from paceline.core.requests import AddRequest, SamplingParams
+from paceline.core.routing import POLICIES
+from paceline.core.routing.least import LeastLoad
+from paceline.core.routing.policy import Policy
 from paceline.errors import ConfigError
-from paceline.protocol.load import REQUEST_TOKENS
-from paceline.protocol.messages import AddRequest
-from paceline.protocol.quota import AUTO, OFF
-from paceline.protocol.rank_events import Stepped
-from paceline.protocol.routing import POLICIES
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.routing.policy import Policy
-from paceline.protocol.sampling import SamplingParams
 from paceline.sim.answers import Answers
 from paceline.sim.collectives import ANY_NUMBER, ROUNDING, Span
 from paceline.sim.deployment import Deployment, Shape

@@ -13,8 +13,8 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from paceline.core.rank.prefill_quota import AUTO, OFF, fixed
 from paceline.engines.timed import CostModel
-from paceline.protocol.quota import AUTO, OFF, fixed
 from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.faults import Arrival, Faults, Span, draw_arrivals, draw_calls, draw_faults, draw_scales, draw_steady
 from paceline.sim.processes import COORDINATOR, FrontEndProcess

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from paceline.core import codec
 from paceline.errors import PacelineError
-from paceline.protocol import codec
 
 REMEMBERED = 60
 """Events kept for each process, to be shown where something breaks."""
