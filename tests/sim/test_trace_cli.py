@@ -1,8 +1,7 @@
-"""`paceline simulate --trace`: figures, JSON, a plot, and errors of one line."""
+"""`paceline simulate --trace`: figures, JSON, and errors of one line."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def test_figures_for_a_person(trace: str) -> None:
 
 
 def test_figures_for_a_program(trace: str) -> None:
-    done = run("--trace", trace, "--json", "--routing", "vllm-0.32", "--requests", "30", "--front-ends", "2")
+    done = run("--trace", trace, "--json", "--routing", "least-requests", "--requests", "30", "--front-ends", "2")
     assert done.exit_code == 0, done.output
     figures = json.loads(done.stdout)
     assert {
@@ -57,7 +56,7 @@ def test_figures_for_a_program(trace: str) -> None:
 def test_costs_are_what_was_asked_for(trace: str) -> None:
     flags = ("--trace", trace, "--json", "--requests", "1", "--step-ms", "5", "--prefill-ms", "1", "--decode-ms", "2")
     figures = json.loads(run(*flags, "--delay-ms", "10").stdout)
-    assert figures["ttft_p50_ms"] == pytest.approx(10 + 5 + 100 * 1 + 2 + 10)
+    assert figures["ttft_p50_ms"] == pytest.approx(10 + 5 + 100 * 1 + 2 + 10, abs=0.1)
 
 
 def test_a_policy_of_somebody_elses(trace: str) -> None:
@@ -89,7 +88,7 @@ def test_binding_is_the_brokers_for_least_load_alone(trace: str) -> None:
 
 
 def test_what_needs_a_trace_says_so() -> None:
-    done = run("--routing", "oracle")
+    done = run("--routing", "prefix")
     assert (done.exit_code, done.output) == (2, "paceline: --routing: only with --trace\n")
 
 
@@ -98,14 +97,3 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     path.write_text(TRACE + "soon,1,2\n")
     done = run("--trace", str(path))
     assert (done.exit_code, done.output) == (2, f"paceline: --trace: {path}, line 62: TIMESTAMP: 'soon' is no time\n")
-
-
-def test_a_plot_is_drawn_or_what_is_missing_is_named(trace: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.png"
-    done = run("--trace", trace, "--plot", str(path))
-    if importlib.util.find_spec("matplotlib") is None:
-        assert (done.exit_code, done.output.count("\n")) == (2, 1)
-        assert "--plot: needs matplotlib" in done.output
-    else:
-        assert done.exit_code == 0, done.output
-        assert path.read_bytes().startswith(b"\x89PNG")
