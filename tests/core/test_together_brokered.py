@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.core.coordinator import machine as coordinator
+from paceline.core.coordinator import events as coordinator
 from paceline.core.dispatch.dispatcher import UNANSWERED_S
-from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.dispatch import SILENCE_S
 from paceline.core.messages import (
     Ask,
@@ -22,43 +21,44 @@ from paceline.core.messages import (
     SendNotice,
     Withdraw,
 )  # fmt: skip
-from tests.core.deployment import DELAY_S, STEP_S, Deployment
-from tests.core.harness import FrontEndShell
+from paceline.core.requests import ControlAction
+from paceline.sim.deployment import Deployment
+from paceline.sim.processes import FrontEndProcess
+from tests.sim.deployments import DELAY_S, STEP_S, placed, ready, rest as rest_of, seen
 
 SLOTS = 4
 
 
 def brokered(ranks: int = 2, front_ends: int = 2, **settings: bool) -> Deployment:
     """Ready, and idle for long enough that shares were handed out."""
-    deployment = Deployment(ranks, front_ends, brokered=True, slots=SLOTS, **settings).ready()
+    deployment = ready(ranks, front_ends, brokered=True, slots=SLOTS, **settings)
     deployment.world.run_for(1.0)
     return deployment
 
 
 def held(deployment: Deployment) -> int:
-    return sum(int(str(front_end.machine.statistics()["held"])) for front_end in deployment.front_ends)
+    return sum(int(str(front_end.machine.statistics()["held"])) for front_end in deployment.front_ends.values())
 
 
 def queued(deployment: Deployment) -> int:
     assert deployment.coordinator is not None
-    return len(list(deployment.coordinator.broker.descriptors()))
+    return len(list(deployment.coordinator.machine.broker.descriptors()))
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
     """To be asked after each event."""
-    before = deployment.world.after_each
 
     def check() -> None:
-        before()
         for rank in deployment.ranks.values():
-            assert len(rank.engine.requests) <= SLOTS, f"rank {rank.machine.rank} has more than it can run"
+            load = rank.engine.load()
+            assert load.waiting + load.running <= SLOTS, f"{rank.name} has more than it can run"
 
     return check
 
 
 def rest(deployment: Deployment) -> None:
     """Everything is answered, nothing waits anywhere, and all is counted exactly."""
-    deployment.rest()
+    rest_of(deployment)
     assert (held(deployment), queued(deployment)) == (0, 0)
 
 
@@ -68,7 +68,7 @@ def rest(deployment: Deployment) -> None:
 def test_a_nodes_full_queue_is_no_other_nodes() -> None:
     """Hybrid mode: or one that is overloaded would have all others refuse, whose ranks are free."""
     deployment = brokered(2, 2, lockstep=False, hybrid=True)
-    busy, idle = deployment.front_ends
+    busy, idle = deployment.front_ends.values()
     for _ in range(SLOTS + 10):
         busy.submit(max_tokens=100)
     # Until they have heard of it by grants and by views.
@@ -86,10 +86,10 @@ def test_a_nodes_full_queue_is_no_other_nodes() -> None:
 @pytest.mark.parametrize("front_ends", [1, 2, 3])
 def test_no_hop_is_added_while_ranks_are_free(front_ends: int) -> None:
     deployment = brokered(4, front_ends, lockstep=False)
-    for index, front_end in enumerate(deployment.front_ends):
+    for index, front_end in deployment.front_ends.items():
         for _ in range(2):
             request = front_end.submit(max_tokens=3)
-            assert request in front_end.placed, f"front-end {index} asks although ranks are free"
+            assert request in placed(front_end), f"front-end {index} asks although ranks are free"
     deployment.finish()
     rest(deployment)
 
@@ -98,7 +98,7 @@ def test_one_front_end_has_the_whole_room_as_its_share() -> None:
     deployment = brokered(2, 1, lockstep=False)
     for _ in range(2 * SLOTS):
         deployment.front_ends[0].submit(max_tokens=3)
-    assert len(deployment.front_ends[0].placed) == 2 * SLOTS
+    assert len(placed(deployment.front_ends[0])) == 2 * SLOTS
     deployment.front_ends[0].submit()
     assert held(deployment) == 1
     rest(deployment)
@@ -107,7 +107,7 @@ def test_one_front_end_has_the_whole_room_as_its_share() -> None:
 def test_who_has_used_up_its_share_is_answered_at_once_where_ranks_are_free() -> None:
     deployment = brokered(2, 2, lockstep=False)
     front_end = deployment.front_ends[0]
-    while len(front_end.placed) == len(front_end.outputs):
+    while len(placed(front_end)) == len(front_end.answers):
         front_end.submit(max_tokens=50)
     deployment.world.run_for(2.5 * DELAY_S)
     assert held(deployment) == 0
@@ -145,17 +145,19 @@ def test_a_burst_far_above_the_slots_is_served_in_order_and_nobody_waits_behind_
 ) -> None:
     deployment = brokered(4, front_ends, lockstep=lockstep)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    asked: list[tuple[FrontEndShell, int]] = []
+    asked: list[tuple[FrontEndProcess, int]] = []
     for number in range(80):
         front_end = deployment.front_ends[number % front_ends]
         asked.append((front_end, front_end.submit(max_tokens=1 + number % 7)))
         deployment.world.run_for(0.0002)
     deployment.finish()
     rest(deployment)
-    placed = sorted(range(80), key=lambda number: asked[number][0].placed_at[asked[number][1]])
+    when = seen(deployment).placed_at
+    order = sorted(range(80), key=lambda number: when[asked[number][0].name, asked[number][1]])
     # By shares a front-end may go a little before one that has none left.
-    assert max(abs(place - number) for place, number in enumerate(placed)) <= 2 * front_ends
-    level = [sum(rank == number for f in deployment.front_ends for rank in f.placed.values()) for number in range(4)]
+    assert max(abs(place - number) for place, number in enumerate(order)) <= 2 * front_ends
+    ranks = [rank for front_end in deployment.front_ends.values() for rank in placed(front_end).values()]
+    level = [ranks.count(number) for number in range(4)]
     assert max(level) - min(level) <= 6
 
 
@@ -166,8 +168,8 @@ def test_a_better_priority_goes_first() -> None:
     deployment.world.run_for(0.01)
     last = [deployment.front_ends[0].submit(max_tokens=2, priority=5) for _ in range(2)]
     first = deployment.front_ends[1].submit(max_tokens=2, priority=-5)
-    deployment.run_until(lambda: first in deployment.front_ends[1].placed)
-    assert not deployment.front_ends[0].placed.keys() & set(last)
+    deployment.world.run_until(lambda: first in placed(deployment.front_ends[1]))
+    assert not placed(deployment.front_ends[0]).keys() & set(last)
     rest(deployment)
 
 
@@ -176,14 +178,15 @@ def test_a_request_that_names_its_rank_goes_there_though_it_is_full() -> None:
     for _ in range(3 * SLOTS):
         deployment.front_ends[0].submit(max_tokens=10)
     request = deployment.front_ends[0].submit(rank=1)
-    assert deployment.front_ends[0].placed[request] == 1
+    assert placed(deployment.front_ends[0])[request] == 1
     rest(deployment)
 
 
 def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
     deployment = brokered(3, 2)
     front_end = deployment.front_ends[0]
-    deployment.tell_coordinator(coordinator.FrontEndSaid(ReturnShares(front_end.machine.identity, 1)))
+    assert deployment.coordinator is not None
+    deployment.coordinator.feed(coordinator.FrontEndSaid(ReturnShares(front_end.machine.identity, 1)))
     front_end.broadcasts.lose(LoadView, times=1000)
     while not held(deployment):
         front_end.submit(max_tokens=4)
@@ -226,7 +229,7 @@ def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
 def full(deployment: Deployment, waiting: int = 6) -> list[int]:
     """Fill all ranks through front-end 0, and let so many wait there; returns those."""
     front_end = deployment.front_ends[0]
-    for _ in range(SLOTS * deployment.size):
+    for _ in range(SLOTS * deployment.shape.ranks):
         front_end.submit(max_tokens=40)
     deployment.world.run_for(20 * DELAY_S)
     requests = [front_end.submit(max_tokens=2) for _ in range(waiting)]
@@ -242,7 +245,7 @@ def test_what_is_abandoned_leaves_the_queue() -> None:
     deployment.world.run_for(5 * DELAY_S)
     assert (held(deployment), queued(deployment)) == (2, 2)
     rest(deployment)
-    assert not deployment.front_ends[0].placed.keys() & set(waiting[:4])
+    assert not placed(deployment.front_ends[0]).keys() & set(waiting[:4])
 
 
 def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
@@ -256,28 +259,24 @@ def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
 def test_a_front_end_that_ends_leaves_nothing_in_the_queue() -> None:
     deployment = brokered(lockstep=False)
     full(deployment)
-    gone = deployment.front_ends.pop(0)
-    gone.broadcasts.closed = gone.to_coordinator.closed = True
-    deployment.tell_coordinator(coordinator.FrontEndGone(gone.machine.identity))
+    deployment.crash_front_end(0)
+    deployment.world.run_for(2 * DELAY_S)
     assert queued(deployment) == 0
-    request = deployment.front_ends[0].submit()
-    for rank in deployment.ranks.values():
-        rank.to_front_ends[gone.machine.identity].closed = True
-    deployment.run_until(lambda: request in deployment.front_ends[0].placed)
+    request = deployment.front_ends[1].submit()
+    deployment.world.run_until(lambda: request in placed(deployment.front_ends[1]))
     deployment.finish()
 
 
 def test_when_the_last_front_end_has_gone_nothing_is_due() -> None:
     deployment = brokered(front_ends=1, lockstep=False)
     full(deployment)
-    machine = deployment.coordinator
-    assert machine is not None
-    deployment.tell_coordinator(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
-    deployment.tell_coordinator(coordinator.Tick())
-    assert machine.broker.due is None
+    assert deployment.coordinator is not None
+    deployment.coordinator.feed(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
+    deployment.coordinator.feed(coordinator.Tick())
+    assert deployment.coordinator.machine.broker.due is None
 
 
-def hang(front_end: FrontEndShell) -> None:
+def hang(front_end: FrontEndProcess) -> None:
     """It neither reads nor says anything, and its connections hold."""
     front_end.broadcasts.hold()
     front_end.to_coordinator.hold()
@@ -299,7 +298,7 @@ def test_nobody_waits_for_the_grants_of_a_front_end_that_hangs() -> None:
     hang(deployment.front_ends[0])
     for _ in range(SLOTS):
         deployment.front_ends[1].submit()
-    deployment.run_until(deployment.front_ends[1].finished, limit_s=UNANSWERED_S + 2.0)
+    deployment.world.run_until(deployment.front_ends[1].finished, limit_s=UNANSWERED_S + 2.0)
     goes_on(deployment)
 
 
@@ -325,8 +324,8 @@ def test_without_a_coordinator_what_waits_is_bound_after_a_silence_and_the_rest_
     front_end = deployment.front_ends[0]
     deployment.world.run_for(SILENCE_S + STEP_S)
     assert held(deployment) == 0
-    assert front_end.placed.keys() >= set(waiting)
-    assert front_end.submit() in front_end.placed
+    assert placed(front_end).keys() >= set(waiting)
+    assert front_end.submit() in placed(front_end)
     deployment.finish()
 
 
@@ -359,12 +358,12 @@ def test_losses_while_the_coordinator_changes(lost: type) -> None:
     deployment = brokered(lockstep=False)
     full(deployment)
     deployment.crash_coordinator()
-    for front_end in deployment.front_ends:
+    for front_end in deployment.front_ends.values():
         front_end.broadcasts.lose(lost)
         front_end.to_coordinator.lose(lost)
     deployment.start_coordinator()
     deployment.finish()
-    for front_end in deployment.front_ends:
+    for front_end in deployment.front_ends.values():
         front_end.broadcasts.lose_no_more()
         front_end.to_coordinator.lose_no_more()
     rest(deployment)
@@ -375,10 +374,10 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
     waiting = full(deployment, waiting=1)
     front_end = deployment.front_ends[0]
     front_end.broadcasts.hold()
-    deployment.run_until(lambda: deployment.coordinator.broker.granted > 0)  # type: ignore[union-attr]
+    deployment.world.run_until(lambda: deployment.coordinator.machine.broker.granted > 0)  # type: ignore[union-attr]
     deployment.crash_coordinator()
     deployment.world.run_for(2 * SILENCE_S)
-    assert waiting[0] in front_end.placed
+    assert waiting[0] in placed(front_end)
     front_end.broadcasts.release()
     deployment.start_coordinator()
     rest(deployment)
@@ -388,17 +387,17 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])
-def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: str) -> None:
+def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: ControlAction) -> None:
     deployment = brokered()
     front_end = deployment.front_ends[0]
-    front_end.feed(frontend_events.Control(1000, mode))  # type: ignore[arg-type]
-    deployment.run_until(lambda: front_end.machine.suspension.settled and front_end.machine.suspension.number == 1)
+    front_end.control(mode)
+    deployment.world.run_until(deployment.controlled)
     deployment.world.run_for(0.2)
-    for shell in deployment.front_ends:
-        shell.submit()
+    for each in deployment.front_ends.values():
+        each.submit()
     deployment.world.run_for(5.0)
     assert held(deployment) == 2
-    front_end.feed(frontend_events.Control(1001, "resume"))
+    front_end.control("resume")
     deployment.finish()
 
 
@@ -406,9 +405,9 @@ def test_a_suspension_that_aborts_ends_what_waits() -> None:
     deployment = brokered()
     waiting = full(deployment)
     front_end = deployment.front_ends[0]
-    front_end.feed(frontend_events.Control(1000, "abort"))
-    deployment.run_until(front_end.finished)
-    assert {front_end.outputs[request][-1].finish_reason for request in waiting} == {"abort"}
+    front_end.control("abort")
+    deployment.world.run_until(front_end.finished)
+    assert {front_end.answers[request].finish_reason for request in waiting} == {"abort"}
     assert held(deployment) == 0
     deployment.world.run_for(1.0)
     assert queued(deployment) == 0
@@ -439,8 +438,8 @@ def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tupl
             front_end.submit(1 + number, 1 + number % 5, rank, number % 3)
         elif what == "wait":
             deployment.world.run_for(number * 0.003)
-        elif what == "abandon" and front_end.outputs:
-            front_end.abandon(random.Random(number).choice(list(front_end.outputs)))
+        elif what == "abandon" and front_end.answers:
+            front_end.abandon(random.Random(number).choice(list(front_end.answers)))
         elif what == "lose down":
             front_end.broadcasts.lose(DOWN[number % len(DOWN)])
         elif what == "lose up":
@@ -452,12 +451,9 @@ def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tupl
     if deployment.coordinator is None:
         deployment.start_coordinator()
     deployment.finish()
-    for front_end in deployment.front_ends:
+    for front_end in deployment.front_ends.values():
         front_end.broadcasts.lose_no_more()
         front_end.to_coordinator.lose_no_more()
     rest(deployment)
-    for front_end in deployment.front_ends:
-        for request, outputs in front_end.outputs.items():
-            tokens = [token for output in outputs for token in output.token_ids]
-            assert tokens == list(range(len(tokens)))
-            assert tokens or request in front_end.refused
+    answers = [answer for front_end in deployment.front_ends.values() for answer in front_end.answers.values()]
+    assert all(answer.finish_reason or answer.refused or answer.abandoned for answer in answers)

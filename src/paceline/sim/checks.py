@@ -66,6 +66,7 @@ class Checks(Watch):
         self._views: dict[int, tuple[int, int]] = {}
         self._ranks: Mapping[int, RankProcess] = {}
         self._front_ends: Mapping[int, FrontEndProcess] = {}
+        self._reported = True
         self._sent: set[tuple[int, int]] = set()
         self._barred: dict[int, int] = {}
         self._settled = 0
@@ -73,9 +74,11 @@ class Checks(Watch):
         self._resumed = 0
         self._size = 0
 
-    def deployed(self, ranks: Mapping[int, RankProcess], front_ends: Mapping[int, FrontEndProcess]) -> None:
-        """The ranks and front-ends by number, as they are at any time."""
-        self._ranks, self._front_ends = ranks, front_ends
+    def deployed(
+        self, ranks: Mapping[int, RankProcess], front_ends: Mapping[int, FrontEndProcess], reported: bool
+    ) -> None:
+        """The ranks and front-ends by number, as they are at any time; `reported`: whether loads are."""
+        self._ranks, self._front_ends, self._reported = ranks, front_ends, reported
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -237,6 +240,8 @@ class Checks(Watch):
         if machine.wave < before:
             raise Violation(f"{frontend.name}: its wave went down from {before} to {machine.wave}", frontend.name)
         self._front_end_waves[machine.identity] = machine.wave
+        if not self._reported:
+            return
         known = self._known.get(machine.identity, {})
         match event:
             case frontend_events.CoordinatorSaid(LoadView() as view):

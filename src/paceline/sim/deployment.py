@@ -101,7 +101,7 @@ class Deployment:
         self._loads = self.seeds.stream("loading")
         self._loading: set[int] = set()
         if isinstance(self.checks, Checks):
-            self.checks.deployed(self.ranks, self.front_ends)
+            self.checks.deployed(self.ranks, self.front_ends, not shape.external)
         if shape.scaled:
             machine = Node(NODE_IDENTITY, range(shape.ranks), shape.ranks)
             self.node = NodeProcess(self.world, machine, self.start_loading, self.stop_rank)
