@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.replay import replay_of
 
+from paceline.engines.timed import CostModel
 from paceline.sim.answers import Answer
 from paceline.sim.engine import BLOCK_TOKENS, EngineShape, Sequence
 from paceline.sim.outcome import Outcome
@@ -61,4 +62,18 @@ class Done:
 def finished(arrivals: list[Arrival], **settings: Any) -> Done:
     """A run that is over; `settings`: of the Setup, and `slots`, `budget`, `kv_tokens` of its engines."""
     shape = {name: settings.pop(name) for name in ("slots", "budget", "kv_tokens") if name in settings}
-    return Done(replay_of(Setup(engine=EngineShape(**shape), **settings), arrivals))
+    return Done(replay_of(Setup(**{"engine": EngineShape(**shape), **settings}), arrivals))
+
+
+def mixed(seed: int, count: int, a_second: float, long_share: float) -> list[Arrival]:
+    """Poisson arrivals; `long_share` of the prompts are long (about 4,000 tokens), the others short (about 200)."""
+    chance, now, made = Random(seed), 0.0, []
+    for _ in range(count):
+        now += chance.expovariate(a_second)
+        mean = 4000 if chance.random() < long_share else 200
+        made.append(Arrival(now, 1 + int(chance.expovariate(1 / mean)), 1 + int(chance.expovariate(1 / 150))))
+    return made
+
+
+LOCKSTEP = EngineShape(CostModel(4.0, 0.04, 0.1), slots=48, budget=512, kv_tokens=1 << 24)
+"""For comparing what serves lockstep ranks best."""
