@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -27,7 +26,7 @@ class Walk:
     def __init__(self, ranks: int = 3, front_ends: int = 3) -> None:
         self.deployment = ready(ranks, front_ends, lockstep=False, slots=4, encode=False)
         self._size = (ranks, front_ends)
-        self._downs: list[Callable[[], object]] = []
+        self._cut: set[tuple[int, int]] = set()
         self._views: list[LoadView] = []
 
     def act(self, what: str, a: int, b: int) -> None:
@@ -35,7 +34,10 @@ class Walk:
         self.deployment.world.run_for(0.002 * (a % 4))
         front_end, number = self.deployment.front_ends[a % self._size[1]], b % self._size[0]
         getattr(self, what)(front_end, number, a % self._size[1], a * 31 + b)
-        self._views = [one for one in seen(self.deployment).broadcasts if isinstance(one, LoadView)][-4:]
+        life = self.deployment.coordinator
+        views = (one for one in seen(self.deployment).broadcasts if isinstance(one, LoadView))
+        # What a life that is over has said comes before anything of the next.
+        self._views = [one for one in views if life is not None and one.coordinator == life.machine.identity][-4:]
         seen(self.deployment).broadcasts[:] = self._views
 
     def submit(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
@@ -55,17 +57,24 @@ class Walk:
 
     def view_again(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
         """An older view comes once more, or after a newer one."""
-        if self._views and front_end.connected:
-            front_end.hear(self._views[salt % len(self._views)])
+        view = self._views[salt % len(self._views)] if self._views else None
+        # It has come once, so all from before has come.
+        if view is not None and front_end.machine.statistics()["coordinator"] == view.coordinator:
+            front_end.hear(view)
 
     def lose(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
         kind = (LoadView, SendNotice)[salt % 2]
         (front_end.broadcasts if kind is LoadView else front_end.to_coordinator).lose(kind)
 
     def cut_link(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
-        up = self.deployment.cut_link(number, index, severed=bool(salt % 3))
+        up = (
+            self.deployment.cut_link(number, index, severed=bool(salt % 3))
+            if (index, number) not in self._cut
+            else None
+        )
         if up is not None:
-            self.deployment.world.after(0.01 * (1 + salt % 6), up)
+            self._cut.add((index, number))
+            self.deployment.world.after(0.01 * (1 + salt % 6), lambda: (self._cut.discard((index, number)), up()))
 
     def restart_rank(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
         self.deployment.crash_rank(number)
