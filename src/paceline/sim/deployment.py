@@ -25,12 +25,14 @@ from paceline.engines.timed import CostModel
 from paceline.sim.checks import Checks
 from paceline.sim.collectives import Groups
 from paceline.sim.engine import VirtualEngine
-from paceline.sim.processes import CoordinatorProcess, Engine, FrontEndProcess, NodeProcess, RankProcess, Watch
+from paceline.sim.processes import NODE, CoordinatorProcess, Engine, FrontEndProcess, NodeProcess, RankProcess, Watch
 from paceline.sim.world import STEADY, Delays, Link, Seeds, World
 
 NODE_IDENTITY = 900_000
 FIRST_FRONTEND = 1_000_000
 LONGEST_LOADING_S = 2.0
+Connected = RankProcess | FrontEndProcess | NodeProcess
+"""Those that have a connection to the coordinator."""
 
 
 class Shape(Struct, frozen=True):
@@ -105,9 +107,7 @@ class Deployment:
         if shape.scaled:
             machine = Node(NODE_IDENTITY, range(shape.ranks), shape.ranks)
             self.node = NodeProcess(self.world, machine, self.start_loading, self.stop_rank)
-            self.node.to_coordinator = self._link("node to coordinator", codec.from_rank(), self._from_rank)
-            self.node.broadcasts = self._link("coordinator to node", codec.to_rank(), self.node.hear)
-            self.node.to_coordinator.hold()
+            self._join(self.node, NODE, codec.from_rank(), coordinator.RankSaid, codec.to_rank())
 
     def start(self) -> Deployment:
         """Begin a coordinator, all front-ends and all ranks."""
@@ -143,12 +143,12 @@ class Deployment:
         known = [front_end.machine.scaling for front_end in self.front_ends.values()]
         changes = [scaling for scaling in known if scaling is not None]
         under_way = any(scaling.under_way for scaling in (*changes, self.node.machine.scaling))
-        asked = any(front_end.scale_calls for front_end in self.front_ends.values())
+        asked = any(front_end.waiting(frontend_events.Scale) for front_end in self.front_ends.values())
         return not under_way and not asked and {scaling.size for scaling in changes} <= {self.size()}
 
     def controlled(self) -> bool:
         """Whether no operator waits for a suspension or its end."""
-        return all(call.over for front_end in self.front_ends.values() for call in front_end.calls.values())
+        return not any(front_end.waiting(frontend_events.Control) for front_end in self.front_ends.values())
 
     def finished(self) -> bool:
         """Whether no client waits."""
@@ -191,11 +191,8 @@ class Deployment:
         if self.coordinator is not None:
             self.coordinator.kill()
         self.coordinator = None
-        node = [] if self.node is None else [self.node]
-        connected: list[RankProcess | FrontEndProcess | NodeProcess] = [
-            *self.ranks.values(), *self.front_ends.values(), *node
-        ]  # fmt: skip
-        for process in connected:
+        others: list[Connected] = [*self.ranks.values(), *self.front_ends.values()]
+        for process in others if self.node is None else [*others, self.node]:
             process.connected = False
             process.to_coordinator.cut()
             process.to_coordinator.hold()
@@ -214,9 +211,7 @@ class Deployment:
         rank = RankProcess(
             self.world, machine, self.engine(), shape.lockstep, self.groups, self.checks, self.back, self._fixed
         )
-        rank.to_coordinator = self._link(f"{rank.name} to coordinator", codec.from_rank(), self._from_rank)
-        rank.broadcasts = self._link(f"coordinator to {rank.name}", codec.to_rank(), rank.hear)
-        rank.to_coordinator.hold()
+        self._join(rank, rank.name, codec.from_rank(), coordinator.RankSaid, codec.to_rank())
         self.ranks[number] = rank
         self._connect_rank(rank)
         rank.start()
@@ -290,11 +285,9 @@ class Deployment:
         front_end = FrontEndProcess(
             self.world, f"front-end {index}", machine, self.checks, self._dial, not shape.watched
         )
-        name = front_end.name
-        front_end.to_coordinator = self._link(f"{name} to coordinator", codec.from_front_end(), self._from_front_end)
+        said = coordinator.FrontEndSaid
+        self._join(front_end, front_end.name, codec.from_front_end(), said, codec.to_front_end())
         front_end.to_coordinator.loss = self.loss
-        front_end.broadcasts = self._link(f"coordinator to {name}", codec.to_front_end(), front_end.hear)
-        front_end.to_coordinator.hold()
         self.front_ends[index] = front_end
         self._connect(front_end, coordinator.FrontEndSubscribed())
         front_end.feed(frontend_events.Connected())
@@ -360,9 +353,7 @@ class Deployment:
         release = lambda: rank.to_coordinator.release() if life is self.coordinator else None  # noqa: E731
         self.world.after(self.shape.connecting.draw(self._connecting), release)
 
-    def _connect(
-        self, process: RankProcess | FrontEndProcess | NodeProcess, event: coordinator.Event, release: bool = True
-    ) -> None:
+    def _connect(self, process: Connected, event: coordinator.Event, release: bool = True) -> None:
         """The coordinator hears of a process that subscribes; `release`: and from then on what it has said."""
         life = self.coordinator
         if life is None:
@@ -407,6 +398,16 @@ class Deployment:
         deliver = lambda message: front_end.feed(frontend_events.RankSaid(message))  # noqa: E731
         return self._link(f"{rank} to {front_end.name}", codec.outputs(), deliver)
 
+    def _join(
+        self, process: Connected, name: str, above: codec.Decoder[Any], said: Callable[[Any], coordinator.Event],
+        below: codec.Decoder[Any],
+    ) -> None:  # fmt: skip
+        """A process's links with whichever life of the coordinator there is."""
+        tell = lambda message: self._tell(self.coordinator, said(message))  # noqa: E731
+        process.to_coordinator = self._link(f"{name} to coordinator", above, tell)
+        process.broadcasts = self._link(f"coordinator to {name}", below, process.hear)
+        process.to_coordinator.hold()
+
     def _link(self, name: str, decoder: codec.Decoder[Any], deliver: Callable[[Any], None]) -> Link:
         stream = self.seeds.stream(f"link {name} {len(self._links)}")
         decoder_used = decoder if self.shape.encode else None
@@ -415,12 +416,6 @@ class Deployment:
         return link
 
     # The coordinator's links --------------------------------------------------------------------
-
-    def _from_rank(self, message: Any) -> None:
-        self._tell(self.coordinator, coordinator.RankSaid(message))
-
-    def _from_front_end(self, message: Any) -> None:
-        self._tell(self.coordinator, coordinator.FrontEndSaid(message))
 
     def _tell(self, life: CoordinatorProcess | None, event: coordinator.Event) -> None:
         if life is not None:

@@ -38,46 +38,28 @@ COORDINATOR, NODE = "coordinator", "node"
 
 
 class Watch:
-    """What is told of every event, where it was. This one looks at nothing; `Checks` holds the invariants."""
+    """What is told of every event, where it was: after the machine has handled it, and at a rank before its effects are
+    done, elsewhere after them. This one looks at nothing; `Checks` holds the invariants.
 
-    def rank(self, rank: RankProcess, event: rank_events.Event) -> None:
-        """`event` has been handled, its effects not yet done."""
+    `turn`: the rank is between two steps, or waits, and takes in what has come. `step`: it begins one. `together`: it
+    hears that a lockstep step of all these has been made. `stepped`: its steps of a span are over, the last of them as
+    `done` says. `broadcast`, `reported`, `sent`: this is about to be sent. `connected`, `reconnected`: a front-end's
+    connection to a rank is there, or there again. `controlled`: an operator's call is answered.
+    """
 
-    def turn(self, rank: RankProcess) -> None:
-        """The rank is between two steps, or waits, and takes in what has come."""
-
-    def reported(self, rank: RankProcess, report: RankReport) -> None:
-        """The rank says this of itself."""
-
-    def step(self, rank: RankProcess, effect: rank_events.Step | rank_events.DummyStep) -> None:
-        """The rank begins a step, real or dummy."""
-
-    def together(self, rank: RankProcess, effects: Sequence[rank_events.Effect]) -> None:
-        """A lockstep step of all these has been made; `rank` hears of it."""
-
-    def stepped(self, rank: RankProcess, span: Span, done: rank_events.Stepped) -> None:
-        """The rank's steps of `span` are over, the last of them as `done` says."""
-
-    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontEnd) -> None:
-        """The coordinator says this to all."""
-
-    def coordinator(self, coordinator: CoordinatorProcess) -> None:
-        """An event has been handled, and its effects done."""
-
-    def connected(self, frontend: FrontEndProcess, member: Member) -> None:
-        """The front-end begins to send to a life of a rank."""
-
-    def reconnected(self, frontend: FrontEndProcess, rank: int) -> None:
-        """The connection to a rank has come up again."""
-
-    def sent(self, frontend: FrontEndProcess, rank: int, request: AddRequest) -> None:
-        """A request goes to a rank."""
-
-    def frontend(self, frontend: FrontEndProcess, event: frontend_events.Event) -> None:
-        """An event has been handled, and its effects done."""
-
-    def controlled(self, frontend: FrontEndProcess, answer: frontend_events.Controlled) -> None:
-        """An operator's call is answered."""
+    def rank(self, rank: RankProcess, event: rank_events.Event) -> None: ...
+    def turn(self, rank: RankProcess) -> None: ...
+    def reported(self, rank: RankProcess, report: RankReport) -> None: ...
+    def step(self, rank: RankProcess, effect: rank_events.Step | rank_events.DummyStep) -> None: ...
+    def together(self, rank: RankProcess, effects: Sequence[rank_events.Effect]) -> None: ...
+    def stepped(self, rank: RankProcess, span: Span, done: rank_events.Stepped) -> None: ...
+    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontEnd) -> None: ...
+    def coordinator(self, coordinator: CoordinatorProcess) -> None: ...
+    def connected(self, frontend: FrontEndProcess, member: Member) -> None: ...
+    def reconnected(self, frontend: FrontEndProcess, rank: int) -> None: ...
+    def sent(self, frontend: FrontEndProcess, rank: int, request: AddRequest) -> None: ...
+    def frontend(self, frontend: FrontEndProcess, event: frontend_events.Event) -> None: ...
+    def controlled(self, frontend: FrontEndProcess, answer: frontend_events.Controlled) -> None: ...
 
 
 # The coordinator --------------------------------------------------------------------------------
@@ -175,6 +157,7 @@ class RankProcess:
     ) -> None:  # fmt: skip
         self.world, self.machine, self.engine = world, machine, engine
         self.name = f"rank {machine.rank}"
+        self.life = (machine.rank, machine.incarnation)
         self.lockstep, self.group = lockstep, group
         self.to_coordinator: Link
         self.broadcasts: Link
@@ -189,6 +172,7 @@ class RankProcess:
         """Front-ends found dead: what still arrives from them is nobody's."""
         self._groups, self._watch, self._back = groups, watch, back
         self._turn_due = False
+        self._ended = partial(self._over, rank_events.GenerationEnded())
         self._span: Span | None = None
         self._part = Part(None, 0.0, lambda values: None, lambda: None)
         self._urge = False
@@ -228,11 +212,7 @@ class RankProcess:
         """The process is gone, without a word."""
         self.alive = False
         self._inbox.clear()
-        self._groups.leave(self._life)
-
-    @property
-    def _life(self) -> tuple[int, int]:
-        return self.machine.rank, self.machine.incarnation
+        self._groups.leave(self.life)
 
     def _arrange_turn(self) -> None:
         if not self._turn_due and not self.busy:
@@ -282,10 +262,10 @@ class RankProcess:
             case rank_events.Step() | rank_events.DummyStep():
                 self._begin_step(effect)
             case rank_events.Agree():
-                self._enter(Part(effect, AGREEMENT_S, self._agreed, self._ended))
+                self._enter(Part(effect, AGREEMENT_S, lambda agreed: self._over(agreed[0]), self._ended))
             case rank_events.FormGroup(generation, members):
                 self.busy = True
-                self._groups.form(self._life, generation, members, partial(self._formed, generation), self._ended)
+                self._groups.form(self.life, generation, members, partial(self._formed, generation), self._ended)
             case rank_events.Urge():
                 self._urge = True
             case rank_events.Again():
@@ -327,7 +307,6 @@ class RankProcess:
         span = self._span
         if not self.alive or span is None:
             return
-        self.busy = False
         if real:
             # In lockstep it lasted as long as the slowest rank's, and as all took to begin it.
             seconds = (self.world.now - begun) / span.steps
@@ -336,44 +315,29 @@ class RankProcess:
             self.dummy_steps += span.steps
             done = rank_events.Stepped((), self.engine.load(), self.engine.has_work(), urged=urged)
         self._watch.stepped(self, span, done)
-        self._feed(done)
-        self._go_on()
-
-    def _agreed(self, outcome: list[rank_events.Agreed]) -> None:
-        if not self.alive:
-            return
-        self.busy = False
-        self._feed(outcome[0])
-        self._go_on()
+        self._over(done)
 
     def _formed(self, generation: int, group: Group) -> None:
-        if not self.alive:
-            return
-        self.busy = False
-        self.group = group
-        self._feed(rank_events.Formed(generation))
-        self._go_on()
+        if self.alive:
+            self.group = group
+            self._over(rank_events.Formed(generation))
 
-    def _ended(self) -> None:
-        """The generation is over, or was not formed in time."""
-        if not self.alive:
-            return
-        self.busy = False
-        self._feed(rank_events.GenerationEnded())
-        self._go_on()
-
-    def _go_on(self) -> None:
-        if not self.busy:
-            self._turn()
+    def _over(self, event: rank_events.Event) -> None:
+        """What it was busy with is over."""
+        if self.alive:
+            self.busy = False
+            self._feed(event)
+            if not self.busy:
+                self._turn()
 
 
 # Front-ends -------------------------------------------------------------------------------------
 
 
 class Call(Struct):
-    """An operator's request to suspend or resume: what, when (virtual seconds), and how it ended."""
+    """An operator's request: the event, which is repeated until it is served; when (virtual seconds); how it ended."""
 
-    action: ControlAction
+    event: frontend_events.Control | frontend_events.Scale
     asked: float
     answered: float = -1.0
     superseded: bool = False
@@ -402,8 +366,6 @@ class FrontEndProcess:
         self.alive = True
         self.answers = Answers(world, name)
         self.calls: dict[int, Call] = {}
-        self.scale_calls: dict[int, int] = {}
-        """By call, the size that an operator has asked for and waits for."""
         self.to_ranks: dict[int, Link] = {}
         self.lives: dict[int, int] = {}
         """By rank, the life that it is connected to."""
@@ -432,27 +394,26 @@ class FrontEndProcess:
             self.feed(frontend_events.Abandon(waiting))
 
     def control(self, action: ControlAction) -> int:
-        """An operator asks to suspend in this mode, or to resume; asked again until it is so. Returns the call."""
-        call = self.answers.number()
-        self.calls[call] = Call(action, self.world.now)
-        self._ask(call)
-        return call
+        """An operator asks to suspend in this mode, or to resume. Returns the call."""
+        return self._call(frontend_events.Control(self.answers.number(), action))
 
-    def scale(self, size: int) -> None:
-        """An operator asks for so many ranks; asked again until it is answered."""
-        call = self.answers.number()
-        self.scale_calls[call] = size
-        self._ask_to_scale(call)
+    def scale(self, size: int) -> int:
+        """An operator asks for so many ranks. Returns the call."""
+        return self._call(frontend_events.Scale(self.answers.number(), size, DRAIN_MS, STARTUP_MS))
 
-    def _ask_to_scale(self, call: int) -> None:
-        if self.alive and call in self.scale_calls:
-            self.feed(frontend_events.Scale(call, self.scale_calls[call], DRAIN_MS, STARTUP_MS))
-            self.world.after(CONTROL_REPEAT_S, lambda: self._ask_to_scale(call))
+    def _call(self, event: frontend_events.Control | frontend_events.Scale) -> int:
+        self.calls[event.call] = Call(event, self.world.now)
+        self._ask(self.calls[event.call])
+        return event.call
 
-    def _ask(self, call: int) -> None:
-        if self.alive and not self.calls[call].over:
-            self.feed(frontend_events.Control(call, self.calls[call].action))
+    def _ask(self, call: Call) -> None:
+        if self.alive and not call.over:
+            self.feed(call.event)
             self.world.after(CONTROL_REPEAT_S, lambda: self._ask(call))
+
+    def waiting(self, kind: type) -> bool:
+        """Whether an operator waits for the end of such a call."""
+        return any(isinstance(call.event, kind) and not call.over for call in self.calls.values())
 
     def finished(self) -> bool:
         """Whether no client waits."""
@@ -461,7 +422,6 @@ class FrontEndProcess:
     def kill(self) -> None:
         """The process is gone; its clients' connections break."""
         self.alive = False
-        self.scale_calls.clear()
         for call in self.calls.values():
             call.answered = self.world.now if not call.over else call.answered
         for request in self.answers:
@@ -524,7 +484,7 @@ class FrontEndProcess:
             case frontend_events.Refuse():
                 self.answers.refused(effect)
             case frontend_events.Scaled(call):
-                self.scale_calls.pop(call, None)
+                self.calls[call].answered = self.world.now
             case frontend_events.Controlled(call, number, superseded):
                 self._watch.controlled(self, effect)
                 known = self.calls[call]
