@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -144,7 +145,7 @@ def simulate_command(given: Given) -> None:
     fields = [name for name in Options.__struct_fields__ if name in given]
     brokered = None if given["bind"] is None else given["bind"] == "broker"
     options = Options(**{name: given[name] for name in fields}, brokered=brokered)
-    seeds = iter([options.seed]) if given["seeds"] is None else _read_seeds(given["seeds"])
+    seeds = [options.seed] if given["seeds"] is None else _read_seeds(given["seeds"])
     if run_seeds(options, seeds, given["json"], given["seeds"] is not None):
         raise typer.Exit(1)
 
@@ -158,7 +159,7 @@ app = command(
 # Seeds ------------------------------------------------------------------------------------------
 
 
-def run_seeds(options: Options, seeds: Iterator[int], as_json: bool, many: bool) -> bool:
+def run_seeds(options: Options, seeds: Iterable[int], as_json: bool, many: bool) -> bool:
     """Run each seed and print what came of it, a line each for `many`; returns whether one failed, the last one run."""
     count = events = 0
     try:
@@ -222,20 +223,13 @@ def replay(options: Options, seed: int) -> str:
     return shlex.join(words)
 
 
-def _read_seeds(text: str) -> Iterator[int]:
+def _read_seeds(text: str) -> Iterable[int]:
     first, dots, last = text.partition("..")
     if not dots or not first.isdecimal() or (last and not last.isdecimal()):
         raise ConfigError(f"--seeds: {text!r} is not like 0..999")
     if last and int(last) < int(first):
         raise ConfigError(f"--seeds: {text!r} ends before it begins")
-    return _count(int(first), int(last) if last else None)
-
-
-def _count(first: int, last: int | None) -> Iterator[int]:
-    seed = first
-    while last is None or seed <= last:
-        yield seed
-        seed += 1
+    return range(int(first), int(last) + 1) if last else itertools.count(int(first))
 
 
 # Traces -----------------------------------------------------------------------------------------

