@@ -21,7 +21,7 @@ from paceline.core.requests import AddRequest, Outputs
 from paceline.errors import ConfigError
 from paceline.sim.answers import Answers
 from paceline.sim.engine import EngineShape, MemoryEngine, Sequence
-from paceline.sim.processes import Engine, FrontEndProcess, Planned, RankProcess
+from paceline.sim.processes import Engine, FrontendProcess, Planned, RankProcess
 from paceline.sim.replay import Recorder, Replay, Setup, prompt_of
 from paceline.sim.trace import Arrival
 from paceline.sim.world import Link
@@ -37,21 +37,21 @@ class ClientReplay(Replay):
     def __init__(self, setup: Setup, arrivals: list[Arrival]) -> None:
         super().__init__(replace(setup, quota=False, bind="arrival"), arrivals, ClientRecorder(self._ended))
         self.kind = CLIENTS[setup.routing]
-        count = 1 if self.kind.one else setup.front_ends
-        self.clients = [self.kind(index, setup.front_ends, setup.ranks) for index in range(count)]
+        count = 1 if self.kind.one else setup.frontends
+        self.clients = [self.kind(index, setup.frontends, setup.ranks) for index in range(count)]
         self._ticking = False
 
-    def client(self, front_end: FrontEndProcess) -> Client:
+    def client(self, frontend: FrontendProcess) -> Client:
         """The one that chooses for this front-end."""
-        places = [place for place, one in self.front_ends.items() if one is front_end]
+        places = [place for place, one in self.frontends.items() if one is frontend]
         return self.clients[0 if self.kind.one else places[0]]
 
-    def submit(self, front_end: FrontEndProcess, sequence: Sequence) -> None:
+    def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
         """Choose, and send."""
-        client = self.client(front_end)
+        client = self.client(frontend)
         rank = client.choose(sequence)
         client.in_flight[rank] += 1
-        front_end.ask(sequence.number, prompt_of(sequence, contents=False), self.params, rank)
+        frontend.ask(sequence.number, prompt_of(sequence, contents=False), self.params, rank)
         if not self._ticking:
             self._ticking = True
             self.world.after(self.kind.interval_s, self._tick)
@@ -67,19 +67,19 @@ class ClientReplay(Replay):
         for client in self.clients:
             client.hear(snapshot)
 
-    def _ended(self, front_end: FrontEndProcess, said: Outputs) -> None:
+    def _ended(self, frontend: FrontendProcess, said: Outputs) -> None:
         ended = sum(output.finish_reason is not None for output in said.outputs)
-        self.client(front_end).in_flight[said.rank] -= ended
+        self.client(frontend).in_flight[said.rank] -= ended
 
 
 class ClientRecorder(Recorder):
     """Tells of what front-ends hear from ranks."""
 
-    def __init__(self, heard: Callable[[FrontEndProcess, Outputs], None]) -> None:
+    def __init__(self, heard: Callable[[FrontendProcess, Outputs], None]) -> None:
         super().__init__()
         self._heard = heard
 
-    def frontend(self, frontend: FrontEndProcess, event: frontend_events.Event) -> None:
+    def frontend(self, frontend: FrontendProcess, event: frontend_events.Event) -> None:
         """An event at a front-end."""
         if isinstance(event, frontend_events.RankSaid):
             self._heard(frontend, event.message)
@@ -123,16 +123,16 @@ class QueueReplay(Replay):
         """What clients got of the queue."""
         return [self.asked]
 
-    def submit(self, front_end: FrontEndProcess, sequence: Sequence) -> None:
+    def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
         """On its way to the queue."""
         self.asked.asked(self.params.max_tokens, sequence.number)
-        self.world.after(self.setup.delay_s, partial(self._join, sequence))
+        self.world.after(self.setup.delay_s, partial(self._queue_up, sequence))
 
     def back(self, rank: RankProcess, identity: int) -> Link | None:
         """Outputs go to the clients."""
         return self._to_clients if identity == NOBODY else super().back(rank, identity)
 
-    def _join(self, sequence: Sequence) -> None:
+    def _queue_up(self, sequence: Sequence) -> None:
         self.queue.queue.append(sequence)
         if self.queue.at_once or not any(rank.machine.running for rank in self.ranks.values()):
             self.queue.pull(self.known)
@@ -155,7 +155,7 @@ class QueueReplay(Replay):
         life, number = process.machine.incarnation, process.taken.get(NOBODY, 0) + len(rank.given)
         prompt = prompt_of(sequence, contents=False)
         add = AddRequest(sequence.number, number, life, process.machine.wave, prompt, self.params)
-        process.arrive(rank_events.FrontEndSaid(NOBODY, add))
+        process.arrive(rank_events.FrontendSaid(NOBODY, add))
 
     def _hear(self, said: Outputs) -> None:
         for output in said.outputs:
@@ -240,7 +240,7 @@ def plot(run: Replay, path: Path) -> None:
     work.legend()
     setup = run.setup
     kind = "lockstep" if setup.lockstep else "independent"
-    figure.suptitle(f"{setup.routing}, {setup.ranks} {kind} ranks, {setup.front_ends} front-ends")
+    figure.suptitle(f"{setup.routing}, {setup.ranks} {kind} ranks, {setup.frontends} front-ends")
     try:
         figure.savefig(path, dpi=80)
     except (OSError, ValueError) as error:
@@ -258,7 +258,7 @@ def replay_command(given: Given) -> None:
         plot(run, Path(given["plot"]))
 
 
-SHARED = ("seed", "ranks", "front_ends", "requests", "lockstep", "json", "bind")
+SHARED = ("seed", "ranks", "frontends", "requests", "lockstep", "json", "bind")
 FLAGS = {name: replace(FAULTS[name], drawn=False) for name in SHARED} | TRACE
 FLAGS["routing"] = Flag(str, f"{TRACE['routing'].help[:-1]}; or of others: {', '.join((*CLIENTS, *QUEUES))}.")
 FLAGS["plot"] = Flag(str, "Draw the run into this file (needs matplotlib).")

@@ -24,16 +24,16 @@ from paceline.simulate.explore_binding_world import Limits
 from paceline.simulate.explore_search import Finding, World, search
 
 FOUND, NOT_DECIDED = 1, 2
-OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
+OF_BOTH = ("ranks", "frontends", "requests", "losses", "crashes")
 OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "notices", "max_memory_mb")
 """Flags that say nothing of brokered binding's walk, nor of the answers'."""
 NOT_OF_BINDING = ("scales", "answers")
-NOT_OF_ANSWERS = ("front_ends", "losses", "without")
+NOT_OF_ANSWERS = ("frontends", "losses", "without")
 
 
 def check(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 3,
-    front_ends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
+    frontends: Annotated[int, typer.Option("--front-ends", min=1, help="Front-ends; the walk covers any number.")] = 2,
     requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 3,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
     crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,
@@ -79,7 +79,7 @@ def check(
         _search(walks, as_json)
         return
     bound = Bound(
-        ranks, front_ends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
+        ranks, frontends, requests, losses, crashes, steps=steps, sync_interval=sync_interval,
         max_memory_mb=max_memory_mb, suspensions=suspensions, mode=_mode(mode), without=_rules(without or [], RULES),
         backlog=backlog, grouped=grouped, scales=scales, notices=notices,
     )  # fmt: skip

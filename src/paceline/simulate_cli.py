@@ -45,7 +45,7 @@ FAULTS = {
     "seed": Flag(int, "The same seed gives the same run, event for event.", 0, 2**63 - 1, 0),
     "seeds": Flag(str, "Run these seeds until one fails; without B, for ever.", metavar="A..B"),
     "ranks": Flag(int, "Ranks", 1, 4096, drawn=True),
-    "front_ends": Flag(int, "Front-ends", 1, 64, drawn=True),
+    "frontends": Flag(int, "Front-ends", 1, 64, drawn=True, name="--front-ends"),
     "requests": Flag(int, "Requests that arrive", 0, 10_000_000, drawn=True),
     "losses": Flag(float, "Share of broadcasts and notices lost", 0.0, 0.9, drawn=True),
     "crashes": Flag(int, "Crashes of any process", 0, 10_000, drawn=True),
@@ -129,7 +129,7 @@ def _check_range(name: str, flag: Flag, value: Any) -> None:
 
 def dashed(name: str) -> str:
     """As it is typed."""
-    return name.replace("_", "-")
+    return name.replace("frontends", "front-ends").replace("_", "-")
 
 
 def simulate_command(given: Given) -> None:
@@ -143,8 +143,8 @@ def simulate_command(given: Given) -> None:
         if given[name] is not None:
             raise ConfigError(f"--{dashed(name)}: only with --trace")
     fields = [name for name in Options.__struct_fields__ if name in given]
-    brokered = None if given["bind"] is None else given["bind"] == "broker"
-    options = Options(**{name: given[name] for name in fields}, brokered=brokered)
+    late_binding = None if given["bind"] is None else given["bind"] == "broker"
+    options = Options(**{name: given[name] for name in fields}, late_binding=late_binding)
     seeds = [options.seed] if given["seeds"] is None else _read_seeds(given["seeds"])
     if run_seeds(options, seeds, given["json"], given["seeds"] is not None):
         raise typer.Exit(1)
@@ -188,9 +188,9 @@ def summary(outcome: Outcome) -> str:
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
     faults = ", ".join(f"{count} {kind}" for kind, count in outcome.faults.items()) or "none"
     lines = [
-        f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
+        f"seed {options.seed}: {options.ranks} {kind} ranks, {options.frontends} front-ends,"
         f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
-        f"  binding       {'brokered' if options.brokered else 'at arrival'}",
+        f"  binding       {'late' if options.late_binding else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''};"
@@ -210,14 +210,14 @@ def summary(outcome: Outcome) -> str:
 def replay(options: Options, seed: int) -> str:
     """The command line that runs this seed again: what was given, the rest is drawn anew from it."""
     words = ["paceline", "simulate", "--seed", str(seed)]
-    for name in ("ranks", "front_ends", "requests", *NOT_WITH_TRACE):
+    for name in ("ranks", "frontends", "requests", *NOT_WITH_TRACE):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{dashed(name)}", str(value)]
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
-    if options.brokered is not None:
-        words += ["--bind", "broker" if options.brokered else "arrival"]
+    if options.late_binding is not None:
+        words += ["--bind", "broker" if options.late_binding else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)
@@ -259,7 +259,7 @@ def figures(outcome: traced.Outcome) -> str:
     kind = "lockstep" if outcome.lockstep else "independent"
     refused = f", {outcome.refused} too large for the memory left out" if outcome.refused else ""
     lines = [
-        f"{outcome.routing}: {outcome.ranks} {kind} ranks, {outcome.front_ends} front-ends",
+        f"{outcome.routing}: {outcome.ranks} {kind} ranks, {outcome.frontends} front-ends",
         f"  requests          {outcome.requests:,}{refused}; {outcome.duration_s:,.1f} s of virtual time in"
         f" {outcome.real_s:.1f} s",
         f"  throughput        {outcome.throughput_tokens_per_s:,.0f} output tokens/s",
@@ -290,7 +290,7 @@ def _setup(given: Given, names: tuple[str, ...]) -> Setup:
     shape = _known(given, "slots", "kv_tokens")
     shape |= {} if given["token_budget"] is None else {"budget": given["token_budget"]}
     seconds = {f"{name[:-2]}s": value / 1e3 for name, value in _known(given, "delay_ms", "interval_ms").items()}
-    kept = _known(given, "ranks", "front_ends", "lockstep", "seed", "warm_up", "bind")
+    kept = _known(given, "ranks", "frontends", "lockstep", "seed", "warm_up", "bind")
     return Setup(routing=routing, policy=policy, engine=EngineShape(costs, **shape), **kept, **seconds)
 
 

@@ -101,7 +101,7 @@ def test_sglang_chooses_by_tokens_then_requests() -> None:
 
 
 def test_a_clients_own_counts_fall_when_it_hears_of_the_end() -> None:
-    done = finished(drawn(60, 200.0), ranks=3, front_ends=2, routing="vllm-0.32")
+    done = finished(drawn(60, 200.0), ranks=3, frontends=2, routing="vllm-0.32")
     assert isinstance(done.run, ClientReplay)
     assert [client.in_flight.tolist() for client in done.run.clients] == [[0.0, 0.0, 0.0]] * 2
 
@@ -124,7 +124,7 @@ def test_a_client_hears_of_the_ranks_as_they_were(name: str, monkeypatch: pytest
 
 
 def test_one_controller_stands_before_all_sglang_ranks() -> None:
-    run = ClientReplay(Setup(ranks=2, front_ends=4, routing="sglang-total-tokens"), drawn(5, 1.0))
+    run = ClientReplay(Setup(ranks=2, frontends=4, routing="sglang-total-tokens"), drawn(5, 1.0))
     assert len(run.clients) == 1
 
 
@@ -235,5 +235,5 @@ def test_it_is_no_slower_than_anybody_under_load() -> None:
     arrivals = drawn(800, 60.0)
     best = finished(arrivals, ranks=4, routing="oracle").outcome
     for routing in ("round-robin", "vllm-0.32", "vllm-0.9", "least-load"):
-        other = finished(arrivals, ranks=4, front_ends=4, routing=routing).outcome
+        other = finished(arrivals, ranks=4, frontends=4, routing=routing).outcome
         assert best.ttft_p99_ms <= other.ttft_p99_ms * 1.02

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
-from paceline.core.load import MAX_LEDGER_SENDS, Ledger, Load, SpeedMeter, believed, waiting_for_a_slot
+from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter, believed, waiting_for_a_slot
 from paceline.core.messages import LoadView, SendNotice
 from paceline.sim.deployment import Deployment
-from paceline.sim.processes import FrontEndProcess
+from paceline.sim.processes import FrontendProcess
 from tests.sim.deployments import ready, rest, seen
 
 numbers = st.integers(0, 250)
@@ -23,50 +23,50 @@ class Walk:
     They count what went over the links, and never look into a ledger.
     """
 
-    def __init__(self, ranks: int = 3, front_ends: int = 3) -> None:
-        self.deployment = ready(ranks, front_ends, lockstep=False, slots=4, encode=False)
-        self._size = (ranks, front_ends)
+    def __init__(self, ranks: int = 3, frontends: int = 3) -> None:
+        self.deployment = ready(ranks, frontends, lockstep=False, slots=4, encode=False)
+        self._size = (ranks, frontends)
         self._cut: set[tuple[int, int]] = set()
         self._views: list[LoadView] = []
 
     def act(self, what: str, a: int, b: int) -> None:
         """Let something happen to a front-end and a rank, and a little time pass."""
         self.deployment.world.run_for(0.002 * (a % 4))
-        front_end, number = self.deployment.front_ends[a % self._size[1]], b % self._size[0]
-        getattr(self, what)(front_end, number, a % self._size[1], a * 31 + b)
+        frontend, number = self.deployment.frontends[a % self._size[1]], b % self._size[0]
+        getattr(self, what)(frontend, number, a % self._size[1], a * 31 + b)
         life = self.deployment.coordinator
         views = (one for one in seen(self.deployment).broadcasts if isinstance(one, LoadView))
         # What a life that is over has said comes before anything of the next.
         self._views = [one for one in views if life is not None and one.coordinator == life.machine.identity][-4:]
         seen(self.deployment).broadcasts[:] = self._views
 
-    def submit(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
-        named = number if salt % 3 == 0 and number in front_end.machine.ready_ranks() else None
-        front_end.submit(1 + salt % 40, 1 + salt % 4, named)
+    def submit(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
+        named = number if salt % 3 == 0 and number in frontend.machine.ready_ranks() else None
+        frontend.submit(1 + salt % 40, 1 + salt % 4, named)
 
-    def abandon(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
-        front_end.abandon(*list(front_end.answers)[-1 - salt % 3 :])
+    def abandon(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
+        frontend.abandon(*list(frontend.answers)[-1 - salt % 3 :])
 
-    def hold(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def hold(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         """What somebody says comes late."""
         rank = self.deployment.ranks[number]
-        link = (front_end.broadcasts, front_end.to_coordinator, rank.broadcasts, rank.to_coordinator)[salt % 4]
+        link = (frontend.broadcasts, frontend.to_coordinator, rank.broadcasts, rank.to_coordinator)[salt % 4]
         if not link.held:
             link.hold()
             self.deployment.world.after(0.01 + 0.01 * (salt % 5), link.release)
 
-    def view_again(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def view_again(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         """An older view comes once more, or after a newer one."""
         view = self._views[salt % len(self._views)] if self._views else None
         # It has come once, so all from before has come.
-        if view is not None and front_end.machine.statistics()["coordinator"] == view.coordinator:
-            front_end.hear(view)
+        if view is not None and frontend.machine.statistics()["coordinator"] == view.coordinator:
+            frontend.hear(view)
 
-    def lose(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def lose(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         kind = (LoadView, SendNotice)[salt % 2]
-        (front_end.broadcasts if kind is LoadView else front_end.to_coordinator).lose(kind)
+        (frontend.broadcasts if kind is LoadView else frontend.to_coordinator).lose(kind)
 
-    def cut_link(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def cut_link(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         up = (
             self.deployment.cut_link(number, index, severed=bool(salt % 3))
             if (index, number) not in self._cut
@@ -76,17 +76,17 @@ class Walk:
             self._cut.add((index, number))
             self.deployment.world.after(0.01 * (1 + salt % 6), lambda: (self._cut.discard((index, number)), up()))
 
-    def restart_rank(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def restart_rank(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         self.deployment.crash_rank(number)
         self.deployment.world.run_for(0.001 * (salt % 9))
         self.deployment.start_rank(number)
 
-    def restart_front_end(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
-        self.deployment.crash_front_end(index)
+    def restart_frontend(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
+        self.deployment.crash_frontend(index)
         self.deployment.world.run_for(0.001 * (salt % 9))
-        self.deployment.start_front_end(index)
+        self.deployment.start_frontend(index)
 
-    def restart_coordinator(self, front_end: FrontEndProcess, number: int, index: int, salt: int) -> None:
+    def restart_coordinator(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
         self.deployment.crash_coordinator()
         self.deployment.world.run_for(0.001 * (salt % 9))
         self.deployment.start_coordinator()
@@ -100,7 +100,7 @@ class Walk:
 
 
 ORDINARY = ["submit", "submit", "submit", "abandon", "hold", "view_again", "lose"]
-RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_front_end", "restart_coordinator"]
+RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_frontend", "restart_coordinator"]
 STEPS = st.lists(st.tuples(st.sampled_from([*ORDINARY, *RARE]), numbers, numbers), min_size=20, max_size=150)
 
 
@@ -130,7 +130,7 @@ def test_the_accounting_is_exact_over_a_million_events() -> None:
     # The walk is worth its time only if it did something.
     assert len(deployment.coordinators) > 100
     assert len(deployment.retired) > 100
-    assert sum(len(front_end.answers) for front_end in deployment.retired) > 10_000
+    assert sum(len(frontend.answers) for frontend in deployment.retired) > 10_000
 
 
 def test_the_accounting_is_exact_in_many_short_walks() -> None:
@@ -139,7 +139,7 @@ def test_the_accounting_is_exact_in_many_short_walks() -> None:
 
 
 def test_a_ledger_holds_what_no_report_holds() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     for number, tokens in ((1, 10), (2, 20), (3, 30)):
         ledger.sent(number, tokens)
     assert (ledger.requests, ledger.tokens, ledger.last) == (3, 60, 3)
@@ -150,7 +150,7 @@ def test_a_ledger_holds_what_no_report_holds() -> None:
 
 
 def test_a_ledger_takes_nothing_twice_and_nothing_back() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     ledger.sent(1, 10)
     ledger.sent(1, 10)
     assert ledger.requests == 1
@@ -166,7 +166,7 @@ def test_a_ledger_takes_nothing_twice_and_nothing_back() -> None:
 
 
 def test_a_report_may_come_before_word_of_the_send_that_it_holds() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     ledger.reported(2)
     ledger.sent(1, 10)
     ledger.sent(2, 20)
@@ -175,11 +175,11 @@ def test_a_report_may_come_before_word_of_the_send_that_it_holds() -> None:
 
 
 def test_a_ledger_is_bounded() -> None:
-    ledger = Ledger()
-    for number in range(1, MAX_LEDGER_SENDS + 11):
+    ledger = Accounting()
+    for number in range(1, MAX_ACCOUNTED_SENDS + 11):
         ledger.sent(number, 1)
-    assert (ledger.requests, ledger.tokens) == (MAX_LEDGER_SENDS, MAX_LEDGER_SENDS)
-    ledger.reported(MAX_LEDGER_SENDS + 9)
+    assert (ledger.requests, ledger.tokens) == (MAX_ACCOUNTED_SENDS, MAX_ACCOUNTED_SENDS)
+    ledger.reported(MAX_ACCOUNTED_SENDS + 9)
     assert (ledger.requests, ledger.tokens) == (1, 1)
 
 

@@ -20,15 +20,15 @@ from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction
 from paceline.core.standing import MODES
 from paceline.sim.deployment import Deployment
-from paceline.sim.processes import Call, FrontEndProcess
+from paceline.sim.processes import Call, FrontendProcess
 from paceline.sim.world import Delays
 from tests.core.harness import find
 from tests.sim.deployments import ready, rest, seen, tokens
 
 
-def control(deployment: Deployment, action: ControlAction, front_end: int = 0, limit_s: float = 30.0) -> Call:
+def control(deployment: Deployment, action: ControlAction, frontend: int = 0, limit_s: float = 30.0) -> Call:
     """Ask, and run until that is served."""
-    process = deployment.front_ends[front_end]
+    process = deployment.frontends[frontend]
     call = process.calls[process.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s)
     return call
@@ -41,8 +41,8 @@ def number(deployment: Deployment) -> int:
 
 def load(deployment: Deployment, requests: int = 6, max_tokens: int = 12) -> None:
     """Requests at every front-end, spread over all ranks."""
-    for front_end, index in itertools.product(deployment.front_ends.values(), range(requests)):
-        front_end.submit(max_tokens=max_tokens, rank=index % deployment.shape.ranks)
+    for frontend, index in itertools.product(deployment.frontends.values(), range(requests)):
+        frontend.submit(max_tokens=max_tokens, rank=index % deployment.shape.ranks)
 
 
 def is_suspended(deployment: Deployment) -> None:
@@ -53,9 +53,9 @@ def is_suspended(deployment: Deployment) -> None:
     assert not any(rank.busy for rank in deployment.ranks.values())
 
 
-def aborted(front_end: FrontEndProcess) -> list[int]:
+def aborted(frontend: FrontendProcess) -> list[int]:
     """Requests that ended with an abort."""
-    return [request for request, answer in front_end.answers.items() if answer.finish_reason == "abort"]
+    return [request for request, answer in frontend.answers.items() if answer.finish_reason == "abort"]
 
 
 # One call at a time ---------------------------------------------------------------------------
@@ -67,18 +67,18 @@ def aborted(front_end: FrontEndProcess) -> list[int]:
 def test_under_load_all_stop_and_all_finish_after_the_resume(
     mode: ControlAction, lockstep: bool, after_s: float
 ) -> None:
-    deployment = ready(ranks=3, front_ends=2, lockstep=lockstep)
+    deployment = ready(ranks=3, frontends=2, lockstep=lockstep)
     load(deployment)
     deployment.world.run_for(after_s)
     assert not control(deployment, mode).superseded
     is_suspended(deployment)
-    finished = all(front_end.finished() for front_end in deployment.front_ends.values())
+    finished = all(frontend.finished() for frontend in deployment.frontends.values())
     assert finished == (mode != "keep" and not any(r.machine.requests.held for r in deployment.ranks.values()))
     assert not control(deployment, "resume").superseded
     deployment.finish()
     if mode != "abort":
-        assert not any(aborted(front_end) for front_end in deployment.front_ends.values())
-        assert set(tokens(deployment.front_ends.values())) == {12}
+        assert not any(aborted(frontend) for frontend in deployment.frontends.values())
+        assert set(tokens(deployment.frontends.values())) == {12}
     if lockstep:
         rest(deployment)
 
@@ -97,21 +97,21 @@ def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, loc
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_request_that_comes_while_suspended(mode: ControlAction, lockstep: bool) -> None:
-    deployment = ready(ranks=2, front_ends=2, lockstep=lockstep)
+    deployment = ready(ranks=2, frontends=2, lockstep=lockstep)
     control(deployment, mode)
     deployment.world.run_for(1.0)
-    request = deployment.front_ends[1].submit()
+    request = deployment.frontends[1].submit()
     is_suspended(deployment)
-    assert deployment.front_ends[1].answers[request].refused == ("suspended" if mode == "abort" else None)
-    assert deployment.front_ends[1].answers[request].tokens == 0
+    assert deployment.frontends[1].answers[request].refused == ("suspended" if mode == "abort" else None)
+    assert deployment.frontends[1].answers[request].tokens == 0
     control(deployment, "resume")
     deployment.finish(limit_s=1.0)
 
 
 def test_asking_twice_is_asking_once() -> None:
-    deployment = ready(ranks=2, front_ends=2)
+    deployment = ready(ranks=2, frontends=2)
     for action, number in (("keep", 1), ("resume", 2)):
-        numbers = [control(deployment, action, front_end).number for front_end in (0, 1, 0)]
+        numbers = [control(deployment, action, frontend).number for frontend in (0, 1, 0)]
         assert numbers == [number] * 3
 
 
@@ -126,8 +126,8 @@ def test_lost_broadcasts_are_made_up_for(lockstep: bool, times: int) -> None:
     for action in ("keep", "resume", "wait", "resume"):
         deployment.ranks[1].broadcasts.lose(Suspension, times)
         deployment.ranks[2].broadcasts.lose(StartDPWave, times)
-        deployment.front_ends[0].to_coordinator.lose(ControlRequest)
-        deployment.front_ends[0].broadcasts.lose(ControlAnswer)
+        deployment.frontends[0].to_coordinator.lose(ControlRequest)
+        deployment.frontends[0].broadcasts.lose(ControlAnswer)
         control(deployment, action)
         if action != "resume":
             is_suspended(deployment)
@@ -143,17 +143,17 @@ def test_lost_broadcasts_are_made_up_for(lockstep: bool, times: int) -> None:
 def test_the_coordinator_crashes_in_the_midst_of_it(
     lockstep: bool, mode: ControlAction, crash_after_s: float, down_s: float
 ) -> None:
-    deployment = ready(ranks=3, front_ends=2, lockstep=lockstep)
+    deployment = ready(ranks=3, frontends=2, lockstep=lockstep)
     load(deployment)
     deployment.world.run_for(0.015)
     for action in (mode, "resume"):
-        call = deployment.front_ends[0].control(action)
+        call = deployment.frontends[0].control(action)
         deployment.world.run_for(crash_after_s)
         deployment.crash_coordinator()
         deployment.world.run_for(down_s)
         deployment.start_coordinator()
         deployment.world.run_until(deployment.controlled, 10.0)
-        assert not deployment.front_ends[0].calls[call].superseded, "nobody asked for the contrary"
+        assert not deployment.frontends[0].calls[call].superseded, "nobody asked for the contrary"
         if action != "resume":
             is_suspended(deployment)
     deployment.finish()
@@ -176,17 +176,17 @@ STEPS = st.one_of(
 def perform(deployment: Deployment, what: str, which: Any, value: Any) -> None:
     match what:
         case "ask":
-            deployment.front_ends[which].control(value)
+            deployment.frontends[which].control(value)
         case "submit":
-            deployment.front_ends[which].submit(max_tokens=3, rank=value)
+            deployment.frontends[which].submit(max_tokens=3, rank=value)
         case "run":
             deployment.world.run_for(which)
         case "lose at rank":
             deployment.ranks[which].broadcasts.lose(value)
         case "lose at front-end":
-            deployment.front_ends[which].broadcasts.lose(value)
+            deployment.frontends[which].broadcasts.lose(value)
         case "lose upwards":
-            deployment.front_ends[which].to_coordinator.lose(value)
+            deployment.frontends[which].to_coordinator.lose(value)
         case "crash":
             deployment.crash_coordinator()
             deployment.world.run_for(which)
@@ -196,7 +196,7 @@ def perform(deployment: Deployment, what: str, which: Any, value: Any) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lockstep=st.booleans(), schedule=st.lists(STEPS, min_size=1, max_size=14))
 def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, Any, Any]]) -> None:
-    deployment = ready(ranks=3, front_ends=2, lockstep=lockstep)
+    deployment = ready(ranks=3, frontends=2, lockstep=lockstep)
     for what, which, value in schedule:
         perform(deployment, what, which, value)
     deployment.world.run_until(deployment.controlled)
@@ -213,12 +213,12 @@ def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
     control(deployment, "keep")
     deployment.crash_rank(1)
     deployment.crash_coordinator()
-    deployment.ranks[0].to_coordinator.delays = deployment.front_ends[0].to_coordinator.delays = Delays(0.01, 0, 0, 0)
+    deployment.ranks[0].to_coordinator.delays = deployment.frontends[0].to_coordinator.delays = Delays(0.01, 0, 0, 0)
     deployment.start_coordinator()
     deployment.start_rank(1)
     for _ in range(20):
         deployment.world.run_for(0.002)
-        deployment.front_ends[0].submit()
+        deployment.frontends[0].submit()
     is_suspended(deployment)
 
 
@@ -235,6 +235,6 @@ def test_a_new_life_of_a_rank_holds_the_suspension_and_serves_after_it(mode: Con
     is_suspended(deployment)
     assert not control(deployment, "resume").superseded
     deployment.finish()
-    request = deployment.front_ends[0].submit(rank=1)
+    request = deployment.frontends[0].submit(rank=1)
     deployment.finish()
-    assert deployment.front_ends[0].answers[request].tokens
+    assert deployment.frontends[0].answers[request].tokens

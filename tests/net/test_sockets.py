@@ -14,7 +14,7 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, SocketFolder
+from paceline.net.links import BadFrames, SocketFolder
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
 from paceline.net.sockets import bound_address, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
@@ -72,12 +72,12 @@ def test_port_that_was_found_is_told() -> None:
 
 
 def test_garbage_is_counted_and_logged_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
-    garbage = Garbage(logging.getLogger("test"), "a socket")
+    bad_frames = BadFrames(logging.getLogger("test"), "a socket")
     with caplog.at_level("WARNING"):
         for _ in range(3):
-            garbage.add("malformed", "bad\nline" + "x" * 1000)
-        garbage.add("version", "2")
-    assert garbage.counts == {"malformed": 3, "version": 1}
+            bad_frames.add("malformed", "bad\nline" + "x" * 1000)
+        bad_frames.add("version", "2")
+    assert bad_frames.counts == {"malformed": 3, "version": 1}
     assert len(caplog.messages) == 2
     assert "\n" not in caplog.messages[0]
     assert len(caplog.messages[0]) < 400

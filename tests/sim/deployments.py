@@ -11,7 +11,7 @@ from paceline.core.requests import AddRequest
 from paceline.engines.timed import CostModel
 from paceline.sim.checks import Checks
 from paceline.sim.deployment import Deployment, Shape
-from paceline.sim.processes import CoordinatorProcess, FrontEndProcess, RankProcess
+from paceline.sim.processes import CoordinatorProcess, FrontendProcess, RankProcess
 from paceline.sim.run import check_quiescence
 from paceline.sim.world import STEADY
 
@@ -38,20 +38,20 @@ class Seen(Checks):
         super().step(rank, effect)
         self.steps += 1
 
-    def sent(self, frontend: FrontEndProcess, rank: int, request: AddRequest) -> None:
+    def sent(self, frontend: FrontendProcess, rank: int, request: AddRequest) -> None:
         super().sent(frontend, rank, request)
         self.placed_at[frontend.name, request.request] = frontend.world.now
 
 
-def deploy(ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, slots: int = 8, **shape: Any) -> Deployment:
+def deploy(ranks: int = 2, frontends: int = 1, *, lockstep: bool = True, slots: int = 8, **shape: Any) -> Deployment:
     """Not started."""
     shape = {"grouped": False, "sync_interval": 4, "prefill_quota": AUTO if lockstep else OFF, "costs": COSTS, **shape}
-    return Deployment(Shape(ranks, front_ends, lockstep, slots=slots, **shape), checks=Seen())
+    return Deployment(Shape(ranks, frontends, lockstep, slots=slots, **shape), checks=Seen())
 
 
-def ready(ranks: int = 2, front_ends: int = 1, **shape: Any) -> Deployment:
+def ready(ranks: int = 2, frontends: int = 1, **shape: Any) -> Deployment:
     """Started, and all know each other."""
-    return deploy(ranks, front_ends, **shape).start().ready()
+    return deploy(ranks, frontends, **shape).start().ready()
 
 
 def seen(deployment: Deployment) -> Seen:
@@ -71,11 +71,11 @@ def waves(deployment: Deployment) -> set[int]:
     return {rank.machine.wave for rank in deployment.ranks.values()}
 
 
-def placed(front_end: FrontEndProcess) -> dict[int, int]:
+def placed(frontend: FrontendProcess) -> dict[int, int]:
     """The requests that have, or had, a rank, and which."""
-    return {request: answer.rank for request, answer in front_end.answers.items() if answer.rank >= 0}
+    return {request: answer.rank for request, answer in frontend.answers.items() if answer.rank >= 0}
 
 
-def tokens(front_ends: Iterable[FrontEndProcess]) -> list[int]:
+def tokens(frontends: Iterable[FrontendProcess]) -> list[int]:
     """How many each client got: 0, 1, 2, …, each once, or the run had been broken."""
-    return [answer.tokens for front_end in front_ends for answer in front_end.answers.values()]
+    return [answer.tokens for frontend in frontends for answer in frontend.answers.values()]

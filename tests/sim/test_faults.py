@@ -41,7 +41,7 @@ def test_drawn_arrivals_are_in_order_within_bounds_and_come_in_bursts() -> None:
     assert all(
         1 <= a.prompt_tokens <= MAX_PROMPT_TOKENS and 1 <= a.answer_tokens <= MAX_ANSWER_TOKENS for a in arrivals
     )
-    assert {a.front_end for a in arrivals} == {0, 1, 2}
+    assert {a.frontend for a in arrivals} == {0, 1, 2}
     assert {a.rank for a in arrivals} == {None, 0, 1, 2, 3}
     assert any(a.patience_s is not None for a in arrivals)
     gaps = [after.at - before.at for before, after in itertools.pairwise(arrivals)]
@@ -74,18 +74,18 @@ def test_steady_faults_come_so_often_and_of_every_kind() -> None:
 
 def test_an_aimed_crash_is_one_of_a_rank_that_has_requests() -> None:
     deployment = Deployment(Shape(ranks=3)).start().ready()
-    deployment.front_ends[0].submit(max_tokens=100, rank=1)
+    deployment.frontends[0].submit(max_tokens=100, rank=1)
     deployment.world.run_for(0.02)
     faults = Faults(deployment)
     faults.schedule([Fault(deployment.world.now, "rank-crash", 2, 0.5, aimed=True)])
     deployment.world.run_for(0.1)
     assert [number for number, rank in deployment.ranks.items() if not rank.alive] == [1]
     deployment.finish()
-    assert deployment.front_ends[0].answers.moved == 1
+    assert deployment.frontends[0].answers.moved == 1
 
 
 def struck(kind: FaultKind) -> tuple[Deployment, Faults]:
-    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
+    deployment = Deployment(Shape(ranks=2, frontends=2)).start().ready()
     faults = Faults(deployment)
     faults.schedule([Fault(deployment.world.now, kind, 1, 0.5, 4.0)])
     deployment.world.run_for(0.1)
@@ -96,7 +96,7 @@ def recovered(deployment: Deployment, faults: Faults) -> None:
     deployment.world.run_until(faults.over)
     deployment.world.run_for(2.0)
     deployment.ready()
-    deployment.front_ends[1].submit(rank=1)
+    deployment.frontends[1].submit(rank=1)
     deployment.finish()
     check_quiescence(deployment)
 
@@ -116,38 +116,38 @@ def test_a_rank_crashes_and_returns_as_another_life() -> None:
     assert deployment.ranks[1].machine.incarnation > before.machine.incarnation
 
 
-def test_a_front_end_crashes_and_its_clients_are_counted_as_gone() -> None:
-    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
-    request = deployment.front_ends[1].submit(max_tokens=100)
+def test_a_frontend_crashes_and_its_clients_are_counted_as_gone() -> None:
+    deployment = Deployment(Shape(ranks=2, frontends=2)).start().ready()
+    request = deployment.frontends[1].submit(max_tokens=100)
     faults = Faults(deployment)
     faults.schedule([Fault(deployment.world.now, "front-end-crash", 1, 0.5)])
     deployment.world.run_for(0.1)
     assert deployment.retired[0].answers[request].abandoned
-    assert deployment.living_front_end(1) is deployment.front_ends[0]
+    assert deployment.living_frontend(1) is deployment.frontends[0]
     recovered(deployment, faults)
 
 
 def test_a_slow_rank_slows_all_and_recovers() -> None:
     deployment, faults = struck("slow-rank")
-    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    deployment.frontends[0].submit(rank=0, max_tokens=5)
     slow = deployment.finish()
     deployment.world.run_until(faults.over)
     deployment.world.run_for(1.0)
-    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    deployment.frontends[0].submit(rank=0, max_tokens=5)
     assert slow > 2 * deployment.finish()
     recovered(deployment, faults)
 
 
 def test_a_rank_that_is_cut_off_hears_everything_later() -> None:
     deployment, faults = struck("cut-off")
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     assert deployment.finish() > 0.3
     recovered(deployment, faults)
 
 
 def test_a_rank_that_is_heard_late_is_woken_for_nothing_and_no_more() -> None:
     deployment, faults = struck("unheard")
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     assert deployment.finish() < 0.3
     recovered(deployment, faults)
 

@@ -24,7 +24,7 @@ ROUTINGS = [*OURS, *CLIENTS, "oracle"]
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_request_ends_and_tokens_add_up(routing: str, lockstep: bool) -> None:
     arrivals = drawn(150, 40.0, shared=True)
-    done = finished(arrivals, ranks=4, front_ends=3, routing=routing, lockstep=lockstep, slots=16, kv_tokens=20_000)
+    done = finished(arrivals, ranks=4, frontends=3, routing=routing, lockstep=lockstep, slots=16, kv_tokens=20_000)
     outcome = done.outcome
     assert (outcome.requests, outcome.refused) == (150, 0)
     assert outcome.output_tokens == sum(one.answer_tokens for one in arrivals)
@@ -41,7 +41,7 @@ def test_every_request_ends_and_tokens_add_up(routing: str, lockstep: bool) -> N
 @pytest.mark.parametrize("routing", ["least-load", "vllm-0.32", "oracle"])
 def test_the_same_seed_is_the_same_run(routing: str, lockstep: bool) -> None:
     arrivals = drawn(120, 60.0)
-    settings: dict[str, Any] = {"ranks": 4, "front_ends": 4, "routing": routing, "lockstep": lockstep}
+    settings: dict[str, Any] = {"ranks": 4, "frontends": 4, "routing": routing, "lockstep": lockstep}
     one, two = (asdict(finished(arrivals, seed=5, **settings).outcome) for _ in range(2))
     other = asdict(finished(arrivals, seed=6, **settings).outcome)
     for figures in (one, two, other):
@@ -66,7 +66,7 @@ def times(done: Done) -> list[float]:
 def test_many_steps_at_once_are_as_many_single_ones(
     routing: str, lockstep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"ranks": 3, "front_ends": 2, "routing": routing, "lockstep": lockstep, "slots": 24}
+    settings: dict[str, Any] = {"ranks": 3, "frontends": 2, "routing": routing, "lockstep": lockstep, "slots": 24}
     arrivals = drawn(100, 12.0)
     many = finished(arrivals, **settings)
     one_by_one(monkeypatch)
@@ -99,7 +99,7 @@ def test_lockstep_ranks_wait_for_the_slowest() -> None:
 
 def test_paused_ranks_are_woken_again() -> None:
     arrivals = [Arrival(0.0, 10, 2), Arrival(5.0, 10, 2), Arrival(5.001, 10, 30)]
-    done = finished(arrivals, ranks=3, front_ends=2, lockstep=True)
+    done = finished(arrivals, ranks=3, frontends=2, lockstep=True)
     # Pausing takes until the next agreement at most: nobody steps for seconds without work.
     assert done.outcome.steps < 100
     assert max(done.firsts()) < 0.05
@@ -135,31 +135,31 @@ def test_prompts_are_as_long_as_they_are_and_equal_where_their_blocks_are() -> N
 
 def test_prefix_routing_finds_what_a_rank_has() -> None:
     arrivals = drawn(300, 30.0, shared=True)
-    blind = finished(arrivals, ranks=4, front_ends=1, routing="round-robin").outcome
-    sighted = finished(arrivals, ranks=4, front_ends=1, routing="prefix").outcome
+    blind = finished(arrivals, ranks=4, frontends=1, routing="round-robin").outcome
+    sighted = finished(arrivals, ranks=4, frontends=1, routing="prefix").outcome
     assert sighted.prefix_hit_rate > blind.prefix_hit_rate * 1.05
 
 
-def test_front_ends_believe_what_is_when_all_is_over() -> None:
-    done = finished(drawn(200, 50.0), ranks=3, front_ends=2, interval_s=0.05)
+def test_frontends_believe_what_is_when_all_is_over() -> None:
+    done = finished(drawn(200, 50.0), ranks=3, frontends=2, interval_s=0.05)
     done.run.world.run_for(10.0)
-    for front_end in done.run.front_ends.values():
-        front_end.submit()
-        known = [front_end.machine.believed(rank) for rank in range(3)]
-        assert sum(load.waiting + load.running for load in known) == front_end.machine.in_flight() == 1
+    for frontend in done.run.frontends.values():
+        frontend.submit()
+        known = [frontend.machine.believed(rank) for rank in range(3)]
+        assert sum(load.waiting + load.running for load in known) == frontend.machine.in_flight() == 1
 
 
 def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     arrivals = drawn(400, 60.0)
-    broker, arrival = (
-        finished(arrivals, ranks=4, front_ends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
+    dispatcher, arrival = (
+        finished(arrivals, ranks=4, frontends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
     )
     bound = finished(arrivals, ranks=4, routing="oracle", slots=16).outcome
-    assert broker.ttft_p99_ms < arrival.ttft_p99_ms
-    assert broker.ttft_p99_ms < bound.ttft_p99_ms * 1.1
+    assert dispatcher.ttft_p99_ms < arrival.ttft_p99_ms
+    assert dispatcher.ttft_p99_ms < bound.ttft_p99_ms * 1.1
 
 
-def test_no_herd_forms_where_front_ends_bind_at_arrival() -> None:
+def test_no_herd_forms_where_frontends_bind_at_arrival() -> None:
     # Lockstep shows it most: a rank that gets too much holds all up.
     def p99_ms(**settings: Any) -> float:
         traces = [drawn(1500, 56.0, seed) for seed in (2, 3)]
@@ -167,13 +167,13 @@ def test_no_herd_forms_where_front_ends_bind_at_arrival() -> None:
         return sum(run.outcome.ttft_p99_ms for run in runs)
 
     bound = p99_ms(routing="oracle")
-    for front_ends in (4, 16):
-        assert p99_ms(front_ends=front_ends, bind="arrival") < bound * 1.25
+    for frontends in (4, 16):
+        assert p99_ms(frontends=frontends, bind="arrival") < bound * 1.25
 
 
-def test_front_ends_share_their_sends() -> None:
+def test_frontends_share_their_sends() -> None:
     # A burst through four front-ends: nobody knows of the others' but by the relay, and still it is level.
-    ranks = finished([Arrival(0.001 * number, 1000, 50) for number in range(64)], ranks=8, front_ends=4).ranks()
+    ranks = finished([Arrival(0.001 * number, 1000, 50) for number in range(64)], ranks=8, frontends=4).ranks()
     each = [ranks.count(rank) for rank in range(8)]
     assert max(each) - min(each) <= 4
 
@@ -188,7 +188,7 @@ def test_a_lone_long_prompt_does_not_stop_those_that_write() -> None:
 @pytest.mark.parametrize("routing", QUEUES)
 def test_a_queues_requests_all_end(routing: str) -> None:
     arrivals = drawn(200, 60.0, shared=True)
-    done = finished(arrivals, ranks=4, front_ends=2, lockstep=True, routing=routing, slots=8, kv_tokens=9000)
+    done = finished(arrivals, ranks=4, frontends=2, lockstep=True, routing=routing, slots=8, kv_tokens=9000)
     assert all(answer.tokens == arrivals[number - 1].answer_tokens for number, answer in done.answers.items())
     assert set(done.ranks()) == {0, 1, 2, 3}
     assert max(engine.kv_peak for engine in done.run.engines) <= 9000

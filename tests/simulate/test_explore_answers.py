@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from paceline.check_cli import app
 from paceline.core.coordinator.membership import Membership
-from paceline.core.frontend.failover import Stranded
-from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.failover import Failover
+from paceline.core.frontend.inflight import InFlight, InFlightRequests
 from paceline.core.requests import Outputs
 from paceline.simulate.explore_answers import AnswersWorld
 from paceline.simulate.explore_answers_place import Bounds
@@ -38,35 +38,35 @@ def test_nor_where_more_goes_wrong(bounds: Bounds) -> None:
 
 
 def forgotten_with_its_rank(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Stranded, "move", lambda *_: [])
+    patch.setattr(Failover, "move", lambda *_: [])
 
 
 def begun_anew(patch: pytest.MonkeyPatch) -> None:
-    real = Flights.send_again
+    real = InFlightRequests.send_again
 
-    def send_again(self: Flights, flight: Flight, rank: int) -> Any:
+    def send_again(self: InFlightRequests, flight: InFlight, rank: int) -> Any:
         flight.made.clear()
         return real(self, flight, rank)
 
-    patch.setattr(Flights, "send_again", send_again)
+    patch.setattr(InFlightRequests, "send_again", send_again)
 
 
 def under_its_old_name_from_whichever_life(patch: pytest.MonkeyPatch) -> None:
     """A request keeps its number at the next rank, and what a life said that is over counts as the next one's."""
-    again, outputs = Flights.send_again, Flights.outputs
+    again, outputs = InFlightRequests.send_again, InFlightRequests.outputs
 
-    def send_again(self: Flights, flight: Flight, rank: int) -> Any:
+    def send_again(self: InFlightRequests, flight: InFlight, rank: int) -> Any:
         self._next_resend = flight.submit.request
         return again(self, flight, rank)
 
-    def any_life(self: Flights, message: Outputs, *rest: Any) -> Any:
+    def any_life(self: InFlightRequests, message: Outputs, *rest: Any) -> Any:
         link = next(iter(self.links.values()), None)
         if link is not None:
             message = Outputs(link.rank, link.incarnation, message.outputs)
         return outputs(self, message, *rest)
 
-    patch.setattr(Flights, "send_again", send_again)
-    patch.setattr(Flights, "outputs", any_life)
+    patch.setattr(InFlightRequests, "send_again", send_again)
+    patch.setattr(InFlightRequests, "outputs", any_life)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.check_cli import app
-from paceline.core.frontend.control import FrontEndScaling
-from paceline.core.frontend.inflight import Flight, Flights
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.frontend.ranks import RankLink
+from paceline.core.frontend.control import FrontendScaling
+from paceline.core.frontend.inflight import InFlight, InFlightRequests
+from paceline.core.frontend.machine import Frontend
+from paceline.core.frontend.ranks import RankHandle
 from paceline.core.messages import Members
 from paceline.core.node import Node
 from paceline.simulate.explore_answers_place import Bounds
@@ -49,36 +49,36 @@ def test_a_rank_more_serves_once_it_has_loaded() -> None:
     place.ask(3)
     assert not world.over(place)
     place.start_rank(2)
-    while place.for_front_end:
-        place.front_end_hears()
+    while place.for_frontend:
+        place.frontend_hears()
     assert place.machine.ready_ranks() == [0, 1, 2]
     assert world.over(place)
 
 
 def forgotten_where_it_left(patch: pytest.MonkeyPatch) -> None:
-    real = Flights.lose
+    real = InFlightRequests.lose
 
-    def lose(self: Flights, link: RankLink) -> list[Flight]:
+    def lose(self: InFlightRequests, link: RankHandle) -> list[InFlight]:
         leaves = link.rank in self.leaving
         flights = real(self, link)
         return [] if leaves else flights
 
-    patch.setattr(Flights, "lose", lose)
+    patch.setattr(InFlightRequests, "lose", lose)
 
 
 def moved_while_it_answers(patch: pytest.MonkeyPatch) -> None:
-    real = FrontEnd._learn_scaling
+    real = Frontend._learn_scaling
 
-    def learn_scaling(self: FrontEnd, message: Members, now: float) -> Any:
+    def learn_scaling(self: Frontend, message: Members, now: float) -> Any:
         effects, flights = real(self, message, now), self._flights
         left = [flights._flights[wire] for link in flights.leaving.values() for wire in sorted(link.in_flight)]
         return [*effects, *self._stranded.move(left, now)]
 
-    patch.setattr(FrontEnd, "_learn_scaling", learn_scaling)
+    patch.setattr(Frontend, "_learn_scaling", learn_scaling)
 
 
 def sent_to_who_leaves(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FrontEndScaling, "takes_new", lambda *_: True)
+    patch.setattr(FrontendScaling, "takes_new", lambda *_: True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from paceline.core.coordinator.epoch import Generations
+from paceline.core.coordinator.epoch import Epochs
 from paceline.core.rank.machine import Rank
 from paceline.simulate.explore import Bound, walk
 
@@ -49,7 +49,7 @@ def test_survivors_that_never_go_on_alone_are_no_different_at_rest(monkeypatch: 
     """The others go on without a dead rank within the walk: without that there are fewer states."""
     bound = Bound(ranks=2, requests=0, losses=0, crashes=1, grouped=True)
     with_it = walk(bound)
-    monkeypatch.setattr(Generations, "_leave_out", lambda *_: None)
+    monkeypatch.setattr(Epochs, "_leave_out", lambda *_: None)
     without = walk(bound)
     assert with_it.trace == without.trace == []
     assert with_it.states > without.states
@@ -72,6 +72,6 @@ def test_ranks_that_count_their_steps_on_in_the_next_generation_are_found(monkey
 
 
 def test_a_coordinator_that_holds_on_to_a_generation_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Generations, "_end", lambda *_: None)
+    monkeypatch.setattr(Epochs, "_end", lambda *_: None)
     result = walk(Bound(ranks=2, requests=0, losses=0, crashes=1, grouped=True))
     assert result.trace[-1].startswith("Stuck: ")

@@ -69,7 +69,7 @@ def test_a_coordinator_hears_one_rank_as_it_hears_another(identity: int) -> None
     assert coordinators.renumbered(first, (1, 0)) == second
     both = [coordinators.said(first, 1, hello(0).message, 0), coordinators.said(second, 0, hello(0).message, 0)]
     assert both[0].state == both[1].state
-    assert coordinators[both[0].state]._introductions.acquainted(NOW)
+    assert coordinators[both[0].state]._roll_call.acquainted(NOW)
 
 
 def test_a_copy_is_a_copy() -> None:

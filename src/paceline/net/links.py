@@ -39,7 +39,7 @@ def new_identity(index: int = 0) -> int:
     return time.time_ns() // 1024 * 1024 + index % 512 * 2 + 1
 
 
-class Garbage:
+class BadFrames:
     """What arrived and was no message: counted by kind, the first of each kind logged."""
 
     def __init__(self, logger: logging.Logger, socket_name: str) -> None:

@@ -122,7 +122,7 @@ GROWN_BYTES = 4 << 20
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-class SpareMemory:
+class MallocTrim:
     """The free memory of this process. Its owner looks whenever it has nothing to do."""
 
     def __init__(self) -> None:

@@ -24,14 +24,14 @@ from paceline.core.messages import (
     RankView,
     StartDPWave,
     SuspensionState,
-    ToFrontEnd,
+    ToFrontend,
     ToRank,
 )
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Phase
 from paceline.core.rank.prefill_quota import PATIENCE
 from paceline.core.requests import AddRequest
-from paceline.sim.processes import COORDINATOR, CoordinatorProcess, FrontEndProcess, RankProcess, Watch
+from paceline.sim.processes import COORDINATOR, CoordinatorProcess, FrontendProcess, RankProcess, Watch
 from paceline.sim.world import Violation
 
 
@@ -59,13 +59,13 @@ class Checks(Watch):
 
     def __init__(self) -> None:
         self._rank_waves: dict[int, int] = {}
-        self._front_end_waves: dict[int, int] = {}
+        self._frontend_waves: dict[int, int] = {}
         self._coordinator_waves: dict[int, int] = {}
         self._reports: dict[int, set[int]] = {}
         self._known: dict[int, dict[int, _Known]] = {}
         self._views: dict[int, tuple[int, int]] = {}
         self._ranks: Mapping[int, RankProcess] = {}
-        self._front_ends: Mapping[int, FrontEndProcess] = {}
+        self._frontends: Mapping[int, FrontendProcess] = {}
         self._reported = True
         self._sent: set[tuple[int, int]] = set()
         self._barred: dict[int, int] = {}
@@ -75,10 +75,10 @@ class Checks(Watch):
         self._size = 0
 
     def deployed(
-        self, ranks: Mapping[int, RankProcess], front_ends: Mapping[int, FrontEndProcess], reported: bool
+        self, ranks: Mapping[int, RankProcess], frontends: Mapping[int, FrontendProcess], reported: bool
     ) -> None:
         """The ranks and front-ends by number, as they are at any time; `reported`: whether loads are."""
-        self._ranks, self._front_ends, self._reported = ranks, front_ends, reported
+        self._ranks, self._frontends, self._reported = ranks, frontends, reported
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ class Checks(Watch):
             raise Violation(f"{rank.name} reports {said} and has {load}", rank.name)
         taken = report.taken
         if rank.gone:
-            taken = {front_end: count for front_end, count in taken.items() if front_end not in rank.gone}
-        if taken != {front_end: count for front_end, count in rank.taken.items() if front_end not in rank.gone}:
+            taken = {frontend: count for frontend, count in taken.items() if frontend not in rank.gone}
+        if taken != {frontend: count for frontend, count in rank.taken.items() if frontend not in rank.gone}:
             raise Violation(f"{rank.name} reports taken {report.taken}, arrived: {rank.taken}", rank.name)
         self._reports.setdefault(report.incarnation, set()).add(_key(report))
 
@@ -154,7 +154,7 @@ class Checks(Watch):
 
     # The coordinator ----------------------------------------------------------------------------
 
-    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontEnd) -> None:
+    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontend) -> None:
         """The waves that one coordinator speaks of never go down; its views show what ranks have reported."""
         if isinstance(message, StartDPWave | Admit | Form | Members | LoadView):
             identity, wave = coordinator.machine.identity, message.wave
@@ -172,17 +172,17 @@ class Checks(Watch):
 
     def coordinator(self, coordinator: CoordinatorProcess) -> None:
         """What is queued waits at its front-end, once the front-end's word of the contrary has come."""
-        descriptors = list(coordinator.machine.broker.descriptors())
+        descriptors = list(coordinator.machine.dispatcher.descriptors())
         if not descriptors:
             return
-        known = {one.machine.identity: one for one in self._front_ends.values()}
+        known = {one.machine.identity: one for one in self._frontends.values()}
         for identity, request in descriptors:
-            front_end = known.get(identity)
-            if front_end is None or not front_end.alive or not front_end.to_coordinator.idle:
+            frontend = known.get(identity)
+            if frontend is None or not frontend.alive or not frontend.to_coordinator.idle:
                 continue
-            if not front_end.to_coordinator.lost and request not in front_end.machine.held():
-                text = f"request {request} of {front_end.name} is queued and does not wait there"
-                raise Violation(text, front_end.name, COORDINATOR)
+            if not frontend.to_coordinator.lost and request not in frontend.machine.waiting_for_grant():
+                text = f"request {request} of {frontend.name} is queued and does not wait there"
+                raise Violation(text, frontend.name, COORDINATOR)
 
     def _suspension(self, state: SuspensionState) -> None:
         """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
@@ -196,7 +196,7 @@ class Checks(Watch):
                 text = f"suspension {state.number} is called settled; {rank.name} knows {known}, held: {held}"
                 raise Violation(text, COORDINATOR, rank.name)
 
-    def controlled(self, frontend: FrontEndProcess, answer: frontend_events.Controlled) -> None:
+    def controlled(self, frontend: FrontendProcess, answer: frontend_events.Controlled) -> None:
         """A call returns when every rank knows what it asked for, or when somebody has asked for the contrary."""
         if answer.superseded:
             return
@@ -211,16 +211,16 @@ class Checks(Watch):
 
     # Front-ends ---------------------------------------------------------------------------------
 
-    def connected(self, frontend: FrontEndProcess, member: Member) -> None:
+    def connected(self, frontend: FrontendProcess, member: Member) -> None:
         """A front-end begins to send to a life of a rank."""
         self._known.setdefault(frontend.machine.identity, {})[member.rank] = _Known(member.incarnation)
 
-    def reconnected(self, frontend: FrontEndProcess, rank: int) -> None:
+    def reconnected(self, frontend: FrontendProcess, rank: int) -> None:
         """A connection is there again: of what was sent before nothing is there, or will not be in a moment."""
         known = self._known[frontend.machine.identity][rank]
         known.taken = len(known.tokens_after) - 1
 
-    def sent(self, frontend: FrontEndProcess, rank: int, request: AddRequest) -> None:
+    def sent(self, frontend: FrontendProcess, rank: int, request: AddRequest) -> None:
         """Sends to one life are numbered 1, 2, 3, …, and no request is sent twice."""
         if (frontend.machine.identity, request.request) in self._sent:
             raise Violation(f"{frontend.name} sends request {request.request} twice", frontend.name, f"rank {rank}")
@@ -233,13 +233,13 @@ class Checks(Watch):
             raise Violation(text, frontend.name, f"rank {rank}")
         known.tokens_after.append(known.tokens_after[-1] + request.tokens)
 
-    def frontend(self, frontend: FrontEndProcess, event: frontend_events.Event) -> None:
+    def frontend(self, frontend: FrontendProcess, event: frontend_events.Event) -> None:
         """Its wave never goes down, and it believes what was reported and what it has sent since, no more, no less."""
         machine = frontend.machine
-        before = self._front_end_waves.get(machine.identity, 0)
+        before = self._frontend_waves.get(machine.identity, 0)
         if machine.wave < before:
             raise Violation(f"{frontend.name}: its wave went down from {before} to {machine.wave}", frontend.name)
-        self._front_end_waves[machine.identity] = machine.wave
+        self._frontend_waves[machine.identity] = machine.wave
         if not self._reported:
             return
         known = self._known.get(machine.identity, {})
@@ -269,7 +269,7 @@ class Checks(Watch):
                 link.step, link.load = entry.step, entry.load
                 link.taken = max(link.taken, entry.taken.get(identity, 0))
 
-    def _believes(self, frontend: FrontEndProcess, known: Mapping[int, _Known], ranks: Sequence[int]) -> None:
+    def _believes(self, frontend: FrontendProcess, known: Mapping[int, _Known], ranks: Sequence[int]) -> None:
         for rank in ranks:
             believed, expected = frontend.machine.believed(rank), known[rank].expected()
             if believed != expected:

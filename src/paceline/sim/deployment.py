@@ -13,8 +13,8 @@ from paceline.core import codec
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import Member, ToFrontEnd, ToRank
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import Member, ToFrontend, ToRank
 from paceline.core.node import Node, RankEnded
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Rank
@@ -25,13 +25,13 @@ from paceline.engines.timed import CostModel
 from paceline.sim.checks import Checks
 from paceline.sim.collectives import Groups
 from paceline.sim.engine import VirtualEngine
-from paceline.sim.processes import NODE, CoordinatorProcess, Engine, FrontEndProcess, NodeProcess, RankProcess, Watch
+from paceline.sim.processes import NODE, CoordinatorProcess, Engine, FrontendProcess, NodeProcess, RankProcess, Watch
 from paceline.sim.world import STEADY, Delays, Link, Seeds, World
 
 NODE_IDENTITY = 900_000
 FIRST_FRONTEND = 1_000_000
 LONGEST_LOADING_S = 2.0
-Connected = RankProcess | FrontEndProcess | NodeProcess
+Connected = RankProcess | FrontendProcess | NodeProcess
 """Those that have a connection to the coordinator."""
 
 
@@ -43,12 +43,12 @@ class Shape(Struct, frozen=True):
     `scaled`: whether a node starts and ends ranks, so that the size may change. `connecting`: how long a connection
     takes to come up. `encode`: whether messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and
     of front-ends' notices, that get lost. `same_address`: whether a rank's next life is reached where the last one was.
-    `scatter`: whether ranks leave a collective a little apart. `brokered`: whether front-ends' requests wait in the
+    `scatter`: whether ranks leave a collective a little apart. `late_binding`: whether front-ends' requests wait in the
     coordinator's queue. `watched`: whether a journal is kept, and front-ends look at each view as it comes.
     """
 
     ranks: int = 2
-    front_ends: int = 1
+    frontends: int = 1
     lockstep: bool = True
     grouped: bool = True
     external: bool = False
@@ -66,7 +66,7 @@ class Shape(Struct, frozen=True):
     loss: float = 0.0
     same_address: bool = False
     scatter: bool = False
-    brokered: bool = False
+    late_binding: bool = False
     watched: bool = True
 
 
@@ -91,19 +91,19 @@ class Deployment:
         self.coordinator: CoordinatorProcess | None = None
         self.coordinators: list[CoordinatorProcess] = []
         self.ranks: dict[int, RankProcess] = {}
-        self.front_ends: dict[int, FrontEndProcess] = {}
-        self.retired: list[FrontEndProcess] = []
+        self.frontends: dict[int, FrontendProcess] = {}
+        self.retired: list[FrontendProcess] = []
         """Front-ends that have died, with what their clients got."""
         self.node: NodeProcess | None = None
         self._links: list[Link] = []
-        self._backs: dict[tuple[int, int], tuple[FrontEndProcess, Link]] = {}
+        self._backs: dict[tuple[int, int], tuple[FrontendProcess, Link]] = {}
         self._severed: set[tuple[int, int]] = set()
         self._lives = itertools.count(1)
         self._connecting = self.seeds.stream("connecting")
         self._loads = self.seeds.stream("loading")
         self._loading: set[int] = set()
         if isinstance(self.checks, Checks):
-            self.checks.deployed(self.ranks, self.front_ends, not shape.external)
+            self.checks.deployed(self.ranks, self.frontends, not shape.external)
         if shape.scaled:
             machine = Node(NODE_IDENTITY, range(shape.ranks), shape.ranks)
             self.node = NodeProcess(self.world, machine, self.start_loading, self.stop_rank)
@@ -112,8 +112,8 @@ class Deployment:
     def start(self) -> Deployment:
         """Begin a coordinator, all front-ends and all ranks."""
         self.start_coordinator()
-        for index in range(self.shape.front_ends):
-            self.start_front_end(index)
+        for index in range(self.shape.frontends):
+            self.start_frontend(index)
         for number in range(self.shape.ranks):
             self.start_rank(number)
         return self
@@ -130,34 +130,34 @@ class Deployment:
             return self.ranks
         return {number: rank for number, rank in self.ranks.items() if number in self.node.machine.ranks}
 
-    def living_front_end(self, index: int) -> FrontEndProcess | None:
+    def living_frontend(self, index: int) -> FrontendProcess | None:
         """This front-end, or the next one that lives; None where none does."""
-        count = len(self.front_ends)
-        found = [self.front_ends[(index + further) % count] for further in range(count)]
-        return next((front_end for front_end in found if front_end.alive), None)
+        count = len(self.frontends)
+        found = [self.frontends[(index + further) % count] for further in range(count)]
+        return next((frontend for frontend in found if frontend.alive), None)
 
     def settled(self) -> bool:
         """Whether nobody waits for a change of the size, and all know the same."""
         if self.node is None:
             return True
-        known = [front_end.machine.scaling for front_end in self.front_ends.values()]
+        known = [frontend.machine.scaling for frontend in self.frontends.values()]
         changes = [scaling for scaling in known if scaling is not None]
         under_way = any(scaling.under_way for scaling in (*changes, self.node.machine.scaling))
-        asked = any(front_end.waiting(frontend_events.Scale) for front_end in self.front_ends.values())
+        asked = any(frontend.waiting(frontend_events.Scale) for frontend in self.frontends.values())
         return not under_way and not asked and {scaling.size for scaling in changes} <= {self.size()}
 
     def controlled(self) -> bool:
         """Whether no operator waits for a suspension or its end."""
-        return not any(front_end.waiting(frontend_events.Control) for front_end in self.front_ends.values())
+        return not any(frontend.waiting(frontend_events.Control) for frontend in self.frontends.values())
 
     def finished(self) -> bool:
         """Whether no client waits."""
-        return all(front_end.finished() for front_end in self.front_ends.values())
+        return all(frontend.finished() for frontend in self.frontends.values())
 
     def ready(self, limit_s: float = 30.0) -> Deployment:
         """Run until every front-end knows every rank that it serves."""
         each = 1 if self.shape.external or self.shape.hybrid else self.size()
-        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
+        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.frontends.values())  # noqa: E731
         self.world.run_until(known, limit_s, "that every front-end knows every rank")
         return self
 
@@ -174,12 +174,12 @@ class Deployment:
             self.size(), next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
             publish_loads=not shape.external, fresh=not self.coordinators, without=self.without,
         )  # fmt: skip
-        life = CoordinatorProcess(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
+        life = CoordinatorProcess(self.world, machine, self.checks, self._to_ranks, self._to_frontends)
         self.coordinator = life
         self.coordinators.append(life)
         life.feed(coordinator.Tick())
-        for front_end in self.front_ends.values():
-            self._connect(front_end, coordinator.FrontEndSubscribed())
+        for frontend in self.frontends.values():
+            self._connect(frontend, coordinator.FrontendSubscribed())
         for rank in self.ranks.values():
             self._connect_rank(rank)
         if self.node is not None:
@@ -191,7 +191,7 @@ class Deployment:
         if self.coordinator is not None:
             self.coordinator.kill()
         self.coordinator = None
-        others: list[Connected] = [*self.ranks.values(), *self.front_ends.values()]
+        others: list[Connected] = [*self.ranks.values(), *self.frontends.values()]
         for process in others if self.node is None else [*others, self.node]:
             process.connected = False
             process.to_coordinator.cut()
@@ -227,7 +227,7 @@ class Deployment:
         One that is to join is not started again, and the node says so.
         """
         self._end_rank(number)
-        if self.node is not None and self.node.machine.on_trial(number):
+        if self.node is not None and self.node.machine.provisional(number):
             self.node.feed(RankEnded(number, "it died"))
 
     def _end_rank(self, number: int) -> None:
@@ -238,15 +238,15 @@ class Deployment:
         if rank.connected:
             gone, life = coordinator.RankGone(number, rank.machine.incarnation), self.coordinator
             self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(life, gone))
-        for front_end in self.front_ends.values():
-            down = partial(front_end.link_down, number, rank.machine.incarnation)
+        for frontend in self.frontends.values():
+            down = partial(frontend.link_down, number, rank.machine.incarnation)
             self.world.after(self.shape.links.draw(self._connecting), down)
 
     def revive_rank(self, number: int) -> None:
         """A rank that has died is started again, if it is still of the deployment, and did not die on trial."""
         if self.node is None:
             self.start_rank(number)
-        elif number in self.node.machine.ranks and not self.node.machine.on_trial(number):
+        elif number in self.node.machine.ranks and not self.node.machine.provisional(number):
             self._begin_rank(number)
 
     def start_loading(self, number: int) -> None:
@@ -273,38 +273,38 @@ class Deployment:
 
     # Front-ends' lives --------------------------------------------------------------------------
 
-    def start_front_end(self, index: int) -> FrontEndProcess:
+    def start_frontend(self, index: int) -> FrontendProcess:
         """A new life of a front-end."""
         shape = self.shape
-        machine = FrontEnd(
+        machine = Frontend(
             FIRST_FRONTEND + next(self._lives), self.policy(index),
             ranks=frozenset({index}) if shape.external or shape.hybrid else None,
-            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
-            brokered=shape.brokered, resumes=True, without=self.without,
+            relay_sends=shape.frontends > 1 and not shape.external, lockstep=shape.lockstep,
+            late_binding=shape.late_binding, resumes=True, without=self.without,
         )  # fmt: skip
-        front_end = FrontEndProcess(
+        frontend = FrontendProcess(
             self.world, f"front-end {index}", machine, self.checks, self._dial, not shape.watched
         )
-        said = coordinator.FrontEndSaid
-        self._join(front_end, front_end.name, codec.from_front_end(), said, codec.to_front_end())
-        front_end.to_coordinator.loss = self.loss
-        self.front_ends[index] = front_end
-        self._connect(front_end, coordinator.FrontEndSubscribed())
-        front_end.feed(frontend_events.Connected())
-        return front_end
+        said = coordinator.FrontendSaid
+        self._join(frontend, frontend.name, codec.from_frontend(), said, codec.to_frontend())
+        frontend.to_coordinator.loss = self.loss
+        self.frontends[index] = frontend
+        self._connect(frontend, coordinator.FrontendSubscribed())
+        frontend.feed(frontend_events.Connected())
+        return frontend
 
     def policy(self, index: int) -> Policy:
         """How a front-end chooses ranks."""
-        return LeastLoad(index, self.shape.front_ends)
+        return LeastLoad(index, self.shape.frontends)
 
-    def crash_front_end(self, index: int) -> None:
+    def crash_frontend(self, index: int) -> None:
         """The front-end's process is gone; the coordinator sees its connection end, ranks when they next send to it."""
-        front_end = self.front_ends[index]
-        self.world.journal.record(self.world.now, front_end.name, "crashes")
-        front_end.kill()
-        front_end.broadcasts.close()
-        self.retired.append(front_end)
-        gone = coordinator.FrontEndGone(front_end.machine.identity)
+        frontend = self.frontends[index]
+        self.world.journal.record(self.world.now, frontend.name, "crashes")
+        frontend.kill()
+        frontend.broadcasts.close()
+        self.retired.append(frontend)
+        gone = coordinator.FrontendGone(frontend.machine.identity)
         self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(self.coordinator, gone))
 
     # Connections --------------------------------------------------------------------------------
@@ -315,11 +315,11 @@ class Deployment:
         `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
         late, as when the rank's process was stopped and goes on.
         """
-        rank, front_end = self.ranks[number], self.front_ends[index]
-        life, identity = rank.machine.incarnation, front_end.machine.identity
-        if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
+        rank, frontend = self.ranks[number], self.frontends[index]
+        life, identity = rank.machine.incarnation, frontend.machine.identity
+        if not rank.alive or not frontend.alive or frontend.lives.get(number) != life:
             return None
-        links = [link for link in (front_end.to_ranks.get(number), self.back(rank, identity)) if link is not None]
+        links = [link for link in (frontend.to_ranks.get(number), self.back(rank, identity)) if link is not None]
         for link in links:
             if severed:
                 link.cut()
@@ -327,12 +327,12 @@ class Deployment:
         if severed:
             rank.gone.add(identity)
             self._severed.add((identity, life))
-        front_end.link_down(number, life)
+        frontend.link_down(number, life)
 
         def up() -> None:
             self._severed.discard((identity, life))
             if rank.alive:
-                front_end.link_up(number, life)
+                frontend.link_up(number, life)
             for link in links:
                 link.release()
 
@@ -368,35 +368,35 @@ class Deployment:
 
         self.world.after(self.shape.connecting.draw(self._connecting), subscribe)
 
-    def _dial(self, front_end: FrontEndProcess, member: Member) -> Link:
-        self.checks.connected(front_end, member)
-        identity, number = front_end.machine.identity, member.rank
+    def _dial(self, frontend: FrontendProcess, member: Member) -> Link:
+        self.checks.connected(frontend, member)
+        identity, number = frontend.machine.identity, member.rank
         life = self.ranks[number].machine.incarnation
         if (identity, life) not in self._backs:
-            self._backs[identity, life] = (front_end, self._outputs(f"rank {number}", front_end))
+            self._backs[identity, life] = (frontend, self._outputs(f"rank {number}", frontend))
 
         def deliver(message: Any) -> None:
             target = self.ranks[number]
             if target.alive and target.machine.address == member.address:
-                target.arrive(rank_events.FrontEndSaid(identity, message))
+                target.arrive(rank_events.FrontendSaid(identity, message))
 
-        return self._link(f"{front_end.name} to rank {number}", codec.request(), deliver)
+        return self._link(f"{frontend.name} to rank {number}", codec.request(), deliver)
 
     def back(self, rank: RankProcess, identity: int) -> Link | None:
         """The way back to a front-end; a life that answers at its predecessor's address has the same one."""
-        front_end, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
-        if front_end is None:
-            front_end = next((f for f in self.front_ends.values() if f.machine.identity == identity), None)
-            if front_end is None:
+        frontend, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
+        if frontend is None:
+            frontend = next((f for f in self.frontends.values() if f.machine.identity == identity), None)
+            if frontend is None:
                 return None
-            link = self._outputs(rank.name, front_end)
-            self._backs[identity, rank.machine.incarnation] = (front_end, link)
+            link = self._outputs(rank.name, frontend)
+            self._backs[identity, rank.machine.incarnation] = (frontend, link)
         severed = (identity, rank.machine.incarnation) in self._severed
-        return link if front_end.alive and not severed else None
+        return link if frontend.alive and not severed else None
 
-    def _outputs(self, rank: str, front_end: FrontEndProcess) -> Link:
-        deliver = lambda message: front_end.feed(frontend_events.RankSaid(message))  # noqa: E731
-        return self._link(f"{rank} to {front_end.name}", codec.outputs(), deliver)
+    def _outputs(self, rank: str, frontend: FrontendProcess) -> Link:
+        deliver = lambda message: frontend.feed(frontend_events.RankSaid(message))  # noqa: E731
+        return self._link(f"{rank} to {frontend.name}", codec.outputs(), deliver)
 
     def _join(
         self, process: Connected, name: str, above: codec.Decoder[Any], said: Callable[[Any], coordinator.Event],
@@ -428,10 +428,10 @@ class Deployment:
         if self.node is not None and self.node.connected:
             self._broadcast(self.node.broadcasts, message)
 
-    def _to_front_ends(self, message: ToFrontEnd) -> None:
-        for front_end in self.front_ends.values():
-            if front_end.connected and front_end.alive:
-                self._broadcast(front_end.broadcasts, message)
+    def _to_frontends(self, message: ToFrontend) -> None:
+        for frontend in self.frontends.values():
+            if frontend.connected and frontend.alive:
+                self._broadcast(frontend.broadcasts, message)
 
     def _broadcast(self, link: Link, message: Any) -> None:
         link.loss = self.loss

@@ -34,7 +34,7 @@ class Period(Struct, frozen=True):
     begin_s: float
     duration_s: float
     ranks: int
-    front_ends: int
+    frontends: int
 
 
 class Arrival(Struct, frozen=True):
@@ -44,7 +44,7 @@ class Arrival(Struct, frozen=True):
     """
 
     at: float
-    front_end: int
+    frontend: int
     prompt_tokens: int
     answer_tokens: int
     rank: int | None = None
@@ -76,7 +76,7 @@ class Call(Struct, frozen=True):
     """An operator's call: when (seconds), at which front-end, what: a suspension or its end, or how many ranks."""
 
     at: float
-    front_end: int
+    frontend: int
     what: ControlAction | int
 
 
@@ -98,7 +98,7 @@ def draw_arrivals(stream: Random, requests: int, period: Period) -> list[Arrival
 def _arrival(stream: Random, at: float, period: Period) -> Arrival:
     return Arrival(
         at,
-        stream.randrange(period.front_ends),
+        stream.randrange(period.frontends),
         _size(stream, 120, 1.2, MAX_PROMPT_TOKENS),
         _size(stream, 12, 1.0, MAX_ANSWER_TOKENS),
         stream.randrange(period.ranks) if stream.random() < 0.2 else None,
@@ -115,7 +115,7 @@ def draw_scales(stream: Random, per_second: float, period: Period) -> list[Call]
     calls: list[Call] = []
     at, most = period.begin_s + stream.expovariate(per_second), max(1, period.ranks // 8)
     while at < period.begin_s + period.duration_s:
-        calls.append(Call(at, stream.randrange(period.front_ends), max(1, period.ranks + stream.randint(-most, most))))
+        calls.append(Call(at, stream.randrange(period.frontends), max(1, period.ranks + stream.randint(-most, most))))
         at += stream.expovariate(per_second)
     return calls
 
@@ -128,7 +128,7 @@ def draw_calls(stream: Random, suspensions: int, period: Period) -> list[Call]:
         end = at + stream.choice((0.0, 0.001, 0.02, 0.3, 1.0)) * (0.5 + stream.random())
         for when, what in ((at, action), (end, "resume")):
             for _ in range(stream.choice((1, 1, 2))):
-                calls.append(Call(when + stream.random() * 0.005, stream.randrange(period.front_ends), what))
+                calls.append(Call(when + stream.random() * 0.005, stream.randrange(period.frontends), what))
     return sorted(calls, key=lambda call: call.at)
 
 
@@ -160,7 +160,7 @@ def draw_steady(stream: Random, per_second: float, period: Period, lockstep: boo
 
 
 def _fault(stream: Random, kind: FaultKind, period: Period) -> Fault:
-    number = stream.randrange(period.front_ends if kind == "front-end-crash" else period.ranks)
+    number = stream.randrange(period.frontends if kind == "front-end-crash" else period.ranks)
     at = period.begin_s + stream.random() * period.duration_s
     seconds = stream.choice((0.3, 0.5, 1.0, 2.0)) + stream.random() * 0.2
     return Fault(at, kind, number, seconds, stream.choice((2.0, 5.0, 20.0)))
@@ -189,17 +189,17 @@ class Faults:
         return not self._down
 
     def _call(self, call: Call) -> None:
-        front_end, what = self._deployment.living_front_end(call.front_end), call.what
-        if front_end is None:
+        frontend, what = self._deployment.living_frontend(call.frontend), call.what
+        if frontend is None:
             return
         if isinstance(what, int):
-            known = front_end.machine.scaling
+            known = frontend.machine.scaling
             size = self._deployment.size() if known is None else known.size
             self.happened["scale up" if what > size else "scale down"] += what != size
-            front_end.scale(what)
+            frontend.scale(what)
         else:
             self.happened["resume" if what == "resume" else f"suspend ({what})"] += 1
-            front_end.control(what)
+            frontend.control(what)
 
     def _begin(self, fault: Fault) -> None:
         if fault.aimed:
@@ -231,7 +231,7 @@ class Faults:
             case "rank-crash":
                 deployment.crash_rank(number)
             case "front-end-crash":
-                deployment.crash_front_end(number)
+                deployment.crash_frontend(number)
             case "slow-rank":
                 deployment.ranks[number].engine.slowness = fault.factor
             case "cut-off":
@@ -239,7 +239,7 @@ class Faults:
             case "unheard":
                 deployment.ranks[number].to_coordinator.hold()
             case "link-down":
-                index, severed = int(fault.at * 1000) % len(deployment.front_ends), fault.factor > 2.0
+                index, severed = int(fault.at * 1000) % len(deployment.frontends), fault.factor > 2.0
                 mend = deployment.cut_link(number, index, severed=severed)
                 if mend is None:
                     return False
@@ -259,7 +259,7 @@ class Faults:
             case "rank-crash":
                 deployment.revive_rank(number)
             case "front-end-crash":
-                deployment.start_front_end(number)
+                deployment.start_frontend(number)
             case "slow-rank":
                 deployment.ranks[number].engine.slowness = 1.0
             case "cut-off":

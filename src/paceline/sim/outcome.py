@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from paceline.sim.replay import Replay
 
 
-class Outcome(Struct, frozen=True, kw_only=True):
+class Outcome(Struct, frozen=True, kw_only=True, rename={"frontends": "front_ends"}):
     """The figures of one run. Times in milliseconds unless named `_s`.
 
     `ttft`: from the client's request to its first token. `tpot`: per output token after the first.
@@ -25,7 +25,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     routing: str
     ranks: int
-    front_ends: int
+    frontends: int
     lockstep: bool
     requests: int
     refused: int
@@ -64,7 +64,7 @@ def summed_up(run: Replay, real_s: float) -> Outcome:
     prompts = sum(engine.prompt_tokens for engine in engines)
     imbalances = [most / mean for _, most, mean in recorder.samples] or [1.0]
     return Outcome(
-        routing=setup.routing, ranks=setup.ranks, front_ends=setup.front_ends, lockstep=setup.lockstep,
+        routing=setup.routing, ranks=setup.ranks, frontends=setup.frontends, lockstep=setup.lockstep,
         requests=len(answers), refused=run.refused, duration_s=span, real_s=real_s, output_tokens=tokens,
         throughput_tokens_per_s=tokens / span if span > 0 else 0.0,
         sustained_tokens_per_s=recorder.window_tokens / (end - begin) if end > begin else 0.0,

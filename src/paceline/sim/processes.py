@@ -17,13 +17,13 @@ from paceline.core import node
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import Identify, LoadView, Member, RankReport, Scaling, StartDPWave, ToFrontEnd, ToRank
+from paceline.core.messages import Identify, LoadView, Member, RankReport, Scaling, StartDPWave, ToFrontend, ToRank
 from paceline.core.node import Node
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Phase, Rank
-from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, Outputs, SamplingParams
+from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Outputs, SamplingParams
 from paceline.sim.answers import Answers
 from paceline.sim.collectives import Group, Groups, Part, Span
 from paceline.sim.world import Alarm, Link, Violation, World
@@ -53,13 +53,13 @@ class Watch:
     def step(self, rank: RankProcess, effect: rank_events.Step | rank_events.DummyStep) -> None: ...
     def together(self, rank: RankProcess, effects: Sequence[rank_events.Effect]) -> None: ...
     def stepped(self, rank: RankProcess, span: Span, done: rank_events.Stepped) -> None: ...
-    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontEnd) -> None: ...
+    def broadcast(self, coordinator: CoordinatorProcess, message: ToRank | ToFrontend) -> None: ...
     def coordinator(self, coordinator: CoordinatorProcess) -> None: ...
-    def connected(self, frontend: FrontEndProcess, member: Member) -> None: ...
-    def reconnected(self, frontend: FrontEndProcess, rank: int) -> None: ...
-    def sent(self, frontend: FrontEndProcess, rank: int, request: AddRequest) -> None: ...
-    def frontend(self, frontend: FrontEndProcess, event: frontend_events.Event) -> None: ...
-    def controlled(self, frontend: FrontEndProcess, answer: frontend_events.Controlled) -> None: ...
+    def connected(self, frontend: FrontendProcess, member: Member) -> None: ...
+    def reconnected(self, frontend: FrontendProcess, rank: int) -> None: ...
+    def sent(self, frontend: FrontendProcess, rank: int, request: AddRequest) -> None: ...
+    def frontend(self, frontend: FrontendProcess, event: frontend_events.Event) -> None: ...
+    def controlled(self, frontend: FrontendProcess, answer: frontend_events.Controlled) -> None: ...
 
 
 # The coordinator --------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class CoordinatorProcess:
 
     def __init__(
         self, world: World, machine: Coordinator, watch: Watch, to_ranks: Callable[[ToRank], None],
-        to_frontends: Callable[[ToFrontEnd], None],
+        to_frontends: Callable[[ToFrontend], None],
     ) -> None:  # fmt: skip
         self.world, self.machine = world, machine
         self.alive = True
@@ -95,13 +95,13 @@ class CoordinatorProcess:
                 case coordinator.ToRanks(to_ranks):
                     self._count(to_ranks)
                     self._to_ranks(to_ranks)
-                case coordinator.ToFrontEnds(to_frontends):
+                case coordinator.ToFrontends(to_frontends):
                     self._count(to_frontends)
                     self._to_frontends(to_frontends)
         self._watch.coordinator(self)
         self._alarm.set()
 
-    def _count(self, message: ToRank | ToFrontEnd) -> None:
+    def _count(self, message: ToRank | ToFrontend) -> None:
         self.sent[type(message).__name__] += 1
         if isinstance(message, StartDPWave):
             self.wakes_repeated += message.wave == self.last_wake
@@ -172,7 +172,7 @@ class RankProcess:
         """Front-ends found dead: what still arrives from them is nobody's."""
         self._groups, self._watch, self._back = groups, watch, back
         self._turn_due = False
-        self._ended = partial(self._over, rank_events.GenerationEnded())
+        self._ended = partial(self._over, rank_events.EpochEnded())
         self._span: Span | None = None
         self._part = Part(None, 0.0, lambda values: None, lambda: None)
         self._urge = False
@@ -233,12 +233,12 @@ class RankProcess:
 
     def _count(self, event: rank_events.Event) -> None:
         match event:
-            case rank_events.FrontEndSaid(front_end, AddRequest(incarnation=incarnation)):
+            case rank_events.FrontendSaid(frontend, AddRequest(incarnation=incarnation)):
                 if incarnation == self.machine.incarnation:
-                    self.taken[front_end] = self.taken.get(front_end, 0) + 1
-            case rank_events.FrontEndGone(front_end):
-                self.taken.pop(front_end, None)
-                self.gone.add(front_end)
+                    self.taken[frontend] = self.taken.get(frontend, 0) + 1
+            case rank_events.FrontendGone(frontend):
+                self.taken.pop(frontend, None)
+                self.gone.add(frontend)
 
     def _feed(self, event: rank_events.Event) -> None:
         effects = self.machine.handle(event, self.world.now)
@@ -249,8 +249,8 @@ class RankProcess:
 
     def _perform(self, effect: rank_events.Effect) -> None:
         match effect:
-            case rank_events.ToFrontEnd(front_end, outputs):
-                self._send_outputs(front_end, outputs)
+            case rank_events.ToFrontend(frontend, outputs):
+                self._send_outputs(frontend, outputs)
             case rank_events.ToCoordinator(message):
                 if isinstance(message, RankReport):
                     self._watch.reported(self, message)
@@ -273,10 +273,10 @@ class RankProcess:
             case rank_events.Wait(until) if until is not None:
                 self.world.at(until, self._arrange_turn)
 
-    def _send_outputs(self, front_end: int, outputs: Outputs) -> None:
-        link = self._back(self, front_end)
+    def _send_outputs(self, frontend: int, outputs: Outputs) -> None:
+        link = self._back(self, frontend)
         if link is None:
-            self.arrive(rank_events.FrontEndGone(front_end))
+            self.arrive(rank_events.FrontendGone(frontend))
         else:
             link.send(outputs)
 
@@ -349,14 +349,14 @@ class Call(Struct):
         return self.answered >= 0
 
 
-class FrontEndProcess:
+class FrontendProcess:
     """A front-end: its machine, and what its clients got. `dial`: makes the link to a life of a rank.
 
     `lazy`: load views are taken in with the next event, of several only the newest: faster, and the same to clients.
     """
 
     def __init__(
-        self, world: World, name: str, machine: FrontEnd, watch: Watch, dial: Callable[[FrontEndProcess, Member], Link],
+        self, world: World, name: str, machine: Frontend, watch: Watch, dial: Callable[[FrontendProcess, Member], Link],
         lazy: bool = False,
     ) -> None:  # fmt: skip
         self.world, self.name, self.machine = world, name, machine
@@ -427,7 +427,7 @@ class FrontEndProcess:
         for request in self.answers:
             self.answers.hung_up(request)
 
-    def hear(self, message: ToFrontEnd) -> None:
+    def hear(self, message: ToFrontend) -> None:
         """A broadcast of the coordinator."""
         event = frontend_events.CoordinatorSaid(message)
         if self._lazy and isinstance(message, LoadView):
@@ -490,7 +490,7 @@ class FrontEndProcess:
                 known = self.calls[call]
                 known.answered, known.number, known.superseded = self.world.now, number, superseded
 
-    def _send(self, rank: int, message: FromFrontEndToRank) -> None:
+    def _send(self, rank: int, message: FromFrontendToRank) -> None:
         if isinstance(message, AddRequest):
             self._watch.sent(self, rank, message)
             self.answers.sent(rank, message)

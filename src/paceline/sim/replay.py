@@ -24,7 +24,7 @@ from paceline.sim.collectives import ANY_NUMBER, ROUNDING, Span
 from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.engine import BLOCK_TOKENS, EngineShape, MemoryEngine, Sequence
 from paceline.sim.outcome import Outcome, summed_up
-from paceline.sim.processes import Engine, FrontEndProcess, RankProcess, Watch
+from paceline.sim.processes import Engine, FrontendProcess, RankProcess, Watch
 from paceline.sim.trace import Arrival
 from paceline.sim.world import Delays, Seeds
 
@@ -47,7 +47,7 @@ class Setup(Struct, frozen=True):
     """
 
     ranks: int = 8
-    front_ends: int = 1
+    frontends: int = 1
     lockstep: bool = False
     routing: str = "least-load"
     policy: type[Policy] | None = None
@@ -112,7 +112,7 @@ class Replay(Deployment):
             Sequence(number, one.prompt_tokens, one.answer_tokens, one.blocks)
             for number, one in enumerate(self.arrivals, 1)
         ]
-        self.places = [chance.randrange(setup.front_ends) for _ in self.arrivals]
+        self.places = [chance.randrange(setup.frontends) for _ in self.arrivals]
         self.engines: list[MemoryEngine] = []
         self.begin_s = 0.0
         self._kind = setup.policy or POLICIES.get(setup.routing, LeastLoad)
@@ -124,9 +124,9 @@ class Replay(Deployment):
         links = Delays(setup.delay_s, 0.0, 0.0, 0.0)
         quota = setup.lockstep and setup.quota
         shape = Shape(
-            setup.ranks, setup.front_ends, setup.lockstep, grouped=False, prefill_quota=AUTO if quota else OFF,
+            setup.ranks, setup.frontends, setup.lockstep, grouped=False, prefill_quota=AUTO if quota else OFF,
             sync_interval=1 if quota else SYNC_INTERVAL, interval_s=setup.interval_s, links=links,
-            connecting=links, encode=False, brokered=setup.bind == "broker" and issubclass(self._kind, LeastLoad),
+            connecting=links, encode=False, late_binding=setup.bind == "broker" and issubclass(self._kind, LeastLoad),
             watched=False,
         )  # fmt: skip
         super().__init__(shape, Seeds(setup.seed), self.recorder)
@@ -147,7 +147,7 @@ class Replay(Deployment):
 
     def answers(self) -> list[Answers]:
         """What clients got."""
-        return [front_end.answers for front_end in self.front_ends.values()]
+        return [frontend.answers for frontend in self.frontends.values()]
 
     def served(self) -> bool:
         """Whether all have come and ended."""
@@ -166,18 +166,18 @@ class Replay(Deployment):
 
     def policy(self, index: int) -> Policy:
         """A front-end's way to choose."""
-        return self._kind(index, self.setup.front_ends)
+        return self._kind(index, self.setup.frontends)
 
-    def submit(self, front_end: FrontEndProcess, sequence: Sequence) -> None:
+    def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
         """A client's request has reached its front-end."""
-        front_end.ask(sequence.number, prompt_of(sequence, self._contents), self.params)
+        frontend.ask(sequence.number, prompt_of(sequence, self._contents), self.params)
 
     def _arrive(self) -> None:
-        sequence, front_end = self.sequences[self._next], self.front_ends[self.places[self._next]]
+        sequence, frontend = self.sequences[self._next], self.frontends[self.places[self._next]]
         self._next += 1
         if self._next < len(self.arrivals):
             self.world.at(self.begin_s + self.arrivals[self._next].at, self._arrive)
-        self.submit(front_end, sequence)
+        self.submit(frontend, sequence)
 
     def _sample(self) -> None:
         count = len(self.arrivals)

@@ -26,7 +26,7 @@ from paceline.sim.faults import (
     draw_scales,
     draw_steady,
 )
-from paceline.sim.processes import COORDINATOR, FrontEndProcess
+from paceline.sim.processes import COORDINATOR, FrontendProcess
 from paceline.sim.world import Delays, Seeds, Violation
 
 READY_LIMIT_S = 120.0
@@ -44,18 +44,18 @@ SCALES = 6
 """In those, as many faults a change of the size."""
 
 
-class Options(Struct, frozen=True):
+class Options(Struct, frozen=True, rename={"frontends": "front_ends", "late_binding": "brokered"}):
     """What to simulate. What is None is drawn from the seed.
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
     `crashes`: of any process. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
-    messages travel as bytes. `brokered`: whether requests wait in the coordinator's queue. `faults_per_second`: of
+    messages travel as bytes. `late_binding`: whether requests wait in the coordinator's queue. `faults_per_second`: of
     any kind, all the time, beside what else is asked for; the size changes too.
     """
 
     seed: int
     ranks: int | None = None
-    front_ends: int | None = None
+    frontends: int | None = None
     requests: int | None = None
     losses: float | None = None
     crashes: int | None = None
@@ -63,7 +63,7 @@ class Options(Struct, frozen=True):
     duration: float | None = None
     lockstep: bool | None = None
     encode: bool = True
-    brokered: bool | None = None
+    late_binding: bool | None = None
     faults_per_second: float | None = None
 
 
@@ -107,14 +107,14 @@ def filled(options: Options) -> Options:
     scale = max(1, (options.ranks or ranks) // 8)
     drawn: dict[str, Any] = {
         "ranks": ranks,
-        "front_ends": stream.randint(1, 3),
+        "frontends": stream.randint(1, 3),
         "requests": stream.randint(10, 60) * scale,
         "losses": stream.choice((0.0, 0.0, 0.02, 0.1)),
         "crashes": stream.choice((0, 1, 2, 4)),
         "suspensions": stream.choice((0, 0, 1, 3, 8)),
         "duration": stream.choice((0.5, 2.0, 6.0)),
         "lockstep": Seeds(options.seed).stream("lockstep").random() < 0.7,
-        "brokered": Seeds(options.seed).stream("brokered").random() < 0.6,
+        "late_binding": Seeds(options.seed).stream("brokered").random() < 0.6,
     }
     if options.faults_per_second is not None:
         duration = options.duration if options.duration is not None else STEADY_S
@@ -162,7 +162,7 @@ class Run:
         steady = options.faults_per_second is not None
         quotas = (AUTO, AUTO, AUTO, fixed(3), fixed(100), OFF)
         return Shape(
-            ranks=options.ranks or 1, front_ends=options.front_ends or 1, lockstep=bool(options.lockstep),
+            ranks=options.ranks or 1, frontends=options.frontends or 1, lockstep=bool(options.lockstep),
             scaled=bool(options.faults_per_second),
             sync_interval=stream.choice((1, 4, 16)),
             grouped=stream.random() < 0.7 or steady,
@@ -171,7 +171,7 @@ class Run:
             links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
             connecting=Delays(0.005, 1.0, 0.1, 0.3),
             encode=options.encode, loss=options.losses or 0.0,
-            same_address=stream.random() < 0.5, scatter=True, brokered=bool(options.brokered),
+            same_address=stream.random() < 0.5, scatter=True, late_binding=bool(options.late_binding),
             prefill_quota=self.seeds.stream("quota").choice(quotas) if options.lockstep else OFF,
         )  # fmt: skip
 
@@ -179,7 +179,7 @@ class Run:
         deployment, options, duration = self.deployment, self.options, self.options.duration or 0.0
         world, shape = deployment.world, deployment.shape
         deployment.start().ready(READY_LIMIT_S)
-        period = Period(world.now, duration, shape.ranks, shape.front_ends)
+        period = Period(world.now, duration, shape.ranks, shape.frontends)
         arrivals = draw_arrivals(self.seeds.stream("workload"), options.requests or 0, period)
         period = replace(period, duration_s=max([duration, *(arrival.at for arrival in arrivals)]))
         self._schedule_faults(period)
@@ -200,7 +200,7 @@ class Run:
         wanted = "that every call to suspend or resume is answered"
         deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
         if self.options.suspensions or self.options.faults_per_second:
-            deployment.front_ends[0].control("resume")
+            deployment.frontends[0].control("resume")
             deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
 
     def _schedule_faults(self, period: Period) -> None:
@@ -215,17 +215,17 @@ class Run:
             self.faults.schedule(draw_scales(stream("scales"), steady / SCALES, period))
 
     def _submit(self, arrival: Arrival) -> None:
-        front_end = self.deployment.living_front_end(arrival.front_end)
-        if front_end is None:
+        frontend = self.deployment.living_frontend(arrival.frontend)
+        if frontend is None:
             return
-        request = front_end.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
+        request = frontend.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
         if arrival.patience_s is not None:
-            self.deployment.world.after(arrival.patience_s, lambda: front_end.abandon(request))
+            self.deployment.world.after(arrival.patience_s, lambda: frontend.abandon(request))
 
     def _outcome(self, verdict: str, event: int, history: list[str], real_s: float) -> Outcome:
         deployment = self.deployment
-        front_ends = dict.fromkeys([*deployment.retired, *deployment.front_ends.values()])
-        answers = [answer for front_end in front_ends for answer in front_end.answers.values()]
+        frontends = dict.fromkeys([*deployment.retired, *deployment.frontends.values()])
+        answers = [answer for frontend in frontends for answer in frontend.answers.values()]
         waits = [answer.first - answer.asked for answer in answers if answer.first >= 0]
         lives = deployment.coordinators
         return Outcome(
@@ -233,7 +233,7 @@ class Run:
             real_s=real_s, requests=len(answers),
             finished=sum(answer.finish_reason is not None for answer in answers),
             aborted=sum(answer.abandoned for answer in answers),
-            moved=sum(front_end.answers.moved for front_end in front_ends),
+            moved=sum(frontend.answers.moved for frontend in frontends),
             refused=dict(Counter(answer.refused for answer in answers if answer.refused is not None)),
             waves=max((rank.machine.wave for rank in deployment.ranks.values()), default=0),
             wakes=sum(life.sent["StartDPWave"] for life in lives),
@@ -256,28 +256,28 @@ def check_quiescence(deployment: Deployment) -> None:
     waves = {rank.name: rank.machine.wave for rank in ranks.values()}
     if deployment.shape.lockstep and len(set(waves.values())) > 1:
         raise Violation(f"at rest the ranks' waves differ: {waves}", *waves, COORDINATOR)
-    for front_end in deployment.front_ends.values():
-        _check_front_end(deployment, front_end)
+    for frontend in deployment.frontends.values():
+        _check_frontend(deployment, frontend)
     coordinator = deployment.coordinator
-    if coordinator is not None and (left := list(coordinator.machine.broker.descriptors())):
+    if coordinator is not None and (left := list(coordinator.machine.dispatcher.descriptors())):
         raise Violation(f"at rest there are still descriptors in the queue: {left}", COORDINATOR)
     begin = world.journal.events
     world.run_for(QUIET_S)
     events = world.journal.events - begin
-    allowed = QUIET_EVENTS_A_PROCESS * (len(deployment.front_ends) + 1)
+    allowed = QUIET_EVENTS_A_PROCESS * (len(deployment.frontends) + 1)
     if events > allowed:
         raise Violation(f"at rest {events} events happen in {QUIET_S:g} s, {allowed} may")
 
 
-def _check_front_end(deployment: Deployment, front_end: FrontEndProcess) -> None:
-    machine, ranks = front_end.machine, deployment.present()
+def _check_frontend(deployment: Deployment, frontend: FrontendProcess) -> None:
+    machine, ranks = frontend.machine, deployment.present()
     if deployment.shape.lockstep:
         wave = max(rank.machine.wave for rank in ranks.values())
         # It may know a later one, where all who knew it too have died.
         if machine.wave < wave or machine.running:
             said = f"wave {machine.wave}, {'running' if machine.running else 'paused'}"
-            text = f"{front_end.name} believes {said}; all ranks are paused before {wave}"
-            raise Violation(text, front_end.name, COORDINATOR)
+            text = f"{frontend.name} believes {said}; all ranks are paused before {wave}"
+            raise Violation(text, frontend.name, COORDINATOR)
     if deployment.shape.external:
         return
     for number, rank in ranks.items():
@@ -288,7 +288,7 @@ def _check_front_end(deployment: Deployment, front_end: FrontEndProcess) -> None
         if (known.waiting, known.running, known.prefill_tokens, known.finished) != (
             load.waiting, load.running, load.prefill_tokens, finished
         ):  # fmt: skip
-            text = f"{front_end.name} believes of rank {number} {known}, which has {load} and has finished {finished}"
-            raise Violation(text, front_end.name, rank.name, COORDINATOR)
+            text = f"{frontend.name} believes of rank {number} {known}, which has {load} and has finished {finished}"
+            raise Violation(text, frontend.name, rank.name, COORDINATOR)
         if rank.engine.has_work():
             raise Violation(f"{rank.name} still works for nobody", rank.name)

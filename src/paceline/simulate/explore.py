@@ -1,6 +1,6 @@
 """The walk: every state of a small deployment, breadth first, and what is wrong in any of them.
 
-    result = walk(Bound(ranks=3, front_ends=2, requests=3, losses=1, crashes=1))
+    result = walk(Bound(ranks=3, frontends=2, requests=3, losses=1, crashes=1))
 
 Safety is asked of every move by the parts themselves (`protocol/invariants.py`). Liveness is asked at the end: from
 every state, without another request or fault, everything that was sent can still be answered and all come to rest.
@@ -29,7 +29,7 @@ from paceline.simulate.explore_world import World
 class Bound(Struct, frozen=True):
     """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
 
-    `front_ends` changes nothing: what is walked is any number of them (`explore_world`).
+    `frontends` changes nothing: what is walked is any number of them (`explore_world`).
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`protocol/rules.py`) left out. `merge`: whether states
@@ -42,7 +42,7 @@ class Bound(Struct, frozen=True):
     """
 
     ranks: int = 3
-    front_ends: int = 2
+    frontends: int = 2
     requests: int = 3
     losses: int = 1
     crashes: int = 1

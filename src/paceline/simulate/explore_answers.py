@@ -33,11 +33,11 @@ class AnswersWorld:
     def start(self) -> Place:
         """All ranks are ready, and the front-end knows them."""
         place = self.kind_of_place(self.bounds)
-        while place.for_coordinator or place.for_front_end:
+        while place.for_coordinator or place.for_frontend:
             if place.for_coordinator:
                 place.coordinator_hears()
             else:
-                place.front_end_hears()
+                place.frontend_hears()
         return place
 
     def over(self, place: Place) -> bool:
@@ -52,9 +52,9 @@ class AnswersWorld:
         for rank in range(self.bounds.places):
             yield from self._rank_moves(place, rank)
             yield from self._connection_moves(place, rank)
-        if place.for_front_end:
-            name = type(place.for_front_end[0]).__name__
-            yield f"the front-end hears {name} from the coordinator", Place.front_end_hears
+        if place.for_frontend:
+            name = type(place.for_frontend[0]).__name__
+            yield f"the front-end hears {name} from the coordinator", Place.frontend_hears
         if place.coordinator is None:
             yield "another coordinator starts, which knows nothing", Place.start_coordinator
             return
@@ -94,30 +94,30 @@ class AnswersWorld:
             return
         living = place.ranks[rank].alive and place.ranks[rank].incarnation == connection.life
         if connection.up and not living:
-            yield f"the front-end sees its connection to rank {rank} end", lambda p: p.link_down(rank)
+            yield f"the front-end sees its connection to rank {rank} end", lambda p: p.handle_down(rank)
         elif connection.up and place.cuts and place.at_risk:
             yield f"the front-end's connection to rank {rank} ends", lambda p: p.cut(rank, lost=False)
             yield f"the front-end's connection to rank {rank} ends with what is on it", lambda p: p.cut(rank, lost=True)
         elif not connection.up and living:
-            yield f"the front-end is connected to rank {rank} again", lambda p: p.link_up(rank)
+            yield f"the front-end is connected to rank {rank} again", lambda p: p.handle_up(rank)
 
     def key(self, place: Place) -> Hashable:
         """Equal for states that go on alike."""
-        flights, stranded = place.machine._flights, place.machine._stranded
+        flights, stranded = place.machine._inflight, place.machine._failover
         links = [
-            (link.rank, link.incarnation, tuple(sorted(link.in_flight)), tuple(link.left), link.ledger.last)
+            (link.rank, link.incarnation, tuple(sorted(link.in_flight)), tuple(link.left), link.accounting.last)
             for link in flights.known()
         ]
         requests = [
             (
                 wire,
                 flight.submit.request,
-                flight.link.rank,
-                flight.link.incarnation,
+                flight.handle.rank,
+                flight.handle.incarnation,
                 len(flight.made),
                 tuple(flight.lost),
             )
-            for wire, flight in sorted(flights._flights.items())
+            for wire, flight in sorted(flights._inflight.items())
         ]
         waiting = [
             (request, len(flight.made), tuple(flight.lost)) for request, (flight, _) in stranded._waiting.items()
@@ -131,5 +131,5 @@ class AnswersWorld:
         return (
             sorted(links), sorted(flights.down), requests, waiting, place.machine._coordinator, flights._next_resend,
             lives, answers, freeze(place.coordinator), freeze(place.said), freeze(place.for_coordinator),
-            freeze(place.for_front_end), freeze(place.connections), place.gone, place.crashes, place.cuts,
+            freeze(place.for_frontend), freeze(place.connections), place.gone, place.crashes, place.cuts,
         )  # fmt: skip

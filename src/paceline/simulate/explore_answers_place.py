@@ -9,7 +9,7 @@ from msgspec import Struct
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import Identify, Member, Members, ToRank
 from paceline.core.rank import events as rank_events
@@ -22,7 +22,7 @@ from paceline.simulate.answers import Answers
 
 NOW = 1000.0
 LONG_AFTER = NOW + 10.0
-FRONT_END = 7
+FRONTEND = 7
 
 
 class Bounds(Struct, frozen=True):
@@ -85,7 +85,7 @@ class Place:
     """All machines, and what is on its way: to the ranks in their inboxes, and else here."""
 
     def __init__(self, bounds: Bounds) -> None:
-        self.machine = FrontEnd(FRONT_END, LowestRank(), resumes=True)
+        self.machine = Frontend(FRONTEND, LowestRank(), resumes=True)
         self.answers = Answers(Moment(), "the front-end")
         self.bounds = bounds
         self.crashes, self.cuts = bounds.crashes, bounds.cuts
@@ -96,12 +96,12 @@ class Place:
         """By rank, the life of which the coordinator is still to see the connection end; 0 for none."""
         self.connections: list[Connection | None] = [None] * bounds.places
         self.for_coordinator: list[tuple[int, Any]] = []
-        self.for_front_end: list[Members] = []
+        self.for_frontend: list[Members] = []
         self.ranks = [Life(rank, 0) for rank in range(bounds.places)]
         self.start_coordinator()
         for rank in range(bounds.ranks):
             self.start_rank(rank)
-        self._front_end(frontend_events.Connected())
+        self._frontend(frontend_events.Connected())
 
     @property
     def size(self) -> int:
@@ -126,15 +126,15 @@ class Place:
     def submit(self, rank: int) -> None:
         """A client asks."""
         request = self.answers.asked(self.bounds.tokens)
-        self._front_end(frontend_events.Submit(request, [request], SamplingParams(self.bounds.tokens), rank))
+        self._frontend(frontend_events.Submit(request, [request], SamplingParams(self.bounds.tokens), rank))
 
-    def front_end_hears(self) -> None:
+    def frontend_hears(self) -> None:
         """Of the coordinator."""
-        self._front_end(frontend_events.CoordinatorSaid(self.for_front_end.pop(0)))
+        self._frontend(frontend_events.CoordinatorSaid(self.for_frontend.pop(0)))
 
     def outputs_arrive(self, rank: int) -> None:
         """What a rank has made, whichever life of it."""
-        self._front_end(frontend_events.RankSaid(self.said[rank].pop(0)))
+        self._frontend(frontend_events.RankSaid(self.said[rank].pop(0)))
 
     def link_down(self, rank: int) -> None:
         """The front-end sees a connection end."""
@@ -142,14 +142,14 @@ class Place:
         assert connection is not None
         connection.up = False
         self.answers.rank_lost(rank)
-        self._front_end(frontend_events.LinkDown(rank))
+        self._frontend(frontend_events.LinkDown(rank))
 
     def link_up(self, rank: int) -> None:
         """It is there again, and the same life."""
         connection = self.connections[rank]
         assert connection is not None
         connection.up = True
-        self._front_end(frontend_events.LinkUp(rank))
+        self._frontend(frontend_events.LinkUp(rank))
 
     def cut(self, rank: int, *, lost: bool) -> None:
         """A connection to a rank that lives ends. `lost`: so is what is on it; else it comes late."""
@@ -159,7 +159,7 @@ class Place:
             self.said[rank].clear()
         self.link_down(rank)
 
-    def _front_end(self, event: frontend_events.Event) -> None:
+    def _frontend(self, event: frontend_events.Event) -> None:
         for effect in self.machine.handle(event, NOW):
             match effect:
                 case frontend_events.ToRank(rank, message):
@@ -179,7 +179,7 @@ class Place:
                     self.connections[rank] = None
                     self.answers.rank_lost(rank)
                 case frontend_events.ToCoordinator(message):
-                    self._coordinator(coordinator.FrontEndSaid(message))
+                    self._coordinator(coordinator.FrontendSaid(message))
         self.answers.none_lost(self.machine)
 
     def _sent(self, rank: int, message: AddRequest) -> None:
@@ -195,7 +195,7 @@ class Place:
 
     def rank_reads(self, rank: int) -> None:
         """What the front-end sent it."""
-        self._rank(rank, rank_events.FrontEndSaid(FRONT_END, self.ranks[rank].inbox.pop(0)))
+        self._rank(rank, rank_events.FrontendSaid(FRONTEND, self.ranks[rank].inbox.pop(0)))
 
     def step(self, rank: int) -> None:
         """A token for each request that it has."""
@@ -234,7 +234,7 @@ class Place:
                     life.left[key] = len(request.made_token_ids), request.params.max_tokens
                 case rank_events.Drop(key):
                     del life.left[key]
-                case rank_events.ToFrontEnd(_, outputs):
+                case rank_events.ToFrontend(_, outputs):
                     self.said[rank].append(outputs)
                 case rank_events.ToCoordinator(message):
                     self.for_coordinator.append((rank, message))
@@ -247,7 +247,7 @@ class Place:
         fresh = self.coordinators == 1
         size = self.size
         self.coordinator = Coordinator(size, self.coordinators, 0.0, lockstep=False, publish_loads=False, fresh=fresh)
-        self._coordinator(coordinator.FrontEndSubscribed())
+        self._coordinator(coordinator.FrontendSubscribed())
         for life in self.ranks:
             if life.alive and life.incarnation:
                 self._coordinator(coordinator.RankSubscribed(life.machine.rank, life.incarnation))
@@ -264,7 +264,7 @@ class Place:
     def waits_for_ranks(self) -> bool:
         """Whether the coordinator has not heard some rank yet, and it is time."""
         assert self.coordinator is not None
-        return bool(self.coordinator._introductions._unheard)
+        return bool(self.coordinator._roll_call._unheard)
 
     def coordinator_loses_patience(self) -> None:
         """Who has not said anything is waited for no longer."""
@@ -275,7 +275,7 @@ class Place:
         self.crashes -= 1
         self.coordinator = None
         self.for_coordinator.clear()
-        self.for_front_end.clear()
+        self.for_frontend.clear()
         self.gone = [0] * self.bounds.places
 
     def _coordinator(self, event: coordinator.Event, now: float = NOW) -> None:
@@ -284,8 +284,8 @@ class Place:
         for effect in self.coordinator.handle(event, now):
             if isinstance(effect, coordinator.ToRanks):
                 self._tell_ranks(effect.message)
-            elif isinstance(effect, coordinator.ToFrontEnds) and isinstance(effect.message, Members):
-                self.for_front_end += [effect.message] if self.for_front_end[-1:] != [effect.message] else []
+            elif isinstance(effect, coordinator.ToFrontends) and isinstance(effect.message, Members):
+                self.for_frontend += [effect.message] if self.for_frontend[-1:] != [effect.message] else []
 
     def _tell_ranks(self, message: ToRank) -> None:
         for rank, life in enumerate(self.ranks):

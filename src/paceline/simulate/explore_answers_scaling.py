@@ -21,12 +21,12 @@ from paceline.core.coordinator import events as coordinator
 from paceline.core.messages import Identify, NodeHello, RankFailed, ScaleRequest, Scaling, ToRank
 from paceline.core.requests import AddRequest
 from paceline.simulate.explore_answers import AnswersWorld, Move
-from paceline.simulate.explore_answers_place import FRONT_END, NOW, Bounds, Place
+from paceline.simulate.explore_answers_place import FRONTEND, NOW, Bounds, Place
 from paceline.simulate.explore_parts import freeze
 from paceline.simulate.explore_search import Broken
 
 NODE = 50
-OPERATOR = FRONT_END + 1
+OPERATOR = FRONTEND + 1
 """The front-end by which the operator asks."""
 PATIENCE_MS = 1000
 """Of each change: whether it is over is the walk's choice."""
@@ -73,7 +73,7 @@ class ScaledPlace(Place):
         self.scales -= 1
         call = self.bounds.scales - self.scales
         request = ScaleRequest(OPERATOR, call, size, PATIENCE_MS, PATIENCE_MS)
-        self._coordinator(coordinator.FrontEndSaid(request))
+        self._coordinator(coordinator.FrontendSaid(request))
 
     def time_is_up(self) -> None:
         """Of the change that is under way."""
@@ -173,5 +173,5 @@ class ScaledAnswersWorld(AnswersWorld):
         """Likewise."""
         assert isinstance(place, ScaledPlace)
         machine = place.machine
-        scaling = (sorted(machine._flights.leaving), freeze(machine.scaling), freeze(place.node))
+        scaling = (sorted(machine._inflight.leaving), freeze(machine.scaling), freeze(place.node))
         return super().key(place), scaling, place.ending, place.scales

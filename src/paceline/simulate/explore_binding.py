@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, cast
 
-from paceline.core.dispatch.dispatcher import Brokerage
-from paceline.core.dispatch.queue import Broker
+from paceline.core.dispatch.dispatcher import Dispatcher
+from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.messages import Ask, Grants, LoadView, ReturnShares, Withdraw
 from paceline.simulate.explore_binding_world import Limits, Place, World
 from paceline.simulate.explore_parts import attributes
@@ -33,7 +33,7 @@ DROPPED = frozenset({
     "_by_age", "queued", "touched",
     "_members", "_counted", "_counted_ranks", "_at_step", "_publisher",
     # No part of what is walked: independent ranks, never suspended, that all live.
-    "_calls", "_introductions", "_group", "_generations", "_stalls", "_suspension",
+    "_calls", "_roll_call", "_group", "_epochs", "_stalls", "_suspension",
 })  # fmt: skip
 TOLD = frozenset(
     {
@@ -70,13 +70,13 @@ def key(place: Place) -> Hashable:
         binding = machine._binding
         told += [binding._told, binding._heard, *(one.told for one in up if isinstance(one, Ask | Withdraw))]
         told += [number for one in down if isinstance(one, Grants) for number in one.asked.values()]
-        edition += [binding._edition, binding._returned]
+        edition += [binding._credit_epoch, binding._returned]
         edition += [one.edition for one in up if isinstance(one, Ask | ReturnShares)]
         edition += [shares.edition for one in down if isinstance(one, LoadView) for shares in one.shares or ()]
     if place.coordinator is not None:
-        told += place.coordinator.broker._told.values()
-        for pool in place.coordinator.broker._pools.values():
-            edition += [holding.edition for holding in pool.shares._holdings.values()]
+        told += place.coordinator.dispatcher._told.values()
+        for pool in place.coordinator.dispatcher._groups.values():
+            edition += [holding.epoch for holding in pool.shares._holdings.values()]
     return _freeze(place, Numbers(told), Numbers(edition))
 
 
@@ -115,9 +115,9 @@ def _freeze(value: Any, told: Numbers, edition: Numbers) -> Hashable:
             found.append(edition[one])
         else:
             found.append(told[one] if type(one) is int else tuple(sorted((who, told[n]) for who, n in one.items())))
-    if kind is Broker:
-        found.append(tuple([(entry.front_end, entry.request) for entry in value._by_order]))
-    elif kind is Brokerage:
+    if kind is CentralQueue:
+        found.append(tuple([(entry.frontend, entry.request) for entry in value._by_order]))
+    elif kind is Dispatcher:
         found.append(value.due is not None)
     return tuple(found)
 

@@ -22,7 +22,7 @@ from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.dispatch import ASK_AGAIN_S
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
 from paceline.core.requests import AbortRequests, AddRequest, Output, Outputs, SamplingParams
@@ -38,7 +38,7 @@ class Limits(Struct, frozen=True):
     """What a walk covers. `aborts`, `losses`, `crashes`: at most so many. `without`: rules left out."""
 
     ranks: int = 1
-    front_ends: int = 1
+    frontends: int = 1
     requests: int = 2
     slots: int = 1
     aborts: int = 1
@@ -66,9 +66,9 @@ class Place:
     """One state: machines, ranks, and what is on its way."""
 
     def __init__(self, limits: Limits) -> None:
-        count = limits.front_ends
+        count = limits.frontends
         self.machines = [
-            FrontEnd(FIRST + index, LeastLoad(index, count), brokered=True, without=limits.without)
+            Frontend(FIRST + index, LeastLoad(index, count), late_binding=True, without=limits.without)
             for index in range(count)
         ]
         self.ranks = [AbstractRank() for _ in range(limits.ranks)]
@@ -95,12 +95,12 @@ class World:
         """Ready and idle: everybody knows everybody, and shares are handed out."""
         place = Place(self.limits)
         self._begin(place)
-        for index in range(self.limits.front_ends):
-            self._front_end(place, index, frontend_events.Connected())
+        for index in range(self.limits.frontends):
+            self._frontend(place, index, frontend_events.Connected())
         for _ in range(6):
             for rank in range(self.limits.ranks):
                 self._report(place, rank)
-            for index in range(self.limits.front_ends):
+            for index in range(self.limits.frontends):
                 while place.up[index]:
                     self._up(place, index)
                 while place.down[index]:
@@ -114,7 +114,7 @@ class World:
                 yield f"request {request} comes", lambda p, r=request: self._submit(p, r)  # type: ignore[misc]
             elif request in place.open and place.aborts:
                 yield f"the client of request {request} goes", lambda p, r=request: self._abort(p, r)  # type: ignore[misc]
-        for index in range(self.limits.front_ends):
+        for index in range(self.limits.frontends):
             yield from self._link_moves(place, index)
         for rank, one in enumerate(place.ranks):
             for pair in one.present[: self.limits.slots]:
@@ -125,18 +125,18 @@ class World:
         if place.coordinator is None:
             yield "a new coordinator starts", self._begin
         else:
-            if place.crashes and any(machine.held() for machine in place.machines):
+            if place.crashes and any(machine.waiting_for_grant() for machine in place.machines):
                 yield "the coordinator dies", self._crash
-            if place.coordinator.broker.due is not None and not any(place.down) and max(map(len, place.up)) <= 1:
+            if place.coordinator.dispatcher.due is not None and not any(place.down) and max(map(len, place.up)) <= 1:
                 yield "the coordinator says again what it granted", self._repeat
             if not any(place.down) and place.losses < self.limits.losses:
                 yield "the coordinator publishes", self._heartbeat
 
     def over(self, place: Place) -> bool:
         """Whether nobody waits for anything."""
-        if place.open or any(machine.held() for machine in place.machines):
+        if place.open or any(machine.waiting_for_grant() for machine in place.machines):
             return False
-        return place.coordinator is not None and not list(place.coordinator.broker.descriptors())
+        return place.coordinator is not None and not list(place.coordinator.dispatcher.descriptors())
 
     def _link_moves(self, place: Place, index: int) -> Iterator[tuple[str, Callable[[Place], None]]]:
         who, machine = f"front-end {index}", place.machines[index]
@@ -148,7 +148,7 @@ class World:
             yield f"{who} hears {name}", lambda p: self._down(p, index)
             if place.losses:
                 yield f"{name} is lost on its way to {who}", lambda p: self._lose(p, index)
-        if not machine.held():
+        if not machine.waiting_for_grant():
             return
         if place.coordinator is None:
             yield f"{who} loses patience", lambda p: self._tick(p, index, 10.0)
@@ -161,25 +161,25 @@ class World:
         place.asked.add(request)
         place.open.add(request)
         event = frontend_events.Submit(request, [1], SamplingParams(1))
-        self._front_end(place, request % self.limits.front_ends, event)
+        self._frontend(place, request % self.limits.frontends, event)
 
     def _abort(self, place: Place, request: int) -> None:
         place.aborts -= 1
         place.open.discard(request)
-        self._front_end(place, request % self.limits.front_ends, frontend_events.Abandon([request]))
+        self._frontend(place, request % self.limits.frontends, frontend_events.Abandon([request]))
 
     def _up(self, place: Place, index: int) -> None:
-        self._coordinator(place, coordinator.FrontEndSaid(place.up[index].pop(0)))
+        self._coordinator(place, coordinator.FrontendSaid(place.up[index].pop(0)))
 
     def _down(self, place: Place, index: int) -> None:
-        self._front_end(place, index, frontend_events.CoordinatorSaid(place.down[index].pop(0)))
+        self._frontend(place, index, frontend_events.CoordinatorSaid(place.down[index].pop(0)))
 
     def _lose(self, place: Place, index: int) -> None:
         place.losses -= 1
         place.down[index].pop(0)
 
     def _tick(self, place: Place, index: int, after_s: float) -> None:
-        self._front_end(place, index, frontend_events.Tick(), NOW + after_s)
+        self._frontend(place, index, frontend_events.Tick(), NOW + after_s)
 
     def _take(self, place: Place, number: int, index: int, message: Any) -> None:
         rank = place.ranks[number]
@@ -198,7 +198,7 @@ class World:
         place.ranks[number].present.remove(which)
         self._changed(place.ranks[number])
         outputs = Outputs(number, LIFE, [Output(request, [1], finish_reason="length")])
-        self._front_end(place, index, frontend_events.RankSaid(outputs))
+        self._frontend(place, index, frontend_events.RankSaid(outputs))
 
     def _changed(self, rank: AbstractRank) -> None:
         rank.step += 1
@@ -219,7 +219,7 @@ class World:
         place.crashes -= 1
         place.crashed = True
         place.coordinator = None
-        for index in range(self.limits.front_ends):
+        for index in range(self.limits.frontends):
             place.up[index].clear()
 
     def _begin(self, place: Place) -> None:
@@ -230,25 +230,25 @@ class World:
         )
         for rank in place.ranks:
             rank.known = rank.told = False
-        self._coordinator(place, coordinator.FrontEndSubscribed())
+        self._coordinator(place, coordinator.FrontendSubscribed())
 
     def _repeat(self, place: Place) -> None:
         assert place.coordinator is not None
-        place.coordinator.broker._due = NOW
+        place.coordinator.dispatcher._due = NOW
         self._coordinator(place, coordinator.Tick())
 
     def _heartbeat(self, place: Place) -> None:
-        self._coordinator(place, coordinator.FrontEndSubscribed())
+        self._coordinator(place, coordinator.FrontendSubscribed())
 
     def _coordinator(self, place: Place, event: coordinator.Event) -> None:
         if place.coordinator is None:
             return
         for effect in place.coordinator.handle(event, NOW):
-            if isinstance(effect, coordinator.ToFrontEnds):
+            if isinstance(effect, coordinator.ToFrontends):
                 for index, link in enumerate(place.down):
                     self._broadcast(place.machines[index], link, effect.message)
 
-    def _broadcast(self, machine: FrontEnd, link: list[Any], message: Any) -> None:
+    def _broadcast(self, machine: Frontend, link: list[Any], message: Any) -> None:
         """Put it on the link, in place of what it makes void. What a front-end would have done on that, it does in
         those states in which it has heard it already: hearing changes nothing at the coordinator.
         """
@@ -259,7 +259,7 @@ class World:
         if message not in link:
             link.append(message)
 
-    def _front_end(self, place: Place, index: int, event: frontend_events.Event, now: float = NOW) -> None:
+    def _frontend(self, place: Place, index: int, event: frontend_events.Event, now: float = NOW) -> None:
         for effect in place.machines[index].handle(event, now):
             match effect:
                 case frontend_events.ToCoordinator(message):

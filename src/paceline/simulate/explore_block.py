@@ -9,7 +9,7 @@ from paceline.core.rank.events import Agree, Phase
 from paceline.core.rank.machine import Rank
 from paceline.simulate.explore_parts import freeze, renumber
 
-FRONT_END = 1
+FRONTEND = 1
 
 
 class Group(NamedTuple):

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from paceline.core.coordinator.events import (
     Event,
-    FrontEndSaid,
+    FrontendSaid,
     RankGone,
     RankSaid,
     RankSubscribed,
     Tick,
-    ToFrontEnds,
+    ToFrontends,
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
@@ -28,7 +28,7 @@ from paceline.core.messages import (
     WakeNotice,
 )
 from paceline.core.requests import ControlAction
-from paceline.simulate.explore_block import FRONT_END, Broken, Group
+from paceline.simulate.explore_block import FRONTEND, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 
 
@@ -59,12 +59,12 @@ class Answer(NamedTuple):
 
 TIMERS = {
     "wake": ("_group", "_wake_due"),
-    "question": ("_introductions", "_due"),
+    "question": ("_roll_call", "_due"),
     "suspension": ("_suspension", "_due"),
-    "generation": ("_generations", "_due"),
-    "patience": ("_generations", "_give_up_at"),
-    "lost": ("_generations", "_lost_at"),
-    "silent": ("_generations", "_silent_at"),
+    "generation": ("_epochs", "_due"),
+    "patience": ("_epochs", "_give_up_at"),
+    "lost": ("_epochs", "_lost_at"),
+    "silent": ("_epochs", "_silent_at"),
 }
 """What the coordinator repeats, or waits for, and where its machine keeps when."""
 
@@ -107,7 +107,7 @@ class Coordinators:
             without=self._without,
         )  # fmt: skip
         # Ranks' numbers that the machine makes itself, here and in `_handle`; all others come with messages.
-        machine._introductions._unheard = {RankLabel(rank) for rank in machine._introductions._unheard}
+        machine._roll_call._unheard = {RankLabel(rank) for rank in machine._roll_call._unheard}
         return self._states.number(renumber(machine))
 
     def wave(self, number: int) -> int:
@@ -128,8 +128,8 @@ class Coordinators:
 
     def forming(self, number: int) -> Group:
         """The generation that is, or is to be, formed."""
-        generations = self._states[number]._generations
-        return Group(generations.number, self._states[number].identity, len(generations._members))
+        epochs = self._states[number]._epochs
+        return Group(epochs.number, self._states[number].identity, len(epochs._members))
 
     def identity(self, number: int) -> int:
         """Which life of the coordinator it is."""
@@ -137,11 +137,11 @@ class Coordinators:
 
     def members(self, number: int) -> dict[int, int]:
         """By rank, the lives that the generation is, or is to be, formed of."""
-        return self._states[number]._generations._members
+        return self._states[number]._epochs._members
 
     def unspoken(self, number: int) -> list[int]:
         """The ranks that have not spoken since the generation ended."""
-        spoken = self._states[number]._generations._spoken
+        spoken = self._states[number]._epochs._spoken
         return [] if spoken is None else [rank for rank in range(self._size) if rank not in spoken]
 
     def timers(self, number: int) -> list[tuple[str, list[int]]]:
@@ -153,7 +153,7 @@ class Coordinators:
             waiting = {
                 "wake": machine._group.lagging(),
                 "question": _unheard(machine),
-                "generation": [*machine._generations._members],
+                "generation": [*machine._epochs._members],
                 "suspension": machine._suspension.state(_expected(machine)).waiting_for,
             }
             set_ = {name: getattr(getattr(machine, part), field) for name, (part, field) in self.timers_kept.items()}
@@ -186,7 +186,7 @@ class Coordinators:
 
     def noticed(self, number: int, rank: int, stamp: int) -> Answer:
         """A front-end's notice of a request to a rank."""
-        event = lambda: FrontEndSaid(WakeNotice(FRONT_END, RankLabel(rank), stamp))  # noqa: E731
+        event = lambda: FrontendSaid(WakeNotice(FRONTEND, RankLabel(rank), stamp))  # noqa: E731
         return self._answer(number, ("noticed", rank, stamp), event)
 
     def subscribed(self, number: int) -> Answer:
@@ -199,7 +199,7 @@ class Coordinators:
 
     def called(self, number: int, call: int, action: ControlAction, answered: int) -> Answer:
         """A front-end's call, or its repeat."""
-        event = lambda: FrontEndSaid(ControlRequest(FRONT_END, call, action, answered))  # noqa: E731
+        event = lambda: FrontendSaid(ControlRequest(FRONTEND, call, action, answered))  # noqa: E731
         return self._answer(number, ("called", call, action, answered), event)
 
     def tick(self, number: int, timer: str) -> Answer:
@@ -218,19 +218,19 @@ class Coordinators:
             part, field = self.timers_kept[str(name)]
             setattr(getattr(machine, part), field, NOW)
             # Patience is looked at where a repeat is due.
-            machine._generations._due = NOW if name == "patience" else machine._generations._due
+            machine._epochs._due = NOW if name == "patience" else machine._epochs._due
         before = self.wave(number)
         try:
             effects = machine.handle(event, NOW)
         except Exception as error:
             raise Broken(f"the coordinator's machine failed: {type(error).__name__}: {error}") from error
-        machine._generations.absent = {RankLabel(rank) for rank in machine._generations.absent}
+        machine._epochs.absent = {RankLabel(rank) for rank in machine._epochs.absent}
         why = wave_never_falls("the coordinator", before, machine._group.wave)
         if why is not None:
             raise Broken(why)
         published, answered, scaling = (0, False), 0, -1
         for effect in effects:
-            if isinstance(effect, ToFrontEnds):
+            if isinstance(effect, ToFrontends):
                 message = effect.message
                 if isinstance(message, ControlAnswer):
                     answered = message.number
@@ -245,7 +245,7 @@ class Coordinators:
 
 
 def _key(machine: Coordinator) -> Hashable:
-    group, introductions, generations = machine._group, machine._introductions, machine._generations
+    group, roll_call, epochs = machine._group, machine._roll_call, machine._epochs
     if group._wake_due is None:
         # Read only while a wake is due; set anew with the next one.
         group._prompt_wake = False
@@ -254,25 +254,25 @@ def _key(machine: Coordinator) -> Hashable:
         group._noticed_wave = -1
     # The last question and the last admission are long ago: to put one off for milliseconds, so that several share it,
     # is to hear of the others later.
-    introductions._asked = float("-inf")
-    introductions._admitted = {}
+    roll_call._asked = float("-inf")
+    roll_call._admitted = {}
     unheard = _unheard(machine)
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
-    introductions._due = LATER if introductions._asks and unheard else None
-    if generations._due is None:
-        generations._give_up_at = float("inf")
-    if generations._spoken is not None:
+    roll_call._due = LATER if roll_call._asks and unheard else None
+    if epochs._due is None:
+        epochs._give_up_at = float("inf")
+    if epochs._spoken is not None:
         # Set anew with the next generation, and not read before.
-        generations._members = {}
+        epochs._members = {}
     return freeze(machine)
 
 
 def _unheard(machine: Coordinator) -> list[int]:
     """Ranks that a question is for."""
-    return [*machine._membership.missing(), *machine._generations.silent(), *machine._late()]
+    return [*machine._membership.missing(), *machine._epochs.silent(), *machine._late()]
 
 
 def _expected(machine: Coordinator) -> list[int]:
     """Ranks whose word on a suspension counts."""
-    return machine._suspension.expected(machine._membership, machine._generations, NOW)
+    return machine._suspension.expected(machine._membership, machine._epochs, NOW)

@@ -90,7 +90,7 @@ class GroupedWorld(World):
         return {group: members for group, members in holders.items() if len(members) == group.size}
 
     def _know(self, state: State, group: Group) -> bool:
-        return all(self.blocks.life(number).machine.generation == group.number for number in self.deployed(state))
+        return all(self.blocks.life(number).machine.epoch == group.number for number in self.deployed(state))
 
     # Moves ----------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class GroupedWorld(World):
             numbers = [state[FIRST_BLOCK + rank] for rank in members]
             if all(self.blocks.running[number] for number in numbers):
                 known = {
-                    f"rank {rank}": self.blocks.life(number).machine.generation
+                    f"rank {rank}": self.blocks.life(number).machine.epoch
                     for rank, number in zip(members, numbers, strict=True)
                 }
                 demand(same_generation(group.number, known))

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paceline.core.messages import Form, GroupMember, Identify, ToRank
-from paceline.core.rank.events import Effect, Event, Formed, FormGroup, GenerationEnded, Loaded
+from paceline.core.rank.events import Effect, EpochEnded, Event, Formed, FormGroup, Loaded
 from paceline.simulate.explore_block import Block, BlockMove, Group, Life
 from paceline.simulate.explore_parts import NOW, Once, RankLabel
 from paceline.simulate.explore_rank import Blocks
@@ -85,7 +85,7 @@ class GroupedBlocks(Blocks):
     def _ended(self, number: int) -> int:
         life = self.life(number).copy()
         life.agree = life.group = life.forming = None
-        effects = self._handle(life, GenerationEnded())
+        effects = self._handle(life, EpochEnded())
         if life.idle:
             effects += self._turn(life)
         return self._put(self[number], life, effects)
@@ -141,7 +141,7 @@ class GroupedBlocks(Blocks):
         for effect in effects:
             if isinstance(effect, FormGroup):
                 life.group = None
-                life.forming = _named(effect.generation, effect.members)
+                life.forming = _named(effect.epoch, effect.members)
         return effects
 
     def _put(self, block: Block, life: Life, effects: list[Effect]) -> int:

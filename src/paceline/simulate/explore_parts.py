@@ -31,7 +31,7 @@ DROPPED: Mapping[str, frozenset[str]] = {
             # A counter for people.
             "_dropped",
             # When views go out, and what loads are in them: front-ends may hear any published state at any time.
-            "_publisher", "_board", "_front_ends", "_stalls",
+            "_publisher", "_load_table", "_frontends", "_stalls",
             # No front-end of the walk is brokered (`explore_binding.py` walks those that are).
             "broker",
         }

@@ -28,14 +28,14 @@ from paceline.core.rank.events import (
     CoordinatorSaid,
     Effect,
     Event,
-    FrontEndSaid,
+    FrontendSaid,
     Loaded,
     Phase,
     ToCoordinator,
     Turn,
 )
 from paceline.core.requests import AddRequest, SamplingParams
-from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Group, Life
+from paceline.simulate.explore_block import FRONTEND, Block, BlockMove, Group, Life
 from paceline.simulate.explore_machine import Machines
 from paceline.simulate.explore_parts import LATER, Register, renumber
 
@@ -180,9 +180,9 @@ class Blocks(Machines):
         after = self._arrived.get(key)
         if after is None:
             machine = self.life(number).machine
-            name = machine.requests.taken.get(FRONT_END, 0) + 1
+            name = machine.requests.taken.get(FRONTEND, 0) + 1
             request = AddRequest(name, name, machine.incarnation, stamp, [1], SamplingParams(1))
-            after = self._arrived[key] = self._after(self._blocks[number], FrontEndSaid(FRONT_END, request))
+            after = self._arrived[key] = self._after(self._blocks[number], FrontendSaid(FRONTEND, request))
         return after
 
     def sent(self, number: int, stamp: int) -> int:

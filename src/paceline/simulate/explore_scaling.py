@@ -141,7 +141,7 @@ class ScaledWorld(GroupedWorld):
             if action.kind != "hello" or not self.coordinators.has_loaded(coordinator, action.rank):
                 yield action, after
         yield from self._node_moves(state, common)
-        yield from self._front_end_moves(state, common)
+        yield from self._frontend_moves(state, common)
         yield from self._operator_moves(state, common)
         yield from self._scaling_moves(state, common)
 
@@ -165,10 +165,12 @@ class ScaledWorld(GroupedWorld):
             yield from self._answered(before, answer, Action("node-connects"))
         if node.down:
             after, effects = self.nodes.heard(scale.node)
-            for done in self._done(self._scaled(state, node=after), effects, self.nodes.machine(scale.node).on_trial):
+            for done in self._done(
+                self._scaled(state, node=after), effects, self.nodes.machine(scale.node).provisional
+            ):
                 yield Action("node-hears", detail=node.down[0]), done
 
-    def _done(self, state: State, effects: list[Effect], on_trial: Any) -> list[State]:
+    def _done(self, state: State, effects: list[Effect], provisional: Any) -> list[State]:
         """The states after the node's supervisor has done this."""
         states = [state]
         for effect in effects:
@@ -181,7 +183,7 @@ class ScaledWorld(GroupedWorld):
                     # Who died on trial is started again from here on.
                     choices = [self.blocks.started(block) if self.blocks[block].ended else block]
                 case StopRank():
-                    states = [self._stranded(one, rank, trial=on_trial(rank)) for one in states]
+                    states = [self._stranded(one, rank, trial=provisional(rank)) for one in states]
                     choices = self.blocks.stopped(block) if not self.blocks[block].ended else [block]
             states = [self._with(one, rank, choice) for one in states for choice in choices]
         return states
@@ -195,10 +197,10 @@ class ScaledWorld(GroupedWorld):
         demand(leaver_has_nothing(requests, trial, whole and not self.scale(common).late))
         return self._changed(state, common._replace(stranded=common.stranded + requests))
 
-    def _front_end_moves(self, state: State, common: Common) -> Moves:
+    def _frontend_moves(self, state: State, common: Common) -> Moves:
         scale, scalings = self.scale(common), self.coordinators.scalings
         if scale.untold:
-            answer = self.coordinators.front_end_said(state[COORDINATOR], scale.known)
+            answer = self.coordinators.frontend_said(state[COORDINATOR], scale.known)
             yield from self._answered(self._scaled(state, untold=False), answer, Action("tell", detail=scale.known))
         if scale.published != scale.known:
             before, now = self.known(common), scalings[scale.published]
@@ -215,7 +217,7 @@ class ScaledWorld(GroupedWorld):
                 yield told, after
                 return
             # What it says is read at once: in between it would say nothing else that matters.
-            answer = self.coordinators.front_end_said(after[COORDINATOR], scale.published)
+            answer = self.coordinators.frontend_said(after[COORDINATOR], scale.published)
             yield from self._answered(self._scaled(after, untold=False), answer, told)
 
     def _operator_moves(self, state: State, common: Common) -> Moves:
@@ -274,7 +276,7 @@ class ScaledWorld(GroupedWorld):
     def _dies(self, state: State, common: Common, rank: int, last: set[int]) -> Moves:
         """Likewise, of a rank on trial too: it is not started again, and the node says so."""
         scale = self.scale(common)
-        if not self.nodes.machine(scale.node).on_trial(rank):
+        if not self.nodes.machine(scale.node).provisional(rank):
             for action, after in super()._dies(state, common, rank, last):
                 yield action, self._never_stranded_twice(after, common, rank)
             return

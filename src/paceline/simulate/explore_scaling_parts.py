@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from paceline.core.coordinator.events import FrontEndSaid, RankSaid
+from paceline.core.coordinator.events import FrontendSaid, RankSaid
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
-    FrontEndHello,
+    FrontendHello,
     Members,
     NodeHello,
     RankFailed,
@@ -17,7 +17,7 @@ from paceline.core.messages import (
     ScaleRequest,
     Scaling,
 )
-from paceline.simulate.explore_block import FRONT_END, Block
+from paceline.simulate.explore_block import FRONTEND, Block
 from paceline.simulate.explore_coordinator import TIMERS, Answer, Coordinators
 from paceline.simulate.explore_group_rank import GroupedBlocks
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze
@@ -79,8 +79,8 @@ class ScaledCoordinators(Coordinators):
     def key(self, machine: Coordinator) -> Hashable:
         """Of loads only this matters: whether a rank that is to leave has said that it has nothing left."""
         scaling, members = machine._scaling, machine._membership
-        idle = [machine._board.idle(rank, members.ready_life(rank)) for rank in scaling.state.leaving]
-        return super().key(machine), freeze(machine._front_ends), tuple(idle)
+        idle = [machine._load_table.idle(rank, members.ready_life(rank)) for rank in scaling.state.leaving]
+        return super().key(machine), freeze(machine._frontends), tuple(idle)
 
     def scaling_in(self, message: Members) -> int:
         """The number of what is said there of scaling."""
@@ -98,8 +98,8 @@ class ScaledCoordinators(Coordinators):
         """Whether the next report of a leaving rank that has nothing left is the last word that is waited for."""
         machine = self[number]
         known, state = machine._scaling._known_by, machine._scaling.state
-        heard = all(known.get(front_end, -1) >= state.number for front_end in machine._front_ends)
-        return heard and not machine._introductions._unheard
+        heard = all(known.get(frontend, -1) >= state.number for frontend in machine._frontends)
+        return heard and not machine._roll_call._unheard
 
     def is_current(self, number: int, rank: int, incarnation: int) -> bool:
         """Whether what this life of the rank says counts."""
@@ -114,16 +114,16 @@ class ScaledCoordinators(Coordinators):
         """A node's message; `name`: its number."""
         return self._answer(number, ("node", name), lambda: RankSaid(message))
 
-    def front_end_said(self, number: int, scaling: int) -> Answer:
+    def frontend_said(self, number: int, scaling: int) -> Answer:
         """The front-ends say hello. `scaling`: the number of the newest that they know."""
         known = self.scalings[scaling] if self.scalings[scaling].number else None
-        hello = FrontEndHello(PROTOCOL_VERSION, FRONT_END, scaling=known)
-        return self._answer(number, ("front-end", scaling), lambda: FrontEndSaid(hello))
+        hello = FrontendHello(PROTOCOL_VERSION, FRONTEND, scaling=known)
+        return self._answer(number, ("front-end", scaling), lambda: FrontendSaid(hello))
 
     def asked_to_scale(self, number: int, call: int, size: int) -> Answer:
         """A front-end's request for so many ranks, or its repeat."""
-        request = ScaleRequest(FRONT_END, call, size, PATIENCE_MS, PATIENCE_MS)
-        return self._answer(number, ("scale", call, size), lambda: FrontEndSaid(request))
+        request = ScaleRequest(FRONTEND, call, size, PATIENCE_MS, PATIENCE_MS)
+        return self._answer(number, ("scale", call, size), lambda: FrontendSaid(request))
 
     def late(self, number: int) -> bool:
         """Whether a change is under way whose time may be up."""

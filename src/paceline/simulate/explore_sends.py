@@ -6,12 +6,12 @@ from functools import cache
 from typing import NamedTuple
 
 from paceline.core.frontend.events import CoordinatorSaid, Submit, ToCoordinator, ToRank
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, WakeNotice
 from paceline.core.rank.events import Phase
 from paceline.core.requests import AddRequest, SamplingParams
 from paceline.core.routing.least import LeastLoad
-from paceline.simulate.explore_block import FRONT_END
+from paceline.simulate.explore_block import FRONTEND
 from paceline.simulate.explore_parts import NOW
 from paceline.simulate.explore_rank import Blocks
 
@@ -38,7 +38,7 @@ def ways_to_send(blocks: Blocks, number: int, published: tuple[int, bool]) -> li
     beliefs = {(0, False), (newest, False)} | ({(newest, True)} if runs else {(newest - 1, True)} - {(-1, True)})
     ways: list[Sent] = []
     for wave, running in sorted(beliefs):
-        stamp, notice = front_end_sends(wave, running)
+        stamp, notice = frontend_sends(wave, running)
         if notice is None:
             ways += [] if life.busy else [Sent("send", stamp, blocks.arrive(number, stamp))]
             continue
@@ -61,9 +61,9 @@ def ways_without_notice(blocks: Blocks, number: int, published: tuple[int, bool]
 
 
 @cache
-def front_end_sends(wave: int, running: bool) -> tuple[int, int | None]:
+def frontend_sends(wave: int, running: bool) -> tuple[int, int | None]:
     """What a front-end with this belief sends: the request's stamp and, where it sends a notice too, the notice's."""
-    machine = FrontEnd(FRONT_END, LeastLoad(0, 1), lockstep=True)
+    machine = Frontend(FRONTEND, LeastLoad(0, 1), lockstep=True)
     members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 1, "rank")])
     machine.handle(CoordinatorSaid(members), NOW)
     machine.handle(CoordinatorSaid(LoadView(1, 1, wave, running)), NOW)

@@ -18,7 +18,7 @@ from paceline.process.spawn import spawn, stop
 from paceline.vllm.codec import VllmDialect
 from paceline.vllm.process import Settings
 from paceline.vllm.translation import Memory
-from paceline.vllm.watchdog import run_keeper
+from paceline.vllm.watchdog import run_watchdog
 
 NAME = "Paceline_DP_Coordinator"
 INTERVAL_MS = 10.0
@@ -72,7 +72,7 @@ class VllmCoordinator:
         reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
         with reader:
             kwargs = {"settings": settings, "report": writer}
-            self._processes.append(spawn(NAME, run_keeper, kwargs, settings["log_level"]))
+            self._processes.append(spawn(NAME, run_watchdog, kwargs, settings["log_level"]))
             writer.close()
             try:
                 if not reader.poll(STARTUP_TIMEOUT_S):

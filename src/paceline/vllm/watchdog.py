@@ -36,7 +36,7 @@ ANSWER_S = 1.0
 MOST_BYTES = 1 << 20
 
 
-class Keeper:
+class Watchdog:
     """Keeps one coordinator running.
 
     `settings`: its Settings as a dict, without the channel, changed by what it says; the module that it is
@@ -225,8 +225,8 @@ def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message}}
 
 
-def run_keeper(settings: dict[str, Any], report: Connection) -> None:
+def run_watchdog(settings: dict[str, Any], report: Connection) -> None:
     """The keeper process."""
-    keeper = Keeper(settings, report)
-    signal.signal(signal.SIGTERM, lambda *_: keeper.stop())
-    keeper.run()
+    watchdog = Watchdog(settings, report)
+    signal.signal(signal.SIGTERM, lambda *_: watchdog.stop())
+    watchdog.run()

@@ -48,7 +48,7 @@ class Position(Struct, frozen=True):
 
     incarnation: int
     address: str
-    generation: int
+    epoch: int
     told: int
 
     @classmethod
@@ -57,7 +57,7 @@ class Position(Struct, frozen=True):
         return cls(hello.incarnation, hello.group_address, hello.generation, hello.told)
 
 
-class Generations:
+class Epochs:
     """The current generation of a deployment of `size` ranks, and what is still to be formed."""
 
     def __init__(self, size: int) -> None:
@@ -98,7 +98,7 @@ class Generations:
 
     def heard(self, rank: int, position: Position, now: float) -> None:
         """A rank said hello."""
-        if not plausible(max(position.generation, position.told), self.number):
+        if not plausible(max(position.epoch, position.told), self.number):
             return
         before = self._ranks.get(rank)
         self._ranks[rank] = position
@@ -108,8 +108,8 @@ class Generations:
             return
         new_life = before is not None and before.incarnation != position.incarnation
         # Who says that it left one from before may be about to form this one, as it was told.
-        left = before is not None and before.generation >= max(self.number, 1)
-        fell_out = left and position.generation == 0
+        left = before is not None and before.epoch >= max(self.number, 1)
+        fell_out = left and position.epoch == 0
         if self._spoken is None and (new_life or fell_out or self._members.get(rank) != position.incarnation):
             self._end(now)
         if self._spoken is not None:
@@ -178,7 +178,7 @@ class Generations:
     def _complete(self) -> bool:
         """Whether all ranks, but for those left out, are members of one generation: the one that was to be formed, or
         one from before."""
-        named = {position.generation for position in self._ranks.values()}
+        named = {position.epoch for position in self._ranks.values()}
         all_there = len(self._ranks) == self._size - len(self.absent)
         if not all_there or len(named) != 1 or max(named) < max(self.number, 1):
             return False

@@ -240,7 +240,7 @@ ADMIT_AGAIN_S = 0.05
 """A rank asks for admission ten times a second and at each question; one answer serves them all."""
 
 
-class Introductions:
+class RollCall:
     """What is to be asked, who was answered when, and whether the ranks were heard.
 
     `size`: ranks in the deployment. `fresh`: there was no coordinator before, so there is nothing to learn.

@@ -28,13 +28,13 @@ from collections.abc import Callable, Iterable, Set
 
 from msgspec import Struct
 
-from paceline.core.coordinator.epoch import Generations
+from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership
 from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.load import plausible
 from paceline.core.messages import ControlAnswer, ControlRequest, RankHello, Suspension, SuspensionState
 from paceline.core.requests import ControlAction, SuspendMode
-from paceline.core.standing import Standing
+from paceline.core.standing import PauseState
 
 ANSWERS_KEPT = 4096
 
@@ -48,11 +48,11 @@ class Calls:
 
     def request(self, request: ControlRequest) -> None:
         """A front-end asks, or repeats what it asked."""
-        self._waiting[(request.front_end, request.call)] = request
+        self._waiting[(request.frontend, request.call)] = request
 
-    def forget_front_end(self, front_end: int) -> None:
+    def forget_frontend(self, frontend: int) -> None:
         """The front-end is gone; what it asked for stays asked for."""
-        self._answered = {key: number for key, number in self._answered.items() if key[0] != front_end}
+        self._answered = {key: number for key, number in self._answered.items() if key[0] != frontend}
 
     def __len__(self) -> int:
         """Calls that wait."""
@@ -84,14 +84,14 @@ class Acknowledged(Struct, frozen=True):
     held: bool
 
 
-class GroupSuspension:
+class PauseTransaction:
     """The suspension of all ranks, and what is still to be acknowledged.
 
     `together`: whether all go on at once, as ranks in lockstep must. `without`: rules (`rules.py`) left out.
     """
 
     def __init__(self, without: Set[str] = frozenset(), *, together: bool = True) -> None:
-        self.standing = Standing()
+        self.standing = PauseState()
         self._together = together
         self._said: dict[int, Acknowledged] = {}
         self._due: float | None = None
@@ -194,13 +194,13 @@ class GroupSuspension:
         return not held if self.standing.suspended else held and self.standing.released
 
 
-class Suspending(GroupSuspension):
+class CoordinatorPause(PauseTransaction):
     """A GroupSuspension with its calls. `lockstep`: whether the ranks run in waves. `without`: rules left out."""
 
     def __init__(self, identity: int, lockstep: bool, without: Set[str]) -> None:
         super().__init__(without, together=lockstep)
         self.calls = Calls()
-        self.shown = SuspensionState()
+        self.header = SuspensionState()
         """What front-ends are shown."""
         self._identity = identity
         self._lockstep = lockstep
@@ -209,23 +209,23 @@ class Suspending(GroupSuspension):
         """A ready rank said what it knows."""
         self.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
 
-    def settle(self, membership: Membership, generations: Generations, now: float) -> bool:
+    def settle(self, membership: Membership, epochs: Epochs, now: float) -> bool:
         """After anything was heard. Returns whether front-ends are to be shown something else."""
-        expected = self.expected(membership, generations, now)
+        expected = self.expected(membership, epochs, now)
         self.advance(expected, now)
-        before, self.shown = self.shown, self.state(expected)
-        return self.shown != before
+        before, self.header = self.header, self.state(expected)
+        return self.header != before
 
     def answers(self, now: float) -> list[ControlAnswer]:
         """The calls that wait, answered; to be called once the ranks were heard."""
         answers = self.calls.serve(lambda action: self.ask(action, now), self.standing.number)
         return [ControlAnswer(self._identity, *answer) for answer in answers]
 
-    def expected(self, membership: Membership, generations: Generations, now: float) -> list[int]:
+    def expected(self, membership: Membership, epochs: Epochs, now: float) -> list[int]:
         """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
         without, who are told when they come.
 
         A rank that was told of no suspension when it joined must not step either.
         """
-        gone = generations.absent if self._lockstep else membership.gone(now)
+        gone = epochs.absent if self._lockstep else membership.gone(now)
         return [rank for rank in range(membership.size) if rank not in gone]
