@@ -17,7 +17,6 @@ from paceline.core.coordinator.events import (
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.wave import FIRST_REPEAT_S
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -37,6 +36,7 @@ from paceline.core.messages import (
     WakeNotice,
 )
 from paceline.core.requests import ControlAction, SuspendMode
+from paceline.core.retry import FIRST_S
 from tests.core.harness import find, one, said
 
 FRONTEND, COORDINATOR = 100, 1
@@ -162,7 +162,7 @@ def test_it_is_repeated_at_its_deadline_until_every_rank_has_answered() -> None:
     machine = started()
     machine.handle(control("keep"), 2.0)
     machine.handle(hello(0, 1, True), 2.0)
-    assert machine.deadline == pytest.approx(2.0 + FIRST_REPEAT_S)
+    assert machine.deadline == pytest.approx(2.0 + FIRST_S)
     assert told(machine.handle(Tick(), machine.deadline)) == [Suspension(1, "keep")]
     machine.handle(hello(1, 1, True), 2.1)
     assert told(machine.handle(Tick(), 9.0)) == []
@@ -191,7 +191,7 @@ def test_a_notice_from_before_the_suspension_wakes_nobody_in_it() -> None:
     machine.handle(FrontendSaid(WakeNotice(FRONTEND, 0, 0)), 2.0)
     assert machine.statistics()["lagging"] == [0, 1]
     machine.handle(control("keep"), 2.0)
-    assert said(machine.handle(Tick(), 2.0 + FIRST_REPEAT_S), StartDPWave) == []
+    assert said(machine.handle(Tick(), 2.0 + FIRST_S), StartDPWave) == []
 
 
 def test_a_rank_that_started_before_it_heard_is_joined_by_the_others_under_a_new_number() -> None:
@@ -215,7 +215,7 @@ def test_wakes_that_are_repeated_number_each_time() -> None:
     machine.handle(hello(0, running=True), 2.0)
     machine.handle(control("wait"), 2.0)
     before = machine.statistics()["suspension"]
-    effects = machine.handle(Tick(), 2.0 + FIRST_REPEAT_S)
+    effects = machine.handle(Tick(), 2.0 + FIRST_S)
     assert len(said(effects, StartDPWave)) == 1
     assert one(told(effects)).number == int(str(before)) + 2
 
@@ -308,8 +308,8 @@ def test_form_is_broadcast_and_repeated_until_all_have_formed() -> None:
     members = [GroupMember(0, 10, "group 0"), GroupMember(1, 11, "group 1")]
     assert form == Form(1, 0, members, Suspension(0, "keep", True))
     machine.handle(hello(0, group="group 0", epoch=1), 0.01)
-    assert machine.deadline <= FIRST_REPEAT_S
-    assert said(machine.handle(Tick(), FIRST_REPEAT_S), Form) == [form]
+    assert machine.deadline <= FIRST_S
+    assert said(machine.handle(Tick(), FIRST_S), Form) == [form]
     machine.handle(hello(1, group="group 1", epoch=1), 0.2)
     assert said(machine.handle(Tick(), 5.0), Form) == []
     assert machine.statistics()["generation"] == 1

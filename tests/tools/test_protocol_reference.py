@@ -13,8 +13,8 @@ import pytest
 
 from paceline import coordinator_cli
 from paceline.config import ParallelConfig
-from paceline.core import codec, messages
-from paceline.core.coordinator import load_table as board, wave
+from paceline.core import codec, messages, retry
+from paceline.core.coordinator import load_table as board
 from paceline.core.frontend.events import CoordinatorSaid, Event, Submit
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
@@ -191,8 +191,8 @@ def test_times(document: str) -> None:
     assert f"Repeat it every {rank.HELLO_REPEAT_S * 1000:.0f} ms until an Admit" in document
     interval = inspect.signature(rank.Rank).parameters["sync_interval"].default
     assert f"on every {interval}th after that" in document
-    assert f"after {wave.FIRST_REPEAT_S * 1000:.0f} ms, and then at intervals that double" in document
-    assert f"double up to {wave.LONGEST_REPEAT_S:g} s" in document
+    assert f"after {retry.FIRST_S * 1000:.0f} ms, and then at intervals that double" in document
+    assert f"double up to {retry.LONGEST_S:g} s" in document
     assert f"waits up to {board.STEP_WAIT_S * 1000:g} ms" in document
     assert f"Without any change a LoadView is sent every {board.HEARTBEAT_S:g} s" in document
 

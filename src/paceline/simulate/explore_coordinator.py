@@ -218,7 +218,7 @@ class Coordinators:
             part, field = self.timers_kept[str(name)]
             setattr(getattr(machine, part), field, NOW)
             # Patience is looked at where a repeat is due.
-            machine._epochs._due = NOW if name == "patience" else machine._epochs._due
+            machine._epochs._retry.due = NOW if name == "patience" else machine._epochs._retry.due
         before = self.wave(number)
         try:
             effects = machine.handle(event, NOW)
@@ -246,7 +246,7 @@ class Coordinators:
 
 def _key(machine: Coordinator) -> Hashable:
     group, roll_call, epochs = machine._group, machine._roll_call, machine._epochs
-    if group._wake_due is None:
+    if group._retry.due is None:
         # Read only while a wake is due; set anew with the next one.
         group._prompt_wake = False
     if group._noticed_wave < group.wave:
@@ -259,8 +259,8 @@ def _key(machine: Coordinator) -> Hashable:
     unheard = _unheard(machine)
     # One more question to ranks that have all been heard brings nothing (`explore_rank`). While some have not, one is
     # asked as soon as anybody is connected, and then again.
-    roll_call._due = LATER if roll_call._asks and unheard else None
-    if epochs._due is None:
+    roll_call._retry.due = LATER if roll_call._asks and unheard else None
+    if epochs._retry.due is None:
         epochs._give_up_at = float("inf")
     if epochs._spoken is not None:
         # Set anew with the next generation, and not read before.

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from paceline.core.coordinator.epoch import FORM_TIMEOUT_S, LOST_S, SILENT_S, Epochs, Position
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.messages import GroupMember
+from paceline.core.retry import FIRST_S, LONGEST_S
 
 
 def hear(found: Epochs, rank: int, epoch: int = 0, life: int | None = None, now: float = 0.0, told: int = 0) -> None:
@@ -37,9 +37,9 @@ def test_it_is_told_again_until_every_member_has_said_that_it_is_one() -> None:
     hear(found, 0)
     hear(found, 1)
     assert found.form(0.0) is not None
-    assert found.form(FIRST_REPEAT_S / 2) is None
+    assert found.form(FIRST_S / 2) is None
     hear(found, 0, 1)
-    assert found.form(FIRST_REPEAT_S) is not None
+    assert found.form(FIRST_S) is not None
     hear(found, 1, 1)
     assert found.due is None
     assert found.form(99.0) is None
@@ -54,8 +54,8 @@ def test_repeats_become_rarer() -> None:
         assert found.due is not None
         gaps.append(found.due - now)
         now = found.due
-    assert gaps[0] == pytest.approx(FIRST_REPEAT_S)
-    assert gaps[-1] == pytest.approx(LONGEST_REPEAT_S)
+    assert gaps[0] == pytest.approx(FIRST_S)
+    assert gaps[-1] == pytest.approx(LONGEST_S)
 
 
 def test_a_new_life_makes_the_next_generation_once_the_others_have_spoken() -> None:

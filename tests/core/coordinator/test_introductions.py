@@ -8,9 +8,9 @@ import pytest
 
 from paceline.core.coordinator.membership import (
     ADMIT_AGAIN_S,
-    FIRST_REPEAT_S,
+    FIRST_AGAIN_S,
     GATHER_S,
-    LONGEST_REPEAT_S,
+    LONGEST_AGAIN_S,
     RollCall,
 )
 
@@ -71,8 +71,8 @@ def test_it_is_asked_again_while_ranks_are_missing_and_ever_more_rarely() -> Non
         gaps.append(found.due - now)
         assert not found.ask(found.due - 0.001, some)
         now = found.due
-    assert gaps[:3] == pytest.approx([FIRST_REPEAT_S, 2 * FIRST_REPEAT_S, 4 * FIRST_REPEAT_S])
-    assert gaps[-1] == LONGEST_REPEAT_S
+    assert gaps[:3] == pytest.approx([FIRST_AGAIN_S, 2 * FIRST_AGAIN_S, 4 * FIRST_AGAIN_S])
+    assert gaps[-1] == LONGEST_AGAIN_S
     assert found.ask(now, none)
     assert found.due is None
 
@@ -83,11 +83,11 @@ def test_somebody_new_is_asked_soon_however_rare_the_repeats_have_become() -> No
     for _ in range(9):
         found.ask(now, some)
         now = found.due or 0.0
-    asked_at = now - LONGEST_REPEAT_S
+    asked_at = now - LONGEST_AGAIN_S
     found.wanted(asked_at + 1.0)
     assert found.due == asked_at + 1.0
     assert found.ask(asked_at + 1.0, some)
-    assert found.due == pytest.approx(asked_at + 1.0 + FIRST_REPEAT_S)
+    assert found.due == pytest.approx(asked_at + 1.0 + FIRST_AGAIN_S)
 
 
 def test_without_its_rule_nobody_is_asked() -> None:

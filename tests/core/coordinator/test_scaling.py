@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from paceline.core.coordinator.scaling import NODES_S, DeploymentScaling
-from paceline.core.coordinator.wave import FIRST_REPEAT_S
 from paceline.core.messages import PROTOCOL_VERSION, NodeHello, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.retry import FIRST_S
 
 NODE, OTHER = 7, 8
 FRONTEND = 100
@@ -278,7 +278,7 @@ def test_nodes_are_told_until_they_know() -> None:
     assert found.message(0.0) == found.state
     assert found.message(0.0) is None
     found.said(node_hello(NODE, [0, 1, 2, 3], found.state), 0.0)
-    assert found.message(FIRST_REPEAT_S) == found.state
+    assert found.message(FIRST_S) == found.state
     loaded(found, 2, 3)
     advance(found, 1.0)
     assert found.message(1.0) == found.state

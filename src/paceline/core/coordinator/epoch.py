@@ -29,9 +29,9 @@ from collections.abc import Set
 
 from msgspec import Struct
 
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.load import plausible
 from paceline.core.messages import GroupMember, RankHello, Stall, StallReport
+from paceline.core.retry import Retry
 
 LOST_S = 0.1
 """How long a rank whose connection has ended may take to be back: one that is connected anew, not dead."""
@@ -76,8 +76,7 @@ class Epochs:
         # When whoever is lost, and whoever is silent, is left out; None where nobody is waited for.
         self._lost_at: float | None = None
         self._silent_at: float | None = None
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
         self._give_up_at = float("inf")
 
     @property
@@ -88,12 +87,12 @@ class Epochs:
     @property
     def forming(self) -> bool:
         """Whether its members are being told."""
-        return self._due is not None
+        return self._retry.due is not None
 
     @property
     def due(self) -> float | None:
         """When members must be told (again), or somebody is left out; None for neither."""
-        timers = [at for at in (self._due, self._lost_at, self._silent_at) if at is not None]
+        timers = [at for at in (self._retry.due, self._lost_at, self._silent_at) if at is not None]
         return min(timers, default=None)
 
     def heard(self, rank: int, position: Position, now: float) -> None:
@@ -151,13 +150,12 @@ class Epochs:
         if self._silent_at is not None and now >= self._silent_at:
             self._silent_at = None
             self._leave_out(set(range(self._size)) - (self._spoken or set()), now)
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
         if now >= self._give_up_at:
             self._end(now)
             return None
-        self._due = now + self._repeat_s
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
         return self.number, [GroupMember(r, p.incarnation, p.address) for r, p in sorted(self._ranks.items())]
 
     def _leave_out(self, ranks: Set[int], now: float) -> None:
@@ -184,12 +182,12 @@ class Epochs:
             return False
         self.number = max(named)
         self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
-        self._due = None
+        self._retry.stop()
         self._wait_for_nobody()
         return True
 
     def _end(self, now: float) -> None:
-        self._due = None
+        self._retry.stop()
         self._spoken = set()
         self._silent_at = now + SILENT_S
         self.asks = True
@@ -198,8 +196,7 @@ class Epochs:
         self._wait_for_nobody()
         self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
         self.number = max(self.number, *(position.told for position in self._ranks.values())) + 1
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry.start(now)
         self._give_up_at = now + FORM_TIMEOUT_S
 
     def _wait_for_nobody(self) -> None:

@@ -30,10 +30,10 @@ from msgspec import Struct
 
 from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.load import plausible
 from paceline.core.messages import ControlAnswer, ControlRequest, RankHello, Suspension, SuspensionState
 from paceline.core.requests import ControlAction, SuspendMode
+from paceline.core.retry import Retry
 from paceline.core.standing import PauseState
 
 ANSWERS_KEPT = 4096
@@ -94,8 +94,7 @@ class PauseTransaction:
         self.standing = PauseState()
         self._together = together
         self._said: dict[int, Acknowledged] = {}
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
         self._numbered = "suspension-number" not in without
         # Until somebody speaks of one there is nothing to agree on, whoever comes and goes.
         self._unheard_of = True
@@ -103,7 +102,7 @@ class PauseTransaction:
     @property
     def due(self) -> float | None:
         """When the ranks must be told (again), or None."""
-        return self._due
+        return self._retry.due
 
     def ask(self, action: ControlAction, now: float) -> int:
         """Somebody wants this. Returns the number at which it is so; asking twice is asking once."""
@@ -147,13 +146,11 @@ class PauseTransaction:
         known = not self._together or all(self._knows(rank) for rank in ranks)
         if known and not standing.suspended and not standing.released:
             standing.released = True
-            self._due = now
-            self._repeat_s = FIRST_REPEAT_S
+            self._retry.start(now)
         if not any(self._lacks(rank) for rank in self._said):
-            self._due = None
-        elif self._due is None:
-            self._due = now
-            self._repeat_s = FIRST_REPEAT_S
+            self._retry.stop()
+        elif self._retry.due is None:
+            self._retry.start(now)
 
     def state(self, expected: Iterable[int]) -> SuspensionState:
         """For front-ends."""
@@ -165,10 +162,9 @@ class PauseTransaction:
 
     def message(self, now: float) -> Suspension | None:
         """What to broadcast now, if that is due; the next repeat is set."""
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
-        self._due = now + self._repeat_s
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
         return self.told()
 
     def told(self) -> Suspension:
@@ -178,8 +174,7 @@ class PauseTransaction:
     def _begin(self, number: int, mode: SuspendMode, now: float) -> None:
         self._unheard_of = False
         self.standing.learn(number, mode, False)
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry.start(now)
 
     def _knows(self, rank: int) -> bool:
         said = self._said.get(rank)

@@ -26,11 +26,11 @@ from msgspec.structs import replace
 
 from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership, RollCall
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.limits import most_ranks
 from paceline.core.load import plausible
 from paceline.core.messages import NodeHello, Outcome, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.retry import Retry
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
@@ -65,13 +65,12 @@ class DeploymentScaling:
         self._served: dict[int, int] = {}
         self._nodeless_since: float | None = None
         self._deadline: float | None = None
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
 
     @property
     def due(self) -> float | None:
         """When nodes must be told (again), or time is up; None for neither."""
-        return min((at for at in (self._due, self._deadline) if at is not None), default=None)
+        return min((at for at in (self._retry.due, self._deadline) if at is not None), default=None)
 
     # What is heard ------------------------------------------------------------------------------
 
@@ -116,7 +115,7 @@ class DeploymentScaling:
         self._served[state.frontend] = max(state.call, self._served.get(state.frontend, 0))
         allowed_ms = state.startup_ms if state.joining else state.drain_ms
         self._deadline = now + allowed_ms / 1000 if state.under_way else None
-        self._tell(now)
+        self._retry.start(now)
 
     def said(self, message: NodeHello | RankFailed, now: float) -> None:
         """A node said something."""
@@ -128,8 +127,8 @@ class DeploymentScaling:
         number = message.scaling.number
         ranks = frozenset(message.ranks)
         self._nodes[message.node] = KnownNode(ranks, number, message.own_frontends, message.fixed)
-        if number < self.state.number and self._due is None:
-            self._tell(now)
+        if number < self.state.number and self._retry.due is None:
+            self._retry.start(now)
 
     def forget_node(self, node: int) -> None:
         """It is gone, or will be back and say hello."""
@@ -201,12 +200,12 @@ class DeploymentScaling:
         if self._deadline is not None and now >= self._deadline:
             # Time is up, and the ranks have not been heard yet: a coordinator that is new waits for them.
             self._deadline = now + LOOK_AGAIN_S
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
         lagging = any(node.number < self.state.number for node in self._nodes.values())
-        again = (self.state.under_way or lagging) and "scaling-repeated" not in self._without
-        self._due = now + self._repeat_s if again else None
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
+        if not (self.state.under_way or lagging) or "scaling-repeated" in self._without:
+            self._retry.stop()
         return self.state
 
     def line(self) -> str:
@@ -228,10 +227,6 @@ class DeploymentScaling:
             state, number=state.number + 1, size=size, hosts=hosts, waiting_for=[], outcome=outcome, why=why[:1024]
         )  # fmt: skip
         self._change(ended, now)
-
-    def _tell(self, now: float) -> None:
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
 
     def _waits_for_nodes(self, now: float) -> bool:
         """Whether it is too soon to begin anything: whoever asks, asks again.
