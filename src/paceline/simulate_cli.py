@@ -64,7 +64,7 @@ FAULTS = {
     "json": Flag(bool, "One JSON object a run in place of text.", default=False, name="--json"),
     "bind": Flag(
         str,
-        "broker: requests wait until a rank can start them (least-load; its default); arrival: bound at once. "
+        "late: requests wait until a rank can start them (least-load; its default); arrival: bound at once. "
         "Drawn from the seed if left out without --trace.",
     ),
 }  # fmt: skip
@@ -127,6 +127,14 @@ def _check_range(name: str, flag: Flag, value: Any) -> None:
         raise ConfigError(f"--{dashed(name)}: must be between {flag.least:g} and {flag.greatest:g}, not {value:g}")
 
 
+def _check_binding(given: Given) -> None:
+    """`broker` is what `late` was called first."""
+    if given["bind"] not in (None, "broker", "late", "arrival"):
+        raise ConfigError(f"--bind: must be late or arrival, not {given['bind']!r}")
+    if given["bind"] == "broker":
+        given["bind"] = "late"
+
+
 def dashed(name: str) -> str:
     """As it is typed."""
     return name.replace("frontends", "front-ends").replace("_", "-")
@@ -134,8 +142,7 @@ def dashed(name: str) -> str:
 
 def simulate_command(given: Given) -> None:
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
-    if given["bind"] not in (None, "broker", "arrival"):
-        raise ConfigError(f"--bind: must be broker or arrival, not {given['bind']!r}")
+    _check_binding(given)
     if given["trace"] is not None:
         run_trace(given)
         return
@@ -143,7 +150,7 @@ def simulate_command(given: Given) -> None:
         if given[name] is not None:
             raise ConfigError(f"--{dashed(name)}: only with --trace")
     fields = [name for name in Options.__struct_fields__ if name in given]
-    late_binding = None if given["bind"] is None else given["bind"] == "broker"
+    late_binding = None if given["bind"] is None else given["bind"] == "late"
     options = Options(**{name: given[name] for name in fields}, late_binding=late_binding)
     seeds = [options.seed] if given["seeds"] is None else _read_seeds(given["seeds"])
     if run_seeds(options, seeds, given["json"], given["seeds"] is not None):
@@ -217,7 +224,7 @@ def replay(options: Options, seed: int) -> str:
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
     if options.late_binding is not None:
-        words += ["--bind", "broker" if options.late_binding else "arrival"]
+        words += ["--bind", "late" if options.late_binding else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)
@@ -245,6 +252,7 @@ def run_trace(given: Given, kind: Callable[..., Replay] = Replay, names: Iterabl
             raise ConfigError(f"--{dashed(name)}: not with --trace, which measures a run without faults")
     if given.get("seeds") is not None:
         raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
+    _check_binding(given)
     setup = _setup(given, tuple(names))
     arrivals = read_trace(Path(given["trace"]))[: given["requests"]]
     run = kind(setup, faster(arrivals, 1.0 if given["rate_scale"] is None else given["rate_scale"]))

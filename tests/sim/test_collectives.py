@@ -1,4 +1,4 @@
-"""Collectives in virtual time: they block while a member is missing and end with their generation."""
+"""Collectives in virtual time: they block while a member is missing and end with their epoch."""
 
 from __future__ import annotations
 
@@ -85,10 +85,8 @@ def test_of_a_collective_that_was_completing_some_get_the_outcome() -> None:
     assert (False, False, False) in seen
 
 
-def form(groups: Groups, life: tuple[int, int], formed: list[Any], generation: int = 1) -> None:
-    groups.form(
-        life, generation, MEMBERS, lambda group: formed.append((life, group)), lambda: formed.append((life, None))
-    )
+def form(groups: Groups, life: tuple[int, int], formed: list[Any], epoch: int = 1) -> None:
+    groups.form(life, epoch, MEMBERS, lambda group: formed.append((life, group)), lambda: formed.append((life, None)))
 
 
 def test_a_group_is_formed_when_all_have_come_and_given_up_in_time() -> None:
@@ -114,7 +112,7 @@ def test_leaving_ends_the_group_for_all() -> None:
     world.run_for(1.0)
     group = formed[0][1]
     assert not group.over
-    form(groups, LIVES[1], formed, generation=2)
+    form(groups, LIVES[1], formed, epoch=2)
     assert group.over
 
 

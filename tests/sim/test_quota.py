@@ -31,16 +31,16 @@ class Steps(Checks):
         self.begun: list[float] = []
         self.agreements = 0
 
-    def together(self, party: RankProcess, effects: Sequence[rank_events.Effect]) -> None:
-        super().together(party, effects)
+    def together(self, rank: RankProcess, effects: Sequence[rank_events.Effect]) -> None:
+        super().together(rank, effects)
         steps = [effect for effect in effects if isinstance(effect, rank_events.Step)]
-        if party.machine.rank == 0 and steps:
+        if rank.machine.rank == 0 and steps:
             self.quotas.append(steps[0].prefill_quota)
-            self.begun.append(party.world.now)
+            self.begun.append(rank.world.now)
 
-    def rank(self, party: RankProcess, event: rank_events.Event) -> None:
-        super().rank(party, event)
-        self.agreements += party.machine.rank == 0 and isinstance(event, rank_events.Agreed)
+    def rank(self, rank: RankProcess, event: rank_events.Event) -> None:
+        super().rank(rank, event)
+        self.agreements += rank.machine.rank == 0 and isinstance(event, rank_events.Agreed)
 
     def longest_step_s(self, since: int) -> float:
         """Between the ends of two steps."""

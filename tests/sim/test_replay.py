@@ -152,7 +152,7 @@ def test_frontends_believe_what_is_when_all_is_over() -> None:
 def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     arrivals = drawn(400, 60.0)
     dispatcher, arrival = (
-        finished(arrivals, ranks=4, frontends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
+        finished(arrivals, ranks=4, frontends=4, bind=bind, slots=16).outcome for bind in ("late", "arrival")
     )
     bound = finished(arrivals, ranks=4, routing="oracle", slots=16).outcome
     assert dispatcher.ttft_p99_ms < arrival.ttft_p99_ms

@@ -167,8 +167,8 @@ def test_steady_input_never_keeps_the_publisher_from_its_deadline(without: froze
     world, published = deployment.world, []
     assert deployment.coordinator is not None
     real = deployment.checks.broadcast
-    deployment.checks.broadcast = lambda party, message: (  # type: ignore[method-assign]
-        published.append(world.now) if isinstance(message, LoadView) else None, real(party, message))[1]  # fmt: skip
+    deployment.checks.broadcast = lambda process, message: (  # type: ignore[method-assign]
+        published.append(world.now) if isinstance(message, LoadView) else None, real(process, message))[1]  # fmt: skip
     begin = world.now
     for place in range(3000):
         world.at(begin + place / 1000, lambda place=place: deployment.frontends[place % 2].submit(max_tokens=1))  # type: ignore[misc]

@@ -69,7 +69,7 @@ def test_a_policy_of_somebody_elses(trace: str) -> None:
     "flags",
     [
         ("--routing", "best"), ("--rate-scale", "0"), ("--ranks", "0"), ("--kv-tokens", "1"), ("--losses", "0.1"),
-        ("--crashes", "1"), ("--seeds", "0..3"), ("--slots", "0"), ("--bind", "late"), ("--warm-up", "1"),
+        ("--crashes", "1"), ("--seeds", "0..3"), ("--slots", "0"), ("--bind", "early"), ("--warm-up", "1"),
     ],
 )  # fmt: skip
 def test_a_flag_that_cannot_be_is_named(trace: str, flags: tuple[str, str]) -> None:
@@ -80,7 +80,7 @@ def test_a_flag_that_cannot_be_is_named(trace: str, flags: tuple[str, str]) -> N
 
 
 def test_binding_is_the_brokers_for_least_load_alone(trace: str) -> None:
-    for bind in ("broker", "arrival"):
+    for bind in ("broker", "late", "arrival"):
         assert run("--trace", trace, "--bind", bind, "--front-ends", "2").exit_code == 0
     done = run("--trace", trace, "--bind", "broker", "--routing", "prefix")
     assert done.exit_code == 2

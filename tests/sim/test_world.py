@@ -61,9 +61,9 @@ def test_the_journal_shows_the_last_events_of_those_concerned() -> None:
 
 def test_the_digest_depends_on_every_event_and_its_time() -> None:
     digests = set()
-    for when, party, what in ((1.0, "rank 0", "a"), (1.5, "rank 0", "a"), (1.0, "rank 1", "a"), (1.0, "rank 0", "b")):
+    for when, process, what in ((1.0, "rank 0", "a"), (1.5, "rank 0", "a"), (1.0, "rank 1", "a"), (1.0, "rank 0", "b")):
         journal = Journal()
-        journal.record(when, party, what)
+        journal.record(when, process, what)
         digests.add(journal.digest())
     assert len(digests) == 4
 

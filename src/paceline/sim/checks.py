@@ -120,7 +120,7 @@ class Checks(Watch):
             return
         known = {rank.name: rank.machine.standing.number for rank in self._ready()}
         unaware = [name for name, number in known.items() if number <= self._settled]
-        # Where all who knew have died, the suspension has died with them.
+        # Where all that knew have died, the suspension has died with them.
         if unaware and max(known.values()) >= self._settled:
             text = f"{rank.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
             raise Violation(text, rank.name, *unaware, COORDINATOR)

@@ -1,8 +1,8 @@
 """The steps of ranks, in virtual time: alone, or in a group that really blocks while a member is missing.
 
-A group is one generation. Whoever leaves it, by dying or by forming another, ends it for all: who waits in it is told
-within milliseconds, who enters it later at once, and of a collective that was just completing some get the outcome
-and some do not.
+A group is one epoch. A rank that leaves it, by dying or by forming another, ends it for all: those that wait in it are
+told within milliseconds, those that enter it later at once, and of a collective that was just completing some get the
+outcome and some do not.
 
 Steps in which nothing changes are one event: a span of them, which something that arrives cuts short.
 """
@@ -74,7 +74,7 @@ class Span:
 class Part(Struct):
     """A rank in a collective: what it gives, how long that takes it (seconds), and whom to tell the outcome.
 
-    `done` gets all values (of an agreement, what came of them), `ended` is called in its place where the generation
+    `done` gets all values (of an agreement, what came of them), `ended` is called in its place where the epoch
     has ended. `steps`: how many such
     collectives it can take part in without being asked in between.
     """
@@ -87,7 +87,7 @@ class Part(Struct):
 
 
 class Group:
-    """One generation: its members enter the same collectives in the same order. `scatter`: see `SCATTER_S`."""
+    """One epoch: its members enter the same collectives in the same order. `scatter`: see `SCATTER_S`."""
 
     def __init__(self, world: World, members: Sequence[Life], scatter: random.Random | None) -> None:
         self.members = frozenset(members)
@@ -156,7 +156,7 @@ Coming = dict[Life, tuple[Callable[[Group], None], Callable[[], None]]]
 
 
 class Groups:
-    """All generations of a deployment. `scatter`: draws how far members are apart, None for not at all."""
+    """All epochs of a deployment. `scatter`: draws how far members are apart, None for not at all."""
 
     def __init__(self, world: World, scatter: random.Random | None) -> None:
         self._world = world
@@ -170,18 +170,18 @@ class Groups:
         return Group(self._world, [(rank, 0) for rank in range(size)], self._scatter)
 
     def form(
-        self, life: Life, generation: int, members: Sequence[GroupMember], formed: Callable[[Group], None],
+        self, life: Life, epoch: int, members: Sequence[GroupMember], formed: Callable[[Group], None],
         failed: Callable[[], None],
     ) -> None:  # fmt: skip
         """`life` leaves the group it is in and waits for all `members` to do so too: `formed`, or `failed` in time."""
         self.leave(life)
         lives = frozenset((member.rank, member.incarnation) for member in members)
-        coming = self._forming.setdefault((generation, lives), {})
+        coming = self._forming.setdefault((epoch, lives), {})
         coming[life] = (formed, failed)
         if len(coming) < len(lives):
-            self._world.after(FORM_TIMEOUT_S, lambda: self._give_up((generation, lives), life))
+            self._world.after(FORM_TIMEOUT_S, lambda: self._give_up((epoch, lives), life))
             return
-        del self._forming[generation, lives]
+        del self._forming[epoch, lives]
         group = Group(self._world, sorted(lives), self._scatter)
         for member, (tell, _) in coming.items():
             self._groups[member] = group

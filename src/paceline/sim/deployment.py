@@ -38,7 +38,7 @@ Connected = RankProcess | FrontendProcess | NodeProcess
 class Shape(Struct, frozen=True):
     """What a deployment is made of.
 
-    `grouped`: whether lockstep ranks form generations; else their engines have collectives of their own, and a
+    `grouped`: whether lockstep ranks form epochs; else their engines have collectives of their own, and a
     rank's death is theirs to deal with. `external`, `hybrid`: each front-end has the rank of its number alone.
     `scaled`: whether a node starts and ends ranks, so that the size may change. `connecting`: how long a connection
     takes to come up. `encode`: whether messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and

@@ -59,7 +59,7 @@ class Fault(Struct, frozen=True):
 
     at: float
     kind: FaultKind
-    party: int
+    number: int
     seconds: float
     factor: float = 1.0
     aimed: bool = False
@@ -69,7 +69,7 @@ class Fault(Struct, frozen=True):
         """Whom it strikes."""
         if self.kind == "coordinator-crash":
             return "coordinator", 0
-        return "front-end" if self.kind == "front-end-crash" else "rank", self.party
+        return "front-end" if self.kind == "front-end-crash" else "rank", self.number
 
 
 class Call(Struct, frozen=True):
@@ -203,7 +203,7 @@ class Faults:
 
     def _begin(self, fault: Fault) -> None:
         if fault.aimed:
-            fault = replace(fault, party=self._with_requests(fault.party))
+            fault = replace(fault, number=self._with_requests(fault.number))
         if fault.process in self._down or not self._strike(fault):
             return
         self.happened[fault.kind] += 1
@@ -251,7 +251,7 @@ class Faults:
         return True
 
     def _end(self, fault: Fault) -> None:
-        deployment, number = self._deployment, fault.party
+        deployment, number = self._deployment, fault.number
         self._down.discard(fault.process)
         match fault.kind:
             case "coordinator-crash":

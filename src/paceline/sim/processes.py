@@ -146,7 +146,7 @@ class StepPart(Struct, frozen=True):
 class RankProcess:
     """A rank: its machine and engine, turned as `runtime/rank_process.py` turns them.
 
-    `groups`: where it forms generations. `group`: the one it is in; for engines with collectives of their own, for
+    `groups`: where it forms epochs. `group`: the one it is in; for engines with collectives of their own, for
     ever; None where it runs alone. `to_coordinator`, `broadcasts`: its links there and from there. `back`: the link to
     a front-end by identity, None where it cannot be reached.
     """
@@ -263,9 +263,9 @@ class RankProcess:
                 self._begin_step(effect)
             case rank_events.Agree():
                 self._enter(Part(effect, AGREEMENT_S, lambda agreed: self._over(agreed[0]), self._ended))
-            case rank_events.FormGroup(generation, members):
+            case rank_events.FormGroup(epoch, members):
                 self.busy = True
-                self._groups.form(self.life, generation, members, partial(self._formed, generation), self._ended)
+                self._groups.form(self.life, epoch, members, partial(self._formed, epoch), self._ended)
             case rank_events.Urge():
                 self._urge = True
             case rank_events.Again():
@@ -317,10 +317,10 @@ class RankProcess:
         self._watch.stepped(self, span, done)
         self._over(done)
 
-    def _formed(self, generation: int, group: Group) -> None:
+    def _formed(self, epoch: int, group: Group) -> None:
         if self.alive:
             self.group = group
-            self._over(rank_events.Formed(generation))
+            self._over(rank_events.Formed(epoch))
 
     def _over(self, event: rank_events.Event) -> None:
         """What it was busy with is over."""

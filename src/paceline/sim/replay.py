@@ -41,7 +41,7 @@ class Setup(Struct, frozen=True):
     """What serves. `routing`: a name; `policy`: the class where it is one of somebody else's.
 
     `quota`: whether lockstep ranks have the common prefill quota. `bind`: whether requests wait in the coordinator's
-    queue ("broker"; least-load alone) or are bound when they arrive ("arrival"). `delay_s`: how long a message is on
+    queue ("late"; least-load alone) or are bound when they arrive ("arrival"). `delay_s`: how long a message is on
     its way. `interval_s`: least time between two load views. `seed`: which front-end a request comes to. `warm_up`: the
     share of the arrivals' time that counts for no figure of time and no sustained throughput.
     """
@@ -57,7 +57,7 @@ class Setup(Struct, frozen=True):
     seed: int = 0
     warm_up: float = 0.0
     quota: bool = True
-    bind: str = "broker"
+    bind: str = "late"
 
 
 class Recorder(Watch):
@@ -72,7 +72,7 @@ class Recorder(Watch):
         """(when, the most work of a rank, the mean), in prompt tokens, where there was any."""
 
     def stepped(self, rank: RankProcess, span: Span, done: Stepped) -> None:
-        """A step's tokens are there at its end; in lockstep, who needs less time than the slowest loses it."""
+        """A step's tokens are there at its end; in lockstep, a rank that needs less time than the slowest loses it."""
         if not rank.lockstep or not rank.machine.rank:
             self.steps += span.steps
         if rank.lockstep:
@@ -126,7 +126,7 @@ class Replay(Deployment):
         shape = Shape(
             setup.ranks, setup.frontends, setup.lockstep, grouped=False, prefill_quota=AUTO if quota else OFF,
             sync_interval=1 if quota else SYNC_INTERVAL, interval_s=setup.interval_s, links=links,
-            connecting=links, encode=False, late_binding=setup.bind == "broker" and issubclass(self._kind, LeastLoad),
+            connecting=links, encode=False, late_binding=setup.bind != "arrival" and issubclass(self._kind, LeastLoad),
             watched=False,
         )  # fmt: skip
         super().__init__(shape, Seeds(setup.seed), self.recorder)
@@ -191,7 +191,7 @@ class Replay(Deployment):
 def prompt_of(sequence: Sequence, contents: bool) -> list[int]:
     """Its tokens; equal ones for equal blocks of the trace. Without `contents` only their number is right."""
     if not contents:
-        # As good as a list of so many tokens to whoever only counts them, and made at once.
+        # As good as a list of so many tokens to a reader that only counts them, and made at once.
         return range(sequence.prompt)  # type: ignore[return-value]
     blocks = sequence.blocks or (-sequence.number,)
     tokens = [block for block in blocks for _ in range(BLOCK_TOKENS)]

@@ -273,7 +273,7 @@ def _check_frontend(deployment: Deployment, frontend: FrontendProcess) -> None:
     machine, ranks = frontend.machine, deployment.present()
     if deployment.shape.lockstep:
         wave = max(rank.machine.wave for rank in ranks.values())
-        # It may know a later one, where all who knew it too have died.
+        # It may know a later one, where all ranks that knew it too have died.
         if machine.wave < wave or machine.running:
             said = f"wave {machine.wave}, {'running' if machine.running else 'paused'}"
             text = f"{frontend.name} believes {said}; all ranks are paused before {wave}"
