@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from paceline.config import ParallelConfig
 from paceline.core.frontend.events import CoordinatorSaid
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
@@ -23,6 +22,7 @@ from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
 from paceline.server.client import Client
+from paceline.settings import ParallelConfig
 
 START_S = 120.0
 

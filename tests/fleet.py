@@ -12,7 +12,6 @@ from typing import Any
 
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import PROTOCOL_VERSION, Identify, RankHello
@@ -24,6 +23,7 @@ from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
 from paceline.server.client import Client
+from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive
 from tests.serving import wait_until
 

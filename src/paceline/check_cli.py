@@ -92,7 +92,7 @@ def check(
         raise typer.Exit(NOT_DECIDED)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+check_app = app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command(help="Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided.")(
     check
 )

@@ -157,7 +157,7 @@ def simulate_command(given: Given) -> None:
         raise typer.Exit(1)
 
 
-app = command(
+simulate_app = command(
     FAULTS | TRACE, TRACE, simulate_command,
     "Run the machines in virtual time, from a seed, with delays, losses and crashes.",
 )  # fmt: skip

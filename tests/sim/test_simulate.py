@@ -18,9 +18,9 @@ from paceline.core.load import Accounting
 from paceline.core.rank.requests import RankRequests
 from paceline.core.rules import OF_SCALING, RULES
 from paceline.sim.run import Options, Outcome, simulate
-from paceline.simulate_cli import app
+from paceline.simulate_cli import simulate_app as app
 
-PROGRAM = "from paceline.simulate_cli import app\napp()"
+PROGRAM = "from paceline.simulate_cli import simulate_app\nsimulate_app()"
 
 
 def run(*flags: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from paceline.simulate_cli import app
+from paceline.simulate_cli import simulate_app as app
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
     f"2023-11-16 18:15:{second:02}.5,{100 + second},{1 + second}\n" for second in range(60)

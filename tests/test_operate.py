@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner, Result
 
-from paceline.loads_cli import app
+from paceline.operate import loads_app as app
 from tests.serving import Command, Deployment
 from tests.test_control import answer, free_url, refusal, serving
 

@@ -1,13 +1,17 @@
-"""Settings: frozen, checked once, and every refusal names its flag."""
+"""Settings: frozen, checked once, one place each; every refusal names its flag."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import typer
+from msgspec import Struct
+from typer.testing import CliRunner
 
-from paceline.config import DeploymentConfig, EngineConfig, ParallelConfig, ServerConfig, threads_per_rank
+from paceline.cli import _config, _signature
 from paceline.errors import ConfigError
+from paceline.settings import DeploymentConfig, EngineConfig, ParallelConfig, ServerConfig, settings_of
 
 
 @pytest.mark.parametrize(
@@ -18,7 +22,7 @@ from paceline.errors import ConfigError
         ({"data_parallel_rank": 1}, "--data-parallel-start-rank"),
         ({"data_parallel_rank": 2, "data_parallel_size_local": 1, "data_parallel_external_lb": True},
          "--data-parallel-rank"),
-        ({"data_parallel_external_lb": True}, "--data-parallel-size-local"),
+        ({"data_parallel_external_lb": True, "data_parallel_size_local": 2}, "--data-parallel-size-local"),
         ({"data_parallel_external_lb": True, "data_parallel_hybrid_lb": True}, "--data-parallel-external-lb"),
         ({"data_parallel_rpc_port": 0}, "--data-parallel-rpc-port"),
         ({"api_server_count": 0}, "--api-server-count"),
@@ -82,5 +86,39 @@ def test_who_leads_and_who_balances_over_what() -> None:
 def test_threads_are_an_equal_share_of_the_cores() -> None:
     one = DeploymentConfig(parallel=ParallelConfig(data_parallel_size=1, data_parallel_size_local=1))
     many = DeploymentConfig(parallel=ParallelConfig(data_parallel_size=512, data_parallel_size_local=512))
-    assert threads_per_rank(one) >= threads_per_rank(many) == 1
-    assert threads_per_rank(DeploymentConfig(engine=EngineConfig(threads=7))) == 7
+    assert one.threads_per_rank >= many.threads_per_rank == 1
+    assert DeploymentConfig(engine=EngineConfig(threads=7)).threads_per_rank == 7
+
+
+def test_a_flag_left_out_is_taken_from_its_environment_variable() -> None:
+    app = typer.Typer()
+    seen: dict[str, Any] = {}
+
+    def serve(**given: Any) -> None:
+        seen.update(given)
+
+    serve.__signature__ = _signature()  # type: ignore[attr-defined]
+    serve.__annotations__ = {name: one.annotation for name, one in _signature().parameters.items()}
+    app.command()(serve)
+    environment = {"PACELINE_MAX_NUM_SEQS": "7", "PACELINE_DRAIN_TIMEOUT": "1.5", "PACELINE_HEADLESS": "true"}
+    done = CliRunner().invoke(app, ["--max-num-batched-tokens", "64"], env=environment)
+    assert done.exit_code == 0, done.output
+    config = _config(seen)
+    assert (config.engine.max_num_seqs, config.engine.max_num_batched_tokens) == (7, 64)
+    assert (config.server.drain_timeout_s, config.parallel.headless) == (1.5, True)
+    assert CliRunner().invoke(app, ["--max-num-seqs", "9"], env=environment).exit_code == 0
+    assert _config(seen).engine.max_num_seqs == 9
+
+
+@pytest.mark.parametrize("kind", [ParallelConfig, EngineConfig, ServerConfig])
+def test_every_setting_says_what_it_is_once(kind: type[Struct]) -> None:
+    flags = settings_of(kind)
+    assert all(one.text.endswith(".") and one.names[0].startswith("--") for one in flags)
+    assert len({one.names[0] for one in flags}) == len(flags)
+
+
+@pytest.mark.parametrize("bind", ["late", "broker"])
+def test_late_binding_has_two_names(bind: str) -> None:
+    assert DeploymentConfig(server=ServerConfig(bind=bind)).late_binding
+    assert not DeploymentConfig(server=ServerConfig(bind="arrival")).late_binding
+    assert not DeploymentConfig(server=ServerConfig(bind=bind, routing="round-robin")).late_binding
