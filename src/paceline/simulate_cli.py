@@ -136,7 +136,6 @@ def _check_binding(given: Given) -> None:
 
 
 def dashed(name: str) -> str:
-    """As it is typed."""
     return name.replace("frontends", "front-ends").replace("_", "-")
 
 
@@ -189,7 +188,6 @@ def run_seeds(options: Options, seeds: Iterable[int], as_json: bool, many: bool)
 
 
 def summary(outcome: Outcome) -> str:
-    """What came of a run, for a person."""
     options = outcome.options
     kind = "lockstep" if options.lockstep else "independent"
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
@@ -263,7 +261,6 @@ def run_trace(given: Given, kind: Callable[..., Replay] = Replay, names: Iterabl
 
 
 def figures(outcome: traced.Outcome) -> str:
-    """The figures of a trace, for a person."""
     kind = "lockstep" if outcome.lockstep else "independent"
     refused = f", {outcome.refused} too large for the memory left out" if outcome.refused else ""
     lines = [

@@ -60,7 +60,6 @@ class Answers(dict[int, Answer]):
         self._next = 1
 
     def asked(self, max_tokens: int, number: int | None = None) -> int:
-        """A client asks; returns the request's number."""
         request = self.number() if number is None else number
         self[request] = Answer(self._clock.now, max_tokens)
         self.open += 1
@@ -92,7 +91,6 @@ class Answers(dict[int, Answer]):
         answer.rank = rank
 
     def rank_lost(self, rank: int) -> None:
-        """The rank has this front-end's requests no more."""
         for answer in self.values():
             if answer.rank == rank and not answer.over:
                 answer.rank, answer.lost_at = -1, self._clock.now

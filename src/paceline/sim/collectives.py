@@ -47,7 +47,6 @@ class Span:
         self._arrange()
 
     def cut(self) -> None:
-        """End with the step that runs now."""
         steps = self.running
         if steps < self.steps:
             self.steps = steps
@@ -114,7 +113,6 @@ class Group:
             self._complete()
 
     def end(self) -> None:
-        """A member has left."""
         if self.over:
             return
         self.over = True

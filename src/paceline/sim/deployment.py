@@ -110,7 +110,6 @@ class Deployment:
             self._join(self.node, NODE, codec.from_rank(), coordinator.RankSaid, codec.to_rank())
 
     def start(self) -> Deployment:
-        """Begin a coordinator, all front-ends and all ranks."""
         self.start_coordinator()
         for index in range(self.shape.frontends):
             self.start_frontend(index)
@@ -121,11 +120,9 @@ class Deployment:
     # What is there ------------------------------------------------------------------------------
 
     def size(self) -> int:
-        """Ranks that there are to be."""
         return self.shape.ranks if self.node is None else self.node.machine.scaling.size
 
     def present(self) -> dict[int, RankProcess]:
-        """The ranks that there are."""
         if self.node is None:
             return self.ranks
         return {number: rank for number, rank in self.ranks.items() if number in self.node.machine.ranks}
@@ -151,7 +148,6 @@ class Deployment:
         return not any(frontend.waiting(frontend_events.Control) for frontend in self.frontends.values())
 
     def finished(self) -> bool:
-        """Whether no client waits."""
         return all(frontend.finished() for frontend in self.frontends.values())
 
     def ready(self, limit_s: float = 30.0) -> Deployment:
@@ -162,7 +158,6 @@ class Deployment:
         return self
 
     def finish(self, limit_s: float = 30.0) -> float:
-        """Run until every request is answered; returns how many seconds that took."""
         return self.world.run_until(self.finished, limit_s, "that every request is answered")
 
     # The coordinator's lives ----------------------------------------------------------------------
@@ -200,7 +195,6 @@ class Deployment:
     # Ranks' lives -------------------------------------------------------------------------------
 
     def start_rank(self, number: int) -> RankProcess:
-        """A new life of a rank, its engine loaded."""
         shape, life = self.shape, next(self._lives)
         address = f"tcp://rank-{number}" if shape.same_address else f"tcp://rank-{number}-{life}"
         machine = Rank(
@@ -218,7 +212,6 @@ class Deployment:
         return rank
 
     def engine(self) -> Engine:
-        """A rank's engine."""
         return VirtualEngine(self.shape.costs, self.shape.slots, self.shape.budget)
 
     def crash_rank(self, number: int) -> None:
@@ -257,7 +250,6 @@ class Deployment:
             self.world.after(self._loads.random() * LONGEST_LOADING_S, lambda: self._loaded(number))
 
     def stop_rank(self, number: int) -> None:
-        """Its process is ended for good."""
         self._loading.discard(number)
         if number in self.ranks and self.ranks[number].alive:
             self._end_rank(number)
@@ -274,7 +266,6 @@ class Deployment:
     # Front-ends' lives --------------------------------------------------------------------------
 
     def start_frontend(self, index: int) -> FrontendProcess:
-        """A new life of a front-end."""
         shape = self.shape
         machine = Frontend(
             FIRST_FRONTEND + next(self._lives), self.policy(index),
@@ -294,7 +285,6 @@ class Deployment:
         return frontend
 
     def policy(self, index: int) -> Policy:
-        """How a front-end chooses ranks."""
         return LeastLoad(index, self.shape.frontends)
 
     def crash_frontend(self, index: int) -> None:
@@ -339,7 +329,6 @@ class Deployment:
         return up
 
     def lose_no_more(self) -> None:
-        """From now on everything sent arrives."""
         self.loss = 0.0
         for link in self._links:
             link.lose_no_more()

@@ -70,19 +70,16 @@ class VirtualEngine:
         self._to_prefill = 0
 
     def add(self, key: int, request: AddRequest) -> None:
-        """Queue a request."""
         sequence = self._sequences[key] = _Sequence(key, request)
         self._to_prefill += sequence.to_prefill
 
     def abort(self, key: int) -> None:
-        """Forget a request; unknown keys are ignored."""
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self._to_prefill -= sequence.to_prefill
             self._started -= sequence.started
 
     def has_work(self) -> bool:
-        """Whether a step would do something."""
         return bool(self._sequences)
 
     def plan(self, prefill_quota: int | None = None) -> Planned:
@@ -107,7 +104,6 @@ class VirtualEngine:
         return Planned(self._costs.seconds(0, 0) * self.slowness)
 
     def step(self, steps: int = 1) -> Stepped:
-        """Make the step that was planned."""
         outputs: list[StepOutput] = []
         prefilled = 0
         for sequence in self._planned:
@@ -130,7 +126,6 @@ class VirtualEngine:
         return Stepped(outputs, self.load(), self.has_work(), prefilled, decoded)
 
     def load(self) -> Load:
-        """What is queued."""
         startable = decoding = 0
         for sequence in islice(self._sequences.values(), self._slots):
             startable += sequence.to_prefill
@@ -196,7 +191,6 @@ class PrefixCache:
         return len(blocks)
 
     def idle_among(self, blocks: Iterable[int]) -> int:
-        """How many of these nobody uses."""
         idle = self.idle
         return sum(block in idle for block in blocks)
 
@@ -268,7 +262,6 @@ class MemoryEngine:
     # What there is ------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        """Whether a step would do something."""
         return bool(self.running or self.waiting)
 
     def startable(self, limit: int) -> int:
@@ -291,7 +284,6 @@ class MemoryEngine:
         return min(tokens, limit)
 
     def load(self) -> Load:
-        """The load that the rank reports."""
         shape = self.shape
         # Nobody knows how long answers will be: those that run are expected to go on as long as any other.
         return Load(
@@ -304,7 +296,6 @@ class MemoryEngine:
     # Steps --------------------------------------------------------------------------------------
 
     def add(self, key: int, request: AddRequest) -> None:
-        """Queue a request."""
         sequence = self._find(request)
         sequence.key = key
         self.queue(sequence)

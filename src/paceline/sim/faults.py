@@ -66,7 +66,6 @@ class Fault(Struct, frozen=True):
 
     @property
     def process(self) -> tuple[str, int]:
-        """Whom it strikes."""
         if self.kind == "coordinator-crash":
             return "coordinator", 0
         return "front-end" if self.kind == "front-end-crash" else "rank", self.number
@@ -179,13 +178,11 @@ class Faults:
         self._to_mend: dict[int, Callable[[], None]] = {}
 
     def schedule(self, what: Iterable[Fault | Call]) -> None:
-        """Put these on the agenda."""
         for one in what:
             happening = partial(self._begin, one) if isinstance(one, Fault) else partial(self._call, one)
             self._deployment.world.at(one.at, happening)
 
     def over(self) -> bool:
-        """Whether everybody is up."""
         return not self._down
 
     def _call(self, call: Call) -> None:
@@ -212,7 +209,6 @@ class Faults:
             self._deployment.world.after(fault.seconds, lambda: self._end(fault))
 
     def _with_requests(self, first: int) -> int:
-        """The rank to aim at."""
         ranks = self._deployment.ranks
         # Scaling leaves gaps: of two ranks that join, the second may be there first.
         order = sorted(ranks, key=lambda number: (number < first, number))

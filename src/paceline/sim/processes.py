@@ -81,11 +81,9 @@ class CoordinatorProcess:
         self._alarm = Alarm(world, machine, lambda: self.feed(coordinator.Tick()), lambda: self.alive)
 
     def kill(self) -> None:
-        """The process is gone, and all that it knew."""
         self.alive = False
 
     def feed(self, event: coordinator.Event) -> None:
-        """Let the machine handle `event`, and do what it says."""
         if not self.alive:
             return
         effects = self.machine.handle(event, self.world.now)
@@ -179,7 +177,6 @@ class RankProcess:
         self._inbox: deque[rank_events.Event] = deque()
 
     def start(self) -> None:
-        """The engine is loaded."""
         self.arrive(rank_events.Loaded())
 
     def arrive(self, event: rank_events.Event) -> None:
@@ -209,7 +206,6 @@ class RankProcess:
             self.arrive(event)
 
     def kill(self) -> None:
-        """The process is gone, without a word."""
         self.alive = False
         self._inbox.clear()
         self._groups.leave(self.life)
@@ -323,7 +319,6 @@ class RankProcess:
             self._over(rank_events.Formed(epoch))
 
     def _over(self, event: rank_events.Event) -> None:
-        """What it was busy with is over."""
         if self.alive:
             self.busy = False
             self._feed(event)
@@ -345,7 +340,6 @@ class Call(Struct):
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for it any more."""
         return self.answered >= 0
 
 
@@ -388,7 +382,6 @@ class FrontendProcess:
         self.feed(frontend_events.Submit(request, prompt, params, rank, priority))
 
     def abandon(self, *requests: int) -> None:
-        """The clients of these hang up."""
         waiting = tuple(request for request in requests if self.answers.hung_up(request))
         if waiting:
             self.feed(frontend_events.Abandon(waiting))
@@ -416,7 +409,6 @@ class FrontendProcess:
         return any(isinstance(call.event, kind) and not call.over for call in self.calls.values())
 
     def finished(self) -> bool:
-        """Whether no client waits."""
         return not self.answers.open
 
     def kill(self) -> None:
@@ -428,7 +420,6 @@ class FrontendProcess:
             self.answers.hung_up(request)
 
     def hear(self, message: ToFrontend) -> None:
-        """A broadcast of the coordinator."""
         event = frontend_events.CoordinatorSaid(message)
         if self._lazy and isinstance(message, LoadView):
             self._unseen = (self.world.now, event)
@@ -436,19 +427,16 @@ class FrontendProcess:
             self.feed(event)
 
     def link_down(self, rank: int, life: int) -> None:
-        """The connection to this life of a rank has ended."""
         if self.lives.get(rank) == life:
             self.answers.rank_lost(rank)
             self.feed(frontend_events.LinkDown(rank))
 
     def link_up(self, rank: int, life: int) -> None:
-        """The connection to this life of a rank is there again."""
         if self.lives.get(rank) == life:
             self._watch.reconnected(self, rank)
             self.feed(frontend_events.LinkUp(rank))
 
     def feed(self, event: frontend_events.Event) -> None:
-        """Let the machine handle `event`, and do what it says."""
         if not self.alive:
             return
         if self._unseen is not None:
@@ -519,7 +507,6 @@ class NodeProcess:
             self.feed(node.CoordinatorSaid(message))
 
     def feed(self, event: node.Event) -> None:
-        """Let the machine handle `event`, and do what it says."""
         effects = self.machine.handle(event, self.world.now)
         self.world.journal.record(self.world.now, NODE, event, effects)
         for effect in effects:

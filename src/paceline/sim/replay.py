@@ -91,7 +91,6 @@ class Recorder(Watch):
 
 
 def _ended(span: Span, until: float) -> int:
-    """How many of the steps have ended by then."""
     if span.step_s <= 0.0:
         return span.steps if span.begin <= until else 0
     return min(span.steps, max(0, int((until - span.begin) / span.step_s + ROUNDING)))
@@ -146,15 +145,12 @@ class Replay(Deployment):
         return summed_up(self, time.perf_counter() - begin)
 
     def answers(self) -> list[Answers]:
-        """What clients got."""
         return [frontend.answers for frontend in self.frontends.values()]
 
     def served(self) -> bool:
-        """Whether all have come and ended."""
         return self._next == len(self.arrivals) and not any(answers.open for answers in self.answers())
 
     def engine(self) -> Engine:
-        """One with memory."""
         # With a quota ranks learn from each agreement, and many steps at once are one step to them.
         most = SYNC_INTERVAL if self.shape.prefill_quota != OFF else ANY_NUMBER - 1
         self.engines.append(MemoryEngine(self.setup.engine, self.sequence, most))
@@ -165,11 +161,9 @@ class Replay(Deployment):
         return self.sequences[request.request - 1]
 
     def policy(self, index: int) -> Policy:
-        """A front-end's way to choose."""
         return self._kind(index, self.setup.frontends)
 
     def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
-        """A client's request has reached its front-end."""
         frontend.ask(sequence.number, prompt_of(sequence, self._contents), self.params)
 
     def _arrive(self) -> None:

@@ -95,7 +95,6 @@ class Outcome(Struct, kw_only=True):
 
     @property
     def ok(self) -> bool:
-        """Whether every invariant held."""
         return self.verdict == "ok"
 
 
@@ -141,7 +140,6 @@ class Run:
         self.faults = Faults(self.deployment)
 
     def run(self) -> Outcome:
-        """All of it: start, load and faults, quiescence."""
         begin = time.perf_counter()
         journal = self.deployment.world.journal
         verdict, event, processes = "ok", 0, None

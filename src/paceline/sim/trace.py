@@ -33,8 +33,6 @@ class Arrival(Struct, frozen=True, gc=False):
 
 
 class JsonRow(Struct):
-    """A row of JSON lines."""
-
     timestamp: Annotated[float, Meta(ge=0, lt=MOST)]
     input_length: Tokens
     output_length: Tokens

@@ -58,7 +58,6 @@ class Entry(Struct):
     effects: object
 
     def text(self) -> str:
-        """One line, long messages cut."""
         effects = self.effects if isinstance(self.effects, Iterable) else ()
         led_to = "".join(f"\n{'':>26}{_short(effect)}" for effect in effects)
         return f"{self.number:>8} {self.when:>11.6f} s  {self.process}: {_short(self.what)}{led_to}"
@@ -113,11 +112,9 @@ class World:
         heapq.heappush(self._agenda, (max(when, self.now), next(self._order), action))
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
-        """Let `action` happen in so many seconds."""
         self.at(self.now + seconds, action)
 
     def run_for(self, seconds: float) -> None:
-        """Let virtual time pass."""
         end = self.now + seconds
         while self._agenda and self._agenda[0][0] <= end:
             self._next()
@@ -189,7 +186,6 @@ class Delays(Struct, frozen=True):
     rare_s: float = 0.08
 
     def draw(self, stream: random.Random) -> float:
-        """One frame's delay in seconds."""
         if not self.spread:
             return self.median_s
         if self.rare and stream.random() < self.rare:
@@ -223,16 +219,13 @@ class Link:
         self._to_lose: list[type] = []
 
     def lose(self, kind: type, times: int = 1) -> None:
-        """Lose the next messages of this kind."""
         self._to_lose += [kind] * times
 
     def lose_no_more(self) -> None:
-        """From now on everything arrives."""
         self._to_lose.clear()
         self.loss = 0.0
 
     def send(self, message: Any) -> None:
-        """Put a message on the link."""
         if self.closed or self._is_lost(message):
             return
         self._frames.append(message if self._decoder is None else codec.encode(message))
@@ -241,15 +234,12 @@ class Link:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is on its way."""
         return not self._frames
 
     def hold(self) -> None:
-        """Deliver nothing until `release`."""
         self.held = True
 
     def release(self) -> None:
-        """Deliver what has gathered, and go on."""
         self.held = False
         self._flush()
 
