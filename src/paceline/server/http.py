@@ -1,8 +1,9 @@
-"""A front-end's end of one HTTP connection: uvicorn's, with bounds for what a stranger may cost.
+"""HTTP's bytes: one connection, a request's body, and how a response is written.
 
-Uvicorn's own keeps a head as large as it comes and waits for its end for ever; it parses all requests of one read in
-advance; where a connection breaks after an answer, the keep-alive timer holds all that it was until it fires; and each
-connection that is no HTTP is a line of the log.
+The connection is uvicorn's, with bounds for what a stranger may cost. Uvicorn's own keeps a head as large as it comes
+and waits for its end for ever; it parses all requests of one read in advance; where a connection breaks after an
+answer, the keep-alive timer holds all that it was until it fires; and each connection that is no HTTP is a line of the
+log.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ import asyncio
 import contextlib
 import logging
 import resource
+import types
 from collections import Counter
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
+from starlette.datastructures import Headers
+from starlette.types import Receive, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from paceline.server.errors import ApiError
+from paceline.server.responses import Blocked, Event, GiveUp, Response, Unblocked, Write
+
 MAX_HEAD_BYTES = 64 * 1024
-"""What may come, one read more or less, without an end of a head or a piece of a body; of trailers likewise."""
+"""What may come, one read more or less, without an end of a head or a piece of a body; of trailers too."""
 MAX_PIPELINED = 100
 """Requests of one connection that wait for the answer before theirs."""
 MOST_DESCRIPTORS = 1 << 16
@@ -153,3 +161,85 @@ class OncePerKind(logging.Filter):
         self.counts[kind] += 1
         record.msg = f"{kind} (further ones are only counted)"
         return self.counts[kind] == 1
+
+
+# Bodies -------------------------------------------------------------------------------------------
+
+
+async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+    length = headers.get("content-length")
+    if length is not None and length.isdigit() and int(length) > max_bytes:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the client went away before its body was read")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise too_large
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+class ResponseWriter:
+    """Writes a response from wherever its parts come into being: no task is woken for a token.
+
+    ASGI's `send` is a coroutine that nearly never waits, so it is started by hand and is over at once. Where it does
+    wait, because the client does not read, a task goes on with it. `bench/results/http_stacks.md` has what this saves.
+    `give_up` is called where the client does not read enough.
+    """
+
+    __slots__ = ("_give_up", "_response", "_send", "_waiting")
+
+    def __init__(self, send: Send, response: Response, give_up: Callable[[], object]) -> None:
+        self._send = send
+        self._response = response
+        self._give_up = give_up
+        self._waiting: asyncio.Task[None] | None = None
+
+    def handle(self, event: Event) -> None:
+        """Something has happened to the response: write what follows."""
+        effect = self._response.handle(event)
+        if effect is None:
+            return
+        if isinstance(effect, GiveUp):
+            self._give_up()
+            return
+        sending: Any = self._start(effect) if effect.status else self._send(_body_message(effect))
+        try:
+            awaited = sending.send(None)
+        except StopIteration:
+            return
+        self._response.handle(Blocked())
+        self._waiting = asyncio.get_running_loop().create_task(self._go_on(sending, awaited))
+
+    def close(self) -> None:
+        """Nothing more is to be written."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def _start(self, write: Write) -> None:
+        await self._send({"type": "http.response.start", "status": write.status, "headers": write.headers})
+        if write.data or write.last:
+            await self._send(_body_message(write))
+
+    async def _go_on(self, sending: Any, awaited: Any) -> None:
+        await _await_started(sending, awaited)
+        self.handle(Unblocked())
+
+
+def _body_message(write: Write) -> dict[str, object]:
+    return {"type": "http.response.body", "body": write.data, "more_body": not write.last}
+
+
+@types.coroutine
+def _await_started(started: Coroutine[Any, Any, None], awaited: Any) -> Generator[Any, Any, None]:
+    """Await a coroutine that was started by hand and now waits for `awaited`."""
+    yield awaited
+    yield from started.__await__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
@@ -21,7 +22,10 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from paceline.server.connection import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind
+from paceline.core.frontend.events import Placed
+from paceline.core.requests import Output
+from paceline.server.http import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind, ResponseWriter
+from paceline.server.responses import CompletionFormat, Response, Submitted
 from tests.serving import deployment, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -109,9 +113,15 @@ async def served(app: App, patience_s: float = LONG_S) -> AsyncIterator[tuple[Pe
         await server.wait_closed()
 
 
-def run(test: Callable[[], Any]) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(asyncio.wait_for(test(), 100))
+def on_loop(test: Callable[..., Any]) -> Callable[..., None]:
+    """The test, in a loop of its own."""
+
+    @functools.wraps(test)
+    def run(**given: Any) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(asyncio.wait_for(test(**given), 100))
+
+    return run
 
 
 def only(state: ServerState) -> weakref.ref[Any]:
@@ -139,129 +149,109 @@ async def wait_for(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0)
 
 
-def test_a_connection_that_breaks_after_an_answer_is_forgotten() -> None:
-    async def test() -> None:
-        async with served(App()) as (peer, state):
-            await peer.send(GET)
-            await peer.wait_said(b"0\r\n\r\n")
-            connection = only(state)
-            peer.reset()
-            await wait_forgotten(connection, state)
-
-    run(test)
+@on_loop
+async def test_a_connection_that_breaks_after_an_answer_is_forgotten() -> None:
+    async with served(App()) as (peer, state):
+        await peer.send(GET)
+        await peer.wait_said(b"0\r\n\r\n")
+        connection = only(state)
+        peer.reset()
+        await wait_forgotten(connection, state)
 
 
-def test_one_that_breaks_in_mid_answer_is_forgotten() -> None:
-    async def test() -> None:
-        app = App()
-        app.ready.clear()
-        async with served(app) as (peer, state):
-            await peer.send(GET)
-            await peer.wait_said(b"1\r\n")
-            connection = only(state)
-            peer.reset()
-            await wait_for(lambda: not state.connections)
-            app.ready.set()
-            await wait_forgotten(connection, state)
-
-    run(test)
+@on_loop
+async def test_one_that_breaks_in_mid_answer_is_forgotten() -> None:
+    app = App()
+    app.ready.clear()
+    async with served(app) as (peer, state):
+        await peer.send(GET)
+        await peer.wait_said(b"1\r\n")
+        connection = only(state)
+        peer.reset()
+        await wait_for(lambda: not state.connections)
+        app.ready.set()
+        await wait_forgotten(connection, state)
 
 
 @pytest.mark.parametrize("begin", [b"", GET[:20], GET + GET[:20], POST], ids=["silent", "head", "later head", "body"])
-def test_one_that_stops_before_its_request_is_whole_is_closed(begin: bytes) -> None:
-    async def test() -> None:
-        async with served(App(), patience_s=0.1) as (peer, _):
-            await peer.send(begin)
-            await peer.wait_end()
-
-    run(test)
+@on_loop
+async def test_one_that_stops_before_its_request_is_whole_is_closed(begin: bytes) -> None:
+    async with served(App(), patience_s=0.1) as (peer, _):
+        await peer.send(begin)
+        await peer.wait_end()
 
 
-def test_a_head_that_comes_in_drops_is_closed() -> None:
-    async def test() -> None:
-        async with served(App(), patience_s=0.3) as (peer, state):
-            await peer.send(GET[:-2])
-            await wait_for(lambda: state.connections)
-            while state.connections:
-                await peer.send(b"a: b\r\n")
-                await wait_s(0.01)
-
-    run(test)
+@on_loop
+async def test_a_head_that_comes_in_drops_is_closed() -> None:
+    async with served(App(), patience_s=0.3) as (peer, state):
+        await peer.send(GET[:-2])
+        await wait_for(lambda: state.connections)
+        while state.connections:
+            await peer.send(b"a: b\r\n")
+            await wait_s(0.01)
 
 
-def test_a_body_that_comes_in_drops_is_not() -> None:
-    async def test() -> None:
-        async with served(App(), patience_s=1.0) as (peer, _):
-            await peer.send(POST)
-            for _ in range(20):
-                await peer.send(b"1\r\na\r\n")
-                await wait_s(0.1)
-            await peer.send(b"0\r\n\r\n")
-            await peer.wait_said(b"\r\n\r\n1\r\n1\r\n0\r\n\r\n")
-
-    run(test)
+@on_loop
+async def test_a_body_that_comes_in_drops_is_not() -> None:
+    async with served(App(), patience_s=1.0) as (peer, _):
+        await peer.send(POST)
+        for _ in range(20):
+            await peer.send(b"1\r\na\r\n")
+            await wait_s(0.1)
+        await peer.send(b"0\r\n\r\n")
+        await peer.wait_said(b"\r\n\r\n1\r\n1\r\n0\r\n\r\n")
 
 
-def test_an_answer_takes_as_long_as_it_takes() -> None:
-    async def test() -> None:
-        app = App()
-        app.ready.clear()
-        async with served(app, patience_s=0.1) as (peer, _):
-            await peer.send(GET)
-            await peer.wait_said(b"1\r\n")
-            await wait_s(0.5)
-            app.ready.set()
-            await peer.wait_said(b"0\r\n\r\n")
-
-    run(test)
+@on_loop
+async def test_an_answer_takes_as_long_as_it_takes() -> None:
+    app = App()
+    app.ready.clear()
+    async with served(app, patience_s=0.1) as (peer, _):
+        await peer.send(GET)
+        await peer.wait_said(b"1\r\n")
+        await wait_s(0.5)
+        app.ready.set()
+        await peer.wait_said(b"0\r\n\r\n")
 
 
 @pytest.mark.parametrize("begin", [GET[:-2] + b"x: ", GET[:5], GET + GET[:-2] + b"x: ", POST + b"0\r\nx: "],
                          ids=["header", "path", "later head", "trailer"])  # fmt: skip
-def test_a_head_without_end_is_refused(begin: bytes) -> None:
-    async def test() -> None:
-        async with served(App()) as (peer, _):
-            await peer.send(begin + b"y" * (MAX_HEAD_BYTES + 1_000_000))
-            assert b"HTTP/1.1 431 " in await peer.wait_end()
-
-    run(test)
+@on_loop
+async def test_a_head_without_end_is_refused(begin: bytes) -> None:
+    async with served(App()) as (peer, _):
+        await peer.send(begin + b"y" * (MAX_HEAD_BYTES + 1_000_000))
+        assert b"HTTP/1.1 431 " in await peer.wait_end()
 
 
-def test_a_large_body_is_no_large_head() -> None:
-    async def test() -> None:
-        async with served(App()) as (peer, _):
-            size = 10 * MAX_HEAD_BYTES
-            await peer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size + b"y" * size + GET)
-            await peer.wait_said(b"\r\n\r\n1\r\n2\r\n0\r\n\r\n")
-
-    run(test)
+@on_loop
+async def test_a_large_body_is_no_large_head() -> None:
+    async with served(App()) as (peer, _):
+        size = 10 * MAX_HEAD_BYTES
+        await peer.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % size + b"y" * size + GET)
+        await peer.wait_said(b"\r\n\r\n1\r\n2\r\n0\r\n\r\n")
 
 
-def test_requests_in_advance_are_answered_in_order_up_to_so_many() -> None:
-    async def test() -> None:
-        app = App()
+@on_loop
+async def test_requests_in_advance_are_answered_in_order_up_to_so_many() -> None:
+    app = App()
+    app.ready.clear()
+    async with served(app) as (peer, state):
+        await peer.send(GET * (1 + MAX_PIPELINED))
+        await peer.wait_said(b"1\r\n")
+        app.ready.set()
+        await peer.wait_said(b"\r\n%d\r\n0\r\n\r\n" % (1 + MAX_PIPELINED))
         app.ready.clear()
-        async with served(app) as (peer, state):
-            await peer.send(GET * (1 + MAX_PIPELINED))
-            await peer.wait_said(b"1\r\n")
-            app.ready.set()
-            await peer.wait_said(b"\r\n%d\r\n0\r\n\r\n" % (1 + MAX_PIPELINED))
-            app.ready.clear()
-            await peer.send(GET * (2 + MAX_PIPELINED))
-            await wait_for(lambda: not state.connections)
-
-    run(test)
+        await peer.send(GET * (2 + MAX_PIPELINED))
+        await wait_for(lambda: not state.connections)
 
 
-def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:
-    async def test() -> None:
-        app = App()
-        app.ready.clear()
-        async with served(app) as (peer, _):
-            await peer.send(GET + b"\x00garbage\r\n\r\n")
-            assert b"400" not in await peer.wait_end()
-
-    run(test)
+@on_loop
+async def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:
+    app = App()
+    app.ready.clear()
+    async with served(app) as (peer, _):
+        await peer.send(GET + b"\x00garbage\r\n\r\n")
+        assert b"400" not in await peer.wait_end()
 
 
 @pytest.mark.slow
@@ -284,8 +274,11 @@ def test_clients_leave_descriptors_for_the_ranks() -> None:
         assert "Traceback" not in running.output
 
 
-def test_garbage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    async def test() -> None:
+@on_loop
+async def test_garbage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    logger, once = logging.getLogger("uvicorn.error"), OncePerKind()
+    logger.addFilter(once)
+    try:
         async with served(App()) as (peer, _):
             address = peer.socket.getpeername()
             for _ in range(3):
@@ -293,14 +286,29 @@ def test_garbage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
                 await other.send(b"\x00garbage\r\n\r\n")
                 assert b"HTTP/1.1 400 " in await other.wait_end()
                 other.socket.close()
-
-    logger, once = logging.getLogger("uvicorn.error"), OncePerKind()
-    logger.addFilter(once)
-    try:
-        run(test)
     finally:
         logger.removeFilter(once)
     assert [record.getMessage() for record in caplog.records if record.name == logger.name] == [
         "Invalid HTTP request received. (further ones are only counted)"
     ]
     assert list(once.counts.values()) == [3]
+
+
+@on_loop
+async def test_a_response_goes_on_from_where_the_client_stopped_reading() -> None:
+    reads, sent = asyncio.Event(), list[Any]()
+
+    async def send(message: Any) -> None:
+        await reads.wait()
+        sent.append(message)
+
+    form = CompletionFormat("1", "m", 5, False)
+    writer = ResponseWriter(send, Response(form, "id", [""], 3, stream=True), reads.set)
+    for event in (Placed(1, 0), Submitted([1]), Output(1, [7], "a"), Output(1, [7], "b", "stop")):
+        writer.handle(event)
+    assert not sent
+    reads.set()
+    await wait_for(lambda: len(sent) == 2)
+    start, rest = sent
+    assert (start["status"], rest["more_body"]) == (200, False)
+    assert [part.count(b'"text":"') for part in rest["body"].split(b"\n\n")] == [1, 1, 0, 0]
