@@ -23,7 +23,7 @@ from quota_report import Turn, replaced, section, table, to_console
 from fleet import Fleet, connected
 from paceline.core.rank.prefill_quota import setting_of
 from paceline.net.frontend import FrontendShell
-from paceline.simulate.traffic.trace import read_trace
+from paceline.sim.trace import read_trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "azure_llm_2023_conv.csv"
