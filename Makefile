@@ -34,12 +34,6 @@ test: $(STAMP) ## lint, types, and all tests, the slow ones included
 test-fast: $(STAMP) ## the tests that start no process and load no model
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-# Skipped by `test` where torch is not installed. PIP_INDEX_URL or PIP_EXTRA_INDEX_URL may name an index of CPU builds.
-test-torch: $(STAMP) ## the tests of the collectives, over torch.distributed too (installs torch)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet torch==2.13.0
-	@$(BIN)/python -m pytest tests/runtime/test_collective.py tests/runtime/test_waiting.py \
-	  tests/runtime/test_torch_group.py $(ARGS)
-
 # vLLM has an environment of its own, .vllm/VERSION: 3.4 GB, made once. ARGS="--vllm-full" runs all of it.
 VLLM ?= 0.32.0
 test-vllm: $(STAMP) ## real vLLM on Paceline's coordinator, on CPU (installs vLLM); another version by VLLM=0.20.2
@@ -68,7 +62,7 @@ format: $(STAMP) ## format and fix what ruff can
 	@$(BIN)/ruff format .
 
 docs: $(STAMP) ## write the generated parts of docs/PROTOCOL.md and docs/WAVES.md anew
-	@$(BIN)/python -m paceline.protocol.reference docs/PROTOCOL.md
+	@$(BIN)/python tools/protocol_reference.py docs/PROTOCOL.md
 	@$(BIN)/python -m paceline.simulate.waves_document docs/WAVES.md
 
 bench-serve: $(STAMP) ## what the front-end costs per request and per streamed token
@@ -81,11 +75,6 @@ bench-collective: $(STAMP) ## an all-reduce among local ranks, ours against gloo
 
 bench-freshness: $(STAMP) ## how fresh the published loads are, idle and under as many reports as there can be
 	@$(BIN)/python bench/freshness.py $(ARGS)
-
-# matplotlib draws the plot and is needed for nothing else.
-bench-cost-model: $(STAMP) ## predicted against measured time to first token (installs matplotlib)
-	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
-	@$(BIN)/python bench/cost_model.py $(ARGS)
 
 bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none, saturated; --trace FILE by ARGS
 	@$(BIN)/python bench/quota.py $(ARGS)
@@ -112,5 +101,5 @@ bench-overload: $(STAMP) ## four times the work that the ranks can do, for two m
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup serve test test-fast test-torch test-vllm soak chaos fuzz fuzz-guided format docs bench-serve bench-collective \
-	bench-freshness bench-broker bench-cost-model bench-quota bench-routing bench-honest bench-overload bench-vllm clean
+.PHONY: help setup serve test test-fast test-vllm soak chaos fuzz fuzz-guided format docs bench-serve bench-collective \
+	bench-freshness bench-broker bench-quota bench-routing bench-honest bench-overload bench-vllm clean

@@ -19,20 +19,21 @@ import statistics
 import time
 from collections.abc import Callable
 
-from paceline.protocol import codec, coordinator_events as coordinator
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.messages import (
+from paceline.core import codec
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.load import Load
+from paceline.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Descriptor,
     FrontEndHello,
     Grants,
-    Load,
     RankHello,
     RankReport,
     Send,
     SendNotice,
-)  # fmt: skip
+)
 
 SLOTS = 16
 FRONT_ENDS = 4

@@ -1,9 +1,9 @@
 """`make bench-collective`: an all-reduce of two integers among local ranks, in the same processes.
 
 `agreement` is a lockstep step agreement in full: what a rank puts in for the common prefill quota, the all-reduce of
-it all, and the decision. `paceline` is the group of sockets, `torch` the group of torch.distributed behind the same
-interface, `gloo` the plain torch call, which does not notice a member's end. Each rank is a process; blocks of each
-take turns, so that all see the same machine. Without torch only the first two are measured.
+it all, and the decision. `paceline` is the group of sockets, `gloo` torch's own call, which does not notice a
+member's end. Each rank is a process; blocks of each take turns, so that all see the same machine. Without torch only
+the first two are measured.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from paceline.core.rank.prefill_quota import PART_REDUCTIONS, Part, decide
 from paceline.engines.group import GenerationEnded, RankGroup
-from paceline.protocol.quota import REDUCTIONS, Part, decide
-from paceline.runtime.group_link import GroupListener, form_group, group_path
+from paceline.net.group import GroupListener, form_group, group_path
 
 BLOCK = 200
 
@@ -46,7 +46,7 @@ def timed(call: Any, rounds: int) -> list[float]:
 def agreement(group: RankGroup, rank: int) -> None:
     """What ranks do when they agree: whether any has work, the wave, the suspension, the quota."""
     part = Part(2048, 500 * rank, 100, 256, 8_000_000, 90_000)
-    agreed = group.all_reduce([1, 7, 0, *part.packed()], ["max", "max", "max", *REDUCTIONS])
+    agreed = group.all_reduce([1, 7, 0, *part.packed()], ["max", "max", "max", *PART_REDUCTIONS])
     decide(agreed[3:])
 
 
@@ -63,13 +63,9 @@ def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, resu
         import torch
         from torch import distributed
 
-        from paceline.runtime.torch_link import form_torch_group
-
         torch.set_num_threads(1)
         distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         tensor = torch.tensor([rank, 1], dtype=torch.int64)
-        over_torch = form_torch_group(listener, 2, rank, addresses, 60.0)
-        calls["torch"] = lambda: over_torch.all_reduce([rank, 1], "max")
         calls["gloo"] = lambda: distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -113,9 +109,8 @@ def main() -> None:
     for name, figures in found.items():
         print(f"  {name:9} p50 {figures['p50']:7.0f} us   p99 {figures['p99']:7.0f} us")
     if with_gloo:
-        for name in ("paceline", "torch"):
-            print(f"  {name} to gloo: p50 {found[name]['p50'] / found['gloo']['p50']:.2f}, "
-                  f"p99 {found[name]['p99'] / found['gloo']['p99']:.2f}")  # fmt: skip
+        ratios = (f"{name} {found['paceline'][name] / found['gloo'][name]:.2f}" for name in ("p50", "p99"))
+        print(f"  paceline to gloo: {', '.join(ratios)}")
     print(f"  agreement to paceline: p50 {found['agreement']['p50'] / found['paceline']['p50']:.2f}")
     if not with_gloo:
         print("  gloo: not measured, torch is not installed")

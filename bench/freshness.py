@@ -23,10 +23,10 @@ from freshness_relay import Relay, Timer
 from freshness_report import Cell, Quiet, to_markdown
 
 from paceline.config import ParallelConfig
-from paceline.protocol import codec
-from paceline.protocol.messages import LoadView, Members
-from paceline.runtime.coordinator_process import DPCoordinator
-from paceline.runtime.sockets import open_socket
+from paceline.core import codec
+from paceline.core.messages import LoadView, Members
+from paceline.net.coordinator import DPCoordinator
+from paceline.net.sockets import open_socket
 
 RESULTS = Path(__file__).resolve().parent / "results" / "freshness.md"
 FEEDERS = 2

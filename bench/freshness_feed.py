@@ -13,9 +13,10 @@ from multiprocessing.connection import Connection
 
 import zmq
 
-from paceline.protocol import codec
-from paceline.protocol.messages import PROTOCOL_VERSION, Load, RankHello, RankReport
-from paceline.runtime.sockets import open_socket
+from paceline.core import codec
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
+from paceline.net.sockets import open_socket
 
 FRONT_ENDS = (101, 102)
 

@@ -8,8 +8,8 @@ from multiprocessing import get_context
 import zmq
 from freshness_feed import now_us
 
-from paceline.runtime.socket_folder import SocketFolder
-from paceline.runtime.sockets import open_socket
+from paceline.net.links import SocketFolder
+from paceline.net.sockets import open_socket
 
 MAX_BYTES = 1 << 20
 

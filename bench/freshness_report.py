@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from paceline.protocol.coordination.board import STEP_WAIT_S
-from paceline.protocol.messages import LoadView
+from paceline.core.coordinator.load_table import STEP_WAIT_S
+from paceline.core.messages import LoadView
 
 MEASURED = """\
 ## What is measured

@@ -150,7 +150,7 @@ def main() -> int:
         for lockstep in (False, True) if args.lockstep else (False,):
             for rate in args.rates:
                 arrivals = segment(args.data, args.requests, rate)
-                engine = "paceline.engines.timed_lockstep:TimedLockstepEngine" if lockstep else "timed"
+                engine = "paceline.engines.timed:TimedLockstepEngine" if lockstep else "timed"
                 measured, complaints = real(serve_arguments(engine, args.serve), arrivals)
                 for complaint in complaints:
                     print(f"the deployment says: {complaint}", file=sys.stderr)

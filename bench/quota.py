@@ -17,11 +17,11 @@ import tempfile
 from contextlib import AsyncExitStack
 from pathlib import Path
 
-from cost_model_fleet import Fleet, connected
 from quota_load import FullLoad, Size
 from quota_report import Turn, replaced, section, table, to_console
 
-from paceline.protocol.quota import setting_of
+from fleet import Fleet, connected
+from paceline.core.rank.prefill_quota import setting_of
 from paceline.server.client import Client
 from paceline.simulate.traffic.trace import read_trace
 

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 
-from paceline.protocol.messages import Output
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import Output, SamplingParams
 from paceline.server.client import Client
 
 Size = tuple[int, int]

@@ -14,11 +14,11 @@ import statistics
 import time
 from collections.abc import Callable
 
-from tests.protocol import routing_reference
+from tests.core import routing_reference
 
-from paceline.protocol.routing import POLICIES
-from paceline.protocol.routing.candidates import Candidate, Candidates
-from paceline.protocol.routing.policy import Policy, Query
+from paceline.core.routing import POLICIES
+from paceline.core.routing.candidates import Candidate, Candidates
+from paceline.core.routing.policy import Policy, Query
 
 GOALS_US = {64: 20, 1024: 60}
 ROUNDS = 5

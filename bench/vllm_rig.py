@@ -22,7 +22,7 @@ import msgspec
 import zmq
 from tests.vllm.pairs import Context, StockCoordinators
 
-from paceline.integrations.vllm_coordinator import VllmCoordinator
+from paceline.vllm.coordinator import VllmCoordinator
 
 KEYS: dict[str, Any] = {
     "num_skipped_waiting_reqs": 0, "num_kv_fetch_reqs_by_stage": {}, "iteration_details": None,

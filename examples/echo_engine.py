@@ -4,8 +4,9 @@ paceline serve --engine examples.echo_engine:EchoEngine
 curl localhost:8000/v1/completions -d '{"prompt": "hello", "max_tokens": 5}'
 """
 
-from paceline.engines.base import Engine, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
-from paceline.protocol.messages import Load
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput
+from paceline.engines.base import Engine, EngineRequest, EngineSettings, Progress, StepResult
 
 
 class Bytes:

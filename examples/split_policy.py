@@ -3,8 +3,8 @@
 paceline serve --engine timed -dp 4 --routing examples.split_policy:SplitByLength
 """
 
-from paceline.protocol.routing.candidates import Candidate, Candidates
-from paceline.protocol.routing.policy import Policy, Query
+from paceline.core.routing.candidates import Candidate, Candidates
+from paceline.core.routing.policy import Policy, Query
 
 LONG = 2048
 

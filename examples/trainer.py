@@ -21,8 +21,7 @@ import urllib.request
 from pathlib import Path
 
 from paceline.control import Control
-from paceline.engines.moe_options import MoeConfig
-from paceline.engines.moe_weights import write_weights
+from paceline.engines.moe_model import MoeConfig, write_weights
 
 
 class Server:

@@ -13,18 +13,18 @@ from typing import Any
 import zmq
 
 from paceline.config import ParallelConfig
+from paceline.core import codec
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import PROTOCOL_VERSION, Identify, RankHello
+from paceline.core.requests import Output, SamplingParams
+from paceline.core.routing import LeastLoad
 from paceline.engines.base import EngineSettings
-from paceline.protocol import codec
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import PROTOCOL_VERSION, Identify, Output, RankHello
-from paceline.protocol.routing import LeastLoad
-from paceline.protocol.sampling import SamplingParams
-from paceline.runtime.coordinator_process import DPCoordinator
-from paceline.runtime.identity import new_identity
-from paceline.runtime.processes import spawn
-from paceline.runtime.rank_main import RankSettings, run_rank
+from paceline.net.coordinator import DPCoordinator
+from paceline.net.links import new_identity
+from paceline.net.rank import RankSettings, run_rank
+from paceline.process.spawn import spawn
 from paceline.server.client import Client
-from tests.runtime.peers import context, receive
+from tests.net.peers import context, receive
 from tests.serving import wait_until
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import zmq
 
+from paceline.core import codec
+from paceline.core.messages import Members
 from paceline.engines.base import EngineSettings
-from paceline.protocol import codec
-from paceline.protocol.messages import Members
-from paceline.runtime.processes import spawn, stop
-from paceline.runtime.rank_main import RankSettings, run_rank
-from paceline.runtime.status import Ready
+from paceline.net.rank import RankSettings, run_rank
+from paceline.process.spawn import spawn, stop
+from paceline.process.supervisor import Ready
 
 pytestmark = pytest.mark.slow
 

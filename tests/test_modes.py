@@ -12,9 +12,10 @@ import pytest
 import zmq
 
 from paceline.config import ParallelConfig
-from paceline.protocol import codec
-from paceline.protocol.messages import PROTOCOL_VERSION, Load, LoadView, Members, RankHello, RankReport
-from paceline.runtime.coordinator_process import DPCoordinator
+from paceline.core import codec
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
+from paceline.net.coordinator import DPCoordinator
 from tests.serving import Command, command, wait_until
 
 pytestmark = pytest.mark.slow

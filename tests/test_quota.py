@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.moe import MoeEngine
 from paceline.loads_cli import app
-from paceline.protocol.sampling import SamplingParams
 from tests.engines.moe_runs import run_alone, text_of
 from tests.serving import Command, command, deployment, wait_until
 
@@ -67,7 +67,7 @@ def shown_quotas(running: Command) -> list[Any]:
 
 
 def test_the_quota_that_ranks_have_agreed_on_is_shown_while_they_run() -> None:
-    timed = ("--engine", "paceline.engines.timed_lockstep:TimedLockstepEngine", "-dp", "2", "--prefill-quota", "auto")
+    timed = ("--engine", "paceline.engines.timed:TimedLockstepEngine", "-dp", "2", "--prefill-quota", "auto")
     with deployment(*timed) as running, ThreadPoolExecutor(2) as pool:
         answers = [
             pool.submit(running.http.post, "/v1/completions", json={"prompt": "x" * 2000, "max_tokens": 300})

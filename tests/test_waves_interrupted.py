@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.protocol.sampling import ControlAction
+from paceline.core.requests import ControlAction
 from paceline.server.client import Client
 from tests.fleet import Answer, Fleet, ask, fleet, front_ends
 from tests.test_waves import DEADLINE_S, RANKS, SMALL

@@ -13,7 +13,7 @@ def main() -> None:
 
         run_command(sys.argv[2:])
     elif sys.argv[1:2] == ["vllm"]:
-        from paceline.vllm_cli import run_command as run_vllm
+        from paceline.vllm.plugin import run_command as run_vllm
 
         run_vllm(sys.argv[2:])
     else:

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress as Bars, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from paceline.protocol.rules import BINDING_RULES, RULES, checked
-from paceline.protocol.sampling import SuspendMode
-from paceline.protocol.standing import MODES
+from paceline.core.requests import SuspendMode
+from paceline.core.rules import BINDING_RULES, RULES, checked
+from paceline.core.standing import MODES
 from paceline.simulate.explore import Bound, Progress, Result, walk
 from paceline.simulate.explore_answers import AnswersWorld
 from paceline.simulate.explore_answers_place import Bounds

@@ -168,7 +168,7 @@ def coordinator(context: typer.Context) -> None:
 @app.command(context_settings=_PASSED_ON)
 def vllm(context: typer.Context) -> None:
     """Run the vllm command with Paceline's coordinator: `paceline vllm serve MODEL --data-parallel-size 2`."""
-    from paceline.vllm_cli import run_command
+    from paceline.vllm.plugin import run_command
 
     run_command(context.args)
 
@@ -272,7 +272,7 @@ def _engine_options(texts: list[str]) -> dict[str, str]:
 def _serve(config: DeploymentConfig) -> None:
     from paceline.console import StartupDisplay
     from paceline.deployment import Plan, serve
-    from paceline.runtime.log import set_up_log
+    from paceline.process.log import set_up_log
 
     set_up_log(config.server.log_level)
     display = StartupDisplay()

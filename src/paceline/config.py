@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
+from paceline.core.limits import most_ranks
+from paceline.core.rank.prefill_quota import setting_of
 from paceline.errors import ConfigError
-from paceline.protocol.quota import setting_of
-from paceline.protocol.scaling_messages import most_ranks
 
 
 def _require(condition: bool, setting: str, text: str) -> None:
@@ -146,7 +146,7 @@ class ServerConfig(Struct, frozen=True):
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        from paceline.runtime.policies import PolicyError, find_policy
+        from paceline.engines.registry import PolicyError, find_policy
 
         _require(0 <= self.port < 65536, "--port", f"must be 0 to 65535, not {self.port}")
         try:

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from paceline.errors import PacelineError
-from paceline.runtime.coordinator_process import DPCoordinatorProc
-from paceline.runtime.log import set_up_log
+from paceline.net.coordinator import DPCoordinatorProc
+from paceline.process.log import set_up_log
 
 DESCRIPTION = "Run a coordinator alone. docs/PROTOCOL.md says how ranks and front-ends talk to it."
 

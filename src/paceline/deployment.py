@@ -8,20 +8,19 @@ from collections.abc import Callable
 from functools import partial
 
 from paceline.config import DeploymentConfig, brokered, threads_per_rank
+from paceline.core.messages import Scaling
+from paceline.core.node import Node
+from paceline.core.rank.prefill_quota import setting_of
 from paceline.engines.base import Engine, EngineError, EngineSettings
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
-from paceline.protocol.messages import Scaling
-from paceline.protocol.node import Node
-from paceline.protocol.quota import setting_of
-from paceline.runtime.coordinator_process import DPCoordinator
-from paceline.runtime.identity import new_identity
-from paceline.runtime.node_keeper import NodeKeeper, rank_name
-from paceline.runtime.rank_main import RankSettings, run_rank
-from paceline.runtime.rendezvous import Here, Rendezvous, find_coordinator, own_host
-from paceline.runtime.socket_folder import SocketFolder
-from paceline.runtime.sockets import tcp_address
-from paceline.runtime.supervisor import Reporter, Supervisor
+from paceline.net.coordinator import DPCoordinator
+from paceline.net.links import SocketFolder, new_identity
+from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
+from paceline.net.rank import RankSettings, run_rank
+from paceline.net.sockets import tcp_address
+from paceline.process.node import NodeKeeper, rank_name
+from paceline.process.supervisor import Reporter, Supervisor
 from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
 
 

@@ -11,11 +11,11 @@ import msgspec
 import typer
 from msgspec import Struct
 
+from paceline.core.routing import POLICIES
+from paceline.core.routing.policy import Policy
+from paceline.engines.registry import PolicyError, find_policy
 from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError
-from paceline.protocol.routing import POLICIES
-from paceline.protocol.routing.policy import Policy
-from paceline.runtime.policies import PolicyError, find_policy
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.ours import Links
 from paceline.simulate.traffic.outcome import Outcome

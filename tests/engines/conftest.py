@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from paceline.engines.base import EngineSettings
-from paceline.engines.gguf import read_header
+from paceline.engines.gguf import default_model, read_header
 from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_library import load_model
-from paceline.engines.llama_tokenizer import LlamaTokenizer
-from paceline.engines.models import default_model
+from paceline.engines.llama_text import LlamaTokenizer, load_model
 from tests.engines.llama_runs import Makes
 
 

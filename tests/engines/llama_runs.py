@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from paceline.core.requests import PositionLogprobs, SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.gguf import GGUFHeader
-from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_context import make_context
-from paceline.engines.llama_memory import plan_memory
-from paceline.protocol.sampling import PositionLogprobs, SamplingParams
+from paceline.engines.llama import LlamaEngine, make_context
+from paceline.engines.llama_text import plan_memory
 
 MOST_STEPS = 2000
 

@@ -8,12 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paceline.engines.base import EngineRequest, EngineSettings, StepOutput, StepResult
+from paceline.core.rank.events import StepOutput
+from paceline.core.requests import SamplingParams
+from paceline.engines.base import EngineRequest, EngineSettings, StepResult
 from paceline.engines.group import GenerationEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
-from paceline.protocol.sampling import SamplingParams
-from paceline.runtime.collective import SocketGroup
-from paceline.runtime.group_link import GroupListener, form_group, group_path
+from paceline.net.collective import SocketGroup
+from paceline.net.group import GroupListener, form_group, group_path
 
 if TYPE_CHECKING:
     from paceline.engines.group import Array

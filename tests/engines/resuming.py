@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 
 from msgspec.structs import replace
 
+from paceline.core.rank.events import StepOutput
 from paceline.engines.base import Engine, EngineRequest
-from paceline.protocol.rank_events import StepOutput
 
 MOST_STEPS = 2000
 

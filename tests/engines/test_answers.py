@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.engines.answers import AnswerLengths
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import SamplingParams
+from paceline.engines.text import AnswerLengths
 
 FREE, TO_THE_LIMIT = SamplingParams(1000), SamplingParams(1000, ignore_eos=True)
 

@@ -8,7 +8,7 @@ import pytest
 
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
 from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_tokenizer import LlamaTokenizer
+from paceline.engines.llama_text import LlamaTokenizer
 from tests.engines.llama_runs import Answer, Makes, advance, answer_all, answer_one, finish, greedy
 
 pytestmark = pytest.mark.slow

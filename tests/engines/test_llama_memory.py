@@ -8,7 +8,7 @@ import pytest
 
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.gguf import GGUFHeader
-from paceline.engines.llama_memory import MemoryPlan, plan_memory
+from paceline.engines.llama_text import MemoryPlan, plan_memory
 
 HEADER = GGUFHeader({"general.architecture": "gemma3", "gemma3.context_length": 32768}, {})
 

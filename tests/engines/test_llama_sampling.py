@@ -9,10 +9,9 @@ import numpy
 import pytest
 from hypothesis import given, strategies as st
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_sampling import RANDOM_SEED, read_logprobs
-from paceline.engines.llama_tokenizer import LlamaTokenizer
-from paceline.protocol.sampling import SamplingParams
+from paceline.engines.llama_text import RANDOM_SEED, LlamaTokenizer, read_logprobs
 from tests.engines.llama_runs import Answer, answer_all, answer_one, greedy
 
 

@@ -11,9 +11,7 @@ from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.chat import ChatTemplate
 from paceline.engines.gguf import GGUFHeader, read_header
 from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_library import load_vocabulary
-from paceline.engines.llama_tokenizer import LlamaTokenizer, slug
-from paceline.engines.llama_vocabulary import Vocabulary, _stand_ins
+from paceline.engines.llama_text import LlamaTokenizer, Vocabulary, _stand_ins, load_vocabulary, slug
 
 pytestmark = pytest.mark.slow
 BOS, EOS, TURN, END_OF_TURN = 2, 1, 105, 106

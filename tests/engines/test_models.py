@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.engines import models
+from paceline.engines import gguf as models
 from paceline.engines.base import EngineError, Progress
 
 pytestmark = pytest.mark.slow

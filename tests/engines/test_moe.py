@@ -11,7 +11,7 @@ import pytest
 
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_tokenizer import EOS
+from paceline.engines.moe_model import EOS
 from tests.engines.moe_runs import make_engine, request, run_alone, text_of
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.engines.moe_arithmetic import MOST_ELEMENTS, Floats, attend, normalise, rows_times, softmax
+from paceline.engines.moe_model import MOST_ELEMENTS, Floats, attend, normalise, rows_times, softmax
 
 RANDOM = np.random.default_rng(1)
 

@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
-from paceline.engines.moe_arithmetic import Floats
-from paceline.engines.moe_experts import Alone
-from paceline.engines.moe_model import MoeModel, Piece
-from paceline.engines.moe_options import MoeConfig, MoeOptions
-from paceline.engines.moe_weights import load_weights
+from paceline.engines.moe_model import Alone, Floats, MoeConfig, MoeModel, MoeOptions, Piece, load_weights
 
 Doubles = NDArray[np.float64]
 

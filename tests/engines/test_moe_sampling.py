@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from paceline.engines.moe_sampling import Sampler
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import SamplingParams
+from paceline.engines.moe import Sampler
 
 LOGITS = [0.0, 3.0, 1.0, 3.0, -2.0, 2.0]
 

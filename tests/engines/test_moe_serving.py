@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_options import MoeConfig
-from paceline.engines.moe_weights import write_weights
-from paceline.protocol.sampling import SamplingParams
+from paceline.engines.moe_model import MoeConfig, write_weights
 from tests.engines.moe_runs import run_alone, text_of
 from tests.serving import Command, deployment
 

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineSettings
 from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_tokenizer import BOS, EOS, MoeTokenizer
+from paceline.engines.moe_model import BOS, EOS, MoeTokenizer
 
 TOKENIZER = MoeTokenizer(99)
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.llama import LlamaEngine
-from paceline.engines.llama_tokenizer import LlamaTokenizer
+from paceline.engines.llama_text import LlamaTokenizer
 from paceline.engines.timed import TimedEngine
-from paceline.protocol.sampling import SamplingParams
 from tests.engines import moe_runs
 from tests.engines.llama_runs import greedy
 from tests.engines.resuming import check_resumes, outputs_of

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from hypothesis import given, strategies as st
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest
-from paceline.engines.schedule import Schedule, Sequence
-from paceline.protocol.sampling import SamplingParams
+from paceline.engines.scheduler import Schedule, Sequence
 
 SLOTS, KV_TOKENS, BUDGET = 3, 40, 5
 

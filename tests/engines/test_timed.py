@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings, StepResult
 from paceline.engines.timed import ByteTokenizer, CostModel, TimedEngine, read_costs, word
-from paceline.protocol.sampling import SamplingParams
 
 FREE = CostModel(step_ms=0, prefill_ms=0, decode_ms=0)
 

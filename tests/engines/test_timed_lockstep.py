@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
 from paceline.engines.group import GenerationEnded
-from paceline.engines.timed import CostModel
-from paceline.engines.timed_lockstep import TimedLockstepEngine
-from paceline.protocol.sampling import SamplingParams
-from paceline.runtime.group_link import group_path
-from tests.runtime.groups import Threads
+from paceline.engines.timed import CostModel, TimedLockstepEngine
+from paceline.net.group import group_path
+from tests.net.groups import Threads
 
 COSTS = CostModel(step_ms=1, prefill_ms=1, decode_ms=0)
 BLOCKED_S = 0.3
@@ -30,7 +29,7 @@ def request(key: int, prompt: int = 4, tokens: int = 3) -> EngineRequest:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Threads]:
-    members = Threads("socket", [group_path(tmp_path, rank) for rank in range(2)])
+    members = Threads([group_path(tmp_path, rank) for rank in range(2)])
     yield members
     members.close()
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from paceline.protocol.codec import encode
+from paceline.core.codec import encode
 from tests.fuzz.corpus import frames_of
 from tests.fuzz.grammar import Grammar
 from tests.fuzz.mutate import Mutator

@@ -7,22 +7,13 @@ import logging
 import random
 from typing import Any
 
-from paceline.protocol import codec
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.coordinator_events import Event, Note, RankGone, RankSubscribed, Tick, ToFrontEnds, ToRanks
-from paceline.protocol.messages import (
-    PROTOCOL_VERSION,
-    FrontEndHello,
-    Load,
-    LoadView,
-    Members,
-    RankHello,
-    RankReport,
-    SendNotice,
-)
-from paceline.runtime.front_end_inbox import FrontEndInbox
-from paceline.runtime.garbage import Garbage
-from paceline.runtime.rank_inbox import RankInbox
+from paceline.core import codec
+from paceline.core.coordinator.events import Event, Note, RankGone, RankSubscribed, Tick, ToFrontEnds, ToRanks
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, FrontEndHello, LoadView, Members, RankHello, RankReport, SendNotice
+from paceline.net.coordinator import FrontEndInbox, RankInbox
+from paceline.net.links import Garbage
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Frames, Target, said_well
 

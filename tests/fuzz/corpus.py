@@ -16,17 +16,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from paceline.integrations.vllm_codec import SCALE
-from paceline.protocol import codec
-from paceline.protocol.agreement import integers
-from paceline.protocol.messages import UNIONS, tag_of
-from paceline.protocol.rank_events import Agree
-from paceline.runtime.array_bytes import array_parts
-from paceline.runtime.collective import BLOCK, GATHER, HEADER, RESULT, URGENT
-from paceline.runtime.doorway import GREETING, MAGIC
-from paceline.runtime.rendezvous import Here, WhereIs
+from paceline.core import codec
+from paceline.core.messages import UNIONS, tag_of
+from paceline.core.rank.events import Agree
+from paceline.core.rank.prefill_quota import integers
+from paceline.net.collective import BLOCK, GATHER, HEADER, RESULT, URGENT, array_parts
+from paceline.net.group import GREETING, MAGIC
+from paceline.net.node import Here, WhereIs
+from paceline.vllm.codec import SCALE
 from tests.fuzz.grammar import Grammar
-from tests.integrations import vllm_frames
+from tests.vllm_plugin import vllm_frames
 
 FOLDER = Path(__file__).parent / "corpus"
 EACH = 4
@@ -66,9 +65,9 @@ class Recorder:
 
     def run(self) -> None:
         """Deployments of real machines: lockstep with a suspension, brokered, a death; then what they do not say."""
-        from paceline.protocol import frontend_events
-        from tests.protocol.deployment import Deployment
-        from tests.protocol.harness import Link
+        from paceline.core.frontend import events as frontend_events
+        from tests.core.deployment import Deployment
+        from tests.core.harness import Link
 
         send = Link.send
         Link.send = lambda link, message: (self.keep(message), send(link, message))[1]  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq
 
-from paceline.runtime.socket_folder import LOCK
+from paceline.net.links import LOCK
 from tests.fuzz.corpus import frames_of
 from tests.fuzz.mutate import Mutator
 

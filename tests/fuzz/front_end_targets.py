@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from paceline.protocol import codec
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import (
+from paceline.core import codec
+from paceline.core.frontend.events import (
     Abandon,
     Connected,
     Control,
@@ -24,9 +23,11 @@ from paceline.protocol.frontend_events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.protocol.messages import PROTOCOL_VERSION, Load, LoadView, Member, Members, RankView
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
+from paceline.core.requests import SamplingParams
+from paceline.core.routing.least import LeastLoad
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well
 

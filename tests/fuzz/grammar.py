@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.protocol.messages import PROTOCOL_VERSION
+from paceline.core.messages import PROTOCOL_VERSION
 
 EDGES = (
     0, 1, 2, 3, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**48 - 1, 2**48, 2**53 - 1, 2**53, 2**63 - 1, 2**64 - 1,

@@ -6,12 +6,9 @@ import random
 import struct
 from typing import Any
 
-from paceline.protocol import codec
-from paceline.protocol.agreement import REDUCTIONS, integers, outcome
-from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, Admit, Identify
-from paceline.protocol.quota import AUTO
-from paceline.protocol.rank import Phase, Rank
-from paceline.protocol.rank_events import (
+from paceline.core import codec
+from paceline.core.messages import PROTOCOL_VERSION, Admit, Identify
+from paceline.core.rank.events import (
     Again,
     Agree,
     CoordinatorSaid,
@@ -24,6 +21,7 @@ from paceline.protocol.rank_events import (
     FrontEndSaid,
     GenerationEnded,
     Loaded,
+    Phase,
     Step,
     Stepped,
     Take,
@@ -31,10 +29,12 @@ from paceline.protocol.rank_events import (
     ToFrontEnd,
     Turn,
 )
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.rank.machine import Rank
+from paceline.core.rank.prefill_quota import AUTO, REDUCTIONS, integers, outcome
+from paceline.core.requests import AddRequest, SamplingParams
+from tests.core.deployment import TinyEngine
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well
-from tests.protocol.deployment import TinyEngine
 
 RANK, LIFE = 2, 2**40 + 2
 FRONT_ENDS = [2**41, 2**41 + 1]

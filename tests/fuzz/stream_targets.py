@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from paceline.core import codec
+from paceline.core.requests import AddRequest
 from paceline.engines.base import EngineSettings
 from paceline.engines.group import GenerationEnded
 from paceline.engines.timed import TimedEngine
-from paceline.integrations.vllm_keeper import Keeper
-from paceline.protocol import codec
-from paceline.protocol.messages import AddRequest
-from paceline.runtime.collective import SocketGroup
-from paceline.runtime.rendezvous import Here, answer_to, read_answer, read_question
+from paceline.net.collective import SocketGroup
+from paceline.net.node import Here, answer_to, read_answer, read_question
 from paceline.server.errors import ApiError
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest
+from paceline.vllm.coordinator import Keeper
 from tests.fuzz.target import Target, said_well
 
 NOTHING: Any = np.zeros(3, np.float32)

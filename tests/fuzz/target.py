@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from paceline.protocol.codec import Decoder, encode
+from paceline.core.codec import Decoder, encode
 
 PAUSES_S = (0.0, 0.0, 1e-4, 1e-3, 0.02, 0.3, 5.0)
 

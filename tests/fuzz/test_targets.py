@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.protocol import codec
-from paceline.protocol.messages import UNIONS
+from paceline.core import codec
+from paceline.core.messages import UNIONS
+from tests.core.test_codec import DECODERS
 from tests.fuzz.blind import fuzz
 from tests.fuzz.corpus import DIRECTIONS, classes_of, frames_of
 from tests.fuzz.targets import TARGETS
-from tests.protocol.test_codec import DECODERS
 
 pytestmark = pytest.mark.slow
 

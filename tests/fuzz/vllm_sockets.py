@@ -12,8 +12,8 @@ from collections.abc import Callable
 from tests.fuzz.blind import Row, rss_mb
 from tests.fuzz.flood import VLLM, Flood
 from tests.fuzz.sockets import MOST_GROWTH_MB, WARM_UP_SHARE
-from tests.integrations.test_vllm_coordinator import Deployment, deployment
 from tests.serving import is_alive, wait_until
+from tests.vllm_plugin.test_vllm_coordinator import Deployment, deployment
 
 
 def flood_vllm(inputs: int, seed: int, progress: Callable[[Row], None] = lambda row: None) -> list[Row]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from paceline.integrations import vllm_codec
-from paceline.integrations.vllm_codec import Notice, RankMessage
-from paceline.integrations.vllm_dialect import VllmDialect
-from paceline.integrations.vllm_events import (
+from paceline.core.codec import BadMessage
+from paceline.core.limits import MAX_CONTROL_BYTES
+from paceline.vllm import codec as vllm_codec
+from paceline.vllm.codec import Notice, RankMessage, VllmDialect
+from paceline.vllm.translation import (
     Event,
     FrontEndSaid,
     FrontEndSubscribed,
@@ -20,10 +21,9 @@ from paceline.integrations.vllm_events import (
     Remember,
     Tick,
     View,
+    VllmTranslation,
     Wake,
 )
-from paceline.integrations.vllm_translation import VllmTranslation
-from paceline.protocol.codec import MAX_CONTROL_BYTES, BadMessage
 from tests.fuzz.target import Target
 
 RANKS = 4

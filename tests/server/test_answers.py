@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.protocol.messages import Output
-from paceline.protocol.sampling import PositionLogprobs, TokenLogprob
+from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
 from paceline.server.answers import ChatDialect, CompletionDialect, StreamedChoice, WholeChoice, usage
 
 

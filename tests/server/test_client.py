@@ -14,24 +14,15 @@ from typing import Any
 import pytest
 import zmq
 
+from paceline.core import codec
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, FrontEndHello, LoadView, Member, Members, RankView
+from paceline.core.requests import AddRequest, Output, Outputs
 from paceline.engines.base import EngineSettings
-from paceline.protocol import codec
-from paceline.protocol.messages import (
-    PROTOCOL_VERSION,
-    AddRequest,
-    FrontEndHello,
-    Load,
-    LoadView,
-    Member,
-    Members,
-    Output,
-    Outputs,
-    RankView,
-)
-from paceline.runtime.processes import spawn
-from paceline.runtime.status import Ready
+from paceline.process.spawn import spawn
+from paceline.process.supervisor import Ready
 from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
-from tests.runtime.peers import Context, context, receive, send_garbage, shout_at
+from tests.net.peers import Context, context, receive, send_garbage, shout_at
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow

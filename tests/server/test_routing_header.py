@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from starlette.datastructures import Headers
 
-from paceline.protocol.routing.policy import Belief, Decision
+from paceline.core.routing.policy import Belief, Decision
 from paceline.server.routing_header import MAX_VALUE_BYTES, asked_for, routing_value, session_of
 from tests.serving import Deployment, deployment, wait_until
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import Refuse
-from paceline.protocol.frontends.stranded import MOST_LOSSES, PATIENCE_S
-from paceline.protocol.messages import AddRequest, Output
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.frontend.events import Refuse
+from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.requests import AddRequest, Output, SamplingParams
+from paceline.core.routing.least import LeastLoad
 from paceline.simulate.answers import Answers
 from paceline.simulate.world import Violation, World
 

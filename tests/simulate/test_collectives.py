@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.messages import GroupMember
-from paceline.runtime import group_seat
+from paceline.core.messages import GroupMember
+from paceline.net import group as group_seat
 from paceline.simulate import collectives
 from paceline.simulate.collectives import Group, Groups, Part
 from paceline.simulate.world import Violation, World

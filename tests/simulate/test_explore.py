@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from paceline.protocol.coordination.wave import GroupWave
-from paceline.protocol.rules import RULES
+from paceline.core.coordinator.wave import GroupWave
+from paceline.core.rules import RULES
 from paceline.simulate.explore import Bound, Progress, walk
 
 

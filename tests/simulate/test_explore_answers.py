@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.check_cli import app
-from paceline.protocol.coordination.membership import Membership
-from paceline.protocol.frontends.flights import Flight, Flights
-from paceline.protocol.frontends.stranded import Stranded
-from paceline.protocol.messages import Outputs
+from paceline.core.coordinator.membership import Membership
+from paceline.core.frontend.failover import Stranded
+from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.requests import Outputs
 from paceline.simulate.explore_answers import AnswersWorld
 from paceline.simulate.explore_answers_place import Bounds
 from paceline.simulate.explore_search import Finding, search

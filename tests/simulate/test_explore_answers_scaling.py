@@ -9,12 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.check_cli import app
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontends.flights import Flight, Flights
-from paceline.protocol.frontends.link import RankLink
-from paceline.protocol.frontends.scaling import FrontEndScaling
-from paceline.protocol.messages import Members
-from paceline.protocol.node import Node
+from paceline.core.frontend.control import FrontEndScaling
+from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.ranks import RankLink
+from paceline.core.messages import Members
+from paceline.core.node import Node
 from paceline.simulate.explore_answers_place import Bounds
 from paceline.simulate.explore_answers_scaling import ScaledAnswersWorld, ScaledPlace
 from paceline.simulate.explore_search import Finding, search

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.check_cli import app
-from paceline.protocol.rules import BINDING_RULES
+from paceline.core.rules import BINDING_RULES
 from paceline.simulate.explore_binding import Numbers, explore
 from paceline.simulate.explore_binding_world import Limits
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.coordination.generation import Generations
-from paceline.protocol.rank import Rank
+from paceline.core.coordinator.epoch import Generations
+from paceline.core.rank.machine import Rank
 from paceline.simulate.explore import Bound, walk
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paceline.protocol.sampling import ControlAction
+from paceline.core.requests import ControlAction
 from paceline.simulate.explore_level import Level
 from paceline.simulate.explore_state import State
 from paceline.simulate.explore_world import World

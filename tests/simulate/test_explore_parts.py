@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.coordinator_events import RankSaid
-from paceline.protocol.messages import RankHello, StartDPWave, StartWave
+from paceline.core.coordinator.events import RankSaid
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.messages import RankHello, StartDPWave, StartWave
 from paceline.simulate.explore_coordinator import Coordinators
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 

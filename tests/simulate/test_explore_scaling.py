@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from paceline.check_cli import app
-from paceline.protocol.coordination.scaling import DeploymentScaling
-from paceline.protocol.invariants import leaver_has_nothing, one_size_a_number
-from paceline.protocol.messages import Scaling
-from paceline.protocol.node import Node
+from paceline.core.coordinator.scaling import DeploymentScaling
+from paceline.core.invariants import leaver_has_nothing, one_size_a_number
+from paceline.core.messages import Scaling
+from paceline.core.node import Node
 from paceline.simulate.explore import Bound, walk
 from paceline.simulate.explore_scaling import ScaledWorld
 

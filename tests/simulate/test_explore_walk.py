@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from paceline.protocol.sampling import ControlAction
+from paceline.core.requests import ControlAction
 from paceline.simulate.explore_group import GroupedWorld
 from paceline.simulate.explore_state import COORDINATOR, FIRST_BLOCK, State
 from paceline.simulate.explore_walk import SingleWalk, Walk, WideWalk

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
-from paceline.simulate.deployment import Deployment, Shape
+from paceline.simulate.deployment import Deployment
 from paceline.simulate.faults import Fault, FaultKind, Mishaps, draw_calls, draw_faults, draw_steady
 from paceline.simulate.rest import check_rest
 from paceline.simulate.run import Options, simulate
+from paceline.simulate.shape import Shape
 
 
 def faults(ranks_may_die: bool = True) -> list[Fault]:

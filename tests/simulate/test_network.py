@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from paceline.protocol import codec
-from paceline.protocol.messages import Admit, StartDPWave
+from paceline.core import codec
+from paceline.core.messages import Admit, StartDPWave
 from paceline.simulate.network import STEADY, Delays, Link
 from paceline.simulate.world import World
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from paceline.core.rank import events as rank_events, prefill_quota as quota
+from paceline.core.rank.prefill_quota import RankQuota
 from paceline.engines.timed import CostModel
-from paceline.protocol import quota, rank_events
-from paceline.protocol.ranks.quota import RankQuota
 from paceline.simulate.checks import Checks
-from paceline.simulate.deployment import Deployment, Shape
+from paceline.simulate.deployment import Deployment
 from paceline.simulate.rank_party import RankParty
 from paceline.simulate.run import Options, Outcome, simulate
+from paceline.simulate.shape import Shape
 from paceline.simulate.world import Violation
 
 COSTS = CostModel(step_ms=6.0, prefill_ms=0.09, decode_ms=0.02)
@@ -135,7 +136,7 @@ def test_a_rank_that_decides_by_itself_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_quota_that_stays_at_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paceline.protocol.quota.PATIENCE", 10**9)
+    monkeypatch.setattr("paceline.core.rank.prefill_quota.PATIENCE", 10**9)
     made, _ = deployment(quota.AUTO)
     request = made.front_ends[0].submit(4000, 4, 0)
     with pytest.raises(Violation, match="has had no quota for 10 steps"):

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from paceline.simulate.deployment import Shape
 from paceline.simulate.run import Options, simulate
 from paceline.simulate.scaled_deployment import ScaledDeployment
+from paceline.simulate.shape import Shape
 
 
 def deployment(lockstep: bool = True) -> ScaledDeployment:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.coordination.board import PublishClock
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.messages import LoadView, StartDPWave, WakeNotice, WaveComplete
-from paceline.simulate.deployment import Deployment, Shape
+from paceline.core.coordinator.load_table import PublishClock
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.messages import LoadView, StartDPWave, WakeNotice, WaveComplete
+from paceline.simulate.deployment import Deployment
 from paceline.simulate.rest import check_rest
+from paceline.simulate.shape import Shape
 from paceline.simulate.world import Violation
 
 
@@ -210,7 +211,7 @@ def only_rank_0_tells_of_the_end(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_step_for_all(patch: pytest.MonkeyPatch) -> None:
-    from paceline.protocol.coordination.board import Board
+    from paceline.core.coordinator.load_table import Board
 
     real, highest = Board.report, [0]
 
@@ -226,7 +227,7 @@ def published_when_quiet(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_wake_for_each_start(patch: pytest.MonkeyPatch) -> None:
-    from paceline.protocol.coordination.wave import GroupWave
+    from paceline.core.coordinator.wave import GroupWave
 
     real = GroupWave.started
 

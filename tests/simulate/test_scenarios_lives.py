@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.protocol.messages import Form, StartDPWave, Suspension
+from paceline.core.messages import Form, StartDPWave, Suspension
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.rest import check_rest
 from tests.simulate.test_scenarios import deploy, run_a_wave, running, waves

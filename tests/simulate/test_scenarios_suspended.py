@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from paceline.protocol.coordination.suspension import GroupSuspension
-from paceline.protocol.messages import StartDPWave
+from paceline.core.coordinator.pause import GroupSuspension
+from paceline.core.messages import StartDPWave
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.front_end_party import Call, FrontEndParty
 from paceline.simulate.rest import check_rest
@@ -174,7 +174,7 @@ def each_resume_counts(patch: pytest.MonkeyPatch) -> None:
 
 
 def agreements_without_the_suspension(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("paceline.protocol.rank.stops", lambda suspension: False)
+    patch.setattr("paceline.core.rank.machine.stops", lambda suspension: False)
 
 
 @pytest.mark.parametrize(

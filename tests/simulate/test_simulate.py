@@ -13,11 +13,11 @@ import typer
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontends.stranded import Stranded
-from paceline.protocol.load import Ledger
-from paceline.protocol.ranks.requests import RankRequests
-from paceline.protocol.rules import OF_SCALING, RULES
+from paceline.core.frontend.failover import Stranded
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Ledger
+from paceline.core.rank.requests import RankRequests
+from paceline.core.rules import OF_SCALING, RULES
 from paceline.simulate.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_command
 
@@ -144,7 +144,7 @@ def a_request_forgotten_with_its_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("paceline.protocol.coordination.board.HEARTBEAT_S", 0.05)
+    patch.setattr("paceline.core.coordinator.load_table.HEARTBEAT_S", 0.05)
 
 
 def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""docs/WAVES.md is current: its diagrams and stories are those of the tables and the machines."""
+"""docs/WAVES.md is current: its stories are those of the machines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.protocol.rules import RULES
+from paceline.core.rules import RULES
 from paceline.simulate.waves_document import filled, main
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "WAVES.md"
@@ -18,7 +18,7 @@ def test_the_document_is_current_and_a_changed_one_is_mended(tmp_path: Path) -> 
     assert main([str(DOCUMENT), "--check"]) == 0, "run `make docs`"
     path = tmp_path / "WAVES.md"
     text = DOCUMENT.read_text(encoding="utf-8")
-    path.write_text(text.replace("paused --> running: AddRequest", "paused --> left: AddRequest"), encoding="utf-8")
+    path.write_text(text.replace("### `own-report`", "### `other-report`"), encoding="utf-8")
     assert main([str(path), "--check"]) == 1
     assert main([str(path)]) == 0
     assert path.read_text(encoding="utf-8") == text
@@ -34,5 +34,5 @@ def test_every_rule_has_a_story_that_ends_badly() -> None:
 
 
 def test_a_document_without_its_markers_is_refused() -> None:
-    with pytest.raises(ValueError, match="0 places for diagrams"):
+    with pytest.raises(ValueError, match="0 places for stories"):
         filled("# Waves")

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import zmq
 
-from paceline.integrations.vllm_coordinator import VllmCoordinator
-from paceline.integrations.vllm_dialect import VllmDialect
+from paceline.vllm.codec import VllmDialect
+from paceline.vllm.coordinator import VllmCoordinator
 from tests.vllm import environment
 from tests.vllm.serving import VERSION
 

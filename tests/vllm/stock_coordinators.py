@@ -29,7 +29,7 @@ def main() -> None:
     from vllm.config import ParallelConfig
     from vllm.v1.engine.coordinator import DPCoordinatorProc
 
-    from paceline.integrations.vllm import installed_dialect
+    from paceline.vllm.plugin import installed_dialect
 
     # The out-of-order warnings cost it half of its speed at 64 ranks in lockstep; it is measured at its best.
     logging.disable(logging.WARNING)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from msgspec import Struct
 
-from paceline.protocol.messages import Load
-from paceline.protocol.rank_events import StepOutput
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput
+from paceline.core.requests import SamplingParams
 
 if TYPE_CHECKING:
     from paceline.engines.group import RankGroup  # imports numpy, which a front-end does without

@@ -1,7 +1,6 @@
 """What a lockstep engine needs of the other ranks: collectives among the members of one generation.
 
-The engine is handed a `RankGroup`; `runtime/collective.py` makes one of sockets, `runtime/torch_group.py` one of
-torch.distributed.
+The engine is handed a `RankGroup`; `net/collective.py` makes one of sockets.
 """
 
 from __future__ import annotations

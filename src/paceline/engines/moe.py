@@ -8,26 +8,111 @@ cut into chunks (`moe_arithmetic.py` says how that is reached). Whoever gets ano
 
 A step makes its plan, computes, and only then writes down what came of it: `GenerationEnded` out of a collective
 leaves the engine as it was, and the step is made anew in the next group.
+
+Choosing tokens for the `moe` engine, by the logits, the request's seed and the position, and nothing else.
+
+So a step that is made anew chooses the same, and so does another rank. Plain Python: for 258 tokens that costs less
+than the forward pass, and its order of additions is written down here.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from typing import TYPE_CHECKING, ClassVar
+from collections import Counter
+from hashlib import blake2b
+from itertools import accumulate
+from typing import ClassVar
 
-from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
-from paceline.engines.moe_options import Limits, MoeOptions, read_limits, read_options
-from paceline.engines.moe_sampling import Sampler
-from paceline.engines.moe_tokenizer import EOS, VOCABULARY, MoeTokenizer, piece
-from paceline.engines.schedule import Schedule, Sequence, why_never
-from paceline.protocol.messages import Load
-from paceline.protocol.sampling import FinishReason
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput
+from paceline.core.requests import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
+from paceline.engines.group import RankGroup
+from paceline.engines.moe_model import (
+    EOS,
+    VOCABULARY,
+    Floats,
+    Limits,
+    MoeOptions,
+    MoeTokenizer,
+    Piece,
+    piece,
+    read_limits,
+    read_options,
+)
+from paceline.engines.scheduler import Schedule, Sequence, why_never
 
-if TYPE_CHECKING:
-    from paceline.engines.group import RankGroup
-    from paceline.engines.moe_model import Piece
-    from paceline.engines.moe_weights import Floats
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are 0, as in vLLM: dividing by them overflows."""
+
+
+class Sampler:
+    """One request's way to choose. Without state but for what it was made from."""
+
+    def __init__(self, params: SamplingParams, prompt_length: int, seed: int) -> None:
+        self._params = params
+        self._prompt_length = prompt_length
+        self._seed = seed
+
+    def choose(self, logits: list[float], tokens: list[int]) -> int:
+        """The next token behind `tokens`, the prompt's and the answer's so far."""
+        params = self._params
+        scores = self._penalised(logits, tokens)
+        # The most likely first; of equals the lower number.
+        if params.temperature < GREEDY_BELOW:
+            return scores.index(max(scores))
+        order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))[: params.top_k or None]
+        best = scores[order[0]]
+        weights = [math.exp((scores[token] - best) / params.temperature) for token in order]
+        # Before the temperature, as top_p is in llama.cpp's chain: it then keeps the same tokens at any.
+        kept = _kept([math.exp(scores[token] - best) for token in order], params.top_p, params.min_p)
+        sums = list(accumulate(weights[:kept]))
+        threshold = sums[-1] * _uniform(self._seed, len(tokens) - self._prompt_length)
+        return next((token for token, end in zip(order, sums, strict=False) if end > threshold), order[0])
+
+    def logprobs(self, logits: list[float], chosen: int) -> PositionLogprobs:
+        """The chosen token's log-probability and the best ones', by the logits as the model gave them."""
+        best = max(logits)
+        normaliser = best + math.log(math.fsum(math.exp(logit - best) for logit in logits))
+        order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+        top = [_logprob(token, logits[token] - normaliser) for token in order[: self._params.logprobs or 0]]
+        return PositionLogprobs(_logprob(chosen, logits[chosen] - normaliser), top)
+
+    def _penalised(self, logits: list[float], tokens: list[int]) -> list[float]:
+        params, scores = self._params, list(logits)
+        for token, bias in params.logit_bias.items():
+            scores[token] += bias
+        if params.repetition_penalty != 1.0:
+            for token in set(tokens):
+                penalty = params.repetition_penalty
+                scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+        if params.frequency_penalty or params.presence_penalty:
+            for token, count in Counter(tokens[self._prompt_length :]).items():
+                scores[token] -= params.frequency_penalty * count + params.presence_penalty
+        return scores
+
+
+def _kept(weights: list[float], top_p: float, min_p: float) -> int:
+    """How many of `weights`, largest first and that one 1, are still to be chosen from."""
+    kept = sum(weight >= min_p for weight in weights) or 1
+    if top_p < 1.0:
+        enough = top_p * sum(weights)
+        reached = next((index for index, total in enumerate(accumulate(weights)) if total >= enough), len(weights) - 1)
+        kept = min(kept, reached + 1)
+    return kept
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number from 0 to 1, 1 excluded, for one position of one request."""
+    digest = blake2b(f"{seed}.{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
+
+
+def _logprob(token: int, value: float) -> TokenLogprob:
+    return TokenLogprob(token, piece(token, special=True), value)
+
 
 Chunks = list[tuple[Sequence, int]]
 
@@ -40,8 +125,7 @@ class MoeEngine(Engine):
 
     def __init__(self, settings: EngineSettings, options: MoeOptions, limits: Limits) -> None:
         # Here and not at the top: a front-end imports this module for its tokenizer, and does without NumPy.
-        from paceline.engines.moe_experts import Alone
-        from paceline.engines.moe_model import MoeModel
+        from paceline.engines.moe_model import Alone, MoeModel
 
         self._model = MoeModel.load(options, limits.max_model_len)
         self._group: RankGroup | None = Alone() if settings.dp_size == 1 else None

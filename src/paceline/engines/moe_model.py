@@ -6,19 +6,452 @@
 
 KV is an array a request, handed in by the engine. A forward pass writes it behind what is computed already, and
 nothing else: one that is broken off leaves numbers that the next one overwrites.
+
+The `moe` engine's tokens: a token a byte, and two special ones, the beginning and the end of a text.
+
+A conversation is lines of `User: …` and `Assistant: …` behind `<bos>`, as for a base model.
+
+What the `moe` engine can be told: the sizes of its model, where the weights come from, how long a step lasts.
+
+No NumPy in here: a front-end reads the options too, for the tokenizer and its limits.
+
+Arithmetic whose result for one token does not depend on what else is in the batch.
+
+A matrix product of several rows goes through kernels that BLAS picks by the number of rows, and these add up in
+different orders: the same token next to three others gets other last bits than alone, some argmax then falls the
+other way, and answers depend on who else is served. Here every row is a product of its own (`matmul` of a stack of
+one-row matrices calls BLAS once a row), always of the same shape, so its bits are always the same. Measured for
+64 rows by 64 x 128: 32 us, against 12 us for the product at once, 90 us for `einsum`, which is without BLAS, and
+20 us for blocks of rows filled up to 16. The blocks are not taken because a row's place in its block would have to be
+without influence too, which nobody promises, and because a single row then takes 7 us in place of 2.5.
+
+BLAS also divides what is large among threads, one a core. Ranks share cores, so that its threads wait for each other
+through the scheduler: 24 ms at worst on two busy cores for a product that never takes 0.3 ms on one thread. And the
+number of cores would enter into the bits. OpenBLAS divides a matrix-vector product above 9,216 elements, so larger
+matrices are cut into columns, and attention into blocks of positions. An environment variable against its threads
+would come too late, as NumPy reads it when it is imported.
+
+The `moe` engine's weights: made from a seed, or mapped from a file that may change under the running engine.
+
+Every rank has all the weights within reach and computes with its own experts only: after a change of the group any
+rank can be any expert's owner at once, and nothing is moved.
+
+A file is mapped read-only and shared. Whoever rewrites it in place, `write_weights` or a trainer, changes the
+weights of all ranks of the machine at once, without a word to them; between steps, or the step under way computes
+with a mixture.
+
+A layer's experts, sharded over the group: expert e lives at the member in place e modulo their number.
+
+Two all-to-alls in every layer of every step. The first carries each token to the members that own its experts, the
+second carries the results back. A member without tokens of its own takes part with empty arrays, and computes its
+experts for the others all the same; without it nobody gets further. What a member sends to another depends on its own
+tokens alone, and results are put together in the order of experts, so that neither the number of members nor who
+computes what shows in a token's bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
 
-from paceline.engines.group import RankGroup
-from paceline.engines.moe_arithmetic import Floats, attend, normalise, rows_times
-from paceline.engines.moe_experts import Experts, Indices
-from paceline.engines.moe_options import MoeConfig, MoeOptions
-from paceline.engines.moe_weights import Weights, load_weights
+from paceline.engines.base import EngineError, EngineSettings
+from paceline.engines.chat import render_fallback
+from paceline.engines.group import Array, GenerationEnded, RankGroup, Reduction
+
+BOS, EOS = 256, 257
+VOCABULARY = 258
+SPECIAL = {"<bos>": BOS, "<eos>": EOS}
+SPECIAL_TEXT = {token: text.encode() for text, token in SPECIAL.items()}
+MARKER = re.compile("|".join(map(re.escape, SPECIAL)))
+
+
+class MoeTokenizer:
+    """Text to bytes, and back."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self.max_model_len = max_model_len
+        self.vocabulary_size = VOCABULARY
+        self.model_name = "paceline-moe"
+
+    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        tokens = [BOS] if add_special else []
+        begin = 0
+        for marker in MARKER.finditer(text) if parse_special else ():
+            tokens += text[begin : marker.start()].encode()
+            tokens.append(SPECIAL[marker.group()])
+            begin = marker.end()
+        tokens += text[begin:].encode()
+        return tokens
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return b"".join(piece(token, special=False) for token in token_ids).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+    ) -> str:
+        return render_fallback(messages, lambda marker: False, "<bos>", add_generation_prompt=add_generation_prompt)
+
+
+def piece(token: int, *, special: bool) -> bytes:
+    """The bytes of a token; of a special one its name or, without `special`, nothing."""
+    if token < BOS:
+        return bytes((token,))
+    return SPECIAL_TEXT[token] if special else b""
+
+
+DEFAULT_MAX_MODEL_LEN = 4096
+MOST_TOKENS = 1 << 20
+FLOAT_BYTES = 4
+
+
+class MoeConfig(Struct, frozen=True):
+    """The sizes of the model. The weights are float32; `parameters` says how many.
+
+    `experts_per_token` of the `experts` of a layer see each token; each is two matrices, `d_model` x `expert_hidden`.
+    """
+
+    layers: int = 3
+    d_model: int = 64
+    heads: int = 4
+    experts: int = 8
+    experts_per_token: int = 2
+    expert_hidden: int = 128
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Every tensor's name and shape, in the order in which they lie in a weights file, without gaps."""
+        width, hidden = self.d_model, self.expert_hidden
+        shapes: list[tuple[str, tuple[int, ...]]] = [("embedding", (VOCABULARY, width))]
+        for layer in range(self.layers):
+            shapes += [(f"{layer}.{name}", (width, width)) for name in ("query", "key", "value", "output")]
+            shapes.append((f"{layer}.router", (width, self.experts)))
+            shapes.append((f"{layer}.up", (self.experts, width, hidden)))
+            shapes.append((f"{layer}.down", (self.experts, hidden, width)))
+        return [*shapes, ("head", (width, VOCABULARY)), ("bias", (VOCABULARY,))]
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        return sum(math.prod(shape) for _, shape in self.shapes)
+
+
+class MoeOptions(Struct, frozen=True):
+    """All options, read. `weights` None: they come from `weights_seed`. `step_ms`: what a step lasts at least."""
+
+    config: MoeConfig
+    weights: Path | None = None
+    weights_seed: int = 0
+    step_ms: float = 0.0
+
+
+class Limits(Struct, frozen=True):
+    """How many tokens one request may have, and all that run at once together."""
+
+    max_model_len: int
+    kv_tokens: int
+
+
+LARGEST = MoeConfig(layers=64, d_model=1024, heads=64, experts=1024, experts_per_token=64, expert_hidden=4096)
+NAMES = (*MoeConfig.__struct_fields__, "weights", "weights_seed", "step_ms")
+
+
+def read_options(settings: EngineSettings) -> MoeOptions:
+    """The options. Raises EngineError naming the option that cannot be."""
+    if settings.model is not None:
+        raise EngineError(f"--model {settings.model}: the moe engine has its own; give it --engine-option weights=FILE")
+    given = dict(settings.options)
+    for name in given:
+        if name not in NAMES:
+            raise EngineError(f"--engine-option {name}: unknown; the moe engine has {', '.join(NAMES)}")
+    sizes = {
+        name: _whole_number(name, given[name], 1, getattr(LARGEST, name))
+        for name in MoeConfig.__struct_fields__
+        if name in given
+    }
+    config = MoeConfig(**sizes)
+    if config.d_model % (2 * config.heads):
+        raise EngineError(f"--engine-option d_model: {config.d_model} is no multiple of twice the {config.heads} heads")
+    if config.experts_per_token > config.experts:
+        raise EngineError(
+            f"--engine-option experts_per_token: {config.experts_per_token} of {config.experts} experts (experts)"
+        )
+    if "weights" in given and "weights_seed" in given:
+        raise EngineError("--engine-option weights_seed: the weights come from a file (weights), not from a seed")
+    weights = Path(given["weights"]) if "weights" in given else None
+    if weights is not None:
+        check_weights(weights, config)
+    seed = _whole_number("weights_seed", given.get("weights_seed", "0"), 0, 2**32 - 1)
+    return MoeOptions(config, weights, seed, _milliseconds("step_ms", given.get("step_ms", "0")))
+
+
+def read_limits(settings: EngineSettings) -> Limits:
+    """The same answer in ranks and front-ends. Raises EngineError naming the setting that cannot be."""
+    slots, pool, asked = settings.max_num_seqs, settings.kv_cache_tokens, settings.max_model_len
+    if slots < 1:
+        raise EngineError(f"--max-num-seqs {slots}: must be at least 1")
+    if settings.max_num_batched_tokens < slots:
+        raise EngineError(
+            f"--max-num-batched-tokens {settings.max_num_batched_tokens}: must be at least --max-num-seqs ({slots})"
+        )
+    if asked is not None and not 2 <= asked <= MOST_TOKENS:
+        raise EngineError(f"--max-model-len {asked}: the moe engine takes 2 to {MOST_TOKENS}")
+    if pool is not None and pool < (asked or 2):
+        raise EngineError(f"--kv-cache-tokens {pool}: must be at least --max-model-len ({asked or 2})")
+    length = asked or min(DEFAULT_MAX_MODEL_LEN, pool or DEFAULT_MAX_MODEL_LEN)
+    return Limits(length, pool or slots * length)
+
+
+def check_weights(path: Path, config: MoeConfig) -> None:
+    """Raises EngineError where the file cannot hold the weights of such a model."""
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise EngineError(f"--engine-option weights: {path}: {error.strerror or error}") from None
+    needed = config.parameters * FLOAT_BYTES
+    if size != needed:
+        raise EngineError(
+            f"--engine-option weights: {path} has {size} bytes, a model of these sizes {needed}: "
+            f"{config.parameters} numbers of {FLOAT_BYTES} bytes"
+        )
+
+
+def _whole_number(name: str, text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise EngineError(f"--engine-option {name}: {text!r} is no whole number") from None
+    if not least <= value <= most:
+        raise EngineError(f"--engine-option {name}: {value} is not from {least} to {most}")
+    return value
+
+
+def _milliseconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise EngineError(f"--engine-option {name}: {text!r} is no number") from None
+    if not 0 <= value < 1e6:
+        raise EngineError(f"--engine-option {name}: {text} is not from 0 to 1e6")
+    return value
+
+
+Floats = NDArray[np.float32]
+
+MOST_ELEMENTS = 8192
+EPSILON = np.float32(1e-6)
+
+
+def rows_times(rows: Floats, matrix: Floats) -> Floats:
+    """`rows` (n, k) times `matrix` (k, m): (n, m), each row by itself."""
+    inputs, outputs = matrix.shape
+    stack = rows[:, None, :]
+    if matrix.size <= MOST_ELEMENTS:
+        product: Floats = np.matmul(stack, matrix)[:, 0]
+        return product
+    product = np.empty((len(rows), outputs), np.float32)
+    width = max(1, MOST_ELEMENTS // inputs)
+    for begin in range(0, outputs, width):
+        product[:, begin : begin + width] = np.matmul(stack, matrix[:, begin : begin + width])[:, 0]
+    return product
+
+
+def normalise(rows: Floats) -> Floats:
+    """Each row (n, d) divided by the root of its mean square (RMSNorm without a gain)."""
+    squares = (rows * rows).sum(axis=1, dtype=np.float32) / np.float32(rows.shape[1])
+    normalised: Floats = rows / np.sqrt(squares + EPSILON)[:, None]
+    return normalised
+
+
+def softmax(scores: Floats) -> Floats:
+    """Softmax over the last axis, of a new array."""
+    shifted: Floats = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    shifted /= shifted.sum(axis=-1, keepdims=True)
+    return shifted
+
+
+def attend(query: Floats, keys: Floats, values: Floats) -> Floats:
+    """One token's attention. `query` (heads, d), `keys` and `values` (heads, positions, d): (heads, d).
+
+    All positions given are seen, so the caller cuts them off at the token's own: then the shape is the same however
+    the prompt was cut into chunks.
+    """
+    heads, positions, size = keys.shape
+    block = MOST_ELEMENTS // size
+    stack = query[:, None, :]
+    if positions <= block:
+        seen: Floats = np.matmul(softmax(np.matmul(stack, keys.transpose(0, 2, 1))), values)[:, 0]
+        return seen
+    scores = np.empty((heads, 1, positions), np.float32)
+    for begin in range(0, positions, block):
+        part = keys[:, begin : begin + block].transpose(0, 2, 1)
+        scores[:, :, begin : begin + block] = np.matmul(stack, part)
+    weights = softmax(scores)
+    seen = np.zeros_like(query)
+    for begin in range(0, positions, block):
+        seen += np.matmul(weights[:, :, begin : begin + block], values[:, begin : begin + block])[:, 0]
+    return seen
+
+
+Weights = dict[str, Floats]
+
+SHARPNESS = {"embedding": 0.5, "query": 2.0, "key": 2.0, "output": 2.0, "head": 2.0}
+"""What is larger or smaller than that: attention counts for more, so that all of the context shows in the text, and
+a temperature of 1 prefers what greedy sampling takes."""
+UNREADABLE_BIAS = -30.0
+END_BIAS = -1.0
+READABLE = b"abcdefghijklmnopqrstuvwxyz ,."
+
+
+def load_weights(options: MoeOptions) -> Weights:
+    """The tensors by name, as `MoeConfig.shapes` has them. Raises EngineError where the file cannot be used."""
+    if options.weights is None:
+        return _by_name(options.config, make_weights(options.config, options.weights_seed))
+    check_weights(options.weights, options.config)
+    mapped = np.memmap(options.weights, np.float32, "r")
+    # A plain array over the same memory: every slice of a memmap costs a call into Python.
+    return _by_name(options.config, np.asarray(mapped))
+
+
+def make_weights(config: MoeConfig, seed: int) -> Floats:
+    """All weights as one array, in the order of a weights file. The same on every machine.
+
+    Uniform and scaled so that every sum over inputs has variance 1: exact operations only, where a normal
+    distribution would bring in logarithms that differ between machines in the last bit.
+    """
+    flat = np.random.Generator(np.random.PCG64(seed)).random(config.parameters, np.float32)
+    flat -= np.float32(0.5)
+    flat *= np.float32(2.0)
+    for name, tensor in _by_name(config, flat).items():
+        inputs = 1 if tensor.ndim == 1 or name == "embedding" else tensor.shape[-2]
+        tensor *= np.float32(SHARPNESS.get(name.rpartition(".")[2], 1.0) * math.sqrt(3.0 / inputs))
+        if name == "bias":
+            # Answers that people can read: letters and spaces, and the end now and then.
+            tensor[:] = UNREADABLE_BIAS
+            tensor[list(READABLE)] = 0.0
+            tensor[EOS] = END_BIAS
+    return flat
+
+
+def write_weights(path: str | os.PathLike[str], config: MoeConfig, seed: int) -> None:
+    """Write the weights of a seed into a file, in place: whoever has it mapped has the new weights from now on.
+
+    The file is made where there is none; one that exists keeps its inode, and is never emptied in between.
+    """
+    weights = make_weights(config, seed)
+    descriptor = os.open(Path(path), os.O_RDWR | os.O_CREAT, 0o644)
+    with open(descriptor, "r+b") as file:
+        os.ftruncate(descriptor, config.parameters * FLOAT_BYTES)
+        file.write(weights.data)
+
+
+def _by_name(config: MoeConfig, flat: Floats) -> Weights:
+    tensors: Weights = {}
+    begin = 0
+    for name, shape in config.shapes:
+        end = begin + math.prod(shape)
+        tensors[name] = flat[begin:end].reshape(shape)
+        begin = end
+    assert tensors["bias"].size == VOCABULARY
+    return tensors
+
+
+Indices = NDArray[np.intp]
+
+
+class Alone(RankGroup):
+    """A group of one: its collectives return at once."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0, [0])
+        self._ended = False
+
+    def all_reduce(self, values: Sequence[int], reduction: Reduction | Sequence[Reduction]) -> list[int]:
+        self._check()
+        return list(values)
+
+    def all_to_all(self, arrays: Sequence[Array]) -> list[Array]:
+        self._check()
+        return list(arrays)
+
+    def leave(self) -> None:
+        self._ended = True
+
+    def _check(self) -> None:
+        if self._ended:
+            raise GenerationEnded("generation 0 has ended")
+
+
+class Experts:
+    """The experts of one layer. `router` (d, experts), `up` (experts, d, hidden), `down` (experts, hidden, d)."""
+
+    def __init__(self, router: Floats, up: Floats, down: Floats, per_token: int) -> None:
+        self._router = router
+        self._up = up
+        self._down = down
+        self._per_token = per_token
+
+    def compute(self, rows: Floats, group: RankGroup) -> Floats:
+        """What this layer's experts make of `rows` (n, d), n may be 0. Raises GenerationEnded."""
+        chosen, shares = self._choose(rows)
+        size, width = len(group.members), rows.shape[1]
+        pairs = chosen.ravel()
+        places = [np.flatnonzero(pairs % size == place) for place in range(size)]
+        received = group.all_to_all([_message(rows, pairs, place, self._per_token) for place in places])
+        back = group.all_to_all(self._own(received, group, width))
+        results = np.empty((len(pairs), width), np.float32)
+        for place, result in zip(places, back, strict=True):
+            results[place] = result
+        parts = results.reshape(len(rows), self._per_token, width)
+        mixed = np.zeros_like(rows)
+        for nth in range(self._per_token):
+            mixed += parts[:, nth] * shares[:, nth, None]
+        return mixed
+
+    def _choose(self, rows: Floats) -> tuple[Indices, Floats]:
+        """Each row's experts (n, per token), in the order of their numbers, and their shares, which add up to 1."""
+        scores = rows_times(rows, self._router)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, : self._per_token]
+        chosen = np.sort(best, axis=1)
+        return chosen, softmax(np.take_along_axis(scores, chosen, axis=1))
+
+    def _own(self, received: Sequence[Array], group: RankGroup, width: int) -> list[Array]:
+        """The results for each member, of the tokens it sent."""
+        for member, message in zip(group.members, received, strict=True):
+            if message.ndim != 2 or message.shape[1] != width + 1 or message.dtype != np.float32:
+                raise EngineError(f"rank {member} runs another model: its tokens are {message.dtype}{message.shape}")
+        tokens = np.concatenate(received).astype(np.float32, copy=False)
+        numbers = tokens[:, width].astype(np.intp)
+        results = np.empty((len(tokens), width), np.float32)
+        place = group.members.index(group.rank)
+        for number in np.unique(numbers):
+            if number % len(group.members) != place or not 0 <= number < len(self._up):
+                raise EngineError(f"rank {group.rank} is sent tokens for expert {number}, which it does not have")
+            mine = np.flatnonzero(numbers == number)
+            results[mine] = self._expert(int(number), tokens[mine, :width])
+        ends = np.cumsum([len(message) for message in received])
+        return list(np.split(results, ends[:-1]))
+
+    def _expert(self, number: int, rows: Floats) -> Floats:
+        hidden = np.maximum(rows_times(rows, self._up[number]), np.float32(0))
+        # Squared ReLU: its gates are as sharp as a SwiGLU's, without exponentials.
+        return rows_times(hidden * hidden, self._down[number])
+
+
+def _message(rows: Floats, pairs: Indices, place: Indices, per_token: int) -> Floats:
+    """The tokens for one member, (m, d + 1): behind each its expert's number, which float32 holds exactly."""
+    width = rows.shape[1]
+    message = np.empty((len(place), width + 1), np.float32)
+    message[:, :width] = rows[place // per_token]
+    message[:, width] = pairs[place]
+    return message
+
 
 ROTARY_BASE = 10000.0
 

@@ -8,6 +8,12 @@ prompt chunks up to the token budget, KV for a request reserved when it starts),
 
 by default 6 ms, 0.09 ms and 0.02 ms: an 8B-class model. Options: `--engine-option step_ms=0` and so on.
 The text is a fixed sequence of words, so that a client can tell whether it got all of it, in order.
+
+The `timed-lockstep` engine: `timed` as a rank of an expert-parallel model, whose steps contain collectives.
+
+A step takes the time that the cost model says, and then an all-to-all among all ranks: so it lasts as long as the
+slowest rank's. What a model would send there is left out. An idle rank's dummy step costs `step_ms`. The prefill quota
+is obeyed. For comparing how lockstep ranks are driven, where `moe` would measure NumPy.
 """
 
 from __future__ import annotations
@@ -15,11 +21,16 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
 
 from msgspec import Struct
 
-from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepOutput, StepResult
-from paceline.protocol.messages import Load
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
+
+if TYPE_CHECKING:
+    from paceline.engines.group import RankGroup
 
 DEFAULT_MAX_MODEL_LEN = 32768
 VOCABULARY = 256
@@ -233,3 +244,34 @@ def read_costs(options: Mapping[str, str]) -> CostModel:
         if not 0 <= values[name] < 1e9:
             raise EngineError(f"--engine-option {name}: must be 0 or more")
     return CostModel(**values)
+
+
+class TimedLockstepEngine(TimedEngine):
+    """An engine that only takes time, as long as the slowest of its group does. A `dp_size` of 1 needs no group."""
+
+    lockstep: ClassVar[bool] = True
+
+    def __init__(self, settings: EngineSettings, costs: CostModel) -> None:
+        # Here and not at the top: a front-end imports this module for its tokenizer, and does without NumPy.
+        import numpy as np
+
+        super().__init__(settings, costs)
+        self._alone = settings.dp_size == 1
+        self._group: RankGroup | None = None
+        self._nothing = np.zeros(0, np.uint8)
+
+    def join(self, group: RankGroup) -> None:
+        self._group = group
+
+    def limit_prefill(self, tokens: int | None) -> None:
+        self._prefill_limit = tokens
+
+    def dummy_step(self) -> None:
+        self._take_time(time.monotonic(), 0, 0)
+
+    def _take_time(self, begin: float, prefilled: int, writing: int) -> None:
+        sleep_until(begin + self._costs.seconds(prefilled, writing))
+        if self._group is not None:
+            self._group.all_to_all([self._nothing] * len(self._group.members))
+        elif not self._alone:
+            raise EngineError("the timed-lockstep engine steps among several ranks, and has not been given their group")

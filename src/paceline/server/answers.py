@@ -11,8 +11,7 @@ from typing import Any
 
 import msgspec
 
-from paceline.protocol.messages import Output
-from paceline.protocol.sampling import PositionLogprobs, TokenLogprob
+from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
 
 _encode = msgspec.json.encode
 

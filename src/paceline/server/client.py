@@ -16,10 +16,8 @@ from functools import partial
 
 import zmq
 
-from paceline.errors import StartupError
-from paceline.protocol import codec
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import (
+from paceline.core import codec
+from paceline.core.frontend.events import (
     Abandon,
     Connect,
     Connected,
@@ -43,11 +41,12 @@ from paceline.protocol.frontend_events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.protocol.messages import AddRequest, FrontEndLeaving, Output
-from paceline.protocol.sampling import ControlAction, SamplingParams
-from paceline.runtime.garbage import Garbage
-from paceline.runtime.link_monitor import LinkMonitor
-from paceline.runtime.sockets import giving_up_after, open_socket
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import FrontEndLeaving
+from paceline.core.requests import AddRequest, ControlAction, Output, SamplingParams
+from paceline.errors import StartupError
+from paceline.net.links import Garbage, LinkMonitor
+from paceline.net.sockets import giving_up_after, open_socket
 from paceline.server.delivery import Sink
 from paceline.server.errors import Refused
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from paceline.protocol.messages import Output
-from paceline.protocol.routing.policy import Decision
+from paceline.core.requests import Output
+from paceline.core.routing.policy import Decision
 from paceline.server.answers import DONE_EVENT, Dialect, StreamedChoice, WholeChoice, event, usage
 from paceline.server.errors import ApiError, Refused, error_response, of_output, of_refusal
 from paceline.server.head import Head

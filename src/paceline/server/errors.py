@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from starlette.responses import JSONResponse, Response
 
+from paceline.core.requests import Output
 from paceline.errors import PacelineError
-from paceline.protocol.messages import Output
 
 
 class ApiError(Exception):

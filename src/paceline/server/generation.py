@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import Tokenizer
-from paceline.protocol.sampling import SamplingParams
 from paceline.server import errors, openai
 from paceline.server.answers import ChatDialect, CompletionDialect, Dialect
 from paceline.server.client import Client

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.protocol.routing.policy import Decision
+from paceline.core.routing.policy import Decision
 from paceline.server.routing_header import ROUTING_HEADER, routing_value
 
 RANK_HEADER = b"x-data-parallel-rank"

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import SamplingParams
 from paceline.server.errors import ApiError, bad
 
 MAX_LOGPROBS = 20

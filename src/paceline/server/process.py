@@ -21,13 +21,12 @@ import uvicorn
 import uvloop
 from msgspec import Struct
 
+from paceline.core.frontend.machine import FrontEnd
 from paceline.engines.base import EngineError, EngineSettings
-from paceline.engines.registry import find_engine
+from paceline.engines.registry import find_engine, find_policy
 from paceline.errors import StartupError
-from paceline.protocol.frontend import FrontEnd
-from paceline.runtime.identity import new_identity
-from paceline.runtime.policies import find_policy
-from paceline.runtime.status import Failed, Ready, Waiting
+from paceline.net.links import new_identity
+from paceline.process.supervisor import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
 from paceline.server.client import Client
 from paceline.server.connection import HttpConnection, OncePerKind, raise_descriptor_limit

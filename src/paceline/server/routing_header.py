@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from starlette.datastructures import Headers
 
-from paceline.protocol.routing.policy import Decision
+from paceline.core.routing.policy import Decision
 
 ROUTING_HEADER = b"x-paceline-routing"
 SESSION_HEADER = "x-session-id"

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from paceline.protocol.messages import Scaling
+from paceline.core.messages import Scaling
 from paceline.server.client import Client
 from paceline.server.errors import ApiError, bad
 from paceline.server.suspend import control_route

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from paceline.protocol.messages import SuspensionState
-from paceline.protocol.sampling import ControlAction
-from paceline.protocol.standing import MODES
+from paceline.core.messages import SuspensionState
+from paceline.core.requests import ControlAction
+from paceline.core.standing import MODES
 from paceline.server.client import Client
 from paceline.server.errors import ApiError, bad, error_response
 

@@ -10,10 +10,10 @@ from typing import NoReturn, Protocol
 
 from msgspec import Struct
 
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import Refuse
-from paceline.protocol.frontends.stranded import MOST_LOSSES, PATIENCE_S
-from paceline.protocol.messages import AddRequest, Output
+from paceline.core.frontend.events import Refuse
+from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.requests import AddRequest, Output
 from paceline.simulate.world import Violation
 
 

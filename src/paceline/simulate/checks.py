@@ -10,14 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
-from paceline.protocol import frontend_events, rank_events
-from paceline.protocol.invariants import same_quota
-from paceline.protocol.messages import (
-    AddRequest,
+from paceline.core.frontend import events as frontend_events
+from paceline.core.invariants import same_quota
+from paceline.core.load import Load
+from paceline.core.messages import (
     Admit,
     Form,
     Grants,
-    Load,
     LoadView,
     Member,
     Members,
@@ -28,8 +27,10 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     ToRank,
 )
-from paceline.protocol.quota import PATIENCE
-from paceline.protocol.rank import Phase
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.events import Phase
+from paceline.core.rank.prefill_quota import PATIENCE
+from paceline.core.requests import AddRequest
 from paceline.simulate.coordinator_party import NAME as COORDINATOR, CoordinatorParty
 from paceline.simulate.front_end_party import FrontEndParty
 from paceline.simulate.rank_party import RankParty

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol.messages import GroupMember
+from paceline.core.messages import GroupMember
 from paceline.simulate.world import Violation, World
 
 SCATTER_S = 0.00005

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
-from paceline.protocol import coordinator_events as coordinator
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.messages import StartDPWave, ToFrontEnd, ToRank
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.messages import StartDPWave, ToFrontEnd, ToRank
 from paceline.simulate.alarm import Alarm
 from paceline.simulate.world import World
 

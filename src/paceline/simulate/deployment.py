@@ -7,12 +7,15 @@ from collections.abc import Callable, Set
 from functools import partial
 from typing import Any
 
-from paceline.protocol import codec, coordinator_events as coordinator, frontend_events, rank_events
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import Member, ToFrontEnd, ToRank
-from paceline.protocol.rank import Rank
-from paceline.protocol.routing.least import LeastLoad
+from paceline.core import codec
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import Member, ToFrontEnd, ToRank
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.machine import Rank
+from paceline.core.routing.least import LeastLoad
 from paceline.simulate.checks import Checks
 from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from itertools import islice
 
+from paceline.core.load import Load
+from paceline.core.rank.events import StepOutput, Stepped
+from paceline.core.requests import AddRequest
 from paceline.engines.timed import CostModel
-from paceline.protocol.messages import AddRequest, Load
-from paceline.protocol.rank_events import StepOutput, Stepped
 
 
 class _Sequence:

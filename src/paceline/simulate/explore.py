@@ -17,8 +17,8 @@ from itertools import product
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.protocol.rules import OF_GENERATIONS, OF_SCALING
-from paceline.protocol.sampling import ControlAction, SuspendMode
+from paceline.core.requests import ControlAction, SuspendMode
+from paceline.core.rules import OF_GENERATIONS, OF_SCALING
 from paceline.simulate.explore_group import GroupedWorld
 from paceline.simulate.explore_scaling import ScaledWorld
 from paceline.simulate.explore_story import tell

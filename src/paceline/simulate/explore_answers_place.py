@@ -6,14 +6,18 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as coordinator, frontend_events, rank_events
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import AddRequest, Identify, Load, Member, Members, Outputs, ToRank
-from paceline.protocol.rank import Phase, Rank
-from paceline.protocol.routing.candidates import Candidates
-from paceline.protocol.routing.policy import Policy, Query
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Load
+from paceline.core.messages import Identify, Member, Members, ToRank
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.events import Phase
+from paceline.core.rank.machine import Rank
+from paceline.core.requests import AddRequest, Outputs, SamplingParams
+from paceline.core.routing.candidates import Candidates
+from paceline.core.routing.policy import Policy, Query
 from paceline.simulate.answers import Answers
 
 NOW = 1000.0

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
-from paceline.protocol import coordinator_events as coordinator, node as node_events
-from paceline.protocol.messages import AddRequest, Identify, NodeHello, RankFailed, ScaleRequest, Scaling, ToRank
+from paceline.core import node as node_events
+from paceline.core.coordinator import events as coordinator
+from paceline.core.messages import Identify, NodeHello, RankFailed, ScaleRequest, Scaling, ToRank
+from paceline.core.requests import AddRequest
 from paceline.simulate.explore_answers import AnswersWorld, Move
 from paceline.simulate.explore_answers_place import FRONT_END, NOW, Bounds, Place
 from paceline.simulate.explore_parts import freeze

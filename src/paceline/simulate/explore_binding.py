@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, cast
 
-from paceline.protocol.binding.broker import Broker
-from paceline.protocol.binding.brokerage import Brokerage
-from paceline.protocol.messages import Ask, Grants, LoadView, ReturnShares, Withdraw
+from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.dispatch.queue import Broker
+from paceline.core.messages import Ask, Grants, LoadView, ReturnShares, Withdraw
 from paceline.simulate.explore_binding_world import Limits, Place, World
 from paceline.simulate.explore_parts import attributes
 from paceline.simulate.explore_search import Finding, search

@@ -18,24 +18,15 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as coordinator, frontend_events
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontends.binding import ASK_AGAIN_S
-from paceline.protocol.messages import (
-    PROTOCOL_VERSION,
-    AbortRequests,
-    AddRequest,
-    Load,
-    LoadView,
-    Members,
-    Output,
-    Outputs,
-    RankHello,
-    RankReport,
-)  # fmt: skip
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.coordinator import events as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.dispatch import ASK_AGAIN_S
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
+from paceline.core.requests import AbortRequests, AddRequest, Output, Outputs, SamplingParams
+from paceline.core.routing.least import LeastLoad
 from paceline.simulate.explore_search import Broken
 
 NOW = 1000.0

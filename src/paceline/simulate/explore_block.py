@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple
 
-from paceline.protocol.rank import Phase, Rank
-from paceline.protocol.rank_events import Agree
+from paceline.core.rank.events import Agree, Phase
+from paceline.core.rank.machine import Rank
 from paceline.simulate.explore_parts import freeze, renumber
 
 FRONT_END = 1

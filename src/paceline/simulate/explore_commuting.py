@@ -7,7 +7,7 @@ hold the walk against one that does without them (`test_merging_hides_nothing`).
 
 from __future__ import annotations
 
-from paceline.protocol.messages import Identify, RankHello, WaveComplete
+from paceline.core.messages import Identify, RankHello, WaveComplete
 from paceline.simulate.explore_coordinator import Answer, Coordinators
 from paceline.simulate.explore_rank import Blocks
 from paceline.simulate.explore_state import COMMON, COORDINATOR, FIRST_BLOCK, Common, State

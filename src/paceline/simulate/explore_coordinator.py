@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.coordinator_events import (
+from paceline.core.coordinator.events import (
     Event,
     FrontEndSaid,
     RankGone,
@@ -16,8 +15,9 @@ from paceline.protocol.coordinator_events import (
     ToFrontEnds,
     ToRanks,
 )
-from paceline.protocol.invariants import wave_never_falls
-from paceline.protocol.messages import (
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.invariants import wave_never_falls
+from paceline.core.messages import (
     ControlAnswer,
     ControlRequest,
     FromRank,
@@ -27,7 +27,7 @@ from paceline.protocol.messages import (
     ToRank,
     WakeNotice,
 )
-from paceline.protocol.sampling import ControlAction
+from paceline.core.requests import ControlAction
 from paceline.simulate.explore_block import FRONT_END, Broken, Group
 from paceline.simulate.explore_parts import LATER, NOW, RankLabel, Register, freeze, renumber
 

@@ -21,9 +21,9 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from paceline.protocol.invariants import agree_at_rest, same_generation
-from paceline.protocol.messages import Form, ToRank
-from paceline.protocol.rules import OF_GENERATIONS
+from paceline.core.invariants import agree_at_rest, same_generation
+from paceline.core.messages import Form, ToRank
+from paceline.core.rules import OF_GENERATIONS
 from paceline.simulate.explore_block import BlockMove, Group, demand
 from paceline.simulate.explore_group_rank import GroupedBlocks, signed
 from paceline.simulate.explore_rounds import with_blocks

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.protocol.messages import Form, GroupMember, Identify, ToRank
-from paceline.protocol.rank_events import Effect, Event, Formed, FormGroup, GenerationEnded, Loaded
+from paceline.core.messages import Form, GroupMember, Identify, ToRank
+from paceline.core.rank.events import Effect, Event, Formed, FormGroup, GenerationEnded, Loaded
 from paceline.simulate.explore_block import Block, BlockMove, Group, Life
 from paceline.simulate.explore_parts import NOW, Once, RankLabel
 from paceline.simulate.explore_rank import Blocks

@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from paceline.protocol.messages import Identify, RankHello
-from paceline.protocol.rank_events import Agree
+from paceline.core.messages import Identify, RankHello
+from paceline.core.rank.events import Agree
 from paceline.simulate.explore_coordinator import Answer
 from paceline.simulate.explore_tables import Fan, Table
 from paceline.simulate.explore_world import World

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from paceline.protocol.invariants import answered_once, runs_only_when_ready, wave_never_falls
-from paceline.protocol.messages import Load
-from paceline.protocol.rank import Rank
-from paceline.protocol.rank_events import (
+from paceline.core.invariants import answered_once, runs_only_when_ready, wave_never_falls
+from paceline.core.load import Load
+from paceline.core.rank.events import (
     Again,
     Agree,
     Drop,
@@ -18,6 +17,7 @@ from paceline.protocol.rank_events import (
     Take,
     Turn,
 )
+from paceline.core.rank.machine import Rank
 from paceline.simulate.explore_block import Broken, Life, demand
 from paceline.simulate.explore_parts import NOW, RankLabel
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from paceline.protocol.messages import Identify, NodeHello, RankFailed, Scaling, ToRank
-from paceline.protocol.node import CoordinatorSaid, Effect, Event, Node, RankEnded, ToCoordinator
+from paceline.core.messages import Identify, NodeHello, RankFailed, Scaling, ToRank
+from paceline.core.node import CoordinatorSaid, Effect, Event, Node, RankEnded, ToCoordinator
 from paceline.simulate.explore_block import Broken
 from paceline.simulate.explore_parts import NOW, Register, renumber
 

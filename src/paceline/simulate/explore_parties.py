@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import permutations
 
-from paceline.protocol.sampling import ControlAction
+from paceline.core.requests import ControlAction
 from paceline.simulate.explore_commuting import Commuting
 from paceline.simulate.explore_coordinator import Coordinators
 from paceline.simulate.explore_rank import Blocks

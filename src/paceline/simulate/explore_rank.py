@@ -20,9 +20,9 @@ What the walk does not tell apart, and why it may not matter:
 
 from __future__ import annotations
 
-from paceline.protocol.messages import AddRequest, Admit, FromRank, Identify, Load, RankHello, StartDPWave, ToRank
-from paceline.protocol.rank import Phase
-from paceline.protocol.rank_events import (
+from paceline.core.load import Load
+from paceline.core.messages import Admit, FromRank, Identify, RankHello, StartDPWave, ToRank
+from paceline.core.rank.events import (
     IN_MID_STEP,
     Agreed,
     CoordinatorSaid,
@@ -30,10 +30,11 @@ from paceline.protocol.rank_events import (
     Event,
     FrontEndSaid,
     Loaded,
+    Phase,
     ToCoordinator,
     Turn,
 )
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import AddRequest, SamplingParams
 from paceline.simulate.explore_block import FRONT_END, Block, BlockMove, Group, Life
 from paceline.simulate.explore_machine import Machines
 from paceline.simulate.explore_parts import LATER, Register, renumber

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paceline.protocol.invariants import same_collective
-from paceline.protocol.rank_events import Agree, Step
+from paceline.core.invariants import same_collective
+from paceline.core.rank.events import Agree, Step
 from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_rank import Blocks
 from paceline.simulate.explore_state import FIRST_BLOCK, Action, Moves, State

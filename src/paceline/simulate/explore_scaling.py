@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.protocol.invariants import leaver_has_nothing, one_size_a_number
-from paceline.protocol.messages import Identify, Scaling, ToRank
-from paceline.protocol.node import Effect, KeepRank, StartRank, StopRank
+from paceline.core.invariants import leaver_has_nothing, one_size_a_number
+from paceline.core.messages import Identify, Scaling, ToRank
+from paceline.core.node import Effect, KeepRank, StartRank, StopRank
 from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_coordinator import Answer
 from paceline.simulate.explore_group import GroupedWorld

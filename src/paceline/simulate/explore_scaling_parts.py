@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.coordinator_events import FrontEndSaid, RankSaid
-from paceline.protocol.messages import (
+from paceline.core.coordinator.events import FrontEndSaid, RankSaid
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.load import Load
+from paceline.core.messages import (
     PROTOCOL_VERSION,
     FrontEndHello,
-    Load,
     Members,
     NodeHello,
     RankFailed,

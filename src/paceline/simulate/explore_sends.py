@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import CoordinatorSaid, Submit, ToCoordinator, ToRank
-from paceline.protocol.messages import PROTOCOL_VERSION, AddRequest, LoadView, Member, Members, WakeNotice
-from paceline.protocol.rank import Phase
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.frontend.events import CoordinatorSaid, Submit, ToCoordinator, ToRank
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, WakeNotice
+from paceline.core.rank.events import Phase
+from paceline.core.requests import AddRequest, SamplingParams
+from paceline.core.routing.least import LeastLoad
 from paceline.simulate.explore_block import FRONT_END
 from paceline.simulate.explore_parts import NOW
 from paceline.simulate.explore_rank import Blocks

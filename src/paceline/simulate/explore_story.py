@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from paceline.protocol.invariants import join
-from paceline.protocol.messages import (
+from paceline.core.invariants import join
+from paceline.core.messages import (
     Admit,
     Form,
     FromRank,

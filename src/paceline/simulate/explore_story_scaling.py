@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.protocol.messages import FromRank, NodeHello, RankFailed, Scaling, ToRank
+from paceline.core.messages import FromRank, NodeHello, RankFailed, Scaling, ToRank
 from paceline.simulate.explore_scaling import ScaledWorld
 from paceline.simulate.explore_state import Action, State
 

@@ -21,13 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from paceline.protocol.invariants import (
-    agree_at_rest,
-    joiner_is_told,
-    left_out_has_it,
-    nothing_steps_while_suspended,
-)
-from paceline.protocol.messages import Admit, Form, Identify, StartDPWave, ToRank
+from paceline.core.invariants import agree_at_rest, joiner_is_told, left_out_has_it, nothing_steps_while_suspended
+from paceline.core.messages import Admit, Form, Identify, StartDPWave, ToRank
 from paceline.simulate.explore_block import demand
 from paceline.simulate.explore_coordinator import Answer
 from paceline.simulate.explore_parties import Parties

@@ -10,8 +10,8 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.protocol.messages import StartDPWave
-from paceline.protocol.sampling import ControlAction
+from paceline.core.messages import StartDPWave
+from paceline.core.requests import ControlAction
 from paceline.simulate.deployment import Deployment
 
 FaultKind = Literal[

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from paceline.protocol import frontend_events
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import AddRequest, FromFrontEndToRank, Member, ToFrontEnd
-from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.core.frontend import events as frontend_events
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import Member, ToFrontEnd
+from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, SamplingParams
 from paceline.simulate.alarm import Alarm
 from paceline.simulate.answers import Answers
 from paceline.simulate.network import Link

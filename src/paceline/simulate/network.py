@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import codec
+from paceline.core import codec
 from paceline.simulate.world import World
 
 

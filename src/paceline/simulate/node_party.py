@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from paceline.protocol import node
-from paceline.protocol.messages import Identify, Scaling
-from paceline.protocol.node import Node
+from paceline.core import node
+from paceline.core.messages import Identify, Scaling
+from paceline.core.node import Node
 from paceline.simulate.network import Link
 from paceline.simulate.world import World
 

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.protocol import rank_events
-from paceline.protocol.agreement import agreed
-from paceline.protocol.messages import AddRequest, Outputs, RankReport
-from paceline.protocol.rank import Phase, Rank
+from paceline.core.messages import RankReport
+from paceline.core.rank import events as rank_events
+from paceline.core.rank.events import Phase
+from paceline.core.rank.machine import Rank
+from paceline.core.rank.prefill_quota import agreed
+from paceline.core.requests import AddRequest, Outputs
 from paceline.simulate.collectives import Group, Groups, Part
 from paceline.simulate.engine import VirtualEngine
 from paceline.simulate.network import Link

@@ -11,16 +11,17 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from paceline.core.rank.prefill_quota import AUTO, OFF, fixed
 from paceline.engines.timed import CostModel
-from paceline.protocol.quota import AUTO, OFF, fixed
 from paceline.simulate.answers import Answer
 from paceline.simulate.checks import Checks
-from paceline.simulate.deployment import Deployment, Shape
+from paceline.simulate.deployment import Deployment
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults, draw_scales, draw_steady
 from paceline.simulate.front_end_party import FrontEndParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
 from paceline.simulate.scaled_deployment import ScaledDeployment
+from paceline.simulate.shape import Shape
 from paceline.simulate.workload import Arrival, drawn
 from paceline.simulate.world import Seeds, Violation
 

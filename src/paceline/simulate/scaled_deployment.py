@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.protocol import codec, coordinator_events as coordinator
-from paceline.protocol.messages import ToRank
-from paceline.protocol.node import Node, RankEnded
+from paceline.core import codec
+from paceline.core.coordinator import events as coordinator
+from paceline.core.messages import ToRank
+from paceline.core.node import Node, RankEnded
 from paceline.simulate.coordinator_party import CoordinatorParty
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.node_party import NodeParty

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from paceline.core.rank.prefill_quota import OFF
 from paceline.engines.timed import CostModel
-from paceline.protocol.quota import OFF
 from paceline.simulate.network import STEADY, Delays
 
 

@@ -6,9 +6,9 @@ from random import Random
 
 import pytest
 
+from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.timed import CostModel, TimedEngine
-from paceline.protocol.sampling import SamplingParams
 from paceline.simulate.traffic.engine import Engine, EngineShape
 from paceline.simulate.traffic.sequence import Sequence
 from paceline.simulate.traffic.trace import BLOCK_TOKENS, Arrival

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.protocol.messages import LoadView
+from paceline.core.messages import LoadView
 from paceline.simulate.traffic.ours import Links, Paceline, prompt_of
 from paceline.simulate.traffic.sequence import Sequence
 from paceline.simulate.traffic.trace import BLOCK_TOKENS, Arrival

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.protocol import quota
+from paceline.core.rank import prefill_quota as quota
 from paceline.simulate.traffic.prefill_quota import CommonQuota, PrefillQuota
 from paceline.simulate.traffic.rank import SimulatedRank
 from paceline.simulate.traffic.trace import Arrival

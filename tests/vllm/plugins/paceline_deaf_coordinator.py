@@ -6,8 +6,8 @@
 import os
 import sys
 
-from paceline.integrations import vllm_main, vllm_process
-from paceline.integrations.vllm_codec import Notice, read_front_end
+from paceline.vllm import main as vllm_main, process as vllm_process
+from paceline.vllm.codec import Notice, read_front_end
 
 
 class DeafProcess(vllm_process.VllmProcess):
@@ -20,7 +20,7 @@ class DeafProcess(vllm_process.VllmProcess):
 
 def register() -> None:
     if program := os.environ.get("PACELINE_TEST_COORDINATOR"):
-        from paceline.integrations.vllm_coordinator import VllmCoordinator
+        from paceline.vllm.coordinator import VllmCoordinator
 
         VllmCoordinator.program = program
 

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from msgspec import Struct
 
+from paceline.core.load import Load
 from paceline.engines.timed import CostModel
-from paceline.protocol.messages import Load
 from paceline.simulate.traffic.prefix_cache import PrefixCache
 from paceline.simulate.traffic.sequence import Sequence
 from paceline.simulate.traffic.trace import BLOCK_TOKENS

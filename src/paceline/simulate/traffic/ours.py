@@ -14,16 +14,14 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.protocol import coordinator_events as at_coordinator, frontend_events as at_front_end
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.messages import (
+from paceline.core.coordinator import events as at_coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend import events as at_front_end
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import (
     PROTOCOL_VERSION,
-    AddRequest,
     Admit,
     LoadView,
-    Output,
-    Outputs,
     RankHello,
     RankReport,
     StartDPWave,
@@ -31,8 +29,8 @@ from paceline.protocol.messages import (
     ToFrontEnd,
     WaveComplete,
 )
-from paceline.protocol.routing.policy import Policy
-from paceline.protocol.sampling import SamplingParams
+from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
+from paceline.core.routing.policy import Policy
 from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.plane import ControlPlane, Fleet
 from paceline.simulate.traffic.rank import SimulatedRank

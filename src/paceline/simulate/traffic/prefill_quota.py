@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from paceline.protocol import quota
+from paceline.core.rank import prefill_quota as quota
 from paceline.simulate.traffic.rank import SimulatedRank
 
 NS = 1e9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paceline.protocol.load import REQUEST_TOKENS
+from paceline.core.load import REQUEST_TOKENS
 from paceline.simulate.traffic.rank import SimulatedRank
 from paceline.simulate.traffic.sequence import Sequence
 

@@ -8,10 +8,10 @@ from random import Random
 
 from msgspec import Struct
 
+from paceline.core.routing import POLICIES
+from paceline.core.routing.least import LeastLoad
+from paceline.core.routing.policy import Policy
 from paceline.errors import ConfigError
-from paceline.protocol.routing import POLICIES
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.routing.policy import Policy
 from paceline.simulate.traffic.clock import Clock
 from paceline.simulate.traffic.engine import EngineShape
 from paceline.simulate.traffic.independent import IndependentFleet

@@ -1,1 +1,0 @@
-"""Parts of the HTTP stack measurement; the command is bench/http_stacks.py."""

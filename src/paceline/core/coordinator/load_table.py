@@ -1,0 +1,240 @@
+"""The coordinator's board of loads, and when to publish it.
+
+Publishing has a deadline that no input delays: the first change after a quiet time goes out at once,
+later ones one interval after the last view, and without any change a view goes out every few seconds.
+In lockstep a view holds one step's loads where it can: the ranks report within microseconds of one another,
+and a view of half a step shows differences between ranks that are not there. So from a few milliseconds
+before its time on it goes out as soon as all are at one step, and else at its time. Where the first change comes late,
+or after a quiet time, the view waits a few milliseconds at most. A rank reports what has changed, so one that was
+waited for in vain, or was behind in an urgent view, is not waited for again until it reports.
+
+What is on the wire to one life of a rank: a ledger for each front-end, and the sum of all, kept beside them.
+
+The sum is asked for with every report while somebody waits; with many front-ends, most of whom have nothing under way,
+adding up would cost more than all the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from paceline.core.dispatch.capacity import ANY, Amount
+from paceline.core.load import Ledger
+from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
+
+
+class Wire:
+    """The sends to one life of a rank that its reports do not hold yet."""
+
+    __slots__ = ("ledgers", "total")
+
+    def __init__(self) -> None:
+        self.ledgers: dict[int, Ledger] = {}
+        """By front-end."""
+        self.total = Amount()
+
+    def sent(self, front_end: int, send: Send, taken: Mapping[int, int]) -> bool:
+        """A front-end has sent something. `taken`: by the rank's latest report. Returns whether it is under way."""
+        ledger = self.ledgers.get(front_end)
+        if ledger is None:
+            ledger = self.ledgers[front_end] = Ledger()
+            ledger.reported(taken.get(front_end, 0))
+        requests, tokens, kv = ledger.requests, ledger.tokens, ledger.kv
+        ledger.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
+        self.total.add(ledger.requests - requests, ledger.tokens - tokens, ledger.kv - kv)
+        return ledger.requests > requests
+
+    def reported(self, taken: Mapping[int, int]) -> None:
+        """The rank has taken in so many sends of each front-end."""
+        ledgers = self.ledgers
+        for front_end, number in taken.items():
+            ledger = ledgers.get(front_end)
+            if ledger is not None and number > ledger.taken:
+                requests, tokens, kv = ledger.requests, ledger.tokens, ledger.kv
+                ledger.reported(number)
+                self.total.add(ledger.requests - requests, ledger.tokens - tokens, ledger.kv - kv)
+
+    def forget(self, front_end: int) -> None:
+        """The front-end is gone; what it had under way is no longer known."""
+        ledger = self.ledgers.pop(front_end, None)
+        if ledger is not None:
+            self.total.add(-ledger.requests, -ledger.tokens, -ledger.kv)
+
+
+HEARTBEAT_S = 4.0
+STEP_WAIT_S = 0.003
+
+
+class Board:
+    """The latest report of every rank, and the sends that no report holds yet."""
+
+    def __init__(self) -> None:
+        self.reports: dict[int, RankReport] = {}
+        """The latest of each rank that has reported."""
+        # By rank and incarnation: a send may be told of before its rank has said anything.
+        self._wires: dict[tuple[int, int], Wire] = {}
+        # Ranks by the step of their reports: those that a view waits for. The question comes with every message
+        # while a view is held, so it must not cost more with more ranks.
+        self._at_step: dict[int, set[int]] = {}
+        self._counted: list[Member] | None = None
+        self._counted_ranks: set[int] = set()
+        self.heard: dict[int, int] = {}
+        """Per front-end, how many of its sends it has told of."""
+
+    def report(self, report: RankReport) -> bool:
+        """Take in a report. Returns whether it counts: a rank's step never goes back."""
+        before = self.reports.get(report.rank)
+        if before is not None and before.incarnation == report.incarnation and report.step < before.step:
+            return False
+        self.reports[report.rank] = report
+        if before is None or before.incarnation != report.incarnation:
+            self._counted = None
+        elif self._counted is not None and report.rank in self._counted_ranks:
+            self._count(report.rank, before.step, report.step)
+        wire = self._wires.get((report.rank, report.incarnation))
+        if wire is not None:
+            wire.reported(report.taken)
+        return True
+
+    def heard_of(self, front_end: int, told: int) -> None:
+        """A front-end has told of so many of its sends."""
+        if told > self.heard.get(front_end, 0):
+            self.heard[front_end] = told
+
+    def sent(self, front_end: int, send: Send) -> bool:
+        """A front-end said that it sent a request to a rank. Returns whether it is on the wire: not reported yet."""
+        wire = self._wire(send.rank, send.incarnation)
+        report = self.reports.get(send.rank)
+        current = report is not None and report.incarnation == send.incarnation
+        return wire.sent(front_end, send, report.taken if report is not None and current else {})
+
+    def on_the_wire(self, rank: int, incarnation: int) -> Amount:
+        """What is on the wire to this life of a rank, now and later, until it is forgotten."""
+        return self._wire(rank, incarnation).total
+
+    def _wire(self, rank: int, incarnation: int) -> Wire:
+        wire = self._wires.get((rank, incarnation))
+        if wire is None:
+            wire = self._wires[rank, incarnation] = Wire()
+        return wire
+
+    def idle(self, rank: int, incarnation: int | None) -> bool:
+        """Whether this life of a rank has said that it has nothing to do, and nothing is on the wire to it. None is."""
+        if incarnation is None:
+            return True
+        report = self.reports.get(rank)
+        if report is None or report.incarnation != incarnation:
+            return False
+        return not report.load.waiting + report.load.running + self.on_the_wire(rank, incarnation).requests
+
+    def forget_rank(self, rank: int) -> None:
+        """The rank is gone or has begun a new life."""
+        self.reports.pop(rank, None)
+        self._counted = None
+        self._wires = {life: wire for life, wire in self._wires.items() if life[0] != rank}
+
+    def forget_front_end(self, front_end: int) -> None:
+        """The front-end is gone; what it had on the wire is no longer known."""
+        for wire in self._wires.values():
+            wire.forget(front_end)
+        self.heard.pop(front_end, None)
+
+    def views(self, members: list[Member]) -> list[RankView]:
+        """The published view of the ready ranks that have reported, in order of their numbers.
+
+        A rank that has not, to this coordinator, is left out: an empty load in its place would make front-ends
+        forget what the coordinator before had told them.
+        """
+        on_the_wire: dict[int, list[OnTheWire]] = {}
+        for (rank, _), to_life in self._wires.items():
+            if not to_life.total.requests:
+                continue
+            for front_end, ledger in to_life.ledgers.items():
+                if ledger.requests:
+                    entry = OnTheWire(front_end, ledger.last, ledger.requests, min(ledger.tokens, ANY))
+                    on_the_wire.setdefault(rank, []).append(entry)
+        views: list[RankView] = []
+        for member in members:
+            report = self.reports.get(member.rank)
+            if report is not None and report.incarnation == member.incarnation:
+                wire = on_the_wire.get(member.rank, [])
+                views.append(RankView(member.rank, member.incarnation, report.step, report.load, report.taken, wire))
+        return views
+
+    def one_step(self, members: list[Member]) -> bool:
+        """Whether all ready ranks have reported the same step, but for those that the last view passed over."""
+        if members is not self._counted:
+            self._counted = members
+            self._counted_ranks = {member.rank for member in members}
+            self._at_step = {}
+            for member in members:
+                if member.rank in self.reports:
+                    self._at_step.setdefault(self.reports[member.rank].step, set()).add(member.rank)
+        return len(self._at_step) <= 1
+
+    def pass_over(self) -> None:
+        """A view goes out: whoever is behind in it is not waited for until it reports again."""
+        if len(self._at_step) > 1:
+            last = max(self._at_step)
+            self._at_step = {last: self._at_step[last]}
+
+    def _count(self, rank: int, before: int, step: int) -> None:
+        there = self._at_step.get(before)
+        if there is not None:
+            there.discard(rank)
+            if not there:
+                del self._at_step[before]
+        self._at_step.setdefault(step, set()).add(rank)
+
+
+class PublishClock:
+    """When the next view is due.
+
+    `interval_s`: least time between two, on average. `step_wait_s`: how long before its time a view may go out
+    because all ranks are at one step, and how long after the first change it waits until they are; 0 for neither.
+    """
+
+    def __init__(self, interval_s: float, step_wait_s: float = STEP_WAIT_S) -> None:
+        self._interval_s = interval_s
+        self._step_wait_s = step_wait_s
+        self._early_s = min(step_wait_s, interval_s / 2)
+        self._last = float("-inf")
+        self._changed_at: float | None = None
+        self._hold_until: float | None = None
+
+    def changed(self, now: float) -> None:
+        """Something that a view shows has changed."""
+        if self._changed_at is None:
+            self._changed_at = now
+
+    def published(self, now: float) -> None:
+        """A view went out."""
+        # What goes out early makes the next one no earlier: with the steps of all ranks it would always be early.
+        on_time = self._last + self._interval_s
+        self._last = on_time if on_time - self._early_s <= now < on_time else now
+        self._changed_at = None
+        self._hold_until = None
+
+    def due(self, now: float) -> bool:
+        """Whether a view may go out now."""
+        return now >= self._plain_due()
+
+    def hold(self, now: float) -> bool:
+        """Whether a view that may go out but holds half a step waits for the other half.
+
+        It does until its time, so that the wait makes no interval longer, and after a change that came later for the
+        whole wait.
+        """
+        if self._changed_at is None:
+            return False
+        self._hold_until = max(self._last + self._interval_s, self._changed_at + self._step_wait_s)
+        return now < self._hold_until
+
+    def deadline(self) -> float:
+        """When to ask again."""
+        return self._hold_until if self._hold_until is not None else self._plain_due()
+
+    def _plain_due(self) -> float:
+        if self._changed_at is None:
+            return self._last + HEARTBEAT_S
+        return max(self._changed_at, self._last + self._interval_s - self._early_s)

@@ -1,0 +1,363 @@
+"""The coordinator's machine: who is there, who is loaded, and whether the ranks run.
+
+    effects = coordinator.handle(event, now)
+
+Events are what sockets brought (already decoded) and the passing of time. After every call, arrange for
+a `Tick` at `coordinator.deadline` at the latest. All state is soft: what is lost with the process comes
+back from what ranks and front-ends say when they are asked, so there is nothing to save or restore.
+
+All that one coordinator knows of its deployment, part by part, and what concerns several parts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from paceline.core.coordinator.epoch import Generations, Position, Stalls, describe
+from paceline.core.coordinator.events import (
+    Effect,
+    Event,
+    FrontEndGone,
+    FrontEndSaid,
+    FrontEndsSaid,
+    FrontEndSubscribed,
+    NodeGone,
+    Note,
+    RankGone,
+    RankSaid,
+    RanksReported,
+    RankSubscribed,
+    Tick as Tick,
+    ToFrontEnds,
+    ToRanks,
+)
+from paceline.core.coordinator.load_table import STEP_WAIT_S, Board
+from paceline.core.coordinator.membership import PATIENCE_S, Introductions, Membership
+from paceline.core.coordinator.pause import Suspending
+from paceline.core.coordinator.publishing import Publisher, Shown
+from paceline.core.coordinator.scaling import DeploymentScaling
+from paceline.core.coordinator.wave import GroupWave
+from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    Admit,
+    Ask,
+    ControlRequest,
+    Form,
+    FromFrontEnd,
+    FromRank,
+    FrontEndHello,
+    FrontEndLeaving,
+    Identify,
+    NodeHello,
+    RankFailed,
+    RankHello,
+    RankLeaving,
+    RankReport,
+    ReturnShares,
+    ScaleRequest,
+    SendNotice,
+    StallReport,
+    StartWave,
+    WakeNotice,
+    WaveComplete,
+    Withdraw,
+)
+from paceline.core.rules import checked
+
+
+class Knowledge:
+    """The parts, and who is forgotten in all of them.
+
+    `engine_count`: ranks in the deployment. `identity`: this life's own number.
+    `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
+    out in lockstep where all ranks have reported one step, and how long a late one waits for that.
+    `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
+    carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `most_ranks`: what
+    the deployment may be scaled to, None for four times the ranks that it has and at least 16. `without`: rules
+    (`rules.py`) left out, to show what breaks.
+    """
+
+    def __init__(
+        self, engine_count: int, identity: int, interval_s: float, *, lockstep: bool = True, publish_loads: bool = True,
+        fresh: bool = True, presence: bool = False, step_wait_s: float = STEP_WAIT_S,
+        most_ranks: int | None = None, without: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.identity = identity
+        self.lockstep = lockstep
+        self._membership = Membership(engine_count, presence=presence)
+        self._without = checked(without)
+        self._group = GroupWave(self._without)
+        patience_s = None if lockstep else PATIENCE_S
+        self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
+        self._generations = Generations(engine_count)
+        self._scaling = DeploymentScaling(engine_count, most_ranks, self._without)
+        self._stalls = Stalls()
+        self._suspension = Suspending(identity, lockstep, self._without)
+        self._board = Board()
+        self.broker = Brokerage(identity, self._without)
+        wait_s = step_wait_s if lockstep else None
+        self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=wait_s)
+        self._dropped = 0
+        self._front_ends: set[int] = set()
+
+    @property
+    def size(self) -> int:
+        """Ranks in the deployment."""
+        return self._membership.size
+
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, at the latest."""
+        waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
+        timers = (waking, suspending, forming, self._introductions.due, self.broker.due, self._scaling.due)
+        return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
+
+    def statistics(self) -> dict[str, object]:
+        """What this machine knows, for `/health`, metrics and tests."""
+        return {
+            "wave": self._group.wave,
+            "running": self._group.running,
+            "ready": [member.rank for member in self._membership.members()],
+            "missing": self._membership.missing(),
+            "lagging": self._group.lagging(),
+            "stalls": [describe(stall) for stall in self._stalls.found],
+            "generation": self._generations.number,
+            "suspension": self._suspension.shown.number,
+            "suspension_settled": self._suspension.shown.settled,
+            "front_ends": len(self._front_ends),
+            "queued": self.broker.queued,
+            "views_published": self._publisher.views,
+            "void_messages": self._dropped,
+        }
+
+    def _forget_rank(self, rank: int, now: float) -> None:
+        """What the rank last said of loads, waves, groups and suspensions does not hold any more."""
+        self._board.forget_rank(rank)
+        self._group.forget(rank, now)
+        self._generations.forget(rank, now)
+        self._suspension.forget(rank)
+        self._stalls.forget(rank)
+        self._scaling.lost(rank)
+        self.broker.lost(rank)
+        self._suspension_changed(now)
+        self._publisher.members_changed(now)
+
+    def _forget_front_end(self, front_end: int, now: float) -> None:
+        self._suspension.calls.forget_front_end(front_end)
+        self._scaling.forget_front_end(front_end)
+        self._front_ends.discard(front_end)
+        self._board.forget_front_end(front_end)
+        self.broker.forget_front_end(front_end)
+        self._publisher.loads_changed(now)
+
+    def _suspension_changed(self, now: float) -> None:
+        if self._suspension.settle(self._membership, self._generations, now):
+            self._publisher.changed(now)
+        if not self._suspension.standing.free:
+            self._group.no_notice(now)
+
+    def _late(self) -> list[int]:
+        """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
+        return self._group.late() if self._generations.number else []
+
+
+class Coordinator(Knowledge):
+    """One life of the coordinator; its arguments are those of Knowledge."""
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to send, in order."""
+        effects: list[Effect] = []
+        self._introductions.acquainted(now)
+        match event:
+            case RankSaid(message):
+                self._on_rank(message, now, effects)
+            case RanksReported(reports):
+                for report in reports:
+                    # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
+                    if self._publisher.ripe(self._board, self._membership, now):
+                        self._say_what_is_due(now, effects)
+                    self._on_rank(report, now, effects)
+            case FrontEndSaid(message):
+                self._on_front_end(message, now)
+            case FrontEndsSaid(messages):
+                for message in messages:
+                    self._on_front_end(message, now)
+            case RankSubscribed(rank, incarnation):
+                self._membership.connected(rank, incarnation)
+                self._introductions.wanted(now)
+            case RankGone(rank, incarnation):
+                if self._membership.lose(rank, incarnation, now):
+                    self._forget_rank(rank, now)
+                    effects.append(Note(f"the connection of rank {rank} has ended"))
+            case NodeGone(node):
+                self._scaling.forget_node(node)
+            case FrontEndSubscribed():
+                self._publisher.members_changed(now)
+            case FrontEndGone(front_end):
+                self._forget_front_end(front_end, now)
+        self._say_what_is_due(now, effects)
+        return effects
+
+    # Ranks ------------------------------------------------------------------------------------
+
+    def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:
+        match message:
+            case RankHello():
+                self._on_hello(message, now, effects)
+            case NodeHello() | RankFailed():
+                self._scaling.said(message, now)
+            # A rank that leaves may be lost by now: the end of its connection comes on another socket.
+            case RankLeaving(rank, incarnation) if self._membership.leave(rank, incarnation):
+                self._forget_rank(rank, now)
+                effects.append(Note(f"rank {rank} has left"))
+            case _ if not self._membership.is_current(message.rank, message.incarnation):
+                self._dropped += 1
+                if not self._membership.is_retired(message.rank, message.incarnation):
+                    self._introductions.wanted(now)
+            case RankReport() if self._board.report(message):
+                if self.lockstep:
+                    self._group.observe(message.rank, message.wave, message.running, now)
+                self.broker.reported(message)
+                self._publisher.loads_changed(now)
+            case StartWave(rank, _, wave) if self.lockstep:
+                self._group.started(rank, wave, now)
+            case WaveComplete(rank, _, wave) if self.lockstep:
+                self._group.observe(rank, wave + 1, False, now)
+            case StallReport():
+                self._publisher.members_changed(now)
+                if self._stalls.report(message):
+                    effects += [Note(line, urgent=True) for line in self._stalls.lines()]
+            case _:
+                self._dropped += 1
+
+    def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
+        if hello.rank >= self._membership.limit:
+            self._dropped += 1
+            line = self._membership.stranger(hello.rank, now)
+            effects += [Note(line)] if line else []
+            return
+        was_current = self._membership.is_current(hello.rank, hello.incarnation)
+        was_ready = was_current and self._membership.is_ready(hello.rank)
+        if not self._membership.hello(hello.rank, hello.incarnation, hello.address, hello.ready):
+            self._dropped += 1
+            return
+        if not was_current:
+            self._forget_rank(hello.rank, now)
+        if hello.rank >= self._membership.size:
+            # It has loaded beside the others, and becomes part of the deployment when all that are to come have.
+            self._scaling.hello(hello)
+            return
+        self._introductions.heard(hello.rank)
+        if self.lockstep:
+            self._group.told(hello.wave, now)
+        grouped = self.lockstep and bool(hello.group_address)
+        if grouped:
+            self._generations.heard(hello.rank, Position.of(hello), now)
+        if self._membership.is_ready(hello.rank):
+            if self.lockstep:
+                self._group.observe(hello.rank, hello.wave, hello.running, now)
+            self._suspension.hello(hello, now)
+            self._suspension_changed(now)
+            self.broker.mark(hello.rank)
+            if not was_ready:
+                effects.append(Note(f"rank {hello.rank} is ready"))
+                self._publisher.members_changed(now)
+        asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
+        if asks and self._introductions.admits(hello.rank, hello.incarnation, now):
+            admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._suspension.told())
+            effects.append(ToRanks(admit))
+
+    # Front-ends -------------------------------------------------------------------------------
+
+    def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
+        match message:
+            case SendNotice():
+                self._on_sends(message, now)
+            case Ask() | Withdraw() | ReturnShares():
+                self.broker.said(message, now)
+            case FrontEndHello(_, front_end, suspension, mode):
+                self._front_ends.add(front_end)
+                self._scaling.front_end(front_end, message.scaling, now)
+                self.broker.hello(message, (member.rank for member in self._membership.members()))
+                self._suspension.known(suspension, mode, now)
+                self._suspension_changed(now)
+                self._publisher.members_changed(now)
+            case WakeNotice(_, rank, wave):
+                # While the deployment is suspended nobody is woken for new work: each rank holds its own.
+                if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
+                    self._group.noticed(rank, wave, now)
+            case ScaleRequest() if self._introductions.acquainted(now):
+                self._scaling.ask(message, now)
+                self._publisher.members_changed(now)
+            case ControlRequest(known=number, mode=mode):
+                self._suspension.known(number, mode, now)
+                self._suspension_changed(now)
+                self._suspension.calls.request(message)
+            case FrontEndLeaving(front_end):
+                self._forget_front_end(front_end, now)
+
+    def _on_sends(self, notice: SendNotice, now: float) -> None:
+        self._board.heard_of(notice.front_end, notice.told)
+        for send in notice.sends:
+            current = self._membership.is_current(send.rank, send.incarnation)
+            self.broker.sent(notice.front_end, send, current and self._board.sent(notice.front_end, send))
+            if current:
+                self._publisher.loads_changed(now)
+
+    # What is due ------------------------------------------------------------------------------
+
+    def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
+        self._scale(now, effects)
+        if len(self._suspension.calls) and self._introductions.acquainted(now):
+            effects += map(ToFrontEnds, self._suspension.answers(now))
+            self._suspension_changed(now)
+        self._tell_ranks(now, effects)
+        free = self._suspension.standing.free
+        if (grants := self.broker.grants(self._board, self._membership, free, now)) is not None:
+            effects.append(ToFrontEnds(grants))
+        if self.broker.emptied():
+            # Nobody waits any more: there are shares again.
+            self._publisher.loads_changed(now)
+        shown = Shown(self._group.wave, self._group.running, self._suspension.shown, free, self._scaling.state)
+        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, self.broker, now)
+
+    def _scale(self, now: float, effects: list[Effect]) -> None:
+        """Go on with a change of the size, and bring everything in line with it."""
+        scaling, members = self._scaling, self._membership
+        if scaling.state.under_way and self._introductions.acquainted(now):
+            scaling.advance(self._front_ends, lambda rank: self._board.idle(rank, members.ready_life(rank)), now)
+        if scaling.changed:
+            for rank in scaling.bring_in_line(members, self._generations, self._introductions, self.broker, now):
+                self._forget_rank(rank, now)
+            for hello in scaling.arrivals():
+                self._on_hello(hello, now, effects)
+            self._suspension_changed(now)
+            self._publisher.members_changed(now)
+            effects.append(Note(scaling.line()))
+        if (told := scaling.message(now)) is not None:
+            effects.append(ToRanks(told))
+
+    def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
+        formed = self._generations.form(now)
+        for rank in self._generations.absent:
+            # Nothing is to be learned from who is not there: nobody waits for its word, or runs for its sake.
+            self._introductions.heard(rank)
+            self._group.forget(rank, now)
+            self._suspension_changed(now)
+        if formed is not None:
+            effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._suspension.told())))
+        if self._generations.asks or (self._introductions.due is None and self._late()):
+            self._generations.asks = False
+            self._introductions.wanted(now)
+        if self._introductions.ask(
+            now, lambda: [*self._membership.missing(), *self._generations.silent(), *self._late()]
+        ):
+            effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+        if (wake := self._group.wake(now)) is not None:
+            effects.append(ToRanks(wake))
+            if self._suspension.standing.suspended:
+                self._suspension.woke(now)
+                self._suspension.settle(self._membership, self._generations, now)
+        if (suspension := self._suspension.message(now)) is not None:
+            effects.append(ToRanks(suspension))

@@ -1,0 +1,286 @@
+"""How much each rank can still start at once, and the ranks in order of it.
+
+What a rank has is counted as the exact accounting counts it: its report, and what front-ends have told of that the
+report does not hold. On top of that comes what was promised and is not yet told of: grants, and front-ends' shares.
+Nothing is copied: a room reads the report and the sum of the sends where they are kept (`Wire.total`), so that what
+the promises become when their sends are told of is there at once, and a report of a full rank costs one comparison.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from paceline.core.load import Load
+from paceline.core.messages import RankReport
+from paceline.core.ordering import PLACE_BITS, PLACE_MASK, Ordering
+
+ANY = 1 << 40
+"""More than there ever is: no limit is known."""
+
+BUDGETS_AHEAD = 1.5
+"""A rank with fewer prompt tokens ahead than so many full steps compute has room for another prompt: one step's, and
+what keeps the next from being short before the report of this one has come back as a grant. More only binds early."""
+
+RUNNING_TOKENS = 32
+"""What one request weighs besides its prompt, in prompt tokens, where ranks are compared by what is ahead of a new one.
+Not REQUEST_TOKENS, as in a queue behind one rank: here nobody waits for answers to end, they only make steps longer,
+an answer of 300 tokens by what some tens of prompt tokens take. Where prompts are ahead, they decide."""
+
+KV_SHARE = 0.98
+"""Of the KV memory, what is given away; the rest is for answers whose length nobody knows. An engine that reserves the
+whole answer when a request begins (it says so: `kv_reserved` is more than `kv_used`) needs no such rest: in a memory
+for four answers of the whole context it would leave room for three."""
+
+STEPS_AHEAD = 3
+"""A slot that is free at the end of a step would stay empty in the next: a request may be there already, and wait, for
+each that is expected to end within so many steps. None where answers are long, and one empty step is nothing."""
+
+LOOKED_AT = 8
+"""So many of the least loaded ranks are looked at before the roomiest one is taken."""
+
+FEW = 16
+"""So many ranks with room are looked at one by one: while somebody waits, hardly any has. More are kept in order."""
+
+
+class Amount:
+    """Requests, tokens of their prompts, and tokens of KV that they may come to need."""
+
+    # No Struct, nor is Room: what is set with every message is set at half the cost.
+    __slots__ = ("kv", "requests", "tokens")
+
+    def __init__(self, requests: int = 0, tokens: int = 0, kv: int = 0) -> None:
+        self.requests = requests
+        self.tokens = tokens
+        self.kv = kv
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Amount):
+            return NotImplemented
+        return (self.requests, self.tokens, self.kv) == (other.requests, other.tokens, other.kv)
+
+    def __repr__(self) -> str:
+        return f"Amount({self.requests}, {self.tokens}, {self.kv})"
+
+    def add(self, requests: int, tokens: int, kv: int) -> None:
+        """So much more; less where they are negative."""
+        self.requests += requests
+        self.tokens += tokens
+        self.kv += kv
+
+
+class Room:
+    """One life of one rank. `load`: its latest report; `wire`: what it was sent beyond; `promised`: by grants and
+    shares; `shared`: of that, by shares. `reserved`: for one request. `touched`: whether anything has changed since
+    shares were last handed out.
+    """
+
+    __slots__ = ("incarnation", "load", "promised", "rank", "reserved", "shared", "touched", "wire")
+
+    def __init__(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.load = load
+        self.wire = wire
+        self.promised = Amount()
+        self.shared = Amount()
+        self.reserved = False
+        self.touched = True
+
+    def requests(self) -> int:
+        """What it has and what was promised."""
+        load = self.load
+        return load.waiting + load.running + self.wire.requests + self.promised.requests
+
+    def free_requests(self) -> int:
+        """Slots that are neither taken nor promised."""
+        load = self.load
+        if not load.slots:
+            return ANY
+        ending = STEPS_AHEAD * load.decoding // load.answer_tokens if load.answer_tokens else 0
+        return load.slots + ending - self.requests()
+
+    def free_tokens(self) -> int:
+        """Prompt tokens until there is no room for another prompt."""
+        load = self.load
+        if not load.step_tokens:
+            return ANY
+        ahead = load.prefill_tokens + self.wire.tokens + self.promised.tokens
+        return int(BUDGETS_AHEAD * load.step_tokens) - ahead
+
+    def free_kv(self) -> int:
+        """Tokens of KV."""
+        load = self.load
+        if not load.kv_total:
+            return ANY
+        used = load.kv_waiting + self.wire.kv + self.promised.kv
+        if load.kv_reserved > load.kv_used:
+            return load.kv_total - load.kv_reserved - used
+        return int(KV_SHARE * load.kv_total) - load.kv_used - used
+
+    def startable_kv(self) -> int:
+        """The most KV of a request that can start here. An empty rank takes anything: else it would fit nowhere."""
+        return self.free_kv() if self.load.running or self.requests() else ANY
+
+    def open(self) -> bool:
+        """Whether something can start here that is small enough."""
+        # `free_requests` and `free_tokens`, written out: this is asked after every report and every promise.
+        load, wire, promised = self.load, self.wire, self.promised
+        slots = load.slots
+        if slots:
+            if load.answer_tokens:
+                slots += STEPS_AHEAD * load.decoding // load.answer_tokens
+            if slots <= load.running + load.waiting + wire.requests + promised.requests:
+                return False
+        if self.reserved:
+            return False
+        ahead = load.prefill_tokens + wire.tokens + promised.tokens
+        return not load.step_tokens or ahead < int(BUDGETS_AHEAD * load.step_tokens)
+
+    def work(self) -> int:
+        """What it has to do, in prompt tokens. Nobody knows of a share whether it will be used."""
+        load, wire, promised, shared = self.load, self.wire, self.promised, self.shared
+        requests = load.waiting + load.running + wire.requests + promised.requests - shared.requests
+        return load.prefill_tokens + wire.tokens + promised.tokens - shared.tokens + RUNNING_TOKENS * requests
+
+    def takes(self, kv: int) -> bool:
+        """Whether a request that needs so much KV can start here, reserved or not."""
+        return self.free_requests() > 0 and self.free_tokens() > 0 and self.startable_kv() >= kv
+
+
+def _work(room: Room) -> int:
+    return room.work() if room.open() else ANY
+
+
+def _kv(room: Room) -> int:
+    return -room.startable_kv() if room.open() else 0
+
+
+class Rooms:
+    """The rooms of all ranks that have been heard, in order of rank."""
+
+    def __init__(self) -> None:
+        self._rooms: list[Room] = []
+        self._ranks: list[int] = []
+        self._by_rank: dict[int, Room] = {}
+        self.open: dict[int, Room] = {}
+        """Those where something can start that is small enough."""
+        # Ranks whose places in the orderings are to be found anew when these are asked for.
+        self._moved: set[int] = set()
+        self._by_load: Ordering[Room] = Ordering(self._rooms, _work)
+        self._by_kv: Ordering[Room] = Ordering(self._rooms, _kv)
+
+    def __len__(self) -> int:
+        return len(self._rooms)
+
+    def __iter__(self) -> Iterator[Room]:
+        return iter(self._rooms)
+
+    def __getitem__(self, place: int) -> Room:
+        return self._rooms[place]
+
+    def of(self, rank: int) -> Room | None:
+        """A rank's room, None where it has not been heard."""
+        return self._by_rank.get(rank)
+
+    def heard(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
+        """What a rank has: its latest report, and what is on the wire, which is read again whenever that is asked.
+        Another life than before is another rank.
+        """
+        room = self._by_rank.get(rank)
+        if room is None or room.incarnation != incarnation:
+            self.forget(rank)
+            place = bisect_left(self._ranks, rank)
+            room = Room(rank, incarnation, load, wire)
+            self._ranks.insert(place, rank)
+            self._rooms.insert(place, room)
+            self._by_rank[rank] = room
+            self._by_load.changed = self._by_kv.changed = None
+        room.load, room.wire = load, wire
+        self.changed(room)
+
+    def reported(self, report: RankReport) -> bool | None:
+        """A rank has reported. Returns whether something may start there that could not, None where that life of it is
+        not known.
+        """
+        rank = report.rank
+        room = self._by_rank.get(rank)
+        if room is None or room.incarnation != report.incarnation:
+            return None
+        room.load = report.load
+        room.touched = True
+        # As `changed` has it, but for what nobody can start at before and after.
+        if room.open():
+            self.open[rank] = room
+            self._moved.add(rank)
+            return True
+        if rank in self.open:
+            del self.open[rank]
+            self._moved.add(rank)
+        return room.reserved
+
+    def forget(self, rank: int) -> None:
+        """The rank is gone, with all that was promised of it."""
+        if self._by_rank.pop(rank, None) is not None:
+            place = bisect_left(self._ranks, rank)
+            del self._ranks[place], self._rooms[place]
+            self.open.pop(rank, None)
+            self._moved.discard(rank)
+            self._by_load.changed = self._by_kv.changed = None
+
+    def promise(self, room: Room, tokens: int, kv: int) -> None:
+        """One that could start there is granted it."""
+        promised = room.promised
+        promised.requests += 1
+        promised.tokens += tokens
+        promised.kv += kv
+        room.touched = True
+        # As `changed` has it: what is open now was so before.
+        if not room.open():
+            self.open.pop(room.rank, None)
+        self._moved.add(room.rank)
+
+    def changed(self, room: Room) -> None:
+        """What it has, what was promised of it, or whether it is reserved, has changed."""
+        rank = room.rank
+        room.touched = True
+        if room.open():
+            self.open[rank] = room
+        else:
+            self.open.pop(rank, None)
+        self._moved.add(rank)
+
+    def best(self, kv: int) -> Room | None:
+        """The least loaded rank that can start a request which needs so much KV, None where none can."""
+        if len(self.open) == 1:
+            # Mostly so while somebody waits: one slot after the other becomes free.
+            (room,) = self.open.values()
+            return room if room.startable_kv() >= kv else None
+        if len(self.open) <= FEW:
+            fits = [room for room in self.open.values() if room.startable_kv() >= kv]
+            return min(fits, key=lambda room: (room.work(), room.rank)) if fits else None
+        loads, frees = self._orderings()
+        if frees.least() > -kv:
+            return None
+        keys = frees.keys
+        for entry in loads.entries[:LOOKED_AT]:
+            place = entry & PLACE_MASK
+            if entry >> PLACE_BITS >= ANY:
+                break
+            if keys[place] <= -kv:
+                return self._rooms[place]
+        return self._rooms[frees.entries[0] & PLACE_MASK]
+
+    def _orderings(self) -> tuple[Ordering[Room], Ordering[Room]]:
+        places = [bisect_left(self._ranks, rank) for rank in self._moved]
+        self._moved.clear()
+        for ordering in (self._by_load, self._by_kv):
+            if ordering.changed is not None:
+                ordering.changed.update(places)
+            ordering.refresh()
+        return self._by_load, self._by_kv
+
+    def roomiest(self) -> Room | None:
+        """Where what fits nowhere now will fit soonest, of those that are not reserved. Looks at all ranks."""
+        free = [room for room in self._rooms if not room.reserved]
+        return max(free, key=lambda room: (room.startable_kv(), room.free_requests(), -room.rank), default=None)

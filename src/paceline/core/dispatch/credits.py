@@ -1,0 +1,198 @@
+"""Grants in advance: what each front-end may send to each rank by itself, so that no hop is added while ranks are free.
+
+The room that nobody has is divided evenly, and what a front-end was given counts as taken until it tells of a send, or
+gives all back: so together they cannot send more than there is room for. With several front-ends half of the room is
+kept undivided. It answers at once whoever has no fitting share, and it is what one busy front-end gets while the
+others' shares lie idle. Where that half is used up and somebody waits, all shares are recalled.
+
+A share is a limit on the sends beyond those that the view has heard of, the same cut on which the front-end's
+accounting rests (`LoadView.heard`). So views may be lost: an older one allows no more than a newer one that nobody has
+given back. `edition` says which shares were given back: what comes late of an older edition is void on both sides.
+
+One queue, for the front-ends that balance over the same ranks, and the rooms that must be looked at anew for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+from paceline.core.coordinator.load_table import Board
+from paceline.core.coordinator.membership import Membership
+from paceline.core.dispatch.capacity import ANY, Amount, Room, Rooms
+from paceline.core.dispatch.queue import Broker
+from paceline.core.messages import Send, Share, Shares
+
+ENTRIES = 256
+"""So many shares in a view, of all front-ends together, where each has at least LEAST_RANKS."""
+LEAST_RANKS = 8
+
+
+class Holding:
+    """What one front-end holds, by rank. `edition`: of these, or of the next ones where there are none."""
+
+    __slots__ = ("amounts", "edition")
+
+    def __init__(self) -> None:
+        self.edition = 1
+        self.amounts: dict[int, Amount] = {}
+
+
+class ShareBook:
+    """The shares of all front-ends of one broker, in the order in which they have come."""
+
+    def __init__(self) -> None:
+        self._holdings: dict[int, Holding] = {}
+        self._counted = 0
+        self._holders: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._holdings)
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether anybody holds any."""
+        return bool(self._holders)
+
+    def holders(self) -> Set[int]:
+        """The front-ends that hold any."""
+        return self._holders
+
+    def join(self, front_end: int) -> None:
+        """The front-end is there, and gets shares from now on."""
+        self._holdings.setdefault(front_end, Holding())
+
+    def leave(self, front_end: int, rooms: Rooms) -> None:
+        """The front-end is gone."""
+        holding = self._holdings.pop(front_end, None)
+        if holding is not None:
+            self._clear(front_end, holding, rooms)
+
+    def returned(self, front_end: int, edition: int, rooms: Rooms) -> bool:
+        """The front-end uses nothing of this edition, or an earlier one, any more. Returns whether that is news."""
+        holding = self._holdings.get(front_end)
+        # The largest number has no next one, which a view could carry.
+        if holding is None or not holding.edition <= edition < ANY:
+            return False
+        self._clear(front_end, holding, rooms)
+        holding.edition = edition + 1
+        return True
+
+    def spent(self, front_end: int, send: Send, rooms: Rooms) -> None:
+        """The front-end has sent something by itself."""
+        holding = self._holdings.get(front_end)
+        amount = holding.amounts.get(send.rank) if holding is not None else None
+        room = rooms.of(send.rank)
+        if amount is None or room is None:
+            return
+        kv = send.tokens + send.answer_tokens
+        used = (min(1, amount.requests), min(send.tokens, amount.tokens), min(kv, amount.kv))
+        self._give(amount, room, -used[0], -used[1], -used[2])
+        rooms.changed(room)
+
+    def lost(self, rank: int) -> None:
+        """That life of the rank has ended; its room is gone with it."""
+        for front_end, holding in self._holdings.items():
+            holding.amounts.pop(rank, None)
+            if not holding.amounts:
+                self._holders.discard(front_end)
+
+    def hand_out(self, rooms: Rooms) -> None:
+        """Give everybody what is due to it, where that is more than what it holds."""
+        count = len(self._holdings)
+        each = max(LEAST_RANKS, ENTRIES // max(1, count))
+        # Of one rank: all of them where each gets shares of every rank.
+        sharers = count if each >= len(rooms) else -(-count * each // len(rooms))
+        all_anew = count != self._counted
+        self._counted = count
+        for index, (front_end, holding) in enumerate(self._holdings.items()):
+            for place in _places(index, each, len(rooms)):
+                room = rooms[place]
+                if (room.touched or all_anew) and not room.reserved:
+                    self._grow(holding, room, sharers, (index + place) % sharers, rooms)
+            if holding.amounts:
+                self._holders.add(front_end)
+        for room in rooms:
+            room.touched = False
+
+    def shares(self, rooms: Rooms) -> list[Shares]:
+        """What everybody holds, for a view: a limit each, beyond the sends that have been heard of."""
+        found = []
+        for front_end, holding in self._holdings.items():
+            shares = []
+            for rank, amount in holding.amounts.items():
+                room = rooms.of(rank)
+                if room is not None and amount.requests:
+                    limits = (min(amount.requests, ANY), min(amount.tokens, ANY), min(amount.kv, ANY))
+                    shares.append(Share(rank, room.incarnation, *limits))
+            found.append(Shares(front_end, holding.edition, shares))
+        return found
+
+    def _grow(self, holding: Holding, room: Room, sharers: int, place: int, rooms: Rooms) -> None:
+        amount = holding.amounts.get(room.rank) or Amount()
+        shared, halves = room.shared, 1 if len(self._holdings) == 1 else 2
+        requests = _due(room.free_requests(), shared.requests, amount.requests, sharers, halves, place)
+        tokens = _due(room.free_tokens(), shared.tokens, amount.tokens, sharers, halves, place)
+        kv = _due(room.free_kv(), shared.kv, amount.kv, sharers, halves, place)
+        if (requests or tokens or kv) and (requests or amount.requests) and (kv or amount.kv):
+            holding.amounts[room.rank] = amount
+            self._give(amount, room, requests, tokens, kv)
+            rooms.changed(room)
+
+    def _clear(self, front_end: int, holding: Holding, rooms: Rooms) -> None:
+        self._holders.discard(front_end)
+        for rank, amount in holding.amounts.items():
+            room = rooms.of(rank)
+            if room is not None:
+                self._give(amount, room, -amount.requests, -amount.tokens, -amount.kv)
+                rooms.changed(room)
+        holding.amounts = {}
+
+    def _give(self, amount: Amount, room: Room, requests: int, tokens: int, kv: int) -> None:
+        amount.add(requests, tokens, kv)
+        room.shared.add(requests, tokens, kv)
+        room.promised.add(requests, tokens, kv)
+
+
+def _due(free: int, shared: int, held: int, count: int, halves: int, place: int) -> int:
+    """How much more is due to one of `count`, who are given `1 / halves` of what is free and what they hold.
+
+    `place`: who of them gets what is left over by an even division.
+    """
+    if free <= 0:
+        return 0
+    # Nobody knows a limit: everybody may have as much as there ever is.
+    if free >= ANY - shared:
+        return ANY - held
+    divided = (free + shared + halves - 1) // halves
+    due = divided // count + (place < divided % count)
+    return max(0, min(due - held, divided - shared, free))
+
+
+def _places(index: int, each: int, size: int) -> Iterator[int]:
+    """The ranks that one front-end gets shares of, where there are too many for all to have some of each."""
+    return iter(range(size)) if each >= size else ((index * each + place) % size for place in range(each))
+
+
+class Pool:
+    """The front-ends that balance over the same ranks, None for all, with their queue."""
+
+    def __init__(self, ranks: frozenset[int] | None, without: Set[str]) -> None:
+        self.ranks = ranks
+        self.broker = Broker(without)
+        self.shares = ShareBook()
+        self.marked: set[int] = set()
+        """Ranks whose rooms are to be reckoned when that is wanted."""
+        self.recalled: float | None = None
+        """Since when all shares have been recalled; None where they are not."""
+        self.stale = False
+        """Whether something may start since the queue was last looked through: a send alone makes no room."""
+
+    def look(self, board: Board, membership: Membership) -> None:
+        """Reckon the rooms of the ranks that are marked."""
+        rooms = self.broker.rooms
+        for rank in self.marked:
+            report = board.reports.get(rank)
+            if report is None or report.incarnation != membership.ready_life(rank):
+                continue
+            rooms.heard(rank, report.incarnation, report.load, board.on_the_wire(rank, report.incarnation))
+        self.marked.clear()

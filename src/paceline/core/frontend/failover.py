@@ -1,0 +1,109 @@
+"""Requests that have lost their ranks, and where they go on.
+
+A request whose rank has died goes on at another one at once, by this front-end's own choice: it has waited for a rank
+once. One that named its rank does so too: the answer matters more than the place. Where no rank is there, it waits for
+the first that comes, for `PATIENCE_S`. Where a part of the answer is with the client and the engine cannot go on with
+that, the client is told so; and likewise where a request has lost one rank after the other and no token was made in
+between, since it may be what kills them. A rank that was only silent is back in a moment and is not counted, so a
+request that has lost that many waits until it is known of each whether it is dead, and kills no further one meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from paceline.core.frontend.control import FrontEndCalls
+from paceline.core.frontend.events import Effect, Refuse
+from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.ranks import Router
+from paceline.core.routing.policy import Query
+
+PATIENCE_S = 60.0
+"""A rank that has died needs this long at most to be back, as a rule."""
+MOST_LOSSES = 3
+"""By default."""
+
+
+class Stranded:
+    """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
+    `calls`: know whether the deployment is suspended. `most_losses`: ranks that a request may lose without a token in
+    between; with that many it is refused.
+    """
+
+    def __init__(
+        self, flights: Flights, router: Router, calls: FrontEndCalls, *, resumes: bool, most_losses: int = MOST_LOSSES
+    ) -> None:
+        self._flights = flights
+        self._router = router
+        self._resumes = resumes
+        self._calls = calls
+        self._most_losses = most_losses
+        self._waiting: dict[int, tuple[Flight, float]] = {}
+
+    def __len__(self) -> int:
+        """Requests that wait for a rank."""
+        return len(self._waiting)
+
+    @property
+    def deadline(self) -> float:
+        """When somebody has waited too long; infinite while nobody waits."""
+        return min((since for _, since in self._waiting.values()), default=float("inf")) + PATIENCE_S
+
+    def move(self, flights: Iterable[Flight], now: float) -> list[Effect]:
+        """Let requests that have lost their rank go on at others, as soon as there are any."""
+        effects: list[Effect] = []
+        for flight in flights:
+            link, made = flight.link, len(flight.made)
+            # While the deployment is suspended no rank computes a request: it is not what kills them.
+            if not self._calls.suspended:
+                flight.lost = [*(flight.lost if made == flight.made_before else []), (link.rank, link.incarnation)]
+                flight.made_before = made
+            if made and not self._resumes:
+                text = f"rank {link.rank} ended after {made} tokens of the answer"
+                effects.append(Refuse(flight.submit.request, "rank-lost", f"{text}; this engine cannot go on with it"))
+            else:
+                self._waiting[flight.submit.request] = (flight, now)
+        return [*effects, *self.settle(now)]
+
+    def acquit(self, rank: int, incarnation: int) -> None:
+        """This life of a rank is back: it was silent, or cut off, and no request has killed it."""
+        waiting = [flight for flight, _ in self._waiting.values()]
+        for flight in [*self._flights.of_all(), *waiting]:
+            if flight.lost:
+                flight.lost = [life for life in flight.lost if life != (rank, incarnation)]
+
+    def settle(self, now: float) -> list[Effect]:
+        """Ranks have come, or are known to be dead, or time has passed."""
+        effects: list[Effect] = []
+        for request, (flight, since) in list(self._waiting.items()):
+            suspected = len(flight.lost) >= self._most_losses
+            rank = flight.link.rank
+            if suspected and not self._may_be_back(flight):
+                text = f"rank {rank} ended while it served this request, the last of {self._most_losses} in a row"
+                effects.append(Refuse(request, "rank-lost", text))
+            elif self._flights.links and not suspected:
+                effects += self._send(flight)
+            elif now >= since + PATIENCE_S:
+                text = f"rank {rank} ended while it served this request, and none was ready within {PATIENCE_S:g} s"
+                effects.append(Refuse(request, "rank-lost", text))
+            else:
+                continue
+            del self._waiting[request]
+        return effects
+
+    def _may_be_back(self, flight: Flight) -> bool:
+        """Whether a rank that it has lost is not known to be dead: its connection has ended, and may come up again."""
+        down = self._flights.down
+        return any(rank in down and down[rank].incarnation == life for rank, life in flight.lost)
+
+    def drop(self, requests: Iterable[int]) -> None:
+        """The clients of these have gone."""
+        for request in requests:
+            self._waiting.pop(request, None)
+
+    def _send(self, flight: Flight) -> list[Effect]:
+        submit = flight.submit
+        rank = self._router.choose(Query(flight.tokens, submit.prompt_token_ids, submit.session, submit.priority))
+        if rank not in self._flights.links:
+            return [Refuse(submit.request, "misrouted", f"the policy chose rank {rank!r}, which is not there")]
+        return self._flights.send_again(flight, rank)

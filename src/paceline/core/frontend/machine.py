@@ -1,0 +1,323 @@
+"""A front-end's machine: what it has sent, what is in flight, and whom to wake.
+
+    effects = front_end.handle(event, now)
+
+The shell owns sockets and HTTP; this machine decides to whom a request goes, numbers it, tells the
+coordinator where the ranks are paused, and drops what comes from a life of a rank that is over. Tokens
+of a whole step pass through in one event. Where a rank dies, its requests go on at others (`stranded.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import msgspec
+
+from paceline.core.coordinator.epoch import describe
+from paceline.core.frontend.control import FrontEndCalls, FrontEndScaling
+from paceline.core.frontend.dispatch import Binding, Placement
+from paceline.core.frontend.events import (
+    Abandon,
+    Connect,
+    Connected,
+    Control,
+    ControlGivenUp,
+    CoordinatorSaid,
+    Disconnect,
+    Effect,
+    Event,
+    LinkDown,
+    LinkFailed,
+    LinkUp,
+    RankSaid,
+    Scale,
+    Submit,
+    Tick,
+    ToCoordinator,
+)
+from paceline.core.frontend.failover import MOST_LOSSES, Stranded
+from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.ranks import Router
+from paceline.core.load import Load, plausible
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    ControlAnswer,
+    FrontEndHello,
+    Grants,
+    LoadView,
+    Members,
+    Scaling,
+    Stall,
+    SuspensionState,
+)
+from paceline.core.requests import LARGEST_STAMP
+from paceline.core.routing.least import LeastLoad
+from paceline.core.routing.policy import Policy
+from paceline.core.rules import checked
+
+NOBODY = -1
+"""No coordinator has been heard yet; else its identity, which each life of it has anew."""
+
+
+class FrontEnd:
+    """One life of one front-end.
+
+    `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None
+    for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
+    all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
+    and are told of this one's sends. `brokered`: whether requests wait in the coordinator's queue where it has one
+    (for LeastLoad alone: ValueError). `resumes`: whether the engine goes on with an answer that another rank has begun.
+    `most_losses`: ranks that a request may lose, and no token is made in between, before it is refused as what kills
+    them. `without`: rules (`rules.py`) left out, to show what breaks.
+    """
+
+    def __init__(
+        self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
+        share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
+        resumes: bool = False, node: int = 0, most_losses: int = MOST_LOSSES, without: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        if brokered and not isinstance(policy, LeastLoad):
+            raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
+        self.identity = identity
+        self.missing: list[int] = []
+        self.stalls: list[Stall] = []
+        self._router = Router(policy, routing or type(policy).__name__)
+        self._flights = Flights(identity, self._router, share_sends=share_sends or brokered, lockstep=lockstep)
+        self._brokered = brokered
+        self._binding = Binding(identity, brokered, checked(without))
+        self._calls = FrontEndCalls(identity)
+        self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
+        self._stranded = Stranded(self._flights, self._router, self._calls, resumes=resumes, most_losses=most_losses)
+        self._scaling = FrontEndScaling(identity, ranks, node)
+        # Lives whose address was none: they are not tried again with every Members.
+        self._unreachable: set[tuple[int, int]] = set()
+        self._coordinator = NOBODY
+        self._view_number = 0
+        self._void = 0
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to do, in order."""
+        match event:
+            case RankSaid(message):
+                return self._flights.outputs(message, now)
+            case Submit():
+                return self._placement.submit(event, now)
+            case Abandon(requests):
+                self._stranded.drop(requests)
+                return [*self._flights.abandon(requests, now), *self._binding.drop(requests, now)]
+            case CoordinatorSaid(LoadView() as view):
+                return self._on_view(view, now)
+            case CoordinatorSaid(Grants() as grants):
+                return self._on_grants(grants, now)
+            case CoordinatorSaid(ControlAnswer() as answer):
+                return self._calls.answered(answer)
+            case Control(call, action):
+                return self._calls.ask(call, action)
+            case Scale():
+                return self._scaling.ask(event)
+            case ControlGivenUp(call):
+                self._calls.give_up(call)
+                self._scaling.give_up(call)
+                return []
+            case CoordinatorSaid(Members() as members):
+                return self._on_members(members, now)
+            case LinkFailed(rank):
+                link = self._flights.links[rank]
+                self._unreachable.add((rank, link.incarnation))
+                moved = self._stranded.move(self._flights.lose(link), now)
+                return [*moved, *self._placement.end_waiting(now), *self._bind_alone(now)]
+            case LinkDown(rank):
+                moved = self._stranded.move(self._flights.put_down(rank), now)
+                return [*moved, *self._placement.end_waiting(now)]
+            case LinkUp(rank):
+                if rank in self._flights.down:
+                    self._stranded.acquit(rank, self._flights.down[rank].incarnation)
+                put_up = self._flights.put_up(rank)
+                self._let_leave()
+                return [*put_up, *self._stranded.settle(now), *self._placement.settle(now)]
+            case Connected():
+                return [self._hello()]
+            case Tick():
+                return self._on_tick(now)
+        raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
+
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, at the latest."""
+        return min(self._placement.deadline, self._stranded.deadline)
+
+    # What the machine knows ---------------------------------------------------------------------
+
+    @property
+    def wave(self) -> int:
+        """The wave that is believed current."""
+        return self._flights.wave
+
+    @property
+    def running(self) -> bool:
+        """Whether the ranks are believed to run in it."""
+        return self._flights.running
+
+    @property
+    def suspension(self) -> SuspensionState:
+        """The suspension in force, or the last one."""
+        return self._calls.suspension
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """How many ranks there are, or are to be; None where no coordinator has been heard."""
+        return self._scaling.state
+
+    @property
+    def ranks(self) -> frozenset[int] | None:
+        """The ranks that it balances over, None for all."""
+        return self._scaling.ranks
+
+    def ready_ranks(self) -> list[int]:
+        """The ranks that requests can go to."""
+        return sorted(self._flights.links)
+
+    def in_flight(self) -> int:
+        """Requests sent and not finished."""
+        return len(self._flights) + len(self._stranded)
+
+    def believed(self, rank: int) -> Load:
+        """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
+        return next(link for link in self._flights.known() if link.rank == rank).believed()
+
+    def waiting(self) -> int:
+        """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
+        return self._placement.waiting()
+
+    def held(self) -> list[int]:
+        """This front-end's requests that have no rank yet."""
+        return list(self._binding.held)
+
+    def queued(self) -> int:
+        """Requests that wait in the coordinator's queue, this front-end's and the others'."""
+        return self._binding.queued
+
+    def loads(self) -> list[dict[str, object]]:
+        """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
+        return [
+            {"rank": rank, **msgspec.structs.asdict(link.believed()), "in_flight": len(link.in_flight)}
+            for rank, link in sorted([*self._flights.links.items(), *self._flights.leaving.items()])
+        ]
+
+    def statistics(self) -> dict[str, object]:
+        """For `/health`, metrics and tests."""
+        return {
+            "coordinator": self._coordinator,
+            "wave": self.wave,
+            "running": self.running,
+            "ready": self.ready_ranks(),
+            "missing": self.missing,
+            "stalls": [describe(stall) for stall in self.stalls],
+            "suspension": msgspec.structs.asdict(self.suspension),
+            "scaling": None if self.scaling is None else self.scaling.in_words(),
+            "in_flight": self.in_flight(),
+            "moved": self._flights.moved,
+            "waiting": self.waiting(),
+            "held": len(self.held()),
+            "queued": self.queued(),
+            "void_messages": self._void + self._flights.void,
+        }
+
+    # The coordinator ----------------------------------------------------------------------------
+
+    def _on_members(self, message: Members, now: float) -> list[Effect]:
+        effects = self._coordinator_is(message.coordinator, now)
+        effects += self._learn_scaling(message, now)
+        self._wave_is(message.wave, message.running)
+        self.stalls = message.stalls
+        scaling, flights = self._scaling, self._flights
+        self.missing = [rank for rank in message.missing if scaling.serves(rank)]
+        members = {member.rank: member for member in message.members if scaling.serves(member.rank)}
+        lost: list[Flight] = []
+        for link in flights.known():
+            rank, member = link.rank, members.get(link.rank)
+            # A coordinator that has just come back does not know all ranks yet, so a rank that it does
+            # not name is not lost: only a new life, or its word that this one has ended, ends a link.
+            ended = (rank, link.incarnation) in message.ended or scaling.over(rank)
+            if ended or (member is not None and member.incarnation != link.incarnation):
+                effects.append(Disconnect(rank))
+                lost += flights.lose(link)
+        # Once all that have ended are known: none of them is to get what another one had.
+        effects += self._stranded.move(lost, now)
+        connected = {link.rank for link in flights.known()}
+        for rank, member in members.items():
+            wanted = rank not in connected and scaling.takes_new(rank)
+            if wanted and (rank, member.incarnation) not in self._unreachable:
+                flights.join(rank, member.incarnation)
+                effects.append(Connect(member))
+        return [*effects, *self._stranded.settle(now), *self._placement.settle(now), *scaling.served()]
+
+    def _learn_scaling(self, message: Members, now: float) -> list[Effect]:
+        before = self._scaling.ranks
+        news = self._scaling.learn(message.scaling, message.missing)
+        self._let_leave()
+        if not news:
+            return []
+        # In another queue than before, the coordinator knows of nothing that waits here.
+        asks = self._brokered and before != self._scaling.ranks and self._binding.held
+        return [self._hello(), *([self._binding.ask_again(now)] if asks else [])]
+
+    def _let_leave(self) -> None:
+        for rank in list(self._flights.links):
+            if not self._scaling.takes_new(rank):
+                self._flights.let_leave(rank)
+
+    def _on_view(self, view: LoadView, now: float) -> list[Effect]:
+        effects = self._coordinator_is(view.coordinator, now)
+        if view.number <= self._view_number:
+            self._void += 1
+            return effects
+        self._view_number = view.number
+        self._wave_is(view.wave, view.running)
+        self._flights.take_view(view)
+        forgotten = self._binding.take_view(view)
+        current, served = self._calls.learn(view.suspension)
+        if (forgotten or not current) and not effects:
+            effects.append(self._hello())
+        return [*effects, *served, *self._placement.settle(now)]
+
+    def _on_grants(self, message: Grants, now: float) -> list[Effect]:
+        if message.coordinator != self._coordinator:
+            self._void += 1
+            return []
+        return self._placement.grants(message, now)
+
+    def _on_tick(self, now: float) -> list[Effect]:
+        over = [*self._stranded.settle(now), *self._placement.end_waiting(now)]
+        if over:
+            return over
+        if self._binding.away(now):
+            return self._placement.settle(now)
+        return [self._hello(), self._binding.ask_again(now)] if now >= self._binding.deadline else []
+
+    def _bind_alone(self, now: float) -> list[Effect]:
+        """The coordinator would go on granting a rank that cannot be reached from here: it is asked no more."""
+        if not self._brokered:
+            return []
+        self._brokered = False
+        return [self._hello(), *self._placement.stop(now)]
+
+    def _hello(self) -> Effect:
+        known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
+        ranks = sorted(self.ranks) if self._brokered and self.ranks is not None else None
+        about = (number, known.mode, self._brokered, ranks, self._scaling.told)
+        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, *about))
+
+    def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
+        if coordinator == self._coordinator:
+            return []
+        first, self._coordinator = self._coordinator == NOBODY, coordinator
+        self._view_number = 0
+        asks = self._binding.coordinator_is_new(now)
+        # A new coordinator does not know yet which front-ends there are, and what waits.
+        hello = [] if first else [self._hello()]
+        return [*hello, *([self._binding.ask_again(now)] if asks else [])]
+
+    def _wave_is(self, wave: int, running: bool) -> None:
+        if wave >= self.wave and plausible(wave, self.wave):
+            self._flights.wave, self._flights.running = wave, running

@@ -1,0 +1,217 @@
+"""What happens to a rank's machine, and what it asks its shell to do (`rank.py`).
+
+A rank's life, from loading to leaving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+from msgspec import Struct
+
+from paceline.core.load import Load
+from paceline.core.messages import FromRank, GroupMember, Identify, StartDPWave, Suspension, ToRank
+from paceline.core.requests import AddRequest, FinishReason, FromFrontEndToRank, Outputs, PositionLogprobs
+
+
+class Phase(Enum):
+    """Where a rank is in its life; waves are a matter of READY alone."""
+
+    LOADING = "loading"
+    JOINING = "joining"
+    READY = "ready"
+    LEFT = "left"
+
+
+class StepOutput(Struct, frozen=True, gc=False):
+    """What one step made for one request, by the rank's own `key`; else the fields of `messages.Output`."""
+
+    key: int
+    token_ids: list[int]
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[PositionLogprobs] | None = None
+    error: str | None = None
+
+
+# Events ---------------------------------------------------------------------------------------
+
+
+class Loaded(Struct, frozen=True):
+    """The engine is there; the rank wants to join."""
+
+
+class CoordinatorSaid(Struct, frozen=True):
+    """A message from the coordinator."""
+
+    message: ToRank
+
+
+class FrontEndSaid(Struct, frozen=True, gc=False):
+    """A message from a front-end."""
+
+    front_end: int
+    message: FromFrontEndToRank
+
+
+class FrontEndGone(Struct, frozen=True):
+    """A front-end cannot be reached any more: nobody waits for its requests."""
+
+    front_end: int
+
+
+class Turn(Struct, frozen=True):
+    """All that has arrived is handled; what now? `load`, `has_work`: the engine's, at this moment."""
+
+    load: Load
+    has_work: bool
+
+
+class Stepped(Struct, frozen=True, gc=False):
+    """A step, or dummy step, is done. `seconds`: the time it took.
+
+    `urged`: some rank's `Urge` came with it; the same at all ranks of the generation.
+    """
+
+    outputs: Sequence[StepOutput]
+    load: Load
+    has_work: bool
+    prefilled_tokens: int = 0
+    decoded_tokens: int = 0
+    seconds: float = 0.0
+    urged: bool = False
+
+
+class Agreed(Struct, frozen=True):
+    """The ranks' agreement: whether any has work, and the highest of their waves and of their suspensions.
+
+    `quota`: their parts in the common prefill quota, reduced; empty where the agreement does not carry them.
+    """
+
+    any_work: bool
+    wave: int
+    suspension: int = 0
+    quota: Sequence[int] = ()
+
+
+class Formed(Struct, frozen=True):
+    """The rank is a member of this generation."""
+
+    generation: int
+
+
+class GenerationEnded(Struct, frozen=True):
+    """A collective cannot complete, since a member is gone: in place of `Stepped` or `Agreed`, or of `Formed`."""
+
+
+class Waited(Struct, frozen=True):
+    """The rank has waited in a collective for longer than the stall timeout, or (`ranks` empty) no longer waits.
+
+    `ranks`, `collective`, `kind`, `seconds`: as in `StallReport`. Sends only, so it may come in mid-step.
+    """
+
+    ranks: Sequence[int]
+    collective: int = 0
+    kind: str = ""
+    seconds: float = 0.0
+
+
+class Leave(Struct, frozen=True):
+    """The rank ends in good order."""
+
+
+Event = (
+    Loaded
+    | CoordinatorSaid
+    | FrontEndSaid
+    | FrontEndGone
+    | Turn
+    | Stepped
+    | Agreed
+    | Formed
+    | GenerationEnded
+    | Waited
+    | Leave
+)
+
+IN_MID_STEP = (Identify, Suspension, StartDPWave)
+"""What the coordinator says that is handled at once, also in mid-step, in the order in which it was said: a rank that
+waits for the others in a collective must be heard, or nobody wakes them; and a rank that said that it holds a
+suspension must have taken in every wake from before. Their effects only send. All else waits its turn."""
+
+
+# Effects --------------------------------------------------------------------------------------
+
+
+class Take(Struct, frozen=True, gc=False):
+    """Give the request to the engine."""
+
+    key: int
+    request: AddRequest
+
+
+class Drop(Struct, frozen=True):
+    """Abort the request in the engine."""
+
+    key: int
+
+
+class ToCoordinator(Struct, frozen=True):
+    """Send to the coordinator."""
+
+    message: FromRank
+
+
+class ToFrontEnd(Struct, frozen=True, gc=False):
+    """Send to one front-end."""
+
+    front_end: int
+    message: Outputs
+
+
+class Step(Struct, frozen=True):
+    """Run one engine step. `prefill_quota`: prompt tokens that it may compute; None for what the engine can."""
+
+    prefill_quota: int | None = None
+
+
+class DummyStep(Struct, frozen=True):
+    """Take part in the others' step with nothing of one's own."""
+
+
+class Agree(Struct, frozen=True):
+    """All-reduce: whether this rank has work (or), its wave (max), and the suspension that it knows (max).
+
+    `quota`: its part in the common prefill quota, reduced as `quota.REDUCTIONS` says.
+    """
+
+    has_work: bool
+    wave: int
+    suspension: int = 0
+    quota: Sequence[int] = ()
+
+
+class Urge(Struct, frozen=True):
+    """Let all ranks agree after this step or the next, where the group can carry that. Sends only."""
+
+
+class FormGroup(Struct, frozen=True):
+    """Leave the group, if there is one, and form this one; `Formed` when it is."""
+
+    generation: int
+    members: Sequence[GroupMember]
+
+
+class Again(Struct, frozen=True):
+    """Ask again at once: the engine's load has changed."""
+
+
+class Wait(Struct, frozen=True):
+    """Nothing to do until something arrives, or until `until` (None: for ever)."""
+
+    until: float | None
+
+
+Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait

@@ -1,0 +1,403 @@
+"""A rank's machine: joining, taking requests in, running and pausing in waves, reporting load.
+
+    effects = rank.handle(event, now)
+
+The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say. `Step` and
+`DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
+`GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
+collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
+first, the ranks agree whether any has work left; when none has, all pause at that same step. While any has a prompt to
+compute they agree after every step, on how many tokens of theirs all compute in the next (`quota.py`).
+
+The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
+group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
+
+Where one rank is in the waves: its wave, whether it runs, how far into the wave, and what it is awaited for next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from paceline.core.load import Load, plausible
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    Admit,
+    Form,
+    Identify,
+    RankHello,
+    RankLeaving,
+    StallReport,
+    StartDPWave,
+    StartWave,
+    Suspension,
+    ToRank,
+    WaveComplete,
+)
+from paceline.core.rank.events import (
+    Again,
+    Agree,
+    Agreed,
+    CoordinatorSaid,
+    DummyStep,
+    Effect,
+    Event,
+    Formed,
+    FormGroup,
+    FrontEndGone,
+    FrontEndSaid,
+    GenerationEnded,
+    Leave,
+    Loaded,
+    Phase as Phase,
+    Step,
+    Stepped,
+    ToCoordinator,
+    Turn,
+    Urge,
+    Wait,
+    Waited,
+)
+from paceline.core.rank.prefill_quota import OFF, RankQuota
+from paceline.core.rank.reporting import LoadReporter
+from paceline.core.rank.requests import RankRequests
+from paceline.core.requests import AbortRequests, AddRequest
+from paceline.core.rules import checked
+from paceline.core.standing import Standing, stops
+
+
+class RankWaves:
+    """The waves of one life of a rank. `sync_interval`: steps between two agreements of all ranks."""
+
+    def __init__(self, sync_interval: int) -> None:
+        self.wave = 0
+        self.running = False
+        self.steps = 0
+        self.wanted = -1
+        self._sync_interval = sync_interval
+
+    def reach(self, wave: int) -> None:
+        """The others are in this wave, or it is the one that they run next."""
+        if plausible(wave, self.wave):
+            self.wave = max(self.wave, wave)
+
+    def start(self, wave: int) -> None:
+        """Run in this wave."""
+        self.wave = wave
+        self.running = True
+        self.recount()
+
+    def recount(self) -> None:
+        """Count the steps anew, as all others do now."""
+        self.steps = 0
+
+    def wake(self, wave: int) -> None:
+        """All are to run in this wave."""
+        if not plausible(wave, self.wave):
+            return
+        if self.running:
+            # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
+            self.wanted = max(self.wanted, wave)
+        else:
+            self.start(wave)
+
+    def stepped(self, brought_forward: bool) -> bool:
+        """A step is done; returns whether all ranks agree now: after the first, and every so many, or sooner."""
+        due = brought_forward or self.steps % self._sync_interval == 0
+        self.steps += 1
+        return due
+
+    def complete(self) -> int:
+        """Pause, as all have agreed; returns the wave that is finished."""
+        finished = self.wave
+        self.wave += 1
+        self.running = False
+        return finished
+
+    @property
+    def overdue(self) -> int | None:
+        """The wave that the others run in already, or None where they wait like this rank."""
+        return self.wanted if self.wanted >= self.wave else None
+
+
+HELLO_REPEAT_S = 0.1
+
+
+class Rank:
+    """One life of one rank.
+
+    `lockstep`: whether it runs in waves. `report_loads`: False in external mode. `sync_interval`: steps
+    between agreements. `group_address`: where its peers reach it, empty where its collectives are not ours.
+    `prefill_quota`: how it is set (`quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
+    """
+
+    def __init__(
+        self, rank: int, incarnation: int, address: str, *, lockstep: bool = False, report_loads: bool = True,
+        sync_interval: int = 16, group_address: str = "", prefill_quota: int = OFF, without: Set[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        self.rank = rank
+        self.incarnation = incarnation
+        self.address = address
+        self.phase = Phase.LOADING
+        self.waves = RankWaves(sync_interval)
+        self.quota = RankQuota(prefill_quota)
+        self.step = 0
+        self.generation = 0
+        self.standing = Standing()
+        self.requests = RankRequests(rank, incarnation)
+        self._lockstep = lockstep
+        self._report_loads = report_loads
+        self._group_address = group_address
+        self._without = checked(without)
+        self.told = 0
+        self._to_form: Form | None = None
+        self._mid_step = False
+        self._hello_due: float | None = None
+        self._reporter = LoadReporter(self.requests)
+        self._said: tuple[int, bool] = (0, False)
+
+    @property
+    def wave(self) -> int:
+        """The wave that it runs in, or will run in next."""
+        return self.waves.wave
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs in a wave."""
+        return self.waves.running
+
+    @property
+    def held(self) -> bool:
+        """Whether the suspension keeps this rank from starting anything by itself, and it has stopped."""
+        if self.standing.free:
+            return False
+        if self._lockstep:
+            return not self.running
+        return not self._mid_step and (not self._may_step() or not len(self.requests))
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event; returns what to do, in order."""
+        effects = self._handle(event, now)
+        if self.phase is Phase.READY and self._said != (self.standing.number, self.held):
+            effects.insert(0, self._hello())
+        return effects
+
+    def _handle(self, event: Event, now: float) -> list[Effect]:
+        match event:
+            case FrontEndSaid(front_end, AddRequest() as request):
+                return self._on_add(front_end, request)
+            case FrontEndSaid(front_end, AbortRequests(requests)):
+                return self.requests.drop(front_end, requests)
+            case Stepped():
+                return self._on_stepped(event, now)
+            case Turn(load, has_work):
+                return self._on_turn(load, has_work, now)
+            case CoordinatorSaid(message):
+                return self._on_coordinator(message)
+            case Agreed():
+                return self._on_agreed(event, now)
+            case FrontEndGone(front_end):
+                return self.requests.drop_front_end(front_end)
+            case Formed(generation):
+                return self._on_formed(generation)
+            case GenerationEnded():
+                self.generation, self._mid_step = 0, False
+                return [self._hello()]
+            case Waited(ranks, collective, kind, seconds):
+                waited = (list(ranks), collective, kind, seconds)
+                return [ToCoordinator(StallReport(self.rank, self.incarnation, self.step, *waited))]
+            case Loaded():
+                self.phase = Phase.JOINING
+                self._hello_due = now + HELLO_REPEAT_S
+                return [self._hello()]
+            case Leave():
+                self.phase = Phase.LEFT
+                return [ToCoordinator(RankLeaving(self.rank, self.incarnation))]
+        raise TypeError(f"rank {self.rank}: {type(event).__name__} is not an event of this machine")
+
+    def statistics(self) -> dict[str, object]:
+        """For logs and tests."""
+        return {
+            "phase": self.phase.value,
+            "wave": self.wave,
+            "running": self.running,
+            "step": self.step,
+            "generation": self.generation,
+            "suspension": self.standing.number,
+            "held": self.held,
+            "requests": len(self.requests) + self.requests.held,
+            "finished": self.requests.finished,
+            "void_messages": self.requests.void,
+        }
+
+    # Requests and steps -------------------------------------------------------------------------
+
+    def _on_add(self, front_end: int, request: AddRequest) -> list[Effect]:
+        refusal = self.requests.arrive(front_end, request)
+        if refusal:
+            return refusal
+        if not self.standing.free:
+            if self.standing.suspended and self.standing.mode == "abort":
+                return [self.requests.refuse(front_end, request)]
+            self.requests.hold(front_end, request)
+            return []
+        effects = [self.requests.take(front_end, request)]
+        if self._lockstep and not self.running:
+            effects += self._start_by_itself(request.wave)
+        return effects
+
+    def _on_turn(self, load: Load, has_work: bool, now: float) -> list[Effect]:
+        changed = self._catch_up()
+        if changed:
+            return [*changed, Again()]
+        if self._to_form is not None:
+            form, self._to_form = self._to_form, None
+            return [FormGroup(form.generation, form.members)]
+        effects: list[Effect] = []
+        if self.phase is Phase.JOINING and self._hello_due is not None and now >= self._hello_due:
+            self._hello_due = now + HELLO_REPEAT_S
+            effects.append(self._hello())
+        effects += self._report(load)
+        if not self._may_step() or not (self._lockstep or has_work):
+            effects.append(Wait(self._hello_due))
+            return effects
+        self._mid_step = True
+        if self.quota.urgent(load):
+            effects.append(Urge())
+        effects.append(Step(self.quota.tokens) if has_work else DummyStep())
+        return effects
+
+    def _may_step(self) -> bool:
+        if self._lockstep:
+            return self.running and bool(self.generation or not self._group_address)
+        return self.standing.free or self.standing.draining
+
+    def _catch_up(self) -> list[Effect]:
+        """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""
+        if self.standing.suspended and self.standing.mode == "abort" and (len(self.requests) or self.requests.held):
+            return self.requests.abort_all()
+        if self.standing.free and (self.requests.held or (self._lockstep and len(self.requests) and not self.running)):
+            effects = self.requests.take_held()
+            if self._lockstep and not self.running:
+                effects += self._start_by_itself(self.wave)
+            return effects
+        return []
+
+    def _on_stepped(self, done: Stepped, now: float) -> list[Effect]:
+        self.step += 1
+        self._mid_step = False
+        self._reporter.measure(done, now)
+        effects = self.requests.hand_out(done.outputs)
+        effects += self._report(done.load)
+        if self._lockstep and self.waves.stepped(done.urged or self.quota.follows):
+            self._mid_step = True
+            effects.append(Agree(done.has_work, self.wave, self.standing.packed, self.quota.contribution(done)))
+        return effects
+
+    def _report(self, load: Load) -> list[Effect]:
+        if not self._report_loads or self.phase is not Phase.READY:
+            return []
+        report = self._reporter.report(load, self.step, self.wave, self.running, self.quota.tokens)
+        return [] if report is None else [ToCoordinator(report)]
+
+    # Waves --------------------------------------------------------------------------------------
+
+    def _start_by_itself(self, wave: int) -> list[Effect]:
+        self.waves.start(max(self.wave, wave))
+        if "own-report" in self._without:
+            return []
+        return [ToCoordinator(StartWave(self.rank, self.incarnation, self.wave))]
+
+    def _on_coordinator(self, message: ToRank) -> list[Effect]:
+        match message:
+            case Identify():
+                if self.phase is Phase.LOADING:
+                    return []
+                # Whoever asks may know nothing of this rank: the next turn reports its load too.
+                self._reporter.forget()
+                return [self._hello()]
+            case Suspension():
+                if self.phase not in (Phase.JOINING, Phase.READY):
+                    return []
+                self.standing.hear(message)
+                # The next agreement would stop the wave, some steps from now: it is brought forward.
+                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                return [self._hello(), *([Urge()] if urgent else [])]
+            case Admit():
+                return self._on_admit(message)
+            case Form():
+                return self._on_form(message)
+            case StartDPWave(wave, exclude):
+                return self._on_start(wave, exclude) if self._lockstep else []
+        return []  # Scaling is for its node
+
+    def _on_admit(self, admit: Admit) -> list[Effect]:
+        # Who is ready may be behind: the others have finished a wave while it joined.
+        behind = self.phase is Phase.READY and not self.running and admit.wave > self.wave
+        if (admit.rank, admit.incarnation) != (self.rank, self.incarnation):
+            return []
+        if not behind and self.phase is not Phase.JOINING:
+            return []
+        self.phase = Phase.READY
+        self._hello_due = None
+        self.waves.reach(admit.wave)
+        self.standing.hear(admit.suspension)
+        return [self._hello()]
+
+    def _on_form(self, form: Form) -> list[Effect]:
+        lives = {(member.rank, member.incarnation) for member in form.members}
+        if self.phase not in (Phase.JOINING, Phase.READY) or (self.rank, self.incarnation) not in lives:
+            return []
+        if form.generation <= self.told or not plausible(form.generation, self.told):
+            return [self._hello()] if form.generation == self.generation else []
+        if not self.running:  # it joins, or the others went on without it for a while
+            self.waves.reach(form.wave)
+        self.standing.hear(form.suspension)
+        # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
+        self.generation, self.told = 0, form.generation
+        self._to_form = form
+        return []
+
+    def _on_formed(self, generation: int) -> list[Effect]:
+        self.generation = generation
+        # The members left the one before at different steps: they count anew, together.
+        self.waves.recount()
+        self.quota.forget()
+        self.phase = Phase.READY
+        self._hello_due = None
+        return [self._hello()]
+
+    def _on_start(self, wave: int, exclude: int | None) -> list[Effect]:
+        if self.phase is not Phase.READY or exclude == self.rank:
+            return []
+        if wave < self.wave and "finished-waves-ignored" not in self._without:
+            return []
+        self.waves.wake(wave)
+        return [self._hello()]
+
+    def _on_agreed(self, agreed: Agreed, now: float) -> list[Effect]:
+        self._mid_step = False
+        self.waves.reach(agreed.wave)
+        self.standing.learn_packed(agreed.suspension)
+        # All decide by what they agreed on: what this rank has heard meanwhile is its own.
+        self.quota.agreed(agreed.quota, now)
+        if agreed.any_work and not stops(agreed.suspension):
+            return []
+        self.quota.forget()
+        effects: list[Effect] = [ToCoordinator(WaveComplete(self.rank, self.incarnation, self.waves.complete()))]
+        overdue = self.waves.overdue
+        if overdue is not None or (len(self.requests) and self.standing.free):
+            # A request came in after the agreement was under way, or the next wave has begun already.
+            effects += self._start_by_itself(overdue or self.wave)
+        return effects
+
+    def _hello(self) -> ToCoordinator:
+        standing, held = self.standing, self.held
+        self._said = standing.number, held
+        return ToCoordinator(
+            RankHello(
+                PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
+                self.running, standing.number, standing.mode, held, self._group_address, self.generation,
+                self.told,
+            )
+        )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Routing by load: the rank with the least work, or with the fewest requests.
+
+The difficulty is not to find the smallest number. It is that several front-ends choose at once, from
+views that are a moment old, and that each of them would correct the same difference: where rank 2 is
+one request short, four front-ends send it four. Two measures keep a burst level without a word between
+them:
+
+- What a front-end has sent since its view was made counts once for each front-end, because the others
+  have most likely done the same meanwhile. `Since` is one cut through the sends to all ranks, which the view
+  names (`LoadView.heard`).
+- Ranks that differ by less than the other front-ends have most likely put there are equals: a view can hold one round
+  of theirs for one rank and not yet for the next. They send about as much as this one does. So that is one round, or
+  two at most, where this one has sent to all ranks since the view or between the two before it; and nothing where
+  requests come so slowly that each is in a view before the next: there, to take differences for none would level
+  requests in place of work. Among equals a front-end keeps its own requests level, and begins at a rank of its own.
+
+With every front-end's own requests level to within one, and each one's odd requests beginning elsewhere,
+the ranks are level to within one too (`tests/core/routing/test_policies.py` tries every remainder).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from paceline.core.load import REQUEST_TOKENS
+from paceline.core.ordering import PLACE_MASK, Ordering
+from paceline.core.routing.candidates import Candidate, Candidates
+from paceline.core.routing.policy import Policy, Query
+
+EQUAL_SHARE = 0.125
+"""Loads are not known better than this share of their mean; smaller differences decide nothing."""
+
+MOST_ROUNDS = 2
+"""So many rounds over all ranks may be missing in a view, for some ranks and not for others."""
+
+FEW_SHARE = 8
+"""Where fewer than one in so many are within the limit, they are compared with each other; otherwise the others are
+passed over on the way. Either way a choice looks at a part of the ranks."""
+
+
+class Rotation:
+    """An order among equals: begins at a rank of this front-end's own, and moves on as ranks finish work.
+
+    What all ranks have finished is known to every front-end alike, so the order moves for all of them
+    together and they still begin at different ranks.
+    """
+
+    def __init__(self, front_end_index: int, front_end_count: int) -> None:
+        self._index = front_end_index
+        self._count = max(1, front_end_count)
+
+    def begin(self, size: int, finished: int) -> int:
+        """The place, of `size`, that is the first in the order."""
+        return (self._index * max(1, size // self._count) + finished) % size
+
+
+def work(candidate: Candidate, others: int) -> int:
+    """A rank's queued work in prompt tokens, with what `others` front-ends have most likely sent meanwhile."""
+    return (
+        candidate.prefill_tokens
+        + others * candidate.since_view_tokens
+        + REQUEST_TOKENS * (candidate.requests + others * candidate.since_view_requests)
+    )
+
+
+def _in_flight(candidate: Candidate) -> int:
+    return candidate.in_flight
+
+
+class LeastLoad(Policy):
+    """The rank with the least work queued: prompt tokens to compute and requests to answer."""
+
+    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
+        super().__init__(front_end_index, front_end_count)
+        self._others = self.front_end_count - 1
+        self._rotation = Rotation(front_end_index, front_end_count)
+        # Own sends that the view did not know when this was last asked, and before the view came.
+        self._sent = 0
+        self._sent_before = 0
+
+    def choose(self, candidates: Candidates, query: Query) -> int:
+        works, flights = self.works(candidates), candidates.ordering(_in_flight)
+        size = len(candidates)
+        limit = self._limit(candidates, works.least(), works.total / size, query)
+        begin = self._rotation.begin(size, candidates.finished)
+        within = works.up_to(limit)
+        if within * FEW_SHARE > size:
+            place = flights.first(begin, works.keys, limit)
+        else:
+            keys = flights.keys
+            places = [entry & PLACE_MASK for entry in works.entries[:within]]
+            _, _, place = min([(keys[place], (place - begin) % size, place) for place in places])
+        return candidates.ranks[place]
+
+    def choose_among(self, candidates: Candidates, query: Query, places: Iterable[int]) -> int:
+        """The same over the candidates at these places alone, at least one."""
+        works, keys = self.works(candidates).keys, candidates.ordering(_in_flight).keys
+        loads = {place: works[place] for place in places}
+        limit = self._limit(candidates, min(loads.values()), sum(loads.values()) / len(loads), query)
+        size = len(candidates)
+        begin = self._rotation.begin(size, candidates.finished)
+        _, _, place = min(
+            (keys[place], (place - begin) % size, place) for place, load in loads.items() if load <= limit
+        )
+        return candidates.ranks[place]
+
+    def works(self, candidates: Candidates) -> Ordering[Candidate]:
+        """The ranks by their work."""
+        return candidates.ordering(self._work)
+
+    def _limit(self, candidates: Candidates, least: int, mean: float, query: Query) -> int:
+        """The largest work that is as good as the least."""
+        sent = candidates.since_view
+        if sent < self._sent:
+            self._sent_before = self._sent
+        self._sent = sent
+        rounds = min(MOST_ROUNDS, max(sent, self._sent_before) // len(candidates))
+        slack = rounds * self._others * (REQUEST_TOKENS + query.prompt_tokens)
+        return math.floor(least + slack + EQUAL_SHARE * mean)
+
+    def _work(self, candidate: Candidate) -> int:
+        return work(candidate, self._others)
+
+
+class LeastRequests(Policy):
+    """The rank with the fewest requests waiting and running."""
+
+    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
+        super().__init__(front_end_index, front_end_count)
+        self._others = self.front_end_count - 1
+        self._rotation = Rotation(front_end_index, front_end_count)
+
+    def choose(self, candidates: Candidates, query: Query) -> int:
+        counts = candidates.ordering(self._count)
+        begin = self._rotation.begin(len(candidates), candidates.finished)
+        return candidates.ranks[counts.first(begin, counts.keys, counts.least())]
+
+    def _count(self, candidate: Candidate) -> int:
+        return candidate.requests + self._others * candidate.since_view_requests

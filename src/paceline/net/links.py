@@ -1,0 +1,167 @@
+"""Numbers by which a life of a process is told from all others.
+
+What happens to garbage: it is counted, and the first of each kind is logged.
+
+Wakes a poll from another thread or from a signal handler.
+
+Where the ipc sockets of one deployment are.
+
+Whether a connecting socket's one connection is up, as ZeroMQ's own thread sees it.
+
+That thread answers and sends heartbeats whatever the program does, so a peer in a long step is up, and one that is
+dead, stopped or cut off is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from paceline.errors import StartupError
+
+
+def new_identity(index: int = 0) -> int:
+    """A number that no process of this deployment has had: the time, and `index` among those started together.
+
+    It is odd: as a ZeroMQ routing id its first byte must not be zero.
+    """
+    return time.time_ns() // 1024 * 1024 + index % 512 * 2 + 1
+
+
+class Garbage:
+    """What arrived and was no message: counted by kind, the first of each kind logged."""
+
+    def __init__(self, logger: logging.Logger, socket_name: str) -> None:
+        self._logger = logger
+        self._socket_name = socket_name
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, detail: str) -> None:
+        """One more of `kind`."""
+        self.counts[kind] += 1
+        if self.counts[kind] == 1:
+            # What a stranger sent does not belong in a log unescaped, or whole.
+            shown = detail[:200].encode("unicode_escape").decode()
+            self._logger.warning("dropped a message on %s, %s: %s (further ones are only counted)",
+                                 self._socket_name, kind, shown)  # fmt: skip
+
+
+class Wakeup:
+    """A pair of sockets: `set` on one side makes `fileno` readable on the other until `clear`."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll for reading."""
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        """Make it readable. Never blocks, may be called from anywhere."""
+        # Full means that it is readable already; closed, that nobody polls any more.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Make it unreadable again; call before looking at what it announced."""
+        with contextlib.suppress(BlockingIOError):
+            while self._reader.recv(4096):
+                pass
+
+    def close(self) -> None:
+        """Close both sides."""
+        self._reader.close()
+        self._writer.close()
+
+
+IPC_PATH_BYTES = 107
+"""Longest path a Unix socket can have on Linux."""
+
+
+PREFIX = "paceline-"
+LOCK = ".lock"
+
+
+class SocketFolder:
+    """A private folder for the ipc sockets of one deployment, removed with it.
+
+    A process that is killed removes nothing. So its folder holds a lock as long as it lives, and whoever makes the next
+    folder removes those whose lock is nobody's.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
+        # Locked before it has its name: one that is being made never looks abandoned.
+        self._lock = open(self.path / f"{LOCK}.new", "w")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        os.rename(self._lock.name, self.path / LOCK)
+        _remove_abandoned(self.path.parent)
+
+    def address(self, name: str) -> str:
+        """The ipc address of socket `name`."""
+        path = str(self.path / name)
+        if len(os.fsencode(path)) > IPC_PATH_BYTES:
+            raise StartupError(f"socket path too long for this system ({len(path)} > {IPC_PATH_BYTES}): set TMPDIR")
+        return f"ipc://{path}"
+
+    def close(self) -> None:
+        """Remove the folder and what is in it. May be called twice."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
+
+
+def _remove_abandoned(parent: Path) -> None:
+    for lock in parent.glob(f"{PREFIX}*/{LOCK}"):
+        # Another user's folder, or one that is going just now.
+        with contextlib.suppress(OSError), open(lock, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
+DOWN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
+
+
+class LinkMonitor:
+    """Watches one socket. `on_change` is called with True and False as the connection comes up and ends.
+
+    What has not been up yet is taken to come up: only a try that failed is an end. The socket's owner calls `read`
+    whenever `socket` can be read, and `close` before it closes its own.
+    """
+
+    def __init__(self, watched: zmq.Socket[bytes], on_change: Callable[[bool], None]) -> None:
+        self._watched = watched
+        self._on_change = on_change
+        self._up = True
+        self.socket: zmq.Socket[bytes] = watched.get_monitor_socket(UP | DOWN)
+
+    def read(self) -> None:
+        """Take in all that has happened."""
+        while not self.socket.closed:
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            up = bool(parse_monitor_message(frames)["event"] & UP)
+            if up != self._up:
+                self._up = up
+                self._on_change(up)
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._watched.disable_monitor()
+        self.socket.close()

@@ -1,0 +1,223 @@
+"""How a node that joins finds the coordinator: it asks at the one address that everybody was given.
+
+The node with rank 0 answers at `--data-parallel-address`:`--data-parallel-rpc-port` with the coordinator's
+addresses, for as long as it serves. The joining node repeats its question until it is answered.
+
+A node's connection to the coordinator: what it says of how many ranks there are to be, and what the node answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+import zmq
+from msgspec import Struct
+
+from paceline.core import codec
+from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling
+from paceline.errors import StartupError
+from paceline.net.links import Garbage, Wakeup
+from paceline.net.sockets import open_socket, tcp_address
+
+logger = logging.getLogger("paceline.supervisor")
+
+
+class NodeLink:
+    """Carries a node's messages, in a thread, until `close`.
+
+    `node`: its identity. `coordinator_input`, `coordinator_output`: as `DPCoordinator.get_engine_socket_addresses()`
+    returns them. `on_news`: called by the thread when there is something in `inbox`. Raises StartupError.
+    """
+
+    def __init__(self, node: int, coordinator_input: str, coordinator_output: str, on_news: Callable[[], None]) -> None:
+        self.inbox: queue.SimpleQueue[Scaling | Identify] = queue.SimpleQueue()
+        self._on_news = on_news
+        self._outbox: deque[NodeHello | RankFailed] = deque()
+        self._closing = False
+        self._wakeup = Wakeup()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        limit = codec.MAX_CONTROL_BYTES
+        self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit)
+        self._answers = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit)
+        self._broadcasts.send(b"\x01")
+        self._broadcasts.send(b"\x01" + codec.node_topic(node))
+        self._decode = codec.to_rank().decode
+        self._garbage = Garbage(logger, "the coordinator's broadcasts")
+        self._thread = threading.Thread(target=self._run, name="node-link", daemon=True)
+        self._thread.start()
+
+    def send(self, message: NodeHello | RankFailed) -> None:
+        """Send when the thread comes to it; never blocks."""
+        self._outbox.append(message)
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """Stop carrying."""
+        self._closing = True
+        self._wakeup.set()
+        self._thread.join(timeout=2.0)
+        self._wakeup.close()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._broadcasts, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        while not self._closing:
+            ready = dict(poller.poll())
+            if self._wakeup.fileno() in ready:
+                self._wakeup.clear()
+            while self._outbox:
+                self._send(codec.encode(self._outbox.popleft()))
+            if self._broadcasts in ready:
+                self._read(self._broadcasts.recv_multipart())
+        self._context.destroy(linger=0)
+
+    def _send(self, frame: bytes) -> None:
+        try:
+            self._answers.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            # It is away, and asks again when it is back.
+            return
+
+    def _read(self, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            self._garbage.add("frames", f"{len(frames)} frames in place of one")
+            return
+        try:
+            message = self._decode(frames[0])
+        except codec.BadMessage as error:
+            self._garbage.add(error.kind, error.detail)
+            return
+        # All else is for ranks.
+        if isinstance(message, Scaling | Identify):
+            self.inbox.put(message)
+            self._on_news()
+
+
+MAX_BYTES = 4096
+ASK_AGAIN_MS = 500
+
+
+class WhereIs(Struct, frozen=True, array_like=True, tag="where-is"):
+    """A node asks for the coordinator of a deployment of `dp_size` ranks with this engine."""
+
+    version: int
+    dp_size: int
+    engine: str
+
+
+class Here(Struct, frozen=True, array_like=True, tag="here"):
+    """The answer: the coordinator's addresses, or why this node does not fit in."""
+
+    front_publish: str = ""
+    back_output: str = ""
+    back_publish: str = ""
+    refusal: str = ""
+
+
+class Rendezvous:
+    """Answers joining nodes, in a thread, until `close`. Raises StartupError where it cannot be bound."""
+
+    def __init__(self, host: str, port: int, dp_size: int, engine: str, here: Here) -> None:
+        self._dp_size = dp_size
+        self._engine = engine
+        self._here = here
+        self._closing = False
+        self._wakeup = Wakeup()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = open_socket(self._context, zmq.ROUTER, bind=tcp_address(host, port), max_bytes=MAX_BYTES)
+        # A node that gave up waiting for the answer is no reason to raise.
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        self._garbage = Garbage(logger, "the rendezvous socket")
+        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._closing = True
+        self._wakeup.set()
+        self._thread.join(timeout=2.0)
+        self._wakeup.close()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        while not self._closing:
+            if self._socket in dict(poller.poll()):
+                frames = self._socket.recv_multipart()
+                question = read_question(frames[-1])
+                if isinstance(question, str):
+                    self._garbage.add("malformed", question)
+                    continue
+                answer = answer_to(question, self._here, self._dp_size, self._engine)
+                self._socket.send_multipart([frames[0], msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
+        self._context.destroy(linger=0)
+
+
+def read_question(frame: bytes) -> WhereIs | str:
+    """What a joining node asks, or what is wrong with it."""
+    try:
+        return msgspec.msgpack.decode(frame, type=WhereIs)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return str(error)
+
+
+def read_answer(frame: bytes) -> Here | None:
+    """What it is told; None for anything else."""
+    try:
+        return msgspec.msgpack.decode(frame, type=Here)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def answer_to(question: WhereIs, here: Here, dp_size: int, engine: str) -> Here:
+    """`here`, or why the node does not fit into a deployment of `dp_size` ranks of this engine."""
+    if question.version != PROTOCOL_VERSION:
+        return Here(refusal=f"it speaks protocol version {PROTOCOL_VERSION}, this node {question.version}")
+    if question.dp_size != dp_size:
+        return Here(refusal=f"--data-parallel-size is {dp_size} there and {question.dp_size} here")
+    if question.engine != engine:
+        return Here(refusal=f"--engine is {engine} there and {question.engine} here")
+    return here
+
+
+def find_coordinator(host: str, port: int, dp_size: int, engine: str, timeout_s: float) -> Here:
+    """Ask until answered. Raises StartupError after `timeout_s`, or at once where this node does not fit in."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    address = tcp_address(host, port)
+    question = msgspec.msgpack.encode(WhereIs(PROTOCOL_VERSION, dp_size, engine))
+    deadline = time.monotonic() + timeout_s
+    try:
+        asking = open_socket(context, zmq.DEALER, connect=address, max_bytes=MAX_BYTES)
+        while time.monotonic() < deadline:
+            asking.send(question, zmq.NOBLOCK)
+            if not asking.poll(ASK_AGAIN_MS):
+                continue
+            answer = read_answer(asking.recv_multipart()[-1])
+            if answer is None:
+                continue
+            if answer.refusal:
+                raise StartupError(f"the node at {host}:{port} does not take this one: {answer.refusal}")
+            return answer
+        raise StartupError(f"no answer from the node with rank 0 at {host}:{port} within {timeout_s:g} s")
+    finally:
+        context.destroy(linger=0)
+
+
+def own_host(towards: str, port: int) -> str:
+    """This node's address as `towards` sees it."""
+    family = socket.AF_INET6 if ":" in towards else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, port))
+        except OSError as error:
+            raise StartupError(f"--data-parallel-address: cannot reach {towards}: {error.strerror or error}") from None
+        return str(probe.getsockname()[0])

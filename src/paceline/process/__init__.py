@@ -1,0 +1,1 @@
+"""Processes: started, watched, drained, ended; what they log."""

@@ -1,0 +1,483 @@
+"""The parent of all of a node's processes: starts them, watches them, ends them.
+
+    starting --all ready--> serving --SIGTERM--> draining --done--> ended
+
+A child that ends before all are ready, or a second signal, leads to the end of all of them. While serving, whoever
+ends is started again: a rank with back-off, up to a number of times in a row, after which the deployment goes on
+without it, since the others serve; the node ends when none of its ranks is left. A front-end and the coordinator are
+started again for ever. Nothing is left behind: children end with this process even when it is killed, because each
+watches for that itself.
+
+What a child process tells its supervisor, through its own pipe.
+
+When a process that has ended is started again: at once the first time, then ever later, then not at all.
+
+A process that served for a while and died met an accident; one that dies each time it is up will do so again, and
+starting it in a circle costs its neighbours. So what is counted is restarts in a row: a life that served for
+`STEADY_S` begins the count anew.
+
+One process of a node over all its lives: started, heard, started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+from msgspec import Struct
+
+from paceline.errors import StartupError
+from paceline.net.links import Wakeup
+from paceline.process.spawn import spawn, stop
+
+
+class Progressed(Struct, frozen=True):
+    """What the child is doing, and the share done, 0.0 to 1.0."""
+
+    what: str
+    share: float
+
+
+class Waiting(Struct, frozen=True):
+    """The child is up and waits for these ranks."""
+
+    ranks: list[int]
+
+
+class Ready(Struct, frozen=True):
+    """The child does its work."""
+
+
+class Failed(Struct, frozen=True):
+    """The child cannot go on; why, in one line."""
+
+    why: str
+
+
+Status = Progressed | Waiting | Ready | Failed
+
+
+STEADY_S = 10.0
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 30.0
+
+
+class Restarts:
+    """The restarts of one process. `limit`: in a row, before it is given up; None for never."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.in_a_row = 0
+
+    def ended(self, served_s: float) -> float | None:
+        """It has ended, `served_s` seconds after it was ready, 0 where it never was.
+
+        Returns after how many seconds to start it again, or None where it is given up.
+        """
+        if served_s >= STEADY_S:
+            self.in_a_row = 0
+        if self.limit is not None and self.in_a_row >= self.limit:
+            return None
+        self.in_a_row += 1
+        if self.in_a_row == 1:
+            return 0.0
+        return float(min(FIRST_WAIT_S * 2 ** (self.in_a_row - 2), LONGEST_WAIT_S))
+
+
+Settings = Callable[[int], object]
+"""What a life is started with, by its number: 0 for the first."""
+
+
+class Child:
+    """A child process that says on a pipe when it is ready.
+
+    `name`: shown to people. `kind`: what it is one of ("rank"). `target`: run as `target(settings=…, status=pipe)`.
+    `drains`: it finishes its work on SIGTERM, and is told first.
+    """
+
+    def __init__(
+        self, name: str, kind: str, target: Callable[..., None], settings: Settings, restarts: Restarts, *,
+        drains: bool, log_level: str,
+    ) -> None:  # fmt: skip
+        self.name, self.kind, self.drains = name, kind, drains
+        self.life = 0
+        self.state: Status
+        self.process: SpawnProcess
+        self.status: Connection
+        self.due: float | None = None
+        """When it is started again, on the monotonic clock; None while it runs, and where it is given up."""
+        self.given_up = False
+        self.on_trial: Callable[[str], None] | None = None
+        """Told why it has ended, in place of starting it again."""
+        self._target = target
+        self._settings = settings
+        self._restarts = restarts
+        self._log_level = log_level
+        self._ready_at: float | None = None
+        self._begin()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does its work."""
+        return isinstance(self.state, Ready)
+
+    def read(self) -> Status | None:
+        """What it says; None where it says nothing more."""
+        try:
+            self.state = self.status.recv()
+        except (EOFError, OSError):
+            self.status.close()
+            return None
+        if self.ready and self._ready_at is None:
+            self._ready_at = time.monotonic()
+        return self.state
+
+    def why(self) -> str:
+        """How it ended: the reason it gave, or the signal or exit status."""
+        while not self.status.closed and self.status.poll():
+            self.read()
+        return self.state.why if isinstance(self.state, Failed) else how(self.process.exitcode)
+
+    def ended(self) -> float | None:
+        """It has ended: decides when it is started again. Returns in how many seconds; None: never."""
+        now = time.monotonic()
+        wait_s = self._restarts.ended(0.0 if self._ready_at is None else now - self._ready_at)
+        self.given_up = wait_s is None
+        self.due = None if wait_s is None else now + wait_s
+        return wait_s
+
+    def begin_again(self) -> None:
+        """Start its next life."""
+        self.status.close()
+        self.life += 1
+        self._begin()
+
+    def _begin(self) -> None:
+        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        arguments = {"settings": self._settings(self.life), "status": writer}
+        self.process = spawn(self.name, self._target, arguments, self._log_level)
+        writer.close()
+        self.status = reader
+        self.state = Progressed("starting", 0.0)
+        self.due = None
+        self._ready_at = None
+
+
+def how(exit_code: int | None) -> str:
+    """An exit status in words."""
+    if exit_code is not None and exit_code < 0:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    return f"exit status {exit_code}"
+
+
+logger = logging.getLogger("paceline.supervisor")
+
+STOP_TIMEOUT_S = 5.0
+DRAIN_GRACE_S = 2.0
+RESTART_INTERVAL_S = 0.5
+
+
+class Reporter(Protocol):
+    """Shows a person how the start goes."""
+
+    def progress(self, name: str, what: str, share: float) -> None:
+        """`name` is doing `what`, `share` of it done."""
+
+    def ready(self, name: str) -> None:
+        """`name` is ready."""
+
+
+class Watched(Struct):
+    """A process that somebody else starts and stops, and how it is started again."""
+
+    process: SpawnProcess
+    restart: Callable[[], SpawnProcess]
+    started: float
+
+
+class Supervisor:
+    """Runs one node's processes.
+
+    `startup_timeout_s`: how long all may take to be ready. `drain_timeout_s`: how long those that drain may
+    take after the first signal. `log_level`: of the children.
+    """
+
+    def __init__(
+        self, reporter: Reporter, *, startup_timeout_s: float, drain_timeout_s: float, log_level: str = "info"
+    ) -> None:
+        self._reporter = reporter
+        self._startup_timeout_s = startup_timeout_s
+        self._drain_timeout_s = drain_timeout_s
+        self._log_level = log_level
+        self._children: dict[str, Child] = {}
+        self._watched: list[Watched] = []
+        # Those that were told to end, and until when they may take.
+        self._leaving: list[tuple[Child, float]] = []
+        self._attendants: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], None]] = []
+        self._starting = True
+        self._restarts = False
+        self._signals = 0
+        self._wakeup = Wakeup()
+
+    def run(self, start: Callable[[Supervisor], None], on_ready: Callable[[], None]) -> int:
+        """Serve until a signal; returns the exit status.
+
+        `start` adds what is to run; `on_ready` is called when all of it is ready. Raises StartupError where it
+        does not come up.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        try:
+            start(self)
+            self._starting = False
+            if not self._wait_ready():
+                return 1
+            on_ready()
+            return self._serve()
+        except KeyboardInterrupt:
+            return 1
+        finally:
+            self._starting = False
+            self._end()
+
+    def add(
+        self, name: str, kind: str, target: Callable[..., None], settings: Settings, *, drains: bool = False,
+        max_restarts: int | None = None, on_trial: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Start a child that runs `target(settings=…, status=pipe)` and says on the pipe when it is ready.
+
+        `kind`: the node ends when all children of one kind are given up. `drains`: it finishes its work on SIGTERM,
+        and is told first. `max_restarts`: in a row, None for any number. `on_trial`: until `keep` is called it is not
+        started again at all; this is told why it has ended.
+        """
+        restarts = Restarts(max_restarts)
+        child = Child(name, kind, target, settings, restarts, drains=drains, log_level=self._log_level)
+        child.on_trial = on_trial
+        self._children[name] = child
+
+    def keep(self, name: str) -> None:
+        """From here on this child is started again like the others."""
+        child = self._children.get(name)
+        if child is not None:
+            child.on_trial, child.given_up = None, False
+
+    def remove(self, name: str) -> None:
+        """Have a child end, for good."""
+        child = self._children.pop(name, None)
+        if child is not None and child.process.is_alive():
+            child.process.terminate()
+            self._leaving.append((child, time.monotonic() + STOP_TIMEOUT_S))
+
+    def attend(self, attendant: Callable[[], None]) -> Callable[[], None]:
+        """Have this called, while all is serving, after each call of what is returned; any thread may call that."""
+        self._attendants.append(attendant)
+        return self._wakeup.set
+
+    def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
+        """Have `restart` called when this process ends while all is serving; who started it also stops it."""
+        self._watched.append(Watched(process, restart, time.monotonic()))
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        """Call when the children have ended; the last one given is called first."""
+        self._closers.append(close)
+
+    # Start --------------------------------------------------------------------------------------
+
+    def _wait_ready(self) -> bool:
+        """Until all children are ready; False where a signal came first."""
+        deadline = time.monotonic() + self._startup_timeout_s
+        while not all(child.ready for child in self._children.values()):
+            alive = self._alive()
+            self._check_alive("before it was ready")
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise StartupError(self._missing_text())
+            self._wait(left_s, alive)
+            if self._signals:
+                return False
+        return True
+
+    def _missing_text(self) -> str:
+        parts: list[str] = []
+        for child in self._children.values():
+            match child.state:
+                case Progressed(what, share):
+                    parts.append(f"{child.name} ({what}, {share:.0%})")
+                case Waiting(ranks) if ranks:
+                    text = f"{child.name} (waits for rank {', '.join(map(str, ranks))})"
+                    parts.append(text)
+                case Waiting():
+                    parts.append(f"{child.name} (waits for the coordinator)")
+        return f"not ready within --startup-timeout of {self._startup_timeout_s:g} s: {'; '.join(parts)}"
+
+    # Serve and end ------------------------------------------------------------------------------
+
+    def _serve(self) -> int:
+        self._restarts = True
+        while not self._signals:
+            for attendant in self._attendants:
+                attendant()
+            alive = self._alive()
+            due = (self._restart_ended(), self._restart_children(), self._see_off())
+            waits = [wait_s for wait_s in due if wait_s is not None]
+            lost = self._lost_kind()
+            if lost is not None:
+                logger.error("no %s of this node is left; ending it", lost)
+                return 1
+            self._wait(min(waits, default=None), alive)
+        return self._drain()
+
+    def _restart_children(self) -> float | None:
+        """Start the children that are due. Returns after how many seconds to look again."""
+        waits: list[float] = []
+        for child in list(self._children.values()):
+            if child.given_up or child.process.is_alive():
+                continue
+            if child.on_trial is not None:
+                child.given_up = True
+                logger.warning("%s ended (%s) before it was part of the deployment", child.name, child.why())
+                child.on_trial(child.why())
+                continue
+            if child.due is None:
+                self._note_end(child)
+            if child.due is not None:
+                wait_s = child.due - time.monotonic()
+                if wait_s > 0:
+                    waits.append(wait_s)
+                else:
+                    child.begin_again()
+                    # Whoever waits for the ends of children does not know of this one yet.
+                    waits.append(0.0)
+        return min(waits, default=None)
+
+    def _see_off(self) -> float | None:
+        """End those for good that were told to, and have not. Returns after how many seconds to look again."""
+        now = time.monotonic()
+        for child, until in self._leaving:
+            if child.process.is_alive() and now >= until:
+                child.process.kill()
+            elif not child.process.is_alive():
+                logger.info("%s has left", child.name)
+                child.status.close()
+        self._leaving = [(child, until) for child, until in self._leaving if child.process.is_alive()]
+        return min((max(0.1, until - now) for _, until in self._leaving), default=None)
+
+    def _note_end(self, child: Child) -> None:
+        why = child.why()
+        wait_s = child.ended()
+        if wait_s is None:
+            text = "%s ended (%s) once too often (--max-rank-restarts); the deployment goes on without it"
+            logger.error(text, child.name, why)
+        else:
+            logger.warning("%s ended (%s); starting it again%s", child.name, why, f" in {wait_s:g} s" * (wait_s > 0))
+
+    def _lost_kind(self) -> str | None:
+        """Of which kind no child is left that lives or will, if there is one."""
+        left = {child.kind for child in self._children.values() if not child.given_up or child.on_trial is not None}
+        return next((child.kind for child in self._children.values() if child.kind not in left), None)
+
+    def _restart_ended(self) -> float | None:
+        """Start what has ended and can be started again. Returns after how many seconds to look again."""
+        for watched in self._watched:
+            if watched.process.is_alive():
+                continue
+            # One that cannot live is not started in a circle.
+            rest_s = watched.started + RESTART_INTERVAL_S - time.monotonic()
+            if rest_s > 0:
+                return rest_s
+            logger.warning("%s ended (%s); starting it again", watched.process.name, how(watched.process.exitcode))
+            try:
+                watched.started = time.monotonic()
+                watched.process = watched.restart()
+            except StartupError as error:
+                logger.error("%s", error)
+            return 0.0
+        return None
+
+    def _drain(self) -> int:
+        """Let those finish that drain. Returns the exit status."""
+        draining = [child.process for child in self._children.values() if child.drains]
+        if draining:
+            logger.info("draining for up to %g s; a second signal ends at once", self._drain_timeout_s)
+        for process in draining:
+            process.terminate()
+        deadline = time.monotonic() + self._drain_timeout_s + DRAIN_GRACE_S
+        while alive := [process.sentinel for process in draining if process.is_alive()]:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or self._signals > 1:
+                return 1
+            self._wait(left_s, alive)
+        return 0
+
+    def _end(self) -> None:
+        children = [*self._children.values(), *(child for child, _ in self._leaving)]
+        for child in children:
+            # What drains has done so, or has nothing to drain for: asked now, it would begin.
+            if child.drains or self._signals > 1:
+                child.process.kill()
+        stop([child.process for child in children], STOP_TIMEOUT_S)
+        for close in reversed(self._closers):
+            close()
+
+    # Waiting ------------------------------------------------------------------------------------
+
+    def _on_signal(self, *_: object) -> None:
+        self._signals += 1
+        self._wakeup.set()
+        if self._starting:
+            raise KeyboardInterrupt
+
+    def _alive(self) -> list[int]:
+        """What to wait on for the end of what runs now.
+
+        Taken before anything is asked about who has ended: what ends between the two is then seen by one of them.
+        """
+        processes = [child.process for child in (*self._children.values(), *(child for child, _ in self._leaving))]
+        processes += [watched.process for watched in self._watched]
+        return [process.sentinel for process in processes if process.is_alive()]
+
+    def _wait(self, timeout_s: float | None, sentinels: list[int]) -> None:
+        """Until a child says something, one of `sentinels` ends, a signal comes, or the time passes."""
+        pipes = {child.status: child for child in self._children.values() if not child.status.closed}
+        ready = multiprocessing.connection.wait([*pipes, *sentinels, self._wakeup.fileno()], timeout_s)
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        for pipe, child in pipes.items():
+            if pipe in ready:
+                self._read(child)
+
+    def _read(self, child: Child) -> None:
+        state = child.read()
+        if self._restarts:
+            # The display of the start is gone.
+            if isinstance(state, Ready):
+                logger.info("%s is %s", child.name, "back" if child.life else "ready")
+            return
+        match state:
+            case Progressed(what, share):
+                self._reporter.progress(child.name, what, share)
+            case Waiting(ranks) if ranks:
+                self._reporter.progress(child.name, f"waiting for rank {', '.join(map(str, ranks))}", 0.0)
+            case Ready():
+                self._reporter.ready(child.name)
+
+    def _check_alive(self, when: str) -> None:
+        """Raise StartupError for a process that has ended, with the reason it gave."""
+        for child in self._children.values():
+            if child.process.is_alive():
+                continue
+            why = child.why()
+            if isinstance(child.state, Failed):
+                raise StartupError(f"{child.name}: {why}")
+            raise StartupError(f"{child.name} ended {when} ({why})")
+        for watched in self._watched:
+            if not watched.process.is_alive():
+                raise StartupError(f"{watched.process.name} ended {when} ({how(watched.process.exitcode)})")

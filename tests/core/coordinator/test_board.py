@@ -1,0 +1,264 @@
+"""The board of loads, and when it is published."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
+from paceline.core.load import Load
+from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
+from tests.core.harness import find, one
+
+FIRST, SECOND = 100, 200
+MEMBERS = [Member(0, 10, "a"), Member(1, 11, "b")]
+
+
+def report(rank: int, step: int, waiting: int = 0, incarnation: int | None = None, **taken: int) -> RankReport:
+    by_identity = {int(name[1:]): number for name, number in taken.items()}
+    return RankReport(rank, incarnation or 10 + rank, step, 0, False, Load(waiting), by_identity)
+
+
+def view(board: Board, rank: int) -> RankView:
+    return one(find(board.views(MEMBERS), RankView, rank=rank))
+
+
+def test_the_latest_report_of_each_rank_is_shown() -> None:
+    board = Board()
+    assert board.report(report(0, 1, waiting=5))
+    assert board.report(report(1, 900, waiting=6))
+    assert board.report(report(0, 2, waiting=7, f100=3))
+    shown = view(board, 0)
+    assert (shown.step, shown.load.waiting, shown.taken) == (2, 7, {FIRST: 3})
+    assert view(board, 1).load.waiting == 6
+
+
+def test_a_step_never_goes_back_within_a_life_and_ranks_do_not_concern_one_another() -> None:
+    board = Board()
+    board.report(report(0, 50, waiting=1))
+    assert not board.report(report(0, 49, waiting=2))
+    assert view(board, 0).load.waiting == 1
+    # Before and after a step there may be two reports of the same one.
+    assert board.report(report(0, 50, waiting=3))
+    assert board.report(report(1, 1, waiting=4))
+    assert (view(board, 0).load.waiting, view(board, 1).load.waiting) == (3, 4)
+
+
+def test_a_new_life_begins_its_steps_anew() -> None:
+    board = Board()
+    board.report(report(0, 50))
+    assert board.report(report(0, 1, waiting=2, incarnation=99))
+    assert one(board.views([Member(0, 99, "a")])).load.waiting == 2
+
+
+def test_what_an_old_life_reported_is_not_shown_for_the_new_one() -> None:
+    board = Board()
+    board.report(report(0, 50, waiting=9))
+    assert not find(board.views([Member(0, 99, "a")]), RankView, load=Load(9))
+
+
+def test_only_ready_ranks_are_shown_in_their_order() -> None:
+    board = Board()
+    for rank in (2, 1, 0):
+        board.report(report(rank, 1))
+    assert [entry.rank for entry in board.views(MEMBERS)] == [0, 1]
+
+
+def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
+    board = Board()
+    board.report(report(0, 1))
+    for number, tokens in ((1, 10), (2, 20)):
+        board.sent(FIRST, Send(0, 10, number, tokens))
+    board.sent(SECOND, Send(0, 10, 1, 5))
+    assert view(board, 0).on_the_wire == [OnTheWire(FIRST, 2, 2, 30), OnTheWire(SECOND, 1, 1, 5)]
+    board.report(report(0, 2, f100=1))
+    assert find(view(board, 0).on_the_wire, OnTheWire, front_end=FIRST, requests=1, tokens=20)
+    board.report(report(0, 3, f100=2, f200=1))
+    assert view(board, 0).on_the_wire == []
+
+
+def test_a_send_that_was_taken_before_word_of_it_came_is_not_on_the_wire() -> None:
+    board = Board()
+    board.report(report(0, 1, f100=2))
+    board.sent(FIRST, Send(0, 10, 2, 10))
+    assert view(board, 0).on_the_wire == []
+    board.sent(FIRST, Send(0, 10, 3, 10))
+    assert find(view(board, 0).on_the_wire, OnTheWire, requests=1)
+
+
+def test_a_send_to_another_life_is_not_measured_by_this_ones_report() -> None:
+    board = Board()
+    board.report(report(0, 1, f100=9))
+    board.sent(FIRST, Send(0, 99, 1, 10))
+    board.report(report(0, 1, incarnation=99))
+    assert find(one(board.views([Member(0, 99, "a")])).on_the_wire, OnTheWire, requests=1)
+
+
+def test_who_is_gone_is_forgotten() -> None:
+    board = Board()
+    for rank in (0, 1):
+        board.report(report(rank, 1, waiting=3))
+        for front_end in (FIRST, SECOND):
+            board.sent(front_end, Send(rank, 10 + rank, 1, 10))
+    board.forget_front_end(FIRST)
+    assert [wire.front_end for wire in view(board, 0).on_the_wire] == [SECOND]
+    board.forget_rank(0)
+    assert not find(board.views(MEMBERS), RankView, rank=0, load=Load(3))
+    assert view(board, 1).load.waiting == 3
+    assert [wire.front_end for wire in view(board, 1).on_the_wire] == [SECOND]
+    board.report(report(0, 1))
+    assert view(board, 0).on_the_wire == []
+
+
+def test_one_step_is_that_of_all_ready_ranks_that_have_reported() -> None:
+    board = Board()
+    assert board.one_step(MEMBERS)
+    board.report(report(0, 5))
+    assert board.one_step(MEMBERS)
+    board.report(report(1, 4))
+    assert not board.one_step(MEMBERS)
+    assert board.one_step(MEMBERS[:1])
+    board.report(report(1, 5))
+    assert board.one_step(MEMBERS)
+
+
+def test_one_step_follows_every_report_and_every_change_of_the_members() -> None:
+    chance, board = random.Random(3), Board()
+    members = [Member(rank, 10 + rank, "a") for rank in range(4)]
+    steps: dict[int, int] = {}
+    for _ in range(3000):
+        rank = chance.randrange(4)
+        if chance.random() < 0.03:
+            board.forget_rank(rank)
+            steps.pop(rank, None)
+        elif chance.random() < 0.03:
+            members = [Member(rank, 10 + rank, "a") for rank in range(4) if chance.random() < 0.8]
+        else:
+            steps[rank] = max(steps.get(rank, 0) + chance.randrange(2), max(steps.values(), default=0) - 1)
+            assert board.report(report(rank, steps[rank]))
+        shown = {steps[member.rank] for member in members if member.rank in steps}
+        assert board.one_step(members) == (len(shown) <= 1)
+
+
+def test_who_was_behind_in_a_view_is_not_waited_for_until_it_reports() -> None:
+    members = [Member(rank, 10 + rank, "a") for rank in range(3)]
+    board = Board()
+    for rank in range(3):
+        board.report(report(rank, 5))
+    board.report(report(0, 6))
+    board.report(report(1, 6))
+    assert not board.one_step(members)
+    board.pass_over()
+    # Rank 2 has nothing to say; the other two are waited for as ever.
+    board.report(report(0, 7))
+    assert not board.one_step(members)
+    board.report(report(1, 7))
+    assert board.one_step(members)
+    board.pass_over()
+    board.report(report(2, 7))
+    board.report(report(0, 8))
+    board.report(report(1, 8))
+    assert not board.one_step(members)
+    board.report(report(2, 8))
+    assert board.one_step(members)
+
+
+# The clock ------------------------------------------------------------------------------------
+
+
+def test_the_first_view_is_due_at_once() -> None:
+    assert PublishClock(0.1).due(0.0)
+
+
+def test_a_change_after_quiet_is_due_at_once_and_the_next_after_the_interval() -> None:
+    clock = PublishClock(0.1, 0.0)
+    clock.published(10.0)
+    assert not clock.due(11.0)
+    clock.changed(11.0)
+    assert clock.due(11.0)
+    clock.published(11.0)
+    clock.changed(11.01)
+    assert not clock.due(11.05)
+    assert clock.deadline() == 11.1
+    assert clock.due(11.1)
+
+
+def test_a_whole_step_may_go_out_early_and_moves_no_later_view() -> None:
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    for count in range(1, 50):
+        on_time = 1.0 + count * 0.1
+        early = on_time - STEP_WAIT_S
+        clock.changed(early - 0.05)
+        assert clock.deadline() == pytest.approx(early)
+        assert not clock.due(early - 1e-6)
+        assert clock.due(early + 1e-6)
+        clock.published(early + 1e-6)
+
+
+def test_half_a_step_waits_until_its_time_and_no_longer() -> None:
+    """Ranks that are never at one step, and as fast as they can be."""
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    for count in range(1, 50):
+        on_time = 1.0 + count * 0.1
+        clock.changed(on_time - 0.0999)
+        assert clock.due(on_time - STEP_WAIT_S / 2)
+        assert clock.hold(on_time - STEP_WAIT_S / 2)
+        assert clock.deadline() == pytest.approx(on_time)
+        assert not clock.hold(on_time + 1e-9)
+        clock.published(on_time)
+
+
+def test_half_a_step_that_comes_late_has_the_whole_wait() -> None:
+    clock = PublishClock(0.1)
+    clock.published(1.0)
+    clock.changed(1.099)
+    assert clock.due(1.099)
+    assert clock.hold(1.1)
+    assert clock.deadline() == pytest.approx(1.099 + STEP_WAIT_S)
+
+
+@pytest.mark.parametrize("interval_s", [0.0, 0.001, 0.005])
+def test_a_short_interval_is_kept_on_average(interval_s: float) -> None:
+    clock, now, views = PublishClock(interval_s), 0.0, 0
+    while views < 200:
+        clock.changed(now)
+        now = max(now, clock.deadline())
+        assert clock.due(now)
+        clock.published(now)
+        views += 1
+    assert now >= (views - 2) * interval_s
+
+
+def test_without_a_change_a_view_is_due_after_the_heartbeat() -> None:
+    clock = PublishClock(0.1)
+    clock.published(10.0)
+    assert clock.deadline() == 10.0 + HEARTBEAT_S
+    assert not clock.due(10.0 + HEARTBEAT_S - 0.01)
+    assert clock.due(10.0 + HEARTBEAT_S)
+    assert not clock.hold(10.0 + HEARTBEAT_S)
+
+
+def test_a_hold_ends_and_begins_anew_with_each_view() -> None:
+    clock = PublishClock(0.1)
+    for begin in (1.0, 2.0):
+        clock.changed(begin)
+        assert clock.hold(begin)
+        assert clock.deadline() == begin + STEP_WAIT_S
+        assert clock.hold(begin + STEP_WAIT_S / 2)
+        assert not clock.hold(begin + STEP_WAIT_S)
+        clock.published(begin + STEP_WAIT_S)
+
+
+def test_further_changes_do_not_move_the_deadline() -> None:
+    for seed in range(50):
+        chance, clock, now = random.Random(seed), PublishClock(0.1, 0.0), 0.0
+        clock.published(0.0)
+        clock.changed(0.01)
+        while now < 0.1:
+            assert clock.deadline() == 0.1
+            now += chance.random() * 0.02
+            clock.changed(now)
+        assert clock.due(now)

@@ -1,0 +1,322 @@
+"""A change of how many ranks there are: what begins it, what ends it, what a new coordinator takes up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from paceline.core.coordinator.scaling import NODES_S, DeploymentScaling
+from paceline.core.coordinator.wave import FIRST_REPEAT_S
+from paceline.core.messages import PROTOCOL_VERSION, NodeHello, RankFailed, RankHello, ScaleRequest, Scaling
+
+NODE, OTHER = 7, 8
+FRONT_END = 100
+
+
+def scaling(size: int = 2, **nodes: list[int]) -> DeploymentScaling:
+    """Of one node, or of those that are named `node_7`, …"""
+    found = DeploymentScaling(size)
+    for name, ranks in (nodes or {f"node_{NODE}": list(range(size))}).items():
+        found.said(node_hello(int(name.removeprefix("node_")), ranks, found.state), 0.0)
+    return found
+
+
+def node_hello(node: int, ranks: list[int], state: Scaling, **more: Any) -> NodeHello:
+    return NodeHello(PROTOCOL_VERSION, node, ranks, state, **more)
+
+
+def known(found: DeploymentScaling, ranks: int) -> None:
+    """The node answers with what it has heard, and so many ranks."""
+    found.said(node_hello(NODE, list(range(ranks)), found.state), 0.0)
+
+
+def ask(found: DeploymentScaling, size: int, call: int = 1, now: float = 0.0, front_end: int = FRONT_END) -> None:
+    found.ask(ScaleRequest(front_end, call, size, 2000, 5000), now)
+
+
+def loaded(found: DeploymentScaling, *ranks: int) -> None:
+    for rank in ranks:
+        found.hello(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc:///rank", False))
+
+
+def advance(found: DeploymentScaling, now: float = 0.0, busy: tuple[int, ...] = (), front_ends: Any = ()) -> None:
+    found.advance(front_ends, lambda rank: rank not in busy, now)
+
+
+def numbers(found: DeploymentScaling) -> tuple[int, int, str]:
+    return found.state.number, found.state.size, found.state.outcome
+
+
+def test_more_ranks_than_there_may_be_are_refused() -> None:
+    found = DeploymentScaling(2, 4)
+    found.said(node_hello(NODE, [0, 1], found.state), 0.0)
+    ask(found, 5)
+    assert (found.state.outcome, found.state.size) == ("refused", 2)
+    assert found.state.why == "the coordinator allows 4 ranks (--max-data-parallel-size)"
+    known(found, 2)
+    ask(found, 4, call=2)
+    assert found.state.joining == range(2, 4)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [Scaling(8, 65_535, 65_535), Scaling(7, 2, 65_535), Scaling(9, 2, 4, waiting_for=list(range(2, 1000))),
+     Scaling(9, 2, 4, hosts=[(rank, NODE) for rank in range(2, 1000)])],
+)  # fmt: skip
+def test_nobody_is_believed_who_claims_more_ranks_than_there_may_be(claim: Scaling) -> None:
+    found = DeploymentScaling(2)
+    found.front_end(FRONT_END, claim, 0.0)
+    found.said(node_hello(NODE, [0, 1], claim), 0.0)
+    assert found.state == Scaling(0, 2, 2)
+
+
+def test_new_ranks_become_part_of_it_all_at_once_when_the_last_has_loaded() -> None:
+    found = scaling()
+    ask(found, 4)
+    state = found.state
+    assert (state.number, state.size, state.limit, state.serving) == (1, 2, 4, 2)
+    assert state.hosts == [(2, NODE), (3, NODE)]
+    loaded(found, 3)
+    advance(found)
+    assert found.state.waiting_for == [2]
+    assert found.arrivals() == []
+    loaded(found, 2)
+    advance(found)
+    assert numbers(found) == (2, 4, "done")
+    assert [hello.rank for hello in found.arrivals()] == [3, 2]
+    assert found.arrivals() == []
+
+
+def test_new_ranks_go_where_there_are_fewest() -> None:
+    found = scaling(4, node_7=[0, 1, 2], node_8=[3])
+    ask(found, 8)
+    assert found.state.hosts == [(4, OTHER), (5, OTHER), (6, NODE), (7, OTHER)]
+
+
+def test_a_node_that_has_gone_gets_no_rank() -> None:
+    found = scaling(4, node_7=[0, 1, 2], node_8=[3])
+    found.forget_node(OTHER)
+    ask(found, 5)
+    assert found.state.hosts == [(4, NODE)]
+
+
+def test_a_rank_that_is_lost_before_it_joins_is_waited_for() -> None:
+    found = scaling()
+    ask(found, 3)
+    loaded(found, 2)
+    found.lost(2)
+    advance(found)
+    assert found.state.waiting_for == [2]
+
+
+def test_a_rank_that_fails_takes_all_new_ones_with_it() -> None:
+    found = scaling()
+    ask(found, 4)
+    loaded(found, 2)
+    found.said(RankFailed(NODE, 1, 3, "no memory"), 1.0)
+    assert numbers(found) == (2, 2, "failed")
+    assert found.state.why == "rank 3 ended before it was ready: no memory"
+    assert found.state.limit == 2
+    assert found.arrivals() == []
+
+
+@pytest.mark.parametrize(
+    "failure", [RankFailed(NODE, 0, 3, ""), RankFailed(NODE, 1, 1, ""), RankFailed(NODE, 3, 3, "")]
+)
+def test_a_failure_of_another_change_or_rank_counts_for_nothing(failure: RankFailed) -> None:
+    found = scaling()
+    ask(found, 4)
+    found.said(failure, 1.0)
+    assert found.state.under_way
+
+
+def test_what_takes_too_long_to_load_is_undone() -> None:
+    found = scaling()
+    ask(found, 4, now=1.0)
+    loaded(found, 2)
+    advance(found, 5.9)
+    assert found.state.under_way
+    assert found.due is not None
+    assert found.due <= 6.0
+    advance(found, 6.0)
+    assert numbers(found) == (2, 2, "late")
+    assert found.state.why == "rank 3 had not loaded after 5 s"
+
+
+def test_ranks_leave_when_front_ends_know_and_nothing_is_left() -> None:
+    found = scaling(4)
+    ask(found, 2)
+    assert (found.state.limit, found.state.serving, found.state.waiting_for) == (4, 2, [2, 3])
+    found.front_end(FRONT_END, None, 0.0)
+    advance(found, front_ends={FRONT_END})
+    assert found.state.under_way
+    found.front_end(FRONT_END, found.state, 0.0)
+    advance(found, busy=(3,), front_ends={FRONT_END})
+    assert found.state.waiting_for == [3]
+    advance(found, front_ends={FRONT_END})
+    assert numbers(found) == (2, 2, "done")
+
+
+def test_ranks_leave_after_the_drain_time_in_any_case() -> None:
+    found = scaling(4)
+    ask(found, 2)
+    advance(found, 1.9, busy=(2, 3), front_ends={FRONT_END})
+    assert found.state.under_way
+    advance(found, 2.0, busy=(2, 3), front_ends={FRONT_END})
+    assert numbers(found) == (2, 2, "done")
+
+
+def test_a_front_end_that_has_gone_is_not_waited_for() -> None:
+    found = scaling(4)
+    ask(found, 2, front_end=200)
+    found.forget_front_end(FRONT_END)
+    advance(found, front_ends=())
+    assert found.state.size == 2
+
+
+def test_a_second_one_changes_nothing_while_the_first_is_under_way() -> None:
+    found = scaling()
+    ask(found, 4)
+    before = found.state
+    ask(found, 8, call=2, front_end=200)
+    assert found.state == before
+    loaded(found, 2, 3)
+    advance(found)
+    known(found, 4)
+    ask(found, 8, call=2, front_end=200)
+    assert (found.state.number, found.state.target) == (3, 8)
+
+
+def test_a_call_is_served_once_however_often_it_comes() -> None:
+    found = scaling()
+    ask(found, 1, call=5)
+    advance(found)
+    assert found.state.size == 1
+    known(found, 1)
+    ask(found, 3, call=6, front_end=200)
+    loaded(found, 1, 2)
+    advance(found)
+    known(found, 3)
+    ask(found, 1, call=5)
+    assert numbers(found) == (4, 3, "done")
+
+
+def test_what_is_so_already_is_done_at_once() -> None:
+    found = scaling()
+    ask(found, 2)
+    assert numbers(found) == (2, 2, "done")
+    assert (found.state.front_end, found.state.call) == (FRONT_END, 1)
+
+
+def test_external_mode_and_a_node_without_ranks_are_refused() -> None:
+    found = scaling(4)
+    found.said(node_hello(OTHER, [2, 3], found.state, own_front_ends=True), 0.0)
+    ask(found, 2)
+    assert numbers(found) == (2, 4, "refused")
+    assert "the one with rank 2, 3 would have none" in found.state.why
+    known(found, 4)
+    found.said(node_hello(OTHER, [2, 3], found.state, fixed=True), 0.0)
+    ask(found, 8, call=2)
+    assert numbers(found) == (4, 4, "refused")
+    assert "external mode" in found.state.why
+
+
+def test_a_new_coordinator_waits_a_moment_for_the_nodes() -> None:
+    found = DeploymentScaling(2)
+    ask(found, 4, now=0.0)
+    assert found.state.number == 0
+    ask(found, 4, now=NODES_S)
+    assert numbers(found) == (2, 2, "refused")
+
+
+def test_a_new_coordinator_takes_up_the_newest_that_anybody_knows() -> None:
+    state = Scaling(5, 4, 2, front_end=FRONT_END, call=3, drain_ms=1000)
+    found = DeploymentScaling(4)
+    found.front_end(FRONT_END, state, 10.0)
+    found.said(node_hello(NODE, [0, 1, 2, 3], Scaling(4, 4, 4)), 10.0)
+    # Under a number of its own: the one before may have ended it.
+    assert found.state == replace(state, number=7)
+    ask(found, 2, call=3, now=10.0)
+    assert found.state == replace(state, number=7)
+    found.front_end(FRONT_END, found.state, 10.5)
+    assert found.state.number == 7
+    advance(found, 11.0, busy=(2,), front_ends={FRONT_END})
+    assert numbers(found) == (8, 2, "done")
+
+
+def test_a_change_that_the_coordinator_before_had_ended_ends_as_it_did_there() -> None:
+    found = DeploymentScaling(1)
+    found.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
+    found.front_end(FRONT_END, Scaling(2, 2, 2), 0.1)
+    assert numbers(found) == (4, 2, "done")
+    late = DeploymentScaling(1)
+    late.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
+    advance(late, 1.0)
+    late.front_end(FRONT_END, Scaling(2, 2, 2), 1.1)
+    assert numbers(late) == (4, 1, "late")
+
+
+def test_what_was_before_the_first_change_does_not_end_it() -> None:
+    found = scaling()
+    ask(found, 4)
+    found.said(node_hello(NODE, [0, 1], Scaling(0, 2, 2)), 0.0)
+    assert found.state.under_way
+
+
+def test_a_number_that_nobody_can_have_come_to_is_not_taken_up() -> None:
+    found = scaling()
+    found.front_end(FRONT_END, Scaling(2**53 - 1, 9, 9), 0.0)
+    assert found.state.size == 2
+
+
+def test_nodes_are_told_until_they_know() -> None:
+    found = scaling()
+    assert found.message(0.0) is None
+    ask(found, 4)
+    assert found.message(0.0) == found.state
+    assert found.message(0.0) is None
+    found.said(node_hello(NODE, [0, 1, 2, 3], found.state), 0.0)
+    assert found.message(FIRST_REPEAT_S) == found.state
+    loaded(found, 2, 3)
+    advance(found, 1.0)
+    assert found.message(1.0) == found.state
+    found.said(node_hello(NODE, [0, 1, 2, 3], found.state), 1.0)
+    assert found.message(2.0) == found.state
+    assert found.due is None
+
+
+@pytest.mark.parametrize(
+    ("state", "line"),
+    [
+        (Scaling(1, 2, 4, waiting_for=[2, 3]), "scaling from 2 to 4 ranks: rank 2, 3 to load"),
+        (Scaling(1, 4, 3, waiting_for=[3]), "scaling from 4 to 3 ranks: rank 3 to end what they have"),
+        (Scaling(2, 4, 4), "there are 4 ranks"),
+        (Scaling(2, 2, 4, outcome="late", why="too late"), "there are still 2 ranks, not 4: too late"),
+    ],
+)
+def test_what_is_said_of_it(state: Scaling, line: str) -> None:
+    found = DeploymentScaling(2)
+    found.learn(state, 0.0)
+    assert found.line() == line
+
+
+def test_a_change_waits_until_every_node_knows_how_the_last_one_ended() -> None:
+    """A node that still runs a rank that has left would keep it where a new one is asked for."""
+    found = scaling(4, node_7=[0, 1], node_8=[2, 3])
+    ask(found, 3)
+    advance(found)
+    assert numbers(found) == (2, 3, "done")
+    found.said(node_hello(NODE, [0, 1], found.state), 1.0)
+    ask(found, 4, call=2, now=1.0)
+    assert not found.state.under_way
+    found.said(node_hello(OTHER, [2], found.state), 2.0)
+    ask(found, 4, call=2, now=2.0)
+    assert found.state.hosts == [(3, OTHER)]
+
+
+def test_whatever_a_reason_says_it_is_one_line_of_the_log() -> None:
+    found = scaling()
+    found.front_end(FRONT_END, Scaling(2, 2, 4, outcome="failed", why="no memory\r\nWARNING all is well\n"), 0.0)
+    assert found.line() == "there are still 2 ranks, not 4: no memory WARNING all is well"

@@ -1,0 +1,225 @@
+"""The coordinator's part in a suspension: numbers, acknowledgements, release, repeats."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from paceline.core.coordinator.pause import GroupSuspension
+from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
+from paceline.core.messages import Suspension, SuspensionState
+
+RANKS = (0, 1)
+
+
+def ready() -> GroupSuspension:
+    """Two ranks that know of no suspension."""
+    group = GroupSuspension()
+    for rank in RANKS:
+        say(group, rank, 0, False)
+    return group
+
+
+def say(group: GroupSuspension, rank: int, number: int, held: bool, now: float = 0.0) -> SuspensionState:
+    group.heard(rank, number, "keep", held, now)
+    group.advance(RANKS, now)
+    return group.state(RANKS)
+
+
+def suspended() -> GroupSuspension:
+    group = ready()
+    group.ask("keep", 0.0)
+    for rank in RANKS:
+        say(group, rank, 1, True)
+    assert group.state(RANKS).settled
+    return group
+
+
+def test_nothing_is_told_before_anybody_asks() -> None:
+    group = ready()
+    assert group.due is None
+    assert group.message(0.0) is None
+    assert group.state(RANKS) == SuspensionState(0, "keep", True, [])
+
+
+def test_a_suspension_is_settled_when_each_rank_has_said_that_it_holds_it() -> None:
+    group = ready()
+    assert group.ask("wait", 0.0) == 1
+    assert group.message(0.0) == Suspension(1, "wait", False)
+    assert group.state(RANKS) == SuspensionState(1, "wait", False, [0, 1])
+    assert say(group, 0, 1, False).waiting_for == [0, 1]
+    assert say(group, 0, 1, True).waiting_for == [1]
+    assert say(group, 1, 1, True) == SuspensionState(1, "wait", True, [])
+    assert group.due is None
+
+
+def test_it_is_repeated_ever_more_slowly_while_a_rank_lacks_it() -> None:
+    group = ready()
+    group.ask("keep", 0.0)
+    told, now = [], 0.0
+    while now < 5.0:
+        assert group.message(now) is not None
+        assert group.due is not None
+        told.append(group.due - now)
+        now = group.due
+    assert told[:3] == pytest.approx([FIRST_REPEAT_S, 2 * FIRST_REPEAT_S, 4 * FIRST_REPEAT_S])
+    assert told[-1] == pytest.approx(LONGEST_REPEAT_S)
+
+
+def test_a_repeat_is_not_told_before_its_time() -> None:
+    group = ready()
+    group.ask("keep", 0.0)
+    group.message(0.0)
+    assert group.message(FIRST_REPEAT_S / 2) is None
+    assert group.message(FIRST_REPEAT_S) is not None
+
+
+def test_a_resumption_is_released_only_when_all_know_it() -> None:
+    group = suspended()
+    assert group.ask("resume", 0.0) == 2
+    assert group.message(0.0) == Suspension(2, "keep", False)
+    say(group, 0, 2, True)
+    assert group.told() == Suspension(2, "keep", False)
+    assert not say(group, 1, 2, True).settled
+    assert group.message(0.0) == Suspension(2, "keep", True)
+    assert say(group, 0, 2, False).waiting_for == [1]
+    assert say(group, 1, 2, False) == SuspensionState(2, "keep", True, [])
+    assert group.due is None
+
+
+def test_a_rank_that_knows_the_resumption_is_not_waited_for() -> None:
+    group = suspended()
+    group.ask("resume", 0.0)
+    assert say(group, 0, 2, True).waiting_for == [1], "it is held because rank 1 has not answered"
+
+
+def test_asking_for_what_is_so_changes_nothing() -> None:
+    group = ready()
+    assert group.ask("resume", 0.0) == 0
+    assert group.due is None
+    group = suspended()
+    assert group.ask("keep", 0.0) == 1
+    assert group.state(RANKS).settled
+    assert group.due is None
+
+
+def test_another_mode_is_another_suspension() -> None:
+    group = suspended()
+    assert group.ask("abort", 0.0) == 3
+    assert group.state(RANKS) == SuspensionState(3, "abort", False, [0, 1])
+
+
+def test_the_next_suspension_may_come_before_the_release() -> None:
+    group = suspended()
+    group.ask("resume", 0.0)
+    say(group, 0, 2, True)
+    assert group.ask("keep", 0.0) == 3
+    say(group, 1, 2, True)
+    assert group.told() == Suspension(3, "keep", False)
+    for rank in RANKS:
+        say(group, rank, 3, True)
+    assert group.state(RANKS).settled
+
+
+def test_what_was_said_of_an_older_number_does_not_count() -> None:
+    group = suspended()
+    group.ask("resume", 0.0)
+    group.ask("keep", 0.0)
+    assert say(group, 0, 1, True).waiting_for == [0, 1]
+
+
+def test_a_wake_makes_what_was_said_before_it_void() -> None:
+    group = ready()
+    group.ask("abort", 0.0)
+    say(group, 0, 1, True)
+    group.woke(0.0)
+    assert group.told() == Suspension(3, "abort", False)
+    assert say(group, 1, 1, True).waiting_for == [0, 1]
+    for rank in RANKS:
+        say(group, rank, 3, True)
+    assert group.state(RANKS).settled
+
+
+def test_a_wake_while_nothing_is_suspended_changes_nothing() -> None:
+    group = ready()
+    group.woke(0.0)
+    assert group.told().number == 0
+
+
+@pytest.mark.parametrize("number", [5, 6])
+def test_a_higher_number_from_before_this_coordinator_is_taken_up(number: int) -> None:
+    group = ready()
+    state = say(group, 0, number, number % 2 == 1)
+    assert (state.number, state.settled) == (number, False)
+    assert group.message(0.0) == Suspension(number, "keep", False)
+    state = say(group, 1, number, number % 2 == 1)
+    if number % 2 == 0:
+        assert group.told().released
+    assert state.settled
+
+
+def test_a_lower_number_is_not_taken_up() -> None:
+    group = suspended()
+    group.known(0, "abort", 0.0)
+    assert group.told() == Suspension(1, "keep", False)
+
+
+def test_a_rank_that_should_be_there_and_has_said_nothing_is_waited_for() -> None:
+    group = ready()
+    group.ask("keep", 0.0)
+    say(group, 0, 1, True)
+    group.forget(1)
+    group.advance(RANKS, 0.0)
+    assert group.state(RANKS).waiting_for == [1]
+    assert group.state([0]).settled
+    assert group.due is None, "nobody is there who lacks it; who joins is told as it joins"
+
+
+def test_a_rank_that_says_it_is_not_held_any_more_is_told_again() -> None:
+    group = suspended()
+    say(group, 1, 1, False, now=7.0)
+    assert group.due == 7.0
+    assert group.state(RANKS).waiting_for == [1]
+
+
+def test_without_its_rule_any_acknowledgement_counts() -> None:
+    group = GroupSuspension({"suspension-number"})
+    for rank in RANKS:
+        say(group, rank, 1, True)
+    group.ask("resume", 0.0)
+    group.ask("keep", 0.0)
+    assert group.state(RANKS).settled
+
+
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("ask"), st.sampled_from(["keep", "wait", "abort", "resume"])),
+            st.tuples(st.just("say"), st.tuples(st.sampled_from(RANKS), st.integers(-2, 0), st.booleans())),
+            st.tuples(st.just("woke"), st.none()),
+        ),
+        max_size=20,
+    )
+)
+def test_whatever_happens_it_settles_once_the_ranks_obey(steps: list[tuple[str, object]]) -> None:
+    group, number = ready(), 0
+    for what, value in steps:
+        if what == "ask":
+            group.ask(value, 0.0)  # type: ignore[arg-type]
+        elif what == "woke":
+            group.woke(0.0)
+        else:
+            rank, behind, held = value  # type: ignore[misc]
+            say(group, rank, max(0, group.told().number + behind), held)
+        group.advance(RANKS, 0.0)
+        assert group.told().number >= number
+        number = group.told().number
+    now = 100.0
+    while group.due is not None:
+        now += LONGEST_REPEAT_S
+        told = group.message(now)
+        assert told is not None
+        for rank in RANKS:
+            say(group, rank, told.number, not told.released, now)
+        assert now < 110.0
+    assert group.state(RANKS).settled

@@ -1,0 +1,157 @@
+"""The coordinator's side of brokered binding, told anything that can be decoded."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings, strategies as st
+
+from paceline.core import codec
+from paceline.core.coordinator import machine as coordinator
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.dispatch.queue import PATIENCE
+from paceline.core.load import Load
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    Ask,
+    Descriptor,
+    FromFrontEnd,
+    FrontEndHello,
+    FrontEndLeaving,
+    Grants,
+    LoadView,
+    RankHello,
+    RankReport,
+    ReturnShares,
+    Send,
+    SendNotice,
+    Withdraw,
+)
+
+GOOD, OTHER = 100, 101
+LARGEST = 2**53 - 1
+
+front_ends = st.sampled_from([GOOD, OTHER])
+requests = st.integers(1, 4) | st.sampled_from([0, 2**63 - 1])
+counts = st.integers(0, 20) | st.sampled_from([2**31, LARGEST])
+priorities = st.integers(-1, 1) | st.sampled_from([-(2**63), 2**63 - 1])
+said: st.SearchStrategy[FromFrontEnd] = st.one_of(
+    st.builds(
+        Ask, front_ends, counts, counts, st.lists(st.builds(Descriptor, requests, counts, counts, priorities, counts))
+    ),
+    st.builds(Withdraw, front_ends, counts, st.lists(requests)),
+    st.builds(ReturnShares, front_ends, counts),
+    st.builds(
+        SendNotice,
+        front_ends,
+        st.lists(st.builds(Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
+        counts,
+    ),
+    st.builds(FrontEndLeaving, st.just(OTHER)),
+    st.builds(lambda ranks: FrontEndHello(PROTOCOL_VERSION, OTHER, 0, "keep", True, ranks), st.none() | st.just([0])),
+)
+steps = st.lists(st.tuples(said, st.floats(0.0, 0.3)), max_size=20)
+
+
+class Told:
+    """A coordinator over two ranks. What it says is decoded as front-ends decode it."""
+
+    def __init__(self) -> None:
+        self.machine = Coordinator(2, 1, 0.1, lockstep=False)
+        self.view: LoadView | None = None
+        self.grants: list[tuple[int, int]] = []
+        self.now = 0.0
+        for rank in range(2):
+            self.tell(coordinator.RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)))
+            report = RankReport(rank, 10 + rank, 1, 0, False, Load(slots=4, step_tokens=LARGEST, kv_total=LARGEST), {})
+            self.tell(coordinator.RankSaid(report))
+        for front_end in (GOOD, OTHER):
+            self.hear(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True))
+
+    def hear(self, message: FromFrontEnd) -> None:
+        self.tell(coordinator.FrontEndSaid(codec.from_front_end().decode(codec.encode(message))))
+
+    def tell(self, event: coordinator.Event) -> None:
+        for effect in self.machine.handle(event, self.now):
+            if isinstance(effect, coordinator.ToFrontEnds):
+                message = codec.to_front_end().decode(codec.encode(effect.message))
+                if isinstance(message, LoadView):
+                    self.view = message
+                elif isinstance(message, Grants):
+                    self.grants += [(grant.request, grant.rank) for grant in message.grants]
+
+    def report(self, rank: int, step: int, running: int, kv: int = 0, **taken: int) -> None:
+        load = Load(0, running, 4, step_tokens=LARGEST, kv_total=100, kv_reserved=kv)
+        by_identity = {int(name[1:]): number for name, number in taken.items()}
+        self.tell(coordinator.RankSaid(RankReport(rank, 10 + rank, step, 0, False, load, by_identity)))
+
+    def ask(self, told: int, request: int, tokens: int = 1) -> None:
+        self.hear(Ask(GOOD, told, 10**6, [Descriptor(request, tokens, 1)]))
+
+    def wait(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.machine.deadline <= until:
+            self.now = max(self.now, self.machine.deadline)
+            self.tell(coordinator.Tick())
+        self.now = until
+
+
+@given(steps)
+@settings(max_examples=150)
+def test_whatever_front_ends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
+    story: list[tuple[FromFrontEnd, float]],
+) -> None:
+    told = Told()
+    for message, seconds in story:
+        told.hear(message)
+        told.wait(seconds)
+    for front_end in (GOOD, OTHER):
+        told.tell(coordinator.FrontEndGone(front_end))
+    assert not list(told.machine.broker.descriptors())
+    told.hear(FrontEndHello(PROTOCOL_VERSION, 102, brokered=True))
+    told.wait(5.0)
+    assert told.view is not None
+    assert told.view.shares is not None
+    assert [shares.front_end for shares in told.view.shares] == [102]
+    assert all(share.requests == 4 for share in told.view.shares[0].shares)
+
+
+def test_what_a_front_end_had_on_the_wire_makes_room_when_it_goes_also_where_it_asks_for_nothing() -> None:
+    told = Told()
+    told.hear(FrontEndHello(PROTOCOL_VERSION, OTHER, brokered=False))
+    for rank in range(2):
+        told.hear(SendNotice(OTHER, [Send(rank, 10 + rank, number, 1, 1) for number in range(1, 5)], 4))
+    told.ask(1, 1)
+    assert told.grants == []
+    told.tell(coordinator.FrontEndGone(OTHER))
+    assert [request for request, _ in told.grants] == [1]
+
+
+def test_a_grant_that_its_rank_reports_before_its_front_end_tells_of_it_is_counted_twice_no_longer_than_that() -> None:
+    told = Told()
+    told.report(1, 2, 4)
+    told.report(0, 2, 4)
+    told.ask(1, 1)
+    told.report(0, 3, 3)
+    assert told.grants == [(1, 0)]
+    told.ask(2, 2)
+    told.report(0, 4, 3, f100=1)
+    assert told.grants == [(1, 0)]
+    told.hear(SendNotice(GOOD, [Send(0, 10, 1, 1, 1, 1)], 1))
+    assert told.grants == [(1, 0), (2, 0)]
+
+
+def test_a_rank_that_is_kept_for_somebody_is_looked_at_when_it_reports() -> None:
+    told = Told()
+    told.report(1, 2, 4, kv=100)
+    told.report(0, 2, 1, kv=60)
+    told.ask(1, 1, tokens=90)
+    passing = range(1, PATIENCE + 1)
+    for turn in passing:
+        told.ask(1 + turn, 1 + turn)
+        assert told.grants[-1] == (1 + turn, 0)
+        told.hear(SendNotice(GOOD, [Send(0, 10, turn, 1, 1, 1 + turn)], turn))
+        told.report(0, 2 + turn, 1, kv=60, f100=turn)
+    last = passing[-1]
+    told.ask(2 + last, 2 + last)
+    assert len(told.grants) == len(passing)
+    told.report(0, 3 + last, 0, f100=last)
+    assert told.grants[len(passing)] == (1, 0)

@@ -1,0 +1,193 @@
+"""The requests of a rank: taken in, held, ended, and whose they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, strategies as st
+
+from paceline.core.load import Load
+from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontEnd
+from paceline.core.rank.requests import FRONT_ENDS_KEPT, RankRequests
+from paceline.core.requests import AddRequest, SamplingParams
+from tests.core.harness import find, one
+
+LIFE, FIRST, SECOND = 33, 100, 200
+
+
+def request(number: int, life: int = LIFE, tokens: int = 3, name: int | None = None) -> AddRequest:
+    return AddRequest(number if name is None else name, number, life, 0, [1] * tokens, SamplingParams(4))
+
+
+def fresh() -> RankRequests:
+    return RankRequests(3, LIFE)
+
+
+def ended(effects: list[Effect]) -> list[tuple[int, int, Any]]:
+    """(front-end, request, how it ended) of all that was ended."""
+    return [
+        (effect.front_end, output.request, output.finish_reason)
+        for effect in find(effects, ToFrontEnd)
+        for output in effect.message.outputs
+        if output.finish_reason is not None
+    ]
+
+
+def test_keys_are_the_ranks_own_and_never_used_twice() -> None:
+    found = fresh()
+    first, second = found.take(FIRST, request(1)), found.take(SECOND, request(1))
+    found.hand_out([StepOutput(first.key, [7], finish_reason="stop")])
+    third = found.take(FIRST, request(2))
+    assert len({effect.key for effect in (first, second, third)}) == 3
+    assert len(found) == 2
+
+
+def test_a_request_for_another_life_is_refused_and_does_not_count_as_taken() -> None:
+    found = fresh()
+    effects = found.arrive(FIRST, request(5, life=LIFE + 1))
+    assert ended(effects) == [(FIRST, 5, "error")]
+    assert (found.taken, found.void) == ({}, 1)
+
+
+def test_a_request_that_comes_twice_is_refused_whether_the_first_is_held_or_taken() -> None:
+    found = fresh()
+    assert found.arrive(FIRST, request(1)) == []
+    found.hold(FIRST, request(1))
+    assert ended(found.arrive(FIRST, request(1))) == [(FIRST, 1, "error")]
+    found.take_held()
+    assert ended(found.arrive(FIRST, request(1))) == [(FIRST, 1, "error")]
+    assert found.arrive(SECOND, request(1)) == [], "another front-end's names are its own"
+
+
+def test_taken_counts_the_highest_number_of_each_front_end() -> None:
+    found = fresh()
+    for front_end, number in ((FIRST, 1), (FIRST, 3), (FIRST, 2), (SECOND, 9)):
+        found.arrive(front_end, request(number))
+    assert found.taken == {FIRST: 3, SECOND: 9}
+
+
+def test_what_is_held_is_given_in_its_order_and_once() -> None:
+    found = fresh()
+    arrivals = [(FIRST, 2), (SECOND, 1), (FIRST, 1)]
+    for front_end, number in arrivals:
+        found.hold(front_end, request(number))
+    assert (len(found), found.held) == (0, 3)
+    taken = find(found.take_held(), Take)
+    assert [effect.request.request for effect in taken] == [number for _, number in arrivals]
+    assert [effect.key for effect in taken] == sorted(effect.key for effect in taken)
+    assert (len(found), found.held, found.take_held()) == (3, 0, [])
+
+
+def test_what_is_held_counts_as_waiting() -> None:
+    found = fresh()
+    found.hold(FIRST, request(1, tokens=5))
+    found.hold(FIRST, request(2, tokens=2))
+    assert found.load(Load(1, 2, 8, 10)) == Load(3, 2, 8, 17)
+    found.take_held()
+    assert found.load(Load(1, 2, 8, 10)) == Load(1, 2, 8, 10)
+
+
+def test_a_refused_request_is_told_so() -> None:
+    found = fresh()
+    assert ended([found.refuse(FIRST, request(4))]) == [(FIRST, 4, "abort")]
+
+
+def test_what_nobody_waits_for_is_dropped_held_or_taken_and_counts_as_finished() -> None:
+    found = fresh()
+    key = found.take(FIRST, request(1)).key
+    found.hold(FIRST, request(2))
+    effects = found.drop(FIRST, [1, 2, 99])
+    assert effects == [Drop(key)]
+    assert (len(found), found.held, found.finished) == (0, 0, 2)
+    assert found.drop(FIRST, [1, 2]) == []
+    assert found.finished == 2
+
+
+def test_a_front_end_that_is_gone_takes_its_own_with_it() -> None:
+    found = fresh()
+    for front_end in (FIRST, SECOND):
+        found.arrive(front_end, request(1))
+        found.take(front_end, request(1))
+        found.hold(front_end, request(2))
+    assert len(find(found.drop_front_end(FIRST), Drop)) == 1
+    assert (len(found), found.held, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
+
+
+def test_front_ends_that_are_gone_are_not_counted_for_ever() -> None:
+    found = fresh()
+    for front_end in range(1, FRONT_ENDS_KEPT + 100):
+        found.arrive(front_end, request(1))
+        found.drop_front_end(front_end)
+    assert len(found.taken) <= FRONT_ENDS_KEPT + 1
+    assert front_end in found.taken
+
+
+def test_abort_all_ends_held_and_taken_and_tells_whose_they_were() -> None:
+    found = fresh()
+    key = found.take(FIRST, request(1)).key
+    found.hold(SECOND, request(1))
+    effects = found.abort_all()
+    assert one(find(effects, Drop)).key == key
+    assert ended(effects) == [(FIRST, 1, "abort"), (SECOND, 1, "abort")]
+    assert effects.index(Drop(key)) == 0, "the engine forgets it before anybody is told"
+    assert (len(found), found.held, found.finished) == (0, 0, 2)
+    assert found.abort_all() == []
+
+
+def test_outputs_go_to_their_owners_one_message_each() -> None:
+    found = fresh()
+    mine = [found.take(FIRST, request(number)).key for number in (1, 2)]
+    other = found.take(SECOND, request(1)).key
+    effects = found.hand_out(
+        [StepOutput(mine[0], [5]), StepOutput(other, [6], finish_reason="stop"), StepOutput(mine[1], [7], "x")]
+    )
+    assert [(e.front_end, [o.request for o in e.message.outputs]) for e in find(effects, ToFrontEnd)] == [
+        (FIRST, [1, 2]),
+        (SECOND, [1]),
+    ]
+    assert (len(found), found.finished) == (2, 1)
+
+
+def test_outputs_of_what_was_dropped_go_nowhere() -> None:
+    found = fresh()
+    key = found.take(FIRST, request(1)).key
+    found.drop(FIRST, [1])
+    assert found.hand_out([StepOutput(key, [5], finish_reason="stop")]) == []
+    assert found.finished == 1
+
+
+STEPS = st.tuples(
+    st.sampled_from(["arrive", "hold", "take held", "drop", "gone", "abort", "finish"]),
+    st.sampled_from([FIRST, SECOND]),
+)
+
+
+@given(steps=st.lists(STEPS, max_size=40))
+def test_every_request_is_held_or_taken_or_finished_once(steps: list[tuple[str, int]]) -> None:
+    found, engine, count = fresh(), set(), 0
+    for what, front_end in steps:
+        effects: list[Effect] = []
+        match what:
+            case "arrive" | "hold":
+                count += 1
+                assert found.arrive(front_end, request(count)) == []
+                if what == "hold":
+                    found.hold(front_end, request(count))
+                else:
+                    effects = [found.take(front_end, request(count))]
+            case "take held":
+                effects = found.take_held()
+            case "drop":
+                effects = found.drop(front_end, list(range(1, count + 1, 2)))
+            case "gone":
+                effects = found.drop_front_end(front_end)
+            case "abort":
+                effects = found.abort_all()
+            case "finish" if engine:
+                found.hand_out([StepOutput(engine.pop(), [1], finish_reason="length")])
+        engine |= {effect.key for effect in find(effects, Take)}
+        for effect in find(effects, Drop):
+            engine.remove(effect.key)
+        assert len(found) == len(engine)
+        assert len(found) + found.held + found.finished == count
+        assert found.load(Load()).waiting == found.held

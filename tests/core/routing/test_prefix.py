@@ -1,0 +1,210 @@
+"""A prompt goes where its beginning went before, unless that rank has too much to do; memory stays bounded."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, settings, strategies as st
+
+from paceline.core.load import REQUEST_TOKENS
+from paceline.core.routing import LeastLoad, Prefix, prefix as routing_prefix
+from paceline.core.routing.candidates import Candidate, Candidates
+from paceline.core.routing.policy import GUARD_TOKENS, Query
+from paceline.core.routing.prefix import BLOCK_TOKENS, COMPARED, MAX_PROMPT_BLOCKS, BlockIndex, block_hashes
+
+
+def idle(size: int) -> Candidates:
+    return Candidates(Candidate(rank, 0, 0, 0, 0, 0, 0, 100 + rank) for rank in range(size))
+
+
+def tokens(seed: int, blocks: float) -> list[int]:
+    chance = random.Random(seed)
+    return [chance.randrange(50_000) for _ in range(int(blocks * BLOCK_TOKENS))]
+
+
+def ask(policy: Prefix, candidates: Candidates, prompt: list[int]) -> int:
+    return policy.choose(candidates, Query(len(prompt), prompt))
+
+
+def load(candidates: Candidates, rank: int, prefill: int) -> None:
+    place = candidates.place(rank)
+    assert place is not None
+    candidates[place].prefill_tokens = prefill
+    candidates.changed(rank)
+
+
+def busy_but(candidates: Candidates, rank: int, work: int = 1_500) -> None:
+    """Make all others look worse, though not by as much as the guard allows."""
+    for one in candidates.ranks:
+        load(candidates, one, 0 if one == rank else work)
+
+
+def test_a_conversation_stays_at_its_rank() -> None:
+    policy, candidates = Prefix(), idle(8)
+    busy_but(candidates, 3)
+    prompt = tokens(1, 2.5)
+    assert ask(policy, candidates, prompt) == 3
+    assert policy.reason() == "no prefix known"
+    busy_but(candidates, 5)
+    prompt += tokens(2, 3)
+    assert ask(policy, candidates, prompt) == 3
+    assert policy.reason() == "256 tokens of prefix"
+    busy_but(candidates, 6)
+    assert ask(policy, candidates, prompt + tokens(3, 1)) == 3
+    assert policy.reason() == "640 tokens of prefix"
+    assert ask(policy, candidates, tokens(9, 4)) == 6
+
+
+def test_the_longest_prefix_wins() -> None:
+    policy, candidates = Prefix(), idle(4)
+    shared, one, two = tokens(1, 2), tokens(2, 2), tokens(3, 2)
+    busy_but(candidates, 0)
+    ask(policy, candidates, shared + one)
+    policy.index.sent(2, block_hashes(shared + two))
+    busy_but(candidates, 1)
+    assert ask(policy, candidates, shared + one + two) == 0
+    assert ask(policy, candidates, shared + two + one) == 2
+
+
+def test_a_block_is_its_tokens_and_all_before_them() -> None:
+    same = tokens(1, 1)
+    first, second = block_hashes(same + same)
+    assert first != second
+    assert block_hashes(tokens(2, 1) + same)[1] not in {first, second}
+    assert block_hashes(same + same + same[:-1]) == [first, second]
+    assert block_hashes(same[:-1]) == []
+    assert len(block_hashes(tokens(1, MAX_PROMPT_BLOCKS + 3))) == MAX_PROMPT_BLOCKS
+
+
+def test_an_overloaded_rank_is_passed_over_and_another_learns_the_prefix() -> None:
+    policy, candidates = Prefix(), idle(4)
+    busy_but(candidates, 2)
+    prompt = tokens(1, 4)
+    assert ask(policy, candidates, prompt) == 2
+    for rank in range(4):
+        load(candidates, rank, 0)
+    saved = 4 * BLOCK_TOKENS
+    load(candidates, 2, GUARD_TOKENS + saved)
+    assert ask(policy, candidates, prompt) == 2
+    # Above the guard by more than the quarter of it that this rank adds to the mean.
+    load(candidates, 2, 2 * (GUARD_TOKENS + saved))
+    other = ask(policy, candidates, prompt)
+    assert other != 2
+    assert policy.reason() == "ranks with 512 tokens of prefix are overloaded"
+    assert ask(policy, candidates, prompt) == other
+
+
+def test_among_many_with_the_prefix_it_is_as_least_load() -> None:
+    prompt = tokens(1, 2)
+    for holders in ([1, 4], list(range(COMPARED + 20))):
+        policy, candidates = Prefix(1, 2), idle(64)
+        for rank in holders:
+            policy.index.sent(rank, block_hashes(prompt))
+            load(candidates, rank, 500)
+        best = holders[-2]
+        load(candidates, best, 10)
+        # With another front-end about, what is in flight decides among equals.
+        for rank in holders:
+            candidates[rank].in_flight = 0 if rank == best else 3
+            candidates.changed(rank)
+        assert ask(policy, candidates, prompt) == best
+
+
+def test_with_every_rank_holding_it_the_choice_is_spread() -> None:
+    policy, candidates = Prefix(), idle(40)
+    prompt = tokens(1, 1)
+    for rank in range(40):
+        policy.index.sent(rank, block_hashes(prompt))
+    chosen = []
+    for _ in range(40):
+        rank = ask(policy, candidates, prompt)
+        candidates[rank].requests += 1
+        candidates[rank].in_flight += 1
+        candidates.changed(rank)
+        chosen.append(rank)
+    assert sorted(chosen) == list(range(40))
+
+
+def test_short_prompts_and_unknown_ones_are_least_loads() -> None:
+    policy, plain = Prefix(), LeastLoad()
+    chance = random.Random(1)
+    for seed in range(200):
+        candidates = Candidates(
+            Candidate(rank, chance.randrange(9), chance.randrange(3_000), chance.randrange(4), 0, 0, 0)
+            for rank in range(chance.randrange(1, 30))
+        )
+        prompt = tokens(seed, chance.choice([0.1, 0.9, 3]))
+        expected = plain.choose(candidates, Query(len(prompt)))
+        assert ask(policy, candidates, prompt) == expected
+    assert policy.choose(idle(1), Query(5_000)) == 0
+
+
+def test_a_rank_that_has_gone_is_forgotten_and_so_is_an_earlier_life() -> None:
+    prompt = tokens(1, 3)
+    for again in (None, 55):
+        policy, candidates = Prefix(), idle(4)
+        busy_but(candidates, 1)
+        assert ask(policy, candidates, prompt) == 1
+        candidates.remove(1)
+        if again is not None:
+            candidates.add(Candidate(1, 0, 0, 0, 0, 0, 0, again))
+        busy_but(candidates, 3)
+        assert ask(policy, candidates, prompt) == 3
+        assert policy.reason() == "no prefix known"
+        assert len(policy.index) == 3
+
+
+def test_memory_is_bounded_whatever_is_sent() -> None:
+    policy, candidates = Prefix(), idle(2048)
+    policy.choose(candidates, Query(1))
+    assert policy.index.capacity * 2048 <= routing_prefix.MAX_ENTRIES
+    for seed in range(5):
+        policy.index.sent(7, block_hashes(tokens(seed, 100)))
+    assert len(policy.index) == policy.index.capacity
+    # Half the ranks go: the others may have twice as much, and the rest is forgotten as they come back.
+    for rank in range(1024):
+        candidates.remove(rank)
+    policy.choose(candidates, Query(1))
+    assert policy.index.capacity * 1024 <= routing_prefix.MAX_ENTRIES
+
+
+def test_what_is_used_stays_and_what_is_left_is_a_prefix() -> None:
+    index = BlockIndex()
+    index.resize(6)
+    kept, other = block_hashes(tokens(1, 4)), block_hashes(tokens(2, 4))
+    index.sent(0, kept)
+    index.sent(0, other)
+    assert index.longest(other) == (4, 1)
+    assert index.longest(kept) == (2, 1)
+    index.sent(0, kept[:1])
+    index.sent(0, block_hashes(tokens(3, 1)))
+    assert index.longest(kept[:1]) == (1, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 2), max_size=6)), max_size=60))
+def test_the_index_is_what_a_set_for_each_rank_would_be(sends: list[tuple[int, list[int]]]) -> None:
+    index, sets = BlockIndex(), [set[int]() for _ in range(5)]
+    for rank, path in sends:
+        blocks = [hash(tuple(path[: end + 1])) for end in range(len(path))]
+        lengths = [next((n for n, block in enumerate(blocks) if block not in one), len(blocks)) for one in sets]
+        best = max(lengths)
+        holders = sum(1 << number for number, length in enumerate(lengths) if length == best) if best else 0
+        assert index.longest(blocks) == (best, holders)
+        if rank == 5:
+            index.forget(0)
+            sets[0].clear()
+        else:
+            index.sent(rank, blocks)
+            sets[rank] |= set(blocks)
+        assert len(index) == sum(map(len, sets))
+
+
+def test_a_request_weighs_as_elsewhere() -> None:
+    # The guard counts requests too, not prompt tokens alone.
+    policy, candidates = Prefix(), idle(2)
+    prompt = tokens(1, 1)
+    rank = ask(policy, candidates, prompt)
+    candidates[rank].requests = 2 * GUARD_TOKENS // REQUEST_TOKENS
+    candidates.changed(rank)
+    assert ask(policy, candidates, prompt) == 1 - rank

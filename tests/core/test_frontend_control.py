@@ -1,0 +1,229 @@
+"""A front-end's machine: calls to suspend and to resume, what becomes of them, and what it believes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from paceline.core.frontend.events import (
+    Connected,
+    Control,
+    ControlGivenUp,
+    Controlled,
+    CoordinatorSaid,
+    Effect,
+    Refuse,
+    Submit,
+    ToRank,
+)
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    ControlAnswer,
+    ControlRequest,
+    FrontEndHello,
+    LoadView,
+    Member,
+    Members,
+    SuspensionState,
+)
+from paceline.core.requests import AddRequest, ControlAction, SamplingParams, SuspendMode
+from paceline.core.routing import LeastLoad
+from tests.core.harness import find, one, said
+
+IDENTITY = 100
+
+
+class Views:
+    """What one coordinator publishes, numbered."""
+
+    def __init__(self, machine: FrontEnd, coordinator: int = 1) -> None:
+        self.machine, self.coordinator, self.number = machine, coordinator, 0
+
+    def state(self, number: int, settled: bool, mode: SuspendMode = "keep") -> list[Effect]:
+        self.number += 1
+        state = SuspensionState(number, mode, settled, [] if settled else [1])
+        return hear(self.machine, LoadView(self.coordinator, self.number, 0, False, None, {}, state))
+
+
+def hear(machine: FrontEnd, message: Members | LoadView | ControlAnswer) -> list[Effect]:
+    return machine.handle(CoordinatorSaid(message), 0.0)
+
+
+def members(machine: FrontEnd, coordinator: int = 1) -> list[Effect]:
+    return hear(machine, Members(PROTOCOL_VERSION, coordinator, 0, False, [Member(0, 10, "address")]))
+
+
+def fresh() -> tuple[FrontEnd, Views]:
+    machine = FrontEnd(IDENTITY, LeastLoad())
+    members(machine)
+    return machine, Views(machine)
+
+
+def ask(machine: FrontEnd, call: int, action: ControlAction) -> list[Effect]:
+    return machine.handle(Control(call, action), 0.0)
+
+
+def answer(machine: FrontEnd, call: int, number: int, front_end: int = IDENTITY) -> list[Effect]:
+    return hear(machine, ControlAnswer(1, front_end, call, number))
+
+
+@pytest.mark.parametrize("action", ["keep", "wait", "abort", "resume"])
+def test_a_call_is_sent_on_and_again_when_it_is_repeated(action: ControlAction) -> None:
+    machine, _ = fresh()
+    for _ in range(2):
+        assert one(said(ask(machine, 7, action), ControlRequest)) == ControlRequest(IDENTITY, 7, action)
+
+
+def test_a_call_says_what_the_front_end_knows() -> None:
+    machine, views = fresh()
+    views.state(3, True, "abort")
+    asked = one(said(ask(machine, 7, "resume"), ControlRequest))
+    assert asked == ControlRequest(IDENTITY, 7, "resume", 0, 3, "abort")
+
+
+def test_a_call_is_served_once_its_number_is_settled() -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    assert views.state(1, False) == []
+    assert answer(machine, 7, 1) == []
+    assert views.state(1, False) == []
+    assert views.state(1, True) == [Controlled(7, 1, False)]
+    assert views.state(1, True) == [], "once"
+
+
+def test_the_answer_may_come_after_the_state() -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    assert views.state(1, True) == [], "whether this is what was asked for, nobody has said"
+    assert answer(machine, 7, 1) == [Controlled(7, 1, False)]
+
+
+def test_a_settled_state_from_before_serves_nobody() -> None:
+    machine, views = fresh()
+    views.state(2, True)
+    ask(machine, 7, "keep")
+    assert answer(machine, 7, 3) == []
+    assert views.state(2, True) == []
+    assert views.state(3, True) == [Controlled(7, 3, False)]
+
+
+def test_a_wake_in_between_raises_the_number_and_the_call_goes_on() -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    answer(machine, 7, 1)
+    assert views.state(3, False) == []
+    assert views.state(5, True) == [Controlled(7, 5, False)]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_call_is_superseded_by_the_contrary(settled: bool) -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    answer(machine, 7, 1)
+    assert views.state(2, settled) == [Controlled(7, 2, True)]
+
+
+def test_calls_that_wait_for_the_same_are_served_together() -> None:
+    machine, views = fresh()
+    for call, number in ((7, 1), (8, 1), (9, 2)):
+        ask(machine, call, "keep" if number == 1 else "resume")
+        answer(machine, call, number)
+    assert views.state(1, True) == [Controlled(7, 1, False), Controlled(8, 1, False)]
+    assert views.state(2, True) == [Controlled(9, 2, False)]
+
+
+def test_a_call_that_is_given_up_is_served_no_more() -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    assert machine.handle(ControlGivenUp(7), 0.0) == []
+    assert machine.handle(ControlGivenUp(7), 0.0) == []
+    assert answer(machine, 7, 1) == []
+    assert views.state(1, True) == []
+
+
+def test_answers_to_others_are_not_ours() -> None:
+    machine, views = fresh()
+    ask(machine, 7, "keep")
+    assert answer(machine, 7, 1, front_end=IDENTITY + 1) == []
+    assert answer(machine, 8, 1) == []
+    assert views.state(1, True) == []
+
+
+def test_a_call_that_another_coordinator_numbered_is_numbered_anew() -> None:
+    machine, _ = fresh()
+    ask(machine, 7, "keep")
+    answer(machine, 7, 5)
+    members(machine, coordinator=2)
+    later = Views(machine, coordinator=2)
+    assert later.state(3, True) == []
+    ask(machine, 7, "keep")
+    assert answer(machine, 7, 3) == [Controlled(7, 3, False)]
+
+
+def test_a_coordinator_that_knows_less_is_told_the_number_that_perhaps_nobody_else_knows() -> None:
+    machine, views = fresh()
+    assert views.state(3, True, "wait") == []
+    later = Views(machine, coordinator=2)
+    assert one(said(later.state(0, True), FrontEndHello)) == FrontEndHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert later.state(3, False, "wait") == []
+
+
+# The number -----------------------------------------------------------------------------------
+
+
+def test_a_new_coordinator_that_knows_less_does_not_take_the_number_down() -> None:
+    machine, views = fresh()
+    views.state(3, True, "abort")
+    Views(machine, coordinator=2).state(0, True)
+    assert (machine.suspension.number, machine.suspension.mode) == (3, "abort")
+
+
+def test_a_new_coordinator_is_told_the_number() -> None:
+    machine, views = fresh()
+    views.state(3, True, "wait")
+    hello = FrontEndHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert one(said(members(machine, coordinator=2), FrontEndHello)) == hello
+    assert one(said(machine.handle(Connected(), 0.0), FrontEndHello)) == hello
+
+
+@given(states=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8), st.booleans()), max_size=20))
+def test_the_number_never_goes_down(states: list[tuple[int, int, bool]]) -> None:
+    machine, _ = fresh()
+    by_coordinator = {coordinator: Views(machine, coordinator) for coordinator in (1, 2, 3)}
+    for coordinator, number, settled in states:
+        before = machine.suspension.number
+        by_coordinator[coordinator].state(number, settled)
+        assert machine.suspension.number == max(before, number)
+
+
+# Requests -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mode", "refused"), [("keep", False), ("wait", False), ("abort", True)])
+@pytest.mark.parametrize("settled", [False, True])
+def test_requests_are_refused_while_all_are_aborted_and_only_then(
+    mode: SuspendMode, refused: bool, settled: bool
+) -> None:
+    machine, views = fresh()
+    views.state(1, settled, mode)
+    effects = machine.handle(Submit(1, [1], SamplingParams(2)), 0.0)
+    assert len(find(effects, Refuse, reason="suspended")) == refused
+    assert len(said(find(effects, ToRank), AddRequest)) == (not refused)
+    views.state(2, False, mode)
+    effects = machine.handle(Submit(2, [1], SamplingParams(2)), 0.0)
+    assert find(effects, Refuse) == []
+    assert machine.in_flight() == 2 - refused
+
+
+def test_a_rank_that_is_unknown_is_named_before_the_suspension() -> None:
+    machine, views = fresh()
+    views.state(1, True, "abort")
+    effects = machine.handle(Submit(1, [1], SamplingParams(2), rank=5), 0.0)
+    assert one(find(effects, Refuse)).reason == "unknown-rank"
+
+
+def test_statistics_tell_the_suspension() -> None:
+    machine, views = fresh()
+    views.state(1, False, "wait")
+    assert machine.statistics()["suspension"] == {"number": 1, "mode": "wait", "settled": False, "waiting_for": [1]}

@@ -1,0 +1,193 @@
+"""The common prefill quota: one for all, never above a budget, never 0 for long, small where few would gain."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, strategies as st
+
+from paceline.core.rank.prefill_quota import (
+    AUTO,
+    LARGEST,
+    OFF,
+    PART_REDUCTIONS,
+    PATIENCE,
+    UNLIMITED,
+    Outcome,
+    Part,
+    decide,
+    fixed,
+    made,
+    reduced,
+    setting_of,
+)
+from paceline.core.routing import LeastLoad
+from paceline.engines.group import MAX_REDUCED
+from tests.core.lockstep_model import arrivals, run
+
+MS = 1_000_000
+
+parts = st.builds(
+    Part,
+    budget=st.one_of(st.just(0), st.integers(1, 100_000)),
+    pending=st.one_of(st.just(0), st.integers(0, 1_000_000)),
+    decoding=st.integers(0, 256),
+    slots=st.integers(1, 256),
+    decode_ns=st.one_of(st.just(0), st.integers(0, 10**10)),
+    token_ns=st.one_of(st.just(0), st.integers(0, 10**9)),
+    waited=st.integers(0, PATIENCE),
+    prefilled=st.integers(0, 10**6),
+    decoded=st.integers(0, 10**3),
+)
+groups = st.lists(parts, min_size=1, max_size=12)
+
+
+def rank(pending: int = 0, decoding: int = 16, budget: int = 2048, **others: int) -> Part:
+    """One with 16 slots and the costs of an 8B-class model."""
+    values = {"slots": 16, "decode_ns": 6 * MS, "token_ns": 90_000} | others
+    return Part(budget, pending, decoding, **values)
+
+
+def outcome(*ranks: Part) -> Outcome:
+    return decide(reduced(one.packed() for one in ranks))
+
+
+def smallest_budget(ranks: list[Part]) -> int:
+    return min(min(one.budget or LARGEST, LARGEST) for one in ranks)
+
+
+def test_it_fits_into_one_all_reduce() -> None:
+    packed = rank(10**9, 10**6, decode_ns=10**12, token_ns=10**9).packed()
+    assert len(packed) == len(PART_REDUCTIONS) == len(UNLIMITED) <= MAX_REDUCED
+    assert all(abs(value) * 65_536 < 2**63 for value in packed), "the sum over any number of ranks is a 64-bit integer"
+
+
+@given(groups, st.randoms())
+def test_all_ranks_decide_the_same_in_whatever_order_their_numbers_are_reduced(
+    ranks: list[Part], chance: random.Random
+) -> None:
+    packed = [one.packed() for one in ranks]
+    expected = decide(reduced(packed))
+    chance.shuffle(packed)
+    cut = chance.randrange(len(packed))
+    halves = [reduced(half) for half in (packed[:cut], packed[cut:]) if half]
+    assert decide(reduced(halves)) == expected
+
+
+@given(groups)
+def test_never_above_any_budget_nor_below_zero(ranks: list[Part]) -> None:
+    quota = outcome(*ranks).quota
+    assert quota is not None
+    assert 0 <= quota <= smallest_budget(ranks)
+
+
+@given(groups)
+def test_it_is_never_zero_for_long_while_anyone_has_a_prompt(ranks: list[Part]) -> None:
+    waited, zeros = 0, 0
+    for _ in range(3 * PATIENCE):
+        made_now = outcome(*[one._replace(waited=waited) for one in ranks])
+        waited = made_now.waited
+        zeros = 0 if made_now.quota else zeros + 1
+        assert made_now.pending == any(one.pending for one in ranks)
+        assert zeros <= PATIENCE or not made_now.pending
+
+
+@given(groups)
+def test_whole_budget_when_nobody_decodes_or_costs_are_unknown(ranks: list[Part]) -> None:
+    idle = [one._replace(decoding=0) for one in ranks]
+    assert outcome(*idle).quota == smallest_budget(ranks)
+    unknown = [one._replace(token_ns=0) for one in ranks]
+    assert outcome(*unknown).quota == smallest_budget(ranks)
+
+
+@given(groups)
+def test_a_rank_that_has_not_measured_leaves_it_to_the_others(ranks: list[Part]) -> None:
+    new = rank(0, 0, ranks[0].budget, decode_ns=0, token_ns=0)
+    measured = [one._replace(token_ns=max(1, one.token_ns)) for one in ranks]
+    if not any(one.decoding for one in measured):
+        return
+    by_hand = [*measured, new._replace(decode_ns=0)]
+    assert outcome(*measured, new) == outcome(*by_hand)
+
+
+def test_one_that_prefills_alone_among_many_that_decode_gets_little() -> None:
+    quotas = []
+    ranks, waited = [rank(2000), *[rank()] * 15], 0
+    for _ in range(18):
+        now = outcome(*[one._replace(waited=waited) for one in ranks])
+        waited = now.waited
+        quotas.append(now.quota)
+    assert quotas == ([0] * PATIENCE + [256]) * 2
+
+
+def test_where_all_have_a_prompt_they_do_it_together() -> None:
+    together = outcome(*[rank(5000, decoding=4)] * 16)
+    assert together == Outcome(1024, True)
+    alone = outcome(rank(5000, decoding=4), *[rank(decoding=4)] * 15)
+    assert alone.quota is not None
+    assert alone.quota < 128
+    assert outcome(*[rank(50, decoding=4)] * 16).quota == 64, "no more than anyone has"
+
+
+def test_of_quotas_that_are_worth_nearly_the_same_the_smallest_is_taken() -> None:
+    # A full batch loses nothing by a prompt that all have: whatever they choose, none waits for another.
+    assert outcome(*[rank(5000)] * 16) == Outcome(2048 // 64, True)
+
+
+def test_empty_batches_are_filled() -> None:
+    alone, full = outcome(rank(2000, decoding=1), *[rank(decoding=1)] * 3), outcome(rank(2000), *[rank()] * 3)
+    assert alone.quota
+    assert full.quota == 0
+
+
+def test_a_lone_newcomer_is_what_counts_while_nobody_has_a_prompt() -> None:
+    assert outcome(*[rank()] * 4) == Outcome(0, False, 0)
+    assert outcome(*[rank(decoding=1)] * 4).quota == outcome(rank(10**6, decoding=1), *[rank(decoding=1)] * 3).quota
+
+
+def test_a_budget_between_two_candidates_can_be_chosen_whole() -> None:
+    assert outcome(*[rank(10**6, 1, 1500, decode_ns=600 * MS)] * 3).quota == 1500
+    assert outcome(*[rank(10**6, 1, 1, decode_ns=600 * MS)] * 3).quota == 1
+
+
+def test_the_smallest_budget_is_everybodys() -> None:
+    ranks = [rank(10**6, 1, budget, decode_ns=600 * MS) for budget in (100, 0, 2048)]
+    assert outcome(*ranks).quota == 100
+
+
+@pytest.mark.parametrize("long_share", [0.0, 0.1, 0.5])
+def test_in_a_model_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
+    """Where prompts are all there is to do, as in the last case, nothing can be gained, and next to nothing is lost."""
+    coming = arrivals(3, 1_000, 1e6, long_share)
+    free, bound = (run(LeastLoad(), coming, 8, with_quota) for with_quota in (False, True))
+    print(f"all done {bound.seconds:.2f} s, {free.seconds:.2f} without; a step {bound.step_s:.4f}, {free.step_s:.4f}")
+    assert bound.seconds < 1.005 * free.seconds
+    assert bound.step_s < free.step_s
+
+
+def test_settings() -> None:
+    some = rank(5000)
+
+    def agreed(*settings: int) -> Outcome:
+        return decide(reduced(some.packed(setting) for setting in settings))
+
+    assert agreed(fixed(64), fixed(64)) == Outcome(64)
+    assert agreed(fixed(64), AUTO, fixed(32)) == Outcome(32)
+    assert agreed(fixed(64), OFF, AUTO) == Outcome(None)
+    assert agreed(fixed(4096)).quota == 2048, "not above the budget"
+    assert decide(reduced([UNLIMITED, some.packed()])) == Outcome(None)
+    for wrong in (0, -1, LARGEST + 1):
+        with pytest.raises(ValueError, match=f"must be 1 to 65536 tokens, not {wrong}"):
+            fixed(wrong)
+
+
+def test_settings_as_they_are_typed() -> None:
+    assert [setting_of(text) for text in ("auto", "off", "64")] == [AUTO, OFF, fixed(64)]
+    for wrong in ("", "on", "-1", "0", "1.5", "65537"):
+        with pytest.raises(ValueError, match="must be "):
+            setting_of(wrong)
+
+
+def test_what_the_slowest_rank_computed_comes_out() -> None:
+    assert made(reduced([rank(prefilled=3, decoded=9).packed(), rank(prefilled=5).packed()])) == (5, 9)

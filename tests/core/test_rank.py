@@ -1,0 +1,340 @@
+"""A rank's machine: joining, taking requests in, running and pausing in waves, reporting load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from paceline.core.load import Load
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    Admit,
+    Identify,
+    RankHello,
+    RankLeaving,
+    RankReport,
+    StartDPWave,
+    StartWave,
+    WaveComplete,
+)
+from paceline.core.rank.events import (
+    Agree,
+    Agreed,
+    CoordinatorSaid,
+    Drop,
+    DummyStep,
+    Effect,
+    FrontEndGone,
+    FrontEndSaid,
+    Leave,
+    Loaded,
+    Step,
+    StepOutput,
+    Stepped,
+    Take,
+    ToFrontEnd,
+    Turn,
+    Wait,
+)
+from paceline.core.rank.machine import HELLO_REPEAT_S, Rank
+from paceline.core.requests import AbortRequests, AddRequest, Outputs, SamplingParams
+from tests.core.harness import find, one, said
+
+NUMBER, LIFE = 3, 33
+FIRST, SECOND = 100, 200
+IDLE = Turn(Load(), False)
+
+
+def joining(**settings: Any) -> Rank:
+    machine = Rank(NUMBER, LIFE, "address", **settings)
+    machine.handle(Loaded(), 0.0)
+    return machine
+
+
+def ready(wave: int = 0, **settings: Any) -> Rank:
+    machine = joining(**settings)
+    machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, wave)), 0.0)
+    return machine
+
+
+def add(
+    machine: Rank, request: int, front_end: int = FIRST, number: int = 1, wave: int = 0, incarnation: int = LIFE
+) -> list[Effect]:
+    message = AddRequest(request, number, incarnation, wave, [1, 2], SamplingParams(4))
+    return machine.handle(FrontEndSaid(front_end, message), 0.0)
+
+
+def key_of(effects: list[Effect]) -> int:
+    return one(find(effects, Take)).key
+
+
+def start(machine: Rank, wave: int, exclude: int | None = None) -> list[Effect]:
+    return machine.handle(CoordinatorSaid(StartDPWave(wave, exclude)), 0.0)
+
+
+def stepped(machine: Rank, *outputs: StepOutput, load: Load | None = None, has_work: bool = False) -> list[Effect]:
+    return machine.handle(Stepped(outputs, load or Load(), has_work), 0.0)
+
+
+# Joining --------------------------------------------------------------------------------------
+
+
+def test_the_hello_is_repeated_until_the_rank_is_admitted() -> None:
+    machine = Rank(NUMBER, LIFE, "address")
+    hello = one(said(machine.handle(Loaded(), 5.0), RankHello, rank=NUMBER, incarnation=LIFE, address="address"))
+    assert (hello.version, hello.ready) == (PROTOCOL_VERSION, False)
+    assert find(machine.handle(IDLE, 5.01), Wait, until=5.0 + HELLO_REPEAT_S)
+    effects = machine.handle(IDLE, 5.0 + HELLO_REPEAT_S)
+    assert said(effects, RankHello, ready=False)
+    assert one(find(effects, Wait)).until == pytest.approx(5.0 + 2 * HELLO_REPEAT_S)
+    effects = machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 6)), 5.15)
+    assert said(effects, RankHello, ready=True, wave=6, running=False)
+    assert find(machine.handle(IDLE, 9.0), Wait, until=None)
+    assert not said(machine.handle(IDLE, 19.0), RankHello)
+
+
+def test_an_admission_of_another_rank_or_life_or_a_second_one_changes_nothing() -> None:
+    machine = joining()
+    for rank, life in ((NUMBER, 32), (NUMBER + 1, LIFE)):
+        assert machine.handle(CoordinatorSaid(Admit(rank, life, 6)), 0.0) == []
+    assert machine.statistics()["phase"] == "joining"
+    machine = ready(wave=4)
+    assert machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 4)), 0.0) == []
+    assert machine.wave == 4
+
+
+def test_a_ready_rank_is_told_of_waves_that_were_finished_while_it_joined_unless_it_runs() -> None:
+    machine = ready(wave=4, lockstep=True)
+    assert said(machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 9)), 0.0), RankHello, ready=True, wave=9)
+    add(machine, 1, wave=9)
+    assert machine.handle(CoordinatorSaid(Admit(NUMBER, LIFE, 11)), 0.0) == []
+    assert (machine.wave, machine.running) == (9, True)
+
+
+def test_who_asks_is_told_who_it_is_once_the_engine_is_there() -> None:
+    identify = CoordinatorSaid(Identify(PROTOCOL_VERSION, 1))
+    assert Rank(NUMBER, LIFE, "address").handle(identify, 0.0) == []
+    assert said(joining().handle(identify, 0.0), RankHello, ready=False)
+    machine = ready(wave=2, lockstep=True)
+    start(machine, 2)
+    assert said(machine.handle(identify, 0.0), RankHello, ready=True, wave=2, running=True)
+
+
+def test_who_asks_is_told_the_load_too() -> None:
+    machine = ready()
+    turn = Turn(Load(2, 3), True)
+    assert said(machine.handle(turn, 0.0), RankReport)
+    machine.handle(CoordinatorSaid(Identify(PROTOCOL_VERSION, 2)), 1.0)
+    assert said(machine.handle(turn, 1.0), RankReport, load=Load(2, 3))
+
+
+def test_a_rank_says_that_it_leaves() -> None:
+    assert said(ready().handle(Leave(), 0.0), RankLeaving, rank=NUMBER, incarnation=LIFE)
+
+
+# Requests -------------------------------------------------------------------------------------
+
+
+def test_a_request_is_given_to_the_engine_and_stepped_for() -> None:
+    machine = ready()
+    take = one(find(add(machine, 7), Take))
+    assert (take.request.request, take.request.prompt_token_ids) == (7, [1, 2])
+    assert find(machine.handle(Turn(Load(1), True), 0.0), Step)
+    assert find(machine.handle(IDLE, 0.0), Wait, until=None)
+
+
+def test_what_a_step_made_is_one_message_for_each_front_end() -> None:
+    machine = ready()
+    keys = [key_of(add(machine, request, front_end)) for request, front_end in ((7, FIRST), (7, SECOND), (8, FIRST))]
+    assert len(set(keys)) == 3
+    made = [StepOutput(key, [place], f"{place}", None) for place, key in enumerate(keys)]
+    effects = stepped(machine, *made, StepOutput(999, [5]), has_work=True)
+    to_first, to_second = find(effects, ToFrontEnd, front_end=FIRST), find(effects, ToFrontEnd, front_end=SECOND)
+    assert [(o.request, o.token_ids, o.text) for o in one(to_first).message.outputs] == [(7, [0], "0"), (8, [2], "2")]
+    assert [(o.request, o.token_ids) for o in one(to_second).message.outputs] == [(7, [1])]
+    assert len(said(effects, Outputs, rank=NUMBER, incarnation=LIFE)) == 2
+
+
+def test_an_output_has_all_that_the_engine_said() -> None:
+    machine = ready()
+    key = key_of(add(machine, 7))
+    outputs = one(said(stepped(machine, StepOutput(key, [1], "t", "stop", "</s>", None, "why")), Outputs)).outputs
+    output = one(outputs)
+    assert (output.finish_reason, output.stop_reason, output.error) == ("stop", "</s>", "why")
+
+
+def test_a_finished_request_is_over() -> None:
+    machine = ready()
+    key = key_of(add(machine, 7))
+    stepped(machine, StepOutput(key, [1], "", "length"))
+    assert machine.statistics()["requests"] == 0
+    assert machine.statistics()["finished"] == 1
+    assert not said(stepped(machine, StepOutput(key, [1])), Outputs)
+    # Its number may be used again.
+    assert find(add(machine, 7, number=2), Take)
+
+
+def test_an_abort_drops_what_is_there_and_ignores_the_rest() -> None:
+    machine = ready()
+    key, other = key_of(add(machine, 7)), key_of(add(machine, 7, SECOND))
+    effects = machine.handle(FrontEndSaid(FIRST, AbortRequests([5, 7, 7])), 0.0)
+    assert [effect.key for effect in find(effects, Drop)] == [key]
+    assert len(effects) == 1
+    assert machine.handle(FrontEndSaid(FIRST, AbortRequests([7])), 0.0) == []
+    assert said(stepped(machine, StepOutput(key, [1]), StepOutput(other, [1])), Outputs, rank=NUMBER)
+    assert machine.statistics()["finished"] == 1
+
+
+@pytest.mark.parametrize(("request_number", "life", "why"), [(7, LIFE, "twice"), (8, 32, "another life")])
+def test_a_request_that_was_sent_twice_or_to_another_life_is_refused(request_number: int, life: int, why: str) -> None:
+    machine = ready(lockstep=True)
+    add(machine, 7, number=4)
+    effects = add(machine, request_number, number=5, incarnation=life)
+    assert not find(effects, Take)
+    output = one(one(said(effects, Outputs, incarnation=LIFE)).outputs)
+    assert (output.request, output.finish_reason, output.token_ids) == (request_number, "error", [])
+    assert why in str(output.error)
+    assert machine.statistics()["void_messages"] == 1
+    # Sent twice to this life, it has arrived, and is on the wire no more.
+    assert said(machine.handle(IDLE, 0.0), RankReport, taken={FIRST: 5 if life == LIFE else 4})
+
+
+def test_what_a_front_end_that_is_gone_had_sent_is_dropped() -> None:
+    machine = ready()
+    keys = [key_of(add(machine, request, FIRST, number=request)) for request in (1, 2)]
+    kept = key_of(add(machine, 1, SECOND))
+    assert sorted(effect.key for effect in find(machine.handle(FrontEndGone(FIRST), 0.0), Drop)) == sorted(keys)
+    # How many were taken stays true: that front-end may only have a new connection.
+    assert said(machine.handle(IDLE, 0.0), RankReport, taken={FIRST: 2, SECOND: 1})
+    assert said(stepped(machine, StepOutput(kept, [1])), Outputs)
+    assert machine.handle(FrontEndGone(FIRST), 0.0) == []
+
+
+# Reports --------------------------------------------------------------------------------------
+
+
+def test_a_report_goes_out_before_and_after_a_step_when_it_says_anything_new() -> None:
+    machine = ready()
+    first = one(said(machine.handle(IDLE, 0.0), RankReport, rank=NUMBER, incarnation=LIFE, step=0))
+    assert (first.wave, first.running, first.taken) == (0, False, {})
+    assert not said(machine.handle(IDLE, 0.0), RankReport)
+    key = key_of(add(machine, 7))
+    before = one(said(machine.handle(Turn(Load(1), True), 0.0), RankReport))
+    assert (before.step, before.load.waiting, before.taken) == (0, 1, {FIRST: 1})
+    after = one(said(stepped(machine, StepOutput(key, [1]), load=Load(0, 1), has_work=True), RankReport))
+    assert (after.step, after.load.running) == (1, 1)
+    assert not said(machine.handle(Turn(Load(0, 1), True), 0.0), RankReport)
+    assert not said(stepped(machine, StepOutput(key, [1]), load=Load(0, 1), has_work=True), RankReport)
+    assert said(stepped(machine, StepOutput(key, [1], "", "stop")), RankReport, step=3)
+
+
+def test_a_report_says_how_fast_the_rank_is_and_what_it_has_finished() -> None:
+    machine = ready()
+    key = key_of(add(machine, 7))
+    done = Stepped((StepOutput(key, [1], "", "stop"),), Load(), False, 300, 100, 0.4)
+    load = one(said(machine.handle(done, 0.0), RankReport)).load
+    assert (load.prefill_rate, load.decode_rate, load.finished) == (1000, 1000, 1)
+
+
+def test_nothing_is_reported_in_external_mode_or_before_the_rank_is_ready() -> None:
+    for machine in (ready(report_loads=False), joining()):
+        machine.handle(IDLE, 0.0)
+        key = key_of(add(machine, 7))
+        assert not said(machine.handle(Turn(Load(1), True), 0.0), RankReport)
+        assert not said(stepped(machine, StepOutput(key, [1]), load=Load(0, 1)), RankReport)
+
+
+# Waves ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("own", "stamped", "runs"), [(0, 0, 0), (5, 3, 5), (5, 8, 8)])
+def test_a_paused_rank_that_takes_a_request_runs_in_the_later_wave(own: int, stamped: int, runs: int) -> None:
+    machine = ready(own, lockstep=True)
+    assert said(add(machine, 7, wave=stamped), StartWave, rank=NUMBER, incarnation=LIFE, wave=runs)
+    assert (machine.wave, machine.running) == (runs, True)
+    assert not said(add(machine, 8, number=2, wave=stamped), StartWave)
+
+
+def test_a_wake_makes_a_paused_rank_run_and_it_answers() -> None:
+    machine = ready(lockstep=True)
+    assert said(start(machine, 0), RankHello, wave=0, running=True)
+    assert find(machine.handle(IDLE, 0.0), DummyStep)
+    assert find(machine.handle(Turn(Load(1), True), 0.0), Step)
+    # A second one changes nothing, and is answered too.
+    assert said(start(machine, 0), RankHello, wave=0, running=True)
+    assert (machine.wave, machine.running) == (0, True)
+
+
+@pytest.mark.parametrize(("wave", "exclude"), [(4, None), (5, NUMBER)])
+def test_a_wake_for_a_finished_wave_or_that_leaves_this_rank_out_is_ignored(wave: int, exclude: int | None) -> None:
+    machine = ready(5, lockstep=True)
+    start(machine, wave, exclude)
+    assert (machine.wave, machine.running) == (5, False)
+
+
+def test_a_wake_means_nothing_before_the_rank_is_ready_or_without_lockstep() -> None:
+    for machine in (joining(lockstep=True), ready(lockstep=False)):
+        assert start(machine, 0) == []
+        assert not machine.running
+
+
+def test_the_ranks_agree_on_the_first_step_and_every_interval() -> None:
+    machine = ready(lockstep=True, sync_interval=3)
+    start(machine, 0)
+    agrees = []
+    for _ in range(7):
+        effects = stepped(machine, has_work=True)
+        agrees.append(bool(find(effects, Agree, has_work=True, wave=0)))
+        machine.handle(Agreed(True, 0), 0.0)
+    assert agrees == [True, False, False, True, False, False, True]
+
+
+def test_when_none_has_work_the_rank_pauses_and_the_next_wave_is_one_more() -> None:
+    machine = ready(4, lockstep=True)
+    start(machine, 4)
+    assert find(stepped(machine), Agree, has_work=False, wave=4)
+    assert said(machine.handle(Agreed(False, 4), 0.0), WaveComplete, wave=4, rank=NUMBER, incarnation=LIFE)
+    effects = machine.handle(IDLE, 0.0)
+    assert find(effects, Wait)
+    assert said(effects, RankReport, wave=5, running=False)
+    assert start(machine, 4) == []
+
+
+def test_the_agreement_brings_a_rank_to_the_wave_of_the_group() -> None:
+    machine = ready(lockstep=True)
+    add(machine, 7)
+    stepped(machine, has_work=True)
+    machine.handle(Agreed(True, 6), 0.0)
+    assert machine.wave == 6
+    machine.handle(FrontEndSaid(FIRST, AbortRequests([7])), 0.0)
+    assert said(machine.handle(Agreed(False, 6), 0.0), WaveComplete, wave=6)
+    assert machine.wave == 7
+
+
+def test_a_request_that_came_during_the_agreement_starts_the_next_wave() -> None:
+    machine = ready(lockstep=True)
+    start(machine, 0)
+    stepped(machine)
+    add(machine, 7)
+    effects = machine.handle(Agreed(False, 0), 0.0)
+    assert [type(effect.message) for effect in effects] == [WaveComplete, StartWave]
+    assert said(effects, WaveComplete, wave=0)
+    assert said(effects, StartWave, wave=1)
+    # The next wave's first step is an agreement again, or this rank would be alone in its collective.
+    assert find(stepped(machine, has_work=True), Agree)
+
+
+def test_a_wake_for_the_next_wave_is_kept_until_this_one_has_ended() -> None:
+    machine = ready(lockstep=True)
+    start(machine, 0)
+    assert said(start(machine, 1), RankHello, wave=0, running=True)
+    effects = machine.handle(Agreed(False, 0), 0.0)
+    assert said(effects, WaveComplete, wave=0)
+    assert said(effects, StartWave, wave=1)
+    assert not said(machine.handle(Agreed(False, 1), 0.0), StartWave)
+
+
+def test_what_is_no_event_raises_and_names_it() -> None:
+    with pytest.raises(TypeError, match="rank 3: Load is not an event"):
+        ready().handle(Load(), 0.0)  # type: ignore[arg-type]

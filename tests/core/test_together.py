@@ -1,0 +1,294 @@
+"""A coordinator, ranks with a tiny engine, and front-ends, joined by fake links: what users are promised."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import Phase, example, given, settings, strategies as st
+
+from paceline.core.messages import LoadView, StartDPWave, WakeNotice
+from tests.core.deployment import Deployment
+from tests.core.harness import FrontEndShell, find
+
+
+def answer(front_end: FrontEndShell, request: int) -> list[int]:
+    """All tokens that a request got, in order."""
+    return [token for output in front_end.outputs[request] for token in output.token_ids]
+
+
+# Cold starts and waves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [StartDPWave, WakeNotice])
+def test_one_request_after_a_cold_start_runs_all_ranks_and_pauses_them_again(lost: type) -> None:
+    deployment = Deployment(ranks=4).ready()
+    front_end = deployment.front_ends[0]
+    front_end.to_coordinator.lose(lost)
+    deployment.ranks[3].broadcasts.lose(lost)
+    request = front_end.submit(max_tokens=6, rank=2)
+    deployment.finish(limit_s=0.3)
+    assert answer(front_end, request) == [0, 1, 2, 3, 4, 5]
+    assert all(rank.dummy_steps > 0 for number, rank in deployment.ranks.items() if number != 2)
+    deployment.rest()
+    assert {rank.machine.wave for rank in deployment.ranks.values()} == {1}
+    assert (front_end.machine.wave, front_end.machine.running) == (1, False)
+
+
+def test_a_wake_lost_at_one_rank_four_times_is_made_up_for() -> None:
+    deployment = Deployment(ranks=3).ready()
+    deployment.ranks[1].broadcasts.lose(StartDPWave, times=4)
+    deployment.front_ends[0].submit(rank=0)
+    took = deployment.finish()
+    # Sent at 0, and again after 50, 150, 350 and 750 ms.
+    assert 0.75 <= took < 1.0
+    deployment.rest()
+
+
+def test_ranks_that_are_not_woken_are_named() -> None:
+    deployment = Deployment(ranks=3).ready()
+    deployment.ranks[1].broadcasts.hold()
+    deployment.front_ends[0].submit(rank=0)
+    deployment.world.run_for(3.0)
+    assert deployment.coordinator is not None
+    assert deployment.coordinator.statistics()["lagging"] == [1]
+    deployment.ranks[1].broadcasts.release()
+    deployment.rest()
+    assert deployment.coordinator.statistics()["lagging"] == []
+
+
+def test_requests_at_two_ranks_at_once_are_one_wave() -> None:
+    deployment = Deployment(ranks=3, front_ends=2).ready()
+    first, second = deployment.front_ends
+    first.submit(rank=0)
+    second.submit(rank=2)
+    deployment.rest()
+    assert {rank.machine.wave for rank in deployment.ranks.values()} == {1}
+
+
+def test_a_request_stamped_with_a_finished_wave_starts_the_next_one() -> None:
+    deployment = Deployment(ranks=2, front_ends=2).ready()
+    fast, slow = deployment.front_ends
+    fast.submit(rank=0)
+    slow.broadcasts.hold()
+    deployment.world.run_for(2.0)
+    assert slow.machine.wave == 0
+    request = slow.submit(rank=1, max_tokens=3)
+    deployment.world.run_for(2.0)
+    assert answer(slow, request) == [0, 1, 2]
+    slow.broadcasts.release()
+    deployment.rest()
+    assert {rank.machine.wave for rank in deployment.ranks.values()} == {2}
+
+
+def test_a_request_that_arrives_while_the_ranks_agree_to_pause_is_served() -> None:
+    # The wave's last agreement lasts from step to step: the request is sent at every millisecond around it.
+    for delay_ms in range(60):
+        deployment = Deployment(ranks=2).ready()
+        front_end = deployment.front_ends[0]
+        front_end.submit(rank=0, max_tokens=2)
+        deployment.world.run_for(delay_ms / 1000)
+        request = front_end.submit(rank=1, max_tokens=3)
+        deployment.rest()
+        assert answer(front_end, request) == [0, 1, 2]
+
+
+def test_ranks_that_come_up_late_are_taken_into_the_wave_that_waits_for_them() -> None:
+    deployment = Deployment(ranks=3, start=False)
+    deployment.start_rank(0)
+    deployment.run_until(lambda: deployment.front_ends[0].machine.ready_ranks() == [0])
+    deployment.front_ends[0].submit()
+    deployment.world.run_for(1.0)
+    assert not deployment.front_ends[0].finished()
+    deployment.start_rank(1)
+    deployment.world.run_for(1.0)
+    deployment.start_rank(2)
+    deployment.finish(limit_s=1.0)
+    deployment.rest()
+
+
+def test_a_restarted_rank_joins_in_the_wave_of_the_others() -> None:
+    deployment = Deployment(ranks=2).ready()
+    front_end = deployment.front_ends[0]
+    for _ in range(3):
+        front_end.submit()
+        deployment.rest()
+    deployment.ranks[1].kill()
+    reborn = deployment.start_rank(1).machine
+    deployment.run_until(lambda: reborn.wave == 3)
+    deployment.world.run_for(1.0)
+    request = front_end.submit(rank=1)
+    deployment.rest()
+    assert answer(front_end, request) == [0, 1]
+    assert {rank.machine.wave for rank in deployment.ranks.values()} == {4}
+
+
+# Deaths ---------------------------------------------------------------------------------------
+
+
+def test_a_wave_goes_on_and_ends_without_a_coordinator() -> None:
+    deployment = Deployment(ranks=2).ready()
+    front_end = deployment.front_ends[0]
+    front_end.submit(max_tokens=50)
+    deployment.world.run_for(0.1)
+    deployment.crash_coordinator()
+    late = front_end.submit(max_tokens=5)
+    deployment.finish()
+    assert answer(front_end, late) == [0, 1, 2, 3, 4]
+    deployment.start_coordinator()
+    deployment.rest()
+    assert (front_end.machine.wave, front_end.machine.running) == (1, False)
+
+
+def test_a_request_sent_while_there_is_no_coordinator_is_served_when_a_new_one_is_up() -> None:
+    deployment = Deployment(ranks=3).ready()
+    front_end = deployment.front_ends[0]
+    front_end.submit()
+    deployment.rest()
+    deployment.crash_coordinator()
+    request = front_end.submit(rank=1)
+    deployment.world.run_for(2.0)
+    assert not front_end.finished()
+    deployment.start_coordinator()
+    deployment.finish(limit_s=1.0)
+    assert answer(front_end, request) == [0, 1]
+    deployment.rest()
+
+
+def test_a_rank_that_starts_again_is_not_admitted_before_a_new_coordinator_has_heard_the_others() -> None:
+    deployment = Deployment(ranks=2).ready()
+    deployment.front_ends[0].submit()
+    deployment.rest()
+    deployment.ranks[1].kill()
+    deployment.crash_coordinator()
+    deployment.ranks[0].to_coordinator.hold()
+    deployment.start_coordinator()
+    deployment.start_rank(1)
+    newcomer = deployment.start_front_end(0, 1)
+    deployment.world.run_for(3.0)
+    assert newcomer.machine.ready_ranks() == []
+    deployment.ranks[0].to_coordinator.release()
+    deployment.run_until(lambda: newcomer.machine.ready_ranks() == [0, 1])
+    assert deployment.ranks[1].machine.wave == deployment.ranks[0].machine.wave == 1
+    newcomer.submit()
+    deployment.finish(limit_s=5.0)
+
+
+def test_what_a_killed_rank_was_doing_goes_on_elsewhere_and_its_next_life_serves() -> None:
+    deployment = Deployment(ranks=2, lockstep=False).ready()
+    front_end = deployment.front_ends[0]
+    doomed, safe = front_end.submit(rank=0, max_tokens=100), front_end.submit(rank=1, max_tokens=100)
+    deployment.world.run_for(0.1)
+    deployment.ranks[0].kill()
+    deployment.start_rank(0)
+    deployment.finish()
+    assert front_end.refused == {}
+    assert answer(front_end, safe) == list(range(100))
+    assert answer(front_end, doomed) == list(range(100))
+    again = front_end.submit(rank=0)
+    deployment.rest()
+    assert answer(front_end, again) == [0, 1]
+
+
+def test_what_clients_abandon_leaves_the_engine() -> None:
+    deployment = Deployment(ranks=2, lockstep=False).ready()
+    front_end = deployment.front_ends[0]
+    request = front_end.submit(rank=0, max_tokens=1000)
+    deployment.world.run_for(0.1)
+    front_end.abandon(request)
+    deployment.world.run_for(0.1)
+    assert not deployment.ranks[0].engine.has_work()
+    deployment.rest()
+
+
+@pytest.mark.parametrize("pause_s", [2.5, 0.1], ids=["quiet", "steady-load"])
+def test_a_front_end_that_missed_the_members_hears_of_them_again(pause_s: float) -> None:
+    deployment = Deployment(ranks=1, front_ends=2, lockstep=False)
+    told, missed = deployment.front_ends
+    missed.broadcasts.closed = True
+    deployment.run_until(lambda: told.machine.ready_ranks() == [0])
+    deployment.world.run_for(0.1)
+    missed.broadcasts.closed = False
+    assert missed.machine.ready_ranks() == []
+    for _ in range(int(10 / pause_s)):
+        told.submit()
+        deployment.world.run_for(pause_s)
+    # The quiet case has its heartbeat after the last of them.
+    deployment.world.run_for(2.0)
+    assert missed.machine.ready_ranks() == [0]
+
+
+# Modes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lockstep", [True, False])
+def test_external_mode_serves_each_rank_by_its_own_front_end_and_publishes_no_load(lockstep: bool) -> None:
+    deployment = Deployment(ranks=3, front_ends=3, lockstep=lockstep, external=True).ready()
+    for number, front_end in enumerate(deployment.front_ends):
+        front_end.submit()
+        assert front_end.placed == {1: number}
+    deployment.rest()
+    views = find(deployment.broadcast, LoadView)
+    assert views
+    assert all(view.ranks is None for view in views)
+
+
+def test_in_external_mode_what_has_ended_does_not_wait() -> None:
+    deployment = Deployment(ranks=1, front_ends=1, lockstep=False, external=True).ready()
+    front_end = deployment.front_ends[0]
+    for _ in range(3):
+        front_end.submit()
+        deployment.finish()
+    front_end.abandon(front_end.submit())
+    assert front_end.machine.waiting() == 0
+    assert front_end.machine.believed(0).waiting == 0
+    kept = [front_end.submit(max_tokens=50) for _ in range(4)]
+    assert front_end.machine.believed(0).waiting == len(kept)
+    deployment.rest()
+
+
+def schedules(*actions: str) -> st.SearchStrategy[list[tuple[float, str, int]]]:
+    steps = st.tuples(st.floats(0.0, 0.3), st.sampled_from(["submit", "submit", *actions]), st.integers(0, 11))
+    return st.lists(steps, max_size=25)
+
+
+def run_schedule(deployment: Deployment, schedule: list[tuple[float, str, int]]) -> None:
+    for pause_s, what, which in schedule:
+        deployment.world.run_for(pause_s)
+        front_end, rank = deployment.front_ends[which % 2], deployment.ranks[which % 3]
+        match what:
+            case "submit":
+                front_end.submit(tokens=1 + which, max_tokens=1 + which)
+            case "lose":
+                rank.broadcasts.lose(StartDPWave)
+                front_end.broadcasts.lose(LoadView)
+                front_end.to_coordinator.lose(WakeNotice)
+            case "slow":
+                rank.broadcasts.delay_s = front_end.broadcasts.delay_s = which / 100
+            case "crash":
+                deployment.crash_coordinator()
+            case "restart":
+                deployment.start_coordinator()
+    for front_end in deployment.front_ends:
+        front_end.broadcasts.lose_no_more()
+    deployment.rest()
+    for front_end in deployment.front_ends:
+        for request, outputs in front_end.outputs.items():
+            assert answer(front_end, request) == list(range(len(outputs)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(schedules("lose", "slow"), st.booleans())
+def test_whatever_is_lost_or_late_every_request_is_answered(
+    schedule: list[tuple[float, str, int]], lockstep: bool
+) -> None:
+    run_schedule(Deployment(ranks=3, front_ends=2, lockstep=lockstep).ready(), schedule)
+
+
+@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@example([(0.0, "submit", 0), (0.25, "restart", 0)], False)
+@example([(0.0, "crash", 0), (0.0, "submit", 0), (0.1, "lose", 0)], True)
+@given(schedules("lose", "slow", "crash", "restart"), st.booleans())
+def test_whatever_happens_to_the_coordinator_every_request_is_answered(
+    schedule: list[tuple[float, str, int]], lockstep: bool
+) -> None:
+    deployment = Deployment(ranks=3, front_ends=2, lockstep=lockstep).ready()
+    run_schedule(deployment, [*schedule, (0.0, "restart", 0)])

@@ -1,0 +1,46 @@
+"""Groups for tests: the members threads of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from paceline.engines.group import RankGroup
+from paceline.net.group import GroupListener, form_group
+
+
+class Threads:
+    """A generation whose members are threads of this process."""
+
+    def __init__(self, addresses: list[str], timeout_s: float = 20.0) -> None:
+        self.timeout_s = timeout_s
+        self.listeners = [GroupListener(address) for address in addresses]
+        self.pool = ThreadPoolExecutor(len(addresses))
+        self.groups: list[RankGroup] = []
+        self.form(1)
+
+    def form(self, generation: int) -> None:
+        """Form a new generation of all."""
+        addresses = {rank: listener.address for rank, listener in enumerate(self.listeners)}
+        self.groups = self.each(
+            lambda rank: form_group(self.listeners[rank], generation, rank, addresses, self.timeout_s)
+        )
+
+    def each(self, call: Callable[[int], Any]) -> list[Any]:
+        """What `call(rank)` returns at each, all at a time."""
+        return [future.result(60) for future in self.start(call)]
+
+    def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:
+        """Likewise, without waiting."""
+        return [self.pool.submit(call, rank) for rank in range(len(self.listeners))]
+
+    def close(self) -> None:
+        """End everything."""
+        for group in self.groups:
+            group.leave()
+        self.pool.shutdown()
+        for group in self.groups:
+            group.close()
+        for listener in self.listeners:
+            listener.close()
