@@ -35,9 +35,9 @@ from paceline.check.lockstep import Bound, Lockstep, State, agreed
 from paceline.check.parties import Answer, Group, Node, Process, Word, named
 from paceline.check.search import Move
 from paceline.check.state import demand
-from paceline.protocol.invariants import agree_at_rest, same_generation
-from paceline.protocol.messages import Form, StartDPWave
-from paceline.protocol.rules import OF_GENERATIONS
+from paceline.core.invariants import agree_at_rest, same_generation
+from paceline.core.messages import Form, StartDPWave
+from paceline.core.rules import OF_GENERATIONS
 
 Members = list[int]
 

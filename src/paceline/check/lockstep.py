@@ -45,18 +45,18 @@ from paceline.check.parties import BESIDES, Answer, Node, Process, Settings, Wor
 from paceline.check.search import Move, Same
 from paceline.check.state import Freezer, Part, Register, demand
 from paceline.check.story import situation, told
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.invariants import (
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.invariants import (
     agree_at_rest,
     joiner_is_told,
     left_out_has_it,
     nothing_steps_while_suspended,
     same_collective,
 )
-from paceline.protocol.messages import Admit, Form, Identify, RankHello, StartDPWave, WaveComplete
-from paceline.protocol.rank import Phase
-from paceline.protocol.rank_events import IN_MID_STEP, Step
-from paceline.protocol.sampling import ControlAction, SuspendMode
+from paceline.core.messages import Admit, Form, Identify, RankHello, StartDPWave, WaveComplete
+from paceline.core.rank.events import Phase
+from paceline.core.rank.events import IN_MID_STEP, Step
+from paceline.core.requests import ControlAction, SuspendMode
 
 REPEATED = ("wake", "question", "suspension", "generation")
 """Timers by which the coordinator says something again; the others let it wait no longer (`epochs.py`)."""

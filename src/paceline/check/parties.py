@@ -11,20 +11,19 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from paceline.check import shim as _  # noqa: F401
 from paceline.check.state import NOW, Freezer, Part, Register, demand
-from paceline.protocol import coordinator_events as on_coordinator, rank_events as on_rank
-from paceline.protocol.binding.brokerage import Brokerage
-from paceline.protocol.coordination.board import Board
-from paceline.protocol.coordination.publishing import Publisher
-from paceline.protocol.coordination.stalls import Stalls
-from paceline.protocol.coordinator import Coordinator
-from paceline.protocol.frontend import FrontEnd
-from paceline.protocol.frontend_events import CoordinatorSaid, Submit, ToCoordinator, ToRank as SentToRank
-from paceline.protocol.invariants import answered_once, runs_only_when_ready, wave_never_falls
-from paceline.protocol.messages import (
+from paceline.core.coordinator import events as on_coordinator
+from paceline.core.rank import events as on_rank
+from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.coordinator.load_table import Board
+from paceline.core.coordinator.publishing import Publisher
+from paceline.core.coordinator.epoch import Stalls
+from paceline.core.coordinator.machine import Coordinator
+from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.events import CoordinatorSaid, Submit, ToCoordinator, ToRank as SentToRank
+from paceline.core.invariants import answered_once, runs_only_when_ready, wave_never_falls
+from paceline.core.messages import (
     PROTOCOL_VERSION,
-    AddRequest,
     Admit,
     ControlAnswer,
     ControlRequest,
@@ -41,12 +40,13 @@ from paceline.protocol.messages import (
     ToRank,
     WakeNotice,
 )
-from paceline.protocol.rank import Phase, Rank
-from paceline.protocol.ranks.quota import RankQuota
-from paceline.protocol.ranks.reporter import LoadReporter
-from paceline.protocol.ranks.requests import RankRequests
-from paceline.protocol.routing.least import LeastLoad
-from paceline.protocol.sampling import ControlAction, SamplingParams
+from paceline.core.rank.events import Phase
+from paceline.core.rank.machine import Rank
+from paceline.core.rank.prefill_quota import RankQuota
+from paceline.core.rank.reporting import LoadReporter
+from paceline.core.rank.requests import RankRequests
+from paceline.core.routing.least import LeastLoad
+from paceline.core.requests import AddRequest, ControlAction, SamplingParams
 
 FRONT_END = 1
 MESSAGES: Register[FromRank | ToRank] = Register(Freezer())
@@ -318,7 +318,7 @@ def ticked(machine: Coordinator, _: int, *timers: str) -> Answer:
 def _happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
     before = machine.statistics()
     effects = machine.handle(event, NOW)
-    machine.moments_pass()
+    machine.moment_passes()
     known = machine.statistics()
     demand(wave_never_falls("the coordinator", before["wave"], known["wave"]))  # type: ignore[arg-type]
     published, answered, told = (0, False), 0, []

@@ -113,6 +113,64 @@ class Knowledge:
         timers = (waking, suspending, forming, self._introductions.due, self.broker.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
+    # What the explorer asks, for which time is a choice -----------------------------------------
+
+    INCIDENTAL = frozenset({"_dropped"})
+    """Attributes that nothing depends on which this machine does later: counters for people, here and in its parts."""
+
+    def timers(self) -> dict[str, list[int]]:
+        """The timers that are set, each with the ranks whose word it waits for."""
+        found = {**self._generations.timers(), **self._scaling.timers()}
+        if self._group.wake_due is not None:
+            found["wake"] = self._group.lagging()
+        if self._introductions.due is not None:
+            found["question"] = self._unheard()
+        if self._introductions.impatient:
+            found["acquaintance"] = self._membership.missing()
+        if self._suspension.due is not None:
+            found["suspension"] = self._suspension.shown.waiting_for
+        if self.broker.due is not None:
+            found["queue"] = []
+        return found
+
+    def expire(self, timer: str, now: float) -> None:
+        """Let one of them be due at the next Tick, whatever its time was."""
+        match timer:
+            case "wake":
+                self._group.expire(now)
+            case "question" | "acquaintance":
+                self._introductions.expire(now, patience=timer == "acquaintance")
+            case "suspension":
+                self._suspension.expire(now)
+            case "queue":
+                self.broker.expire(now)
+            case "scaling" | "scaling-late":
+                self._scaling.expire(timer, now)
+            case _:
+                self._generations.expire(timer, now)
+
+    def moment_passes(self) -> None:
+        """Nothing is put off any more because the same was done a moment ago."""
+        self._introductions.moment_passes(asks=bool(self._unheard()))
+
+    def epoch(self) -> tuple[int, dict[int, int]]:
+        """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
+        return self._generations.number, self._generations.members()
+
+    def lives(self) -> dict[int, int]:
+        """By rank, the lives that are ready."""
+        return self._membership.lives()
+
+    def is_retired(self, rank: int, incarnation: int) -> bool:
+        """Whether this life of a rank is known to be over."""
+        return self._membership.is_retired(rank, incarnation)
+
+    def acknowledged(self, rank: int) -> tuple[int, bool] | None:
+        """The number of the suspension that a rank last said it knows, and whether it holds."""
+        return self._suspension.acknowledged(rank)
+
+    # --------------------------------------------------------------------------------------------
+
     def statistics(self) -> dict[str, object]:
         """What this machine knows, for `/health`, metrics and tests."""
         return {
@@ -156,6 +214,10 @@ class Knowledge:
             self._publisher.changed(now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
+
+    def _unheard(self) -> list[int]:
+        """Ranks that are to be asked who they are."""
+        return [*self._membership.missing(), *self._generations.silent(), *self._late()]
 
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
@@ -350,9 +412,7 @@ class Coordinator(Knowledge):
         if self._generations.asks or (self._introductions.due is None and self._late()):
             self._generations.asks = False
             self._introductions.wanted(now)
-        if self._introductions.ask(
-            now, lambda: [*self._membership.missing(), *self._generations.silent(), *self._late()]
-        ):
+        if self._introductions.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
