@@ -96,7 +96,8 @@ class State:
     `calls`: of the operator, how many have been served. `asking`: whether one is under way; `heard`: whether this life
     of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the suspension that all
     ranks have said to keep, 0 where none is in force. `stranded`: requests whose rank has died, and that their
-    front-ends are to send to another one. `names`: what a story calls each rank.
+    front-ends are to send to another one. `scale`: where ranks come and go (`scaling.py`). `names`: what a story calls
+    each rank.
     """
 
     def __init__(self, coordinator: Part[Coordinator], nodes: list[Node]) -> None:
@@ -107,6 +108,7 @@ class State:
         self.published = (0, False)
         self.calls, self.asking, self.heard, self.answered, self.settled = 0, False, False, 0, 0
         self.stranded = 0
+        self.scale: Any = None
 
     @property
     def spare(self) -> int:
@@ -249,10 +251,14 @@ class Lockstep:
             (*order, *rest) for order in permutations(range(alike)) if [first[place] for place in order] == best
         ]
         order = min(orders, key=lambda order: state.coordinator.mirrored(order).number) if orders[1:] else orders[0]
+        self.reorder(state, order)
+        return [numbers[place] for place in order]
+
+    def reorder(self, state: State, order: tuple[int, ...]) -> None:
+        """Let rank `order[i]` be rank `i`."""
         state.coordinator = state.coordinator.mirrored(order)
         state.nodes = [state.nodes[place] for place in order]
         state.names = tuple(state.names[place] for place in order)
-        return [numbers[place] for place in order]
 
     def alike(self, state: State) -> int:
         """Ranks below this are alike."""

@@ -36,6 +36,7 @@ from paceline.core.messages import (
     Member,
     Members,
     RankHello,
+    Scaling,
     StartDPWave,
     ToRank,
     WakeNotice,
@@ -278,60 +279,61 @@ class Answer(NamedTuple):
     """What the coordinator makes of an event. `published`: the newest (wave, running) that front-ends can hear of.
 
     `answered`: the number that a call is answered with, 0 for none. `settled`: of the suspension in force at all ranks,
-    as this coordinator says; 0 where it does not say that. `scaling`: what front-ends are told of it.
+    as this coordinator says; 0 where it does not say that. `scaling`: what front-ends are told of that, if anything.
     """
 
     broadcasts: tuple[Word, ...]
     published: tuple[int, bool]
     answered: int
     settled: int
-    told: tuple[on_coordinator.Effect, ...] = ()
+    scaling: Word | None = None
 
 
 def said(machine: Coordinator, rank: int, word: Word) -> Answer:
     message = replace(word.thing, rank=rank) if hasattr(word.thing, "rank") else word.thing
-    return _happens(machine, on_coordinator.RankSaid(message))  # type: ignore[arg-type]
+    return happens(machine, on_coordinator.RankSaid(message))  # type: ignore[arg-type]
 
 
 def noticed(machine: Coordinator, rank: int, stamp: int) -> Answer:
-    return _happens(machine, on_coordinator.FrontEndSaid(WakeNotice(FRONT_END, rank, stamp)))
+    return happens(machine, on_coordinator.FrontEndSaid(WakeNotice(FRONT_END, rank, stamp)))
 
 
 def subscribed(machine: Coordinator, _: int) -> Answer:
-    return _happens(machine, on_coordinator.RankSubscribed())
+    return happens(machine, on_coordinator.RankSubscribed())
 
 
 def gone(machine: Coordinator, rank: int, incarnation: int) -> Answer:
-    return _happens(machine, on_coordinator.RankGone(rank, incarnation))
+    return happens(machine, on_coordinator.RankGone(rank, incarnation))
 
 
 def called(machine: Coordinator, _: int, call: int, action: ControlAction, answered: int) -> Answer:
-    return _happens(machine, on_coordinator.FrontEndSaid(ControlRequest(FRONT_END, call, action, answered)))
+    return happens(machine, on_coordinator.FrontEndSaid(ControlRequest(FRONT_END, call, action, answered)))
 
 
 def ticked(machine: Coordinator, _: int, *timers: str) -> Answer:
     for timer in timers:
         machine.expire(timer, NOW)
-    return _happens(machine, on_coordinator.Tick())
+    return happens(machine, on_coordinator.Tick())
 
 
-def _happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
+def happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
     before = machine.statistics()
     effects = machine.handle(event, NOW)
     machine.moment_passes()
     known = machine.statistics()
     demand(wave_never_falls("the coordinator", before["wave"], known["wave"]))  # type: ignore[arg-type]
-    published, answered, told = (0, False), 0, []
+    published, answered, scaling = (0, False), 0, None
     for effect in effects:
         match effect:
             case on_coordinator.ToFrontEnds(Members() | LoadView() as view):
                 published = max(published, (view.wave, view.running))
-                told.append(effect)
+                if isinstance(view, Members) and view.scaling is not None:
+                    scaling = MESSAGES.part(view.scaling)
             case on_coordinator.ToFrontEnds(ControlAnswer() as answer):
                 answered = answer.number
     words = tuple(MESSAGES.part(one.message) for one in effects if isinstance(one, on_coordinator.ToRanks))
     settled = known["suspension"] if known["suspension_settled"] else 0
-    return Answer(words, published, answered, settled)  # type: ignore[arg-type]
+    return Answer(words, published, answered, settled, scaling)  # type: ignore[arg-type]
 
 
 @cache
@@ -346,6 +348,8 @@ def neutral(word: Word, rank: int, by: int) -> Word | None:
             own = [replace(member, rank=0) for member in form.members if member.rank == rank]
             signature = GroupMember(1, len(form.members), str(by))
             return MESSAGES.part(replace(form, members=[*own, signature])) if own else None
+        case Scaling():
+            return None
     return word
 
 

@@ -56,6 +56,7 @@ from paceline.core.messages import (
     RankReport,
     ReturnShares,
     ScaleRequest,
+    Scaling,
     SendNotice,
     StallReport,
     StartWave,
@@ -156,6 +157,11 @@ class Knowledge:
     def epoch(self) -> tuple[int, dict[int, int]]:
         """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
         return self._generations.number, self._generations.members()
+
+    @property
+    def scaling(self) -> Scaling:
+        """How many ranks there are, or are to be."""
+        return self._scaling.state
 
     def lives(self) -> dict[int, int]:
         """By rank, the lives that are ready."""
