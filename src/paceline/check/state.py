@@ -9,7 +9,7 @@ said in two places. A class says itself which of its own attributes are of no co
 
 Time is the search's choice. Everything happens at `NOW`; of a time only whether it is set counts, and a timer that is
 set may be due at any moment (`timers()` and `expire()` of the machines). Durations decide when timers are due, so they
-count for nothing. A dict or set is one with another that has the same in it, whatever came first.
+count for nothing; what is below 0 stands for "not yet". A dict or set is one with another that has the same in it, whatever came first.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Freezer:
         if kind in ATOMS:
             return value  # type: ignore[no-any-return]
         if kind is float:
-            return value if value in INFINITE else 0.0
+            return value if value in INFINITE else -1.0 if value < 0 else 0.0
         if kind in self._besides or callable(value):
             return None
         if isinstance(value, Mapping):
@@ -73,7 +73,7 @@ class Freezer:
         if names is None:
             incidental = {name for base in kind.__mro__ for name in getattr(base, "INCIDENTAL", ())}
             names = self._kept[kind] = tuple(name for name in attributes(value) if name not in incidental)
-        return (kind.__name__, *[self(getattr(value, name)) for name in names])
+        return (kind, *[self(getattr(value, name)) for name in names])
 
 
 def attributes(thing: Any) -> list[str]:

@@ -94,6 +94,8 @@ class Flight(Struct, gc=False):
 class Flights:
     """What this front-end, `identity`, has sent to which rank. `share_sends`: whether the coordinator is told."""
 
+    INCIDENTAL = frozenset({"void", "moved"})
+
     def __init__(self, identity: int, router: Router, *, share_sends: bool, lockstep: bool) -> None:
         self.wave = 0
         """The wave that is believed current; sends are stamped with it."""
