@@ -136,7 +136,7 @@ def simulate(context: typer.Context) -> None:
 @app.command(name="check", context_settings=_PASSED_ON)
 def check(context: typer.Context) -> None:
     """Walk every interleaving of the machines in a small deployment."""
-    from paceline.check_cli import app as check_app
+    from paceline.check.cli import app as check_app
 
     check_app(context.args, prog_name="paceline check")
 

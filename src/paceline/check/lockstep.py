@@ -222,11 +222,11 @@ class Lockstep:
 
     def stuck(self, state: State) -> str:
         """Where everyone is."""
-        return f"Stuck: {situation(self, state)}. Nothing that happens by itself brings this to an end."
+        return f"Stuck: {situation(state)}. Nothing that happens by itself brings this to an end."
 
     def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
         """A move in words."""
-        return told(self, before, what, after)
+        return told(before, what, after)
 
     # Which states are one --------------------------------------------------------------------------
 

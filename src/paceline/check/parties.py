@@ -53,7 +53,7 @@ FRONT_END = 1
 MESSAGES: Register[FromRank | ToRank] = Register(Freezer())
 """Every message that was ever on a link: equal ones are one."""
 
-Word = Part[FromRank | ToRank]
+Word = Part
 
 
 class Group(NamedTuple):
@@ -358,7 +358,6 @@ def named(form: Form) -> Group:
     return Group(form.generation, int(form.members[-1].address), form.members[-1].incarnation)
 
 
-COORDINATORS: type = Register
 BESIDES = (Publisher, Board, Brokerage, Stalls, LoadReporter, RankRequests, RankQuota)
 """No part of what is walked: loads, and what is published of them; requests' names; the prefill quota, which is off."""
 

@@ -24,6 +24,7 @@ from msgspec import Struct
 from paceline.simulate.world import Violation
 
 LOOK_EVERY = 4096
+LONGEST_ENDING = 40
 
 
 class State(Protocol):
@@ -99,8 +100,9 @@ def search(model: Model[S], report: Callable[[int, int, int], None] = lambda *_:
                 decided = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most_mb * 1024
         stuck = walk.first_stuck() if decided else None
         if stuck is not None:
-            story, state = walk.story(stuck)
-            violation = model.stuck(state)
+            lines, state = walk.story(stuck)
+            more, state = walk.ending(state, len(lines))
+            story, violation = lines + more, model.stuck(state)
     except Found as found:
         story, violation = walk.story(found.state, found.move)[0], f"Then: {found.why}."
     seconds = time.perf_counter() - begin
@@ -184,6 +186,26 @@ class Walk(Generic[S]):
                 after = state.copy()
             lines.append(f"{count}. {self._model.tell(state, move.what, after)}.")
             self._model.key(after)
+            state = after
+        return lines, state
+
+    def ending(self, state: S, told: int) -> tuple[list[str], S]:
+        """What happens by itself from here on, until nothing does, or no longer than is readable."""
+        met, lines = {self._model.key(state)}, list[str]()
+        while len(met) < LONGEST_ENDING:
+            for move in self._model.moves(state):
+                after = state.copy()
+                try:
+                    move.do(after)
+                except (Same, Violation):
+                    continue
+                line = f"{told + len(met)}. {self._model.tell(state, move.what, after)}."
+                if move.fair and self._model.key(after) not in met:
+                    break
+            else:
+                break
+            met.add(self._model.key(after))
+            lines.append(line)
             state = after
         return lines, state
 
