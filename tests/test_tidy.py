@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "paceline.core": {"paceline.core"},
     "paceline.engines": {"paceline.engines", "paceline.core", "paceline.errors"},
     "paceline.simulate": {"paceline.simulate", "paceline.engines", "paceline.core", "paceline.errors"},
+    "paceline.check": {"paceline.check", "paceline.simulate", "paceline.core", "paceline.errors"},
     "paceline.net": {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.config", "paceline.errors",
     },

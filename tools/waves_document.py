@@ -1,6 +1,6 @@
 """The generated part of docs/WAVES.md: for each rule the story of what breaks without it.
 
-    python -m paceline.simulate.waves_document docs/WAVES.md [--check]
+    python tools/waves_document.py docs/WAVES.md [--check]
 
 The stories come from the explorer, which walks the production machines with one rule left out, in the smallest
 deployment in which that is seen.
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from paceline.check.cli import without_rule
 from paceline.core.rules import RULES
-from paceline.simulate.explore import Bound, walk
 
 
 def stories() -> Iterator[str]:
@@ -28,7 +28,8 @@ def stories() -> Iterator[str]:
 @cache
 def story(rule: str) -> list[str]:
     """The shortest one without this rule."""
-    return walk(Bound(without=frozenset({rule})), lambda _: None).trace
+    found = without_rule(rule)
+    return [*found.story, found.violation]
 
 
 def filled(text: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from waves_document import filled, main
 
 from paceline.core.rules import RULES
-from paceline.simulate.waves_document import filled, main
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "WAVES.md"
 
