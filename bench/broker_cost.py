@@ -27,7 +27,7 @@ from paceline.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Descriptor,
-    FrontEndHello,
+    FrontendHello,
     Grants,
     RankHello,
     RankReport,
@@ -36,7 +36,7 @@ from paceline.core.messages import (
 )
 
 SLOTS = 16
-FRONT_ENDS = 4
+FRONTENDS = 4
 REQUESTS = 4000
 ROUNDS = 7
 QUEUED = 256
@@ -52,43 +52,43 @@ class Rig:
         self.ranks = ranks
         self.sent = [0] * ranks
         self.ended = [0] * ranks
-        self._front_end = codec.from_front_end().decode
+        self._frontend = codec.from_frontend().decode
         self._rank = codec.from_rank().decode
         for rank in range(ranks):
             hello = RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)
             self.machine.handle(coordinator.RankSaid(hello), 0.0)
-        for front_end in range(FRONT_ENDS):
-            hello_front = FrontEndHello(PROTOCOL_VERSION, 100 + front_end, brokered=True)
-            self.machine.handle(coordinator.FrontEndSaid(hello_front), 0.0)
-        self.told = [0] * FRONT_ENDS
-        self.asks = [0] * FRONT_ENDS
+        for frontend in range(FRONTENDS):
+            hello_front = FrontendHello(PROTOCOL_VERSION, 100 + frontend, brokered=True)
+            self.machine.handle(coordinator.FrontendSaid(hello_front), 0.0)
+        self.told = [0] * FRONTENDS
+        self.asks = [0] * FRONTENDS
 
     def report(self, rank: int, running: int) -> bytes:
         load = Load(0, running, SLOTS, 0, 100, 10**6, step_tokens=2048, finished=self.ended[rank], kv_reserved=100)
-        taken = {100 + front_end: self.sent[rank] for front_end in range(FRONT_ENDS)}
+        taken = {100 + frontend: self.sent[rank] for frontend in range(FRONTENDS)}
         return codec.encode(RankReport(rank, 10 + rank, self.ended[rank], 0, False, load, taken))
 
-    def ask(self, front_end: int, request: int) -> bytes:
-        self.asks[front_end] += 1
+    def ask(self, frontend: int, request: int) -> bytes:
+        self.asks[frontend] += 1
         descriptor = Descriptor(request, 500, 200)
-        return codec.encode(Ask(100 + front_end, self.asks[front_end], 10**6, [descriptor]))
+        return codec.encode(Ask(100 + frontend, self.asks[frontend], 10**6, [descriptor]))
 
-    def notice(self, front_end: int, rank: int, request: int) -> bytes:
-        self.told[front_end] += 1
+    def notice(self, frontend: int, rank: int, request: int) -> bytes:
+        self.told[frontend] += 1
         self.sent[rank] += 1
         send = Send(rank, 10 + rank, self.sent[rank], 500, 200, request)
-        return codec.encode(SendNotice(100 + front_end, [send], self.told[front_end]))
+        return codec.encode(SendNotice(100 + frontend, [send], self.told[frontend]))
 
     def hear_ranks(self, frames: list[bytes]) -> list[Grants]:
         return self._out(coordinator.RanksReported([self._rank(frame) for frame in frames]))  # type: ignore[misc]
 
-    def hear_front_ends(self, frames: list[bytes]) -> list[Grants]:
-        return self._out(coordinator.FrontEndsSaid([self._front_end(frame) for frame in frames]))  # type: ignore[misc]
+    def hear_frontends(self, frames: list[bytes]) -> list[Grants]:
+        return self._out(coordinator.FrontendsSaid([self._frontend(frame) for frame in frames]))  # type: ignore[misc]
 
     def _out(self, event: coordinator.Event) -> list[Grants]:
         grants = []
         for effect in self.machine.handle(event, 1.0):
-            if isinstance(effect, coordinator.ToFrontEnds):
+            if isinstance(effect, coordinator.ToFrontends):
                 codec.encode(effect.message)
                 if isinstance(effect.message, Grants):
                     grants.append(effect.message)
@@ -103,14 +103,14 @@ def clock(spent: list[float], action: Callable[[], list[Grants]]) -> list[Grants
     return found
 
 
-def run(ranks: int, brokered: bool, turn: int) -> float:
+def run(ranks: int, late_binding: bool, turn: int) -> float:
     """Microseconds of the coordinator's a request."""
     rig = Rig(ranks)
     rig.hear_ranks([rig.report(rank, SLOTS) for rank in range(ranks)])
     number, spent, done = 0, [0.0], 0
-    for _ in range(QUEUED if brokered else 0):
+    for _ in range(QUEUED if late_binding else 0):
         number += 1
-        rig.hear_front_ends([rig.ask(number % FRONT_ENDS, number)])
+        rig.hear_frontends([rig.ask(number % FRONTENDS, number)])
     while done < REQUESTS:
         # Some ranks after the others end a request each, and are sent the next one.
         ending = [(done + place) % ranks for place in range(min(turn, ranks))]
@@ -119,15 +119,15 @@ def run(ranks: int, brokered: bool, turn: int) -> float:
         freed = [rig.report(rank, SLOTS - 1) for rank in ending]
         grants = clock(spent, lambda frames=freed: rig.hear_ranks(frames))  # type: ignore[misc]
         given = [grant for message in grants for grant in message.grants]
-        assert len(given) == brokered * len(ending), f"{len(given)} grants where {len(ending)} slots are free"
-        if brokered:
-            said = [rig.notice(grant.front_end - 100, grant.rank, grant.request) for grant in given]
+        assert len(given) == late_binding * len(ending), f"{len(given)} grants where {len(ending)} slots are free"
+        if late_binding:
+            said = [rig.notice(grant.frontend - 100, grant.rank, grant.request) for grant in given]
             for _ in ending:
                 number += 1
-                said.append(rig.ask(number % FRONT_ENDS, number))
+                said.append(rig.ask(number % FRONTENDS, number))
         else:
-            said = [rig.notice(rank % FRONT_ENDS, rank, 0) for rank in ending]
-        clock(spent, lambda frames=said: rig.hear_front_ends(frames))  # type: ignore[misc]
+            said = [rig.notice(rank % FRONTENDS, rank, 0) for rank in ending]
+        clock(spent, lambda frames=said: rig.hear_frontends(frames))  # type: ignore[misc]
         taken = [rig.report(rank, SLOTS) for rank in ending]
         clock(spent, lambda frames=taken: rig.hear_ranks(frames))  # type: ignore[misc]
         done += len(ending)
@@ -144,11 +144,11 @@ def main() -> None:
     for ranks in arguments.ranks:
         both: tuple[list[float], list[float]] = ([], [])
         for _ in range(ROUNDS):
-            for brokered in (False, True):
+            for late_binding in (False, True):
                 gc.collect()
-                both[brokered].append(run(ranks, brokered, arguments.turn))
-        arrival, broker = (statistics.median(one) for one in both)
-        rows.append({"ranks": ranks, "arrival_us": arrival, "broker_us": broker, "queue_us": broker - arrival})
+                both[late_binding].append(run(ranks, late_binding, arguments.turn))
+        arrival, dispatcher = (statistics.median(one) for one in both)
+        rows.append({"ranks": ranks, "arrival_us": arrival, "broker_us": dispatcher, "queue_us": dispatcher - arrival})
     if arguments.json:
         print(json.dumps(rows))
         return

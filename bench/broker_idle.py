@@ -25,9 +25,9 @@ PROMPTS = ("hello", "a prompt of some length " * 8)
 class Served:
     """`paceline serve` with one way of binding."""
 
-    def __init__(self, bind: str, front_ends: int) -> None:
+    def __init__(self, bind: str, frontends: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "paceline", "serve", "--engine", "timed", "-dp", "4", "-asc", str(front_ends),
+            [sys.executable, "-m", "paceline", "serve", "--engine", "timed", "-dp", "4", "-asc", str(frontends),
              "--port", "0", "--bind", bind, *(f"--engine-option={name}=0" for name in COSTS)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
@@ -57,18 +57,16 @@ class Served:
 
 def main() -> None:
     print("| front-ends | prompt | arrival p50, ms | broker p50, ms | difference, ms |\n|---|---|---|---|---|")
-    for front_ends in (1, 2):
-        both = [Served(bind, front_ends) for bind in ("arrival", "broker")]
+    for frontends in (1, 2):
+        both = [Served(bind, frontends) for bind in ("arrival", "broker")]
         try:
             for prompt in PROMPTS:
                 took: list[list[float]] = [[], []]
                 for number in range(REQUESTS):
                     for which in (0, 1) if number % 2 else (1, 0):
                         took[which].append(both[which].ask(prompt))
-                arrival, broker = (statistics.median(one[REQUESTS // 10 :]) for one in took)
-                print(
-                    f"| {front_ends} | {len(prompt)} tokens | {arrival:.2f} | {broker:.2f} | {broker - arrival:+.2f} |"
-                )
+                arrival, late = (statistics.median(one[REQUESTS // 10 :]) for one in took)
+                print(f"| {frontends} | {len(prompt)} tokens | {arrival:.2f} | {late:.2f} | {late - arrival:+.2f} |")
         finally:
             for served in both:
                 served.end()

@@ -17,7 +17,7 @@ import time
 
 from bench.chaos_calls import Scaler, Suspender
 from bench.chaos_clients import Client, Tally, asks_of
-from bench.chaos_mischief import FRONT_ENDS, RANKS, Mischief, flood_of
+from bench.chaos_mischief import FRONTENDS, RANKS, Mischief, flood_of
 from tests.serving import deployment
 
 MOE_SIZES = ("layers=2", "d_model=32", "heads=2", "expert_hidden=32")
@@ -33,7 +33,7 @@ SETTLE_S = 30.0
 def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
     """Run it; returns what came of it."""
     tally = Tally()
-    arguments = [*ENGINES[engine], "-dp", str(RANKS), "-asc", str(FRONT_ENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
+    arguments = [*ENGINES[engine], "-dp", str(RANKS), "-asc", str(FRONTENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
                  "--max-rank-restarts", "100000", "--max-rank-losses", "100"]  # fmt: skip
     with deployment(*arguments) as running:
         asks = asks_of(engine, running.openai.models.list().data[0].id)

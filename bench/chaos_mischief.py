@@ -14,7 +14,7 @@ from bench.chaos_clients import Tally
 from tests.fuzz.flood import OURS, Flood, addresses_in, socket_folders
 from tests.serving import Deployment, process_name
 
-RANKS, FRONT_ENDS = 4, 2
+RANKS, FRONTENDS = 4, 2
 FAULTS = ("kill a rank", "kill a rank", "stop a rank", "kill a front-end", "kill the coordinator")
 PAUSE_S = 0.25
 """Between two rounds of garbage: with none there would be nothing left of the machine for the streams."""
@@ -67,7 +67,7 @@ class Mischief:
         back = re.compile(rf"\b({what} \d+) is back$")
         found = [back.search(line) for line in list(self._running.lines)]
         away = self._killed[what] - sum(one is not None and counts(one[1]) for one in found)
-        return {"rank": RANKS - stopped, "front-end": FRONT_ENDS, "coordinator": 2}[what] - away
+        return {"rank": RANKS - stopped, "front-end": FRONTENDS, "coordinator": 2}[what] - away
 
     def _wake(self, *, everybody: bool = False) -> None:
         now = time.monotonic()

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from paceline.core.rank.prefill_quota import PART_REDUCTIONS, Part, decide
-from paceline.engines.group import GenerationEnded, RankGroup
+from paceline.engines.group import EpochEnded, RankGroup
 from paceline.net.group import GroupListener, form_group, group_path
 
 BLOCK = 200
@@ -77,7 +77,7 @@ def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, resu
     if rank == 0:
         results.send({name: percentiles(values) for name, values in times.items()})
     # Whoever is through first ends the group for the others.
-    with contextlib.suppress(GenerationEnded):
+    with contextlib.suppress(EpochEnded):
         group.barrier()
     os._exit(0)
 

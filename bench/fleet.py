@@ -12,7 +12,7 @@ from typing import Any
 
 from paceline.config import ParallelConfig
 from paceline.core.frontend.events import CoordinatorSaid
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import LoadView
 from paceline.core.rank.prefill_quota import AUTO
@@ -27,7 +27,7 @@ from paceline.server.client import Client
 START_S = 120.0
 
 
-class DatedFrontEnd(FrontEnd):
+class DatedFrontend(Frontend):
     """A front-end's machine that knows when each rank's report was first seen."""
 
     def handle(self, event: Any, now: float) -> Any:
@@ -91,9 +91,9 @@ class Fleet:
 
 
 @asynccontextmanager
-async def connected(fleet: Fleet) -> AsyncIterator[tuple[Client, DatedFrontEnd]]:
+async def connected(fleet: Fleet) -> AsyncIterator[tuple[Client, DatedFrontend]]:
     """A front-end that knows every rank."""
-    machine = DatedFrontEnd(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
+    machine = DatedFrontend(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
     client = Client(machine, fleet.coordinator.get_stats_publish_address())
     try:
         async with asyncio.timeout(START_S):

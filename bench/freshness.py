@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from freshness_feed import FRONT_ENDS, Feed, Ranks, feed, now_us
+from freshness_feed import FRONTENDS, Feed, Ranks, feed, now_us
 from freshness_relay import Relay, Timer
 from freshness_report import Cell, Quiet, to_markdown
 
@@ -42,11 +42,11 @@ class Subscribers:
     def __init__(self, address: str) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         limit = codec.MAX_CONTROL_BYTES
-        self._sockets = [open_socket(self._context, zmq.XSUB, connect=address, max_bytes=limit) for _ in FRONT_ENDS]
+        self._sockets = [open_socket(self._context, zmq.XSUB, connect=address, max_bytes=limit) for _ in FRONTENDS]
         for socket in self._sockets:
             socket.send(b"\x01")
         self.also_came: list[int] = []
-        self.decode = codec.to_front_end().decode
+        self.decode = codec.to_frontend().decode
         self._poller = zmq.Poller()
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)

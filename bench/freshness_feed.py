@@ -18,7 +18,7 @@ from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
 from paceline.net.sockets import open_socket
 
-FRONT_ENDS = (101, 102)
+FRONTENDS = (101, 102)
 
 
 def now_us() -> int:
@@ -60,7 +60,7 @@ class Ranks:
         self._send([*self._sockets][self.step % len(self._sockets)])
 
     def _send(self, rank: int) -> None:
-        taken = dict.fromkeys(FRONT_ENDS, self.step)
+        taken = dict.fromkeys(FRONTENDS, self.step)
         load = Load(self.step % 64, 16, 16, now_us(), self.step, 65536, 1234.0, 567.0, self.step)
         try:
             self._sockets[rank].send(

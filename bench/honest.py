@@ -29,7 +29,7 @@ from paceline.simulate.traffic.run import Deployment, Run
 from paceline.simulate.traffic.trace import Arrival, faster, read_trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RANKS, FRONT_ENDS = 8, 2
+RANKS, FRONTENDS = 8, 2
 SLOWER = 10
 COSTS = CostModel(6.0 * SLOWER, 0.09 * SLOWER, 0.02 * SLOWER)
 SHAPE = EngineShape(COSTS, slots=64, budget=2048, kv_tokens=1 << 24)
@@ -51,7 +51,7 @@ def serve_arguments(engine: str, extra: list[str]) -> list[str]:
     """What is typed after `paceline`."""
     options = {"step_ms": COSTS.step_ms, "prefill_ms": COSTS.prefill_ms, "decode_ms": COSTS.decode_ms}
     return [
-        "serve", "--engine", engine, "--port", "0", "-dp", str(RANKS), "--api-server-count", str(FRONT_ENDS),
+        "serve", "--engine", engine, "--port", "0", "-dp", str(RANKS), "--api-server-count", str(FRONTENDS),
         "--max-num-seqs", str(SHAPE.slots), "--max-num-batched-tokens", str(SHAPE.budget),
         "--kv-cache-tokens", str(SHAPE.kv_tokens), "--max-waiting", "100000", "--log-level", "warning",
         *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value:g}")), *extra,
@@ -94,7 +94,7 @@ def figures(waits: list[float], tokens: int, span: float) -> list[float]:
 
 def real(arguments: list[str], arrivals: list[Arrival]) -> tuple[list[float], list[str]]:
     """On processes; returns the figures, and what the deployment complained of."""
-    served = Served(FRONT_ENDS, 0.0, RANKS, arguments)
+    served = Served(FRONTENDS, 0.0, RANKS, arguments)
     try:
         times = asyncio.run(load(served.port, arrivals))
         complaints = served.complaints()
@@ -108,7 +108,7 @@ def real(arguments: list[str], arrivals: list[Arrival]) -> tuple[list[float], li
 def virtual(arrivals: list[Arrival], lockstep: bool, bind: str, seed: int) -> list[float]:
     """In the simulator."""
     deployment = Deployment(
-        RANKS, FRONT_ENDS, lockstep, "least-load", engine=SHAPE, links=Links(0.0005), bind=bind, seed=seed
+        RANKS, FRONTENDS, lockstep, "least-load", engine=SHAPE, links=Links(0.0005), bind=bind, seed=seed
     )
     run = Run(deployment, arrivals)
     outcome = run.run()
@@ -174,7 +174,7 @@ the end (one-minute load).
 
 {table(rows)}
 
-{RANKS} ranks, {FRONT_ENDS} front-ends, the first {requests} requests of `azure_llm_2023_conv.csv` at random moments
+{RANKS} ranks, {FRONTENDS} front-ends, the first {requests} requests of `azure_llm_2023_conv.csv` at random moments
 (Poisson), by a client of ours over loopback that streams every answer. A step costs {COSTS.step_ms:g} ms,
 {COSTS.prefill_ms:g} ms a prompt token and {COSTS.decode_ms:g} ms a request that decodes: an 8B-class model's costs, ten
 times as slow, so that Python's own time does not matter. The simulator has the same costs and the same requests; which

@@ -22,7 +22,7 @@ from msgspec import Struct
 from tests.serving import Deployment, deployment, process_name
 
 RESULTS = Path(__file__).resolve().parent / "results"
-RANKS, FRONT_ENDS, SLOTS = 4, 2, 8
+RANKS, FRONTENDS, SLOTS = 4, 2, 8
 QUEUE = 16
 STEP_MS = 30
 NORMAL, OVER = 0.5, 4.0
@@ -106,7 +106,7 @@ def resident(pid: int) -> int:
 
 def flags(bind: str) -> list[str]:
     """What is typed after `paceline serve`."""
-    return ["--engine", "timed", "-dp", str(RANKS), "-asc", str(FRONT_ENDS), "--max-num-seqs", str(SLOTS),
+    return ["--engine", "timed", "-dp", str(RANKS), "-asc", str(FRONTENDS), "--max-num-seqs", str(SLOTS),
             "--engine-option", f"step_ms={STEP_MS}", "--max-waiting", str(QUEUE), "--bind", bind]  # fmt: skip
 
 
@@ -219,7 +219,7 @@ def document(found: dict[str, Figures], shape: Shape) -> str:
 
 {table(found)}
 
-{RANKS} ranks of the `timed` engine with {SLOTS} slots and a step of {STEP_MS} ms, {FRONT_ENDS} front-ends,
+{RANKS} ranks of the `timed` engine with {SLOTS} slots and a step of {STEP_MS} ms, {FRONTENDS} front-ends,
 `--max-waiting {QUEUE}`. Requests come at random moments (Poisson), each on a connection of its own: half of the best
 rate for {shape.normal_s:g} s, four times it for {shape.over_s:g} s, and half of it again. The best throughput is the
 better of two measurements of {shape.best_s:g} s, before and after. The latency is normal again from that half second on

@@ -47,7 +47,7 @@ LOCKSTEP = ("oracle", "vllm-0.32", "vllm-0.9", "round-robin", "bf-io", "trtllm-a
 TUNED = "vllm-0.32, tuned"
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
 DEFAULT_BUDGET = 2048
-TUNING_FRONT_ENDS = 4
+TUNING_FRONTENDS = 4
 
 
 class Bench:
@@ -76,7 +76,7 @@ class Bench:
 
     def _tuned(self, cell: Cell) -> int:
         """The token budget that suits vLLM's rule best, as somebody would find it who has so many front-ends."""
-        group = replace(cell, front_ends=TUNING_FRONT_ENDS)
+        group = replace(cell, frontends=TUNING_FRONTENDS)
         if group not in self._budgets:
             swept = [(budget, self._outcome(group, "vllm-0.32", budget)) for budget in BUDGETS]
             best = max if cell.load == SATURATED else min
@@ -85,7 +85,7 @@ class Bench:
 
     def _outcome(self, cell: Cell, policy: str, budget: int) -> Outcome:
         """One run, or what it came to before."""
-        key = (replace(cell, front_ends=1) if policy in ONCE else cell, policy, budget)
+        key = (replace(cell, frontends=1) if policy in ONCE else cell, policy, budget)
         if key not in self._kept:
             self._kept[key] = Run(self._deployment(key[0], policy, budget), self._arrivals(cell)).run()
         return self._kept[key]
@@ -93,7 +93,7 @@ class Bench:
     def _deployment(self, cell: Cell, policy: str, budget: int) -> Deployment:
         routing = "least-load" if policy == OURS else policy
         return Deployment(
-            cell.ranks, cell.front_ends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
+            cell.ranks, cell.frontends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
             warm_up=WARM_UP,
         )  # fmt: skip
 
@@ -150,13 +150,13 @@ def merit(outcome: Outcome, load: str) -> float:
 def cells(args: argparse.Namespace) -> list[Cell]:
     """All rows, small ones first."""
     return [
-        Cell(trace, lockstep, ranks, front_ends, load)
+        Cell(trace, lockstep, ranks, frontends, load)
         for ranks in args.ranks
         for trace in args.traces
         for lockstep in (False, True)
         if args.mode in ("both", "lockstep" if lockstep else "independent")
         for load in SHARES
-        for front_ends in args.front_ends
+        for frontends in args.frontends
     ]
 
 
@@ -188,7 +188,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write bench/results/routing.md and its plots")
     args = parser.parse_args()
     if args.quick:
-        args.ranks, args.front_ends = [8], [1, 4]
+        args.ranks, args.frontends = [8], [1, 4]
     bench = Bench(args.data, 0.25 if args.quick else 1.0, EngineShape(slots=args.slots, kv_tokens=args.kv_tokens))
     begin, measured = time.monotonic(), list[Measured]()
     known = read(args.json) if args.json and args.json.exists() else []

@@ -24,7 +24,7 @@ GOALS_US = {64: 20, 1024: 60}
 ROUNDS = 5
 CHOICES = 400
 PROMPTS = 40
-FRONT_END = (1, 4)
+FRONTEND = (1, 4)
 
 
 def candidates_of(size: int, seed: int) -> Candidates:
@@ -97,7 +97,7 @@ def plain(name: str, size: int) -> float | None:
     classes = {"least-load": routing_reference.LeastLoad, "least-requests": routing_reference.LeastRequests}
     if name not in classes:
         return None
-    policy, candidates = classes[name](*FRONT_END), list(candidates_of(size, 1))
+    policy, candidates = classes[name](*FRONTEND), list(candidates_of(size, 1))
     return least(lambda: policy.choose(candidates, 512), 40) * 1e6
 
 
@@ -122,8 +122,8 @@ def main() -> None:
     print("|--:|---|--:|--:|--:|--:|--:|--:|")
     for size in given.ranks:
         for name, policy_class in POLICIES.items():
-            mean, high = steady(policy_class(*FRONT_END), size, given.prompt_tokens)
-            view, other = whole_view(policy_class(*FRONT_END), size), plain(name, size)
+            mean, high = steady(policy_class(*FRONTEND), size, given.prompt_tokens)
+            view, other = whole_view(policy_class(*FRONTEND), size), plain(name, size)
             compared = f"{other:.1f} | {other / mean:.1f}" if other else " | "
             print(f"| {size} | {name} | {mean:.1f} | {high:.1f} | {GOALS_US.get(size, '')} | {view:.0f} | {compared} |")
 

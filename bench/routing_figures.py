@@ -13,7 +13,7 @@ class Cell(Struct, frozen=True):
     trace: str
     lockstep: bool
     ranks: int
-    front_ends: int
+    frontends: int
     load: str
 
 

@@ -103,7 +103,7 @@ def named(row: Row) -> str:
     """A row, in words."""
     cell = row.cell
     kind = "lockstep" if cell.lockstep else "independent"
-    return f"{cell.trace}, {kind}, {cell.load}, {cell.ranks} ranks, {cell.front_ends} front-ends"
+    return f"{cell.trace}, {kind}, {cell.load}, {cell.ranks} ranks, {cell.frontends} front-ends"
 
 
 def to_console(measured: list[Measured], progress: str) -> str:
@@ -130,7 +130,7 @@ def table(rows: list[Row]) -> str:
             figures.append(f"**{text}**" if policy == OURS else text)
         cell = row.cell
         lines.append(
-            [cell.trace, str(cell.ranks), str(cell.front_ends), f"{bound:,.0f}", *figures, "; ".join(row.why()) or "-"]
+            [cell.trace, str(cell.ranks), str(cell.frontends), f"{bound:,.0f}", *figures, "; ".join(row.why()) or "-"]
         )
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -187,7 +187,7 @@ def plot(rows: list[Row], folder: Path, lockstep: bool) -> bool:
     for line, trace in zip(panels, traces, strict=True):
         for panel, load in zip(line, loads, strict=True):
             some = [row for row in rows if row.cell.trace == trace and row.cell.load == load]
-            labels = [f"{row.cell.ranks} x {row.cell.front_ends}" for row in some]
+            labels = [f"{row.cell.ranks} x {row.cell.frontends}" for row in some]
             for policy in some[0].by if some else ():
                 if policy != BOUND:
                     strong = {"linewidth": 2.5, "color": "black"} if policy == OURS else {"linewidth": 1}

@@ -65,9 +65,9 @@ class Client:
 
 
 @contextmanager
-def running(front_ends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
+def running(frontends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
     """A deployment, and a client for it."""
-    deployment = Deployment(front_ends, step_ms, RANKS)
+    deployment = Deployment(frontends, step_ms, RANKS)
     try:
         client = Client()
         try:
@@ -94,7 +94,7 @@ def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int
     many = [("streams", count) for count in args.streams if count > MANY_STREAMS]
     free = few + many + [(kind, count) for kind in ("requests", "streamed requests") for count in CONNECTIONS]
     steps = ((STEP_MS, few), (MANY_STEP_MS, many), (0.0, free))
-    return [(front_ends, step_ms, jobs) for front_ends in args.front_ends for step_ms, jobs in steps if jobs]
+    return [(frontends, step_ms, jobs) for frontends in args.frontends for step_ms, jobs in steps if jobs]
 
 
 def measure(args: argparse.Namespace) -> Report:
@@ -103,23 +103,23 @@ def measure(args: argparse.Namespace) -> Report:
     total = sum(len(jobs) for _, _, jobs in work)
     cells: list[dict[str, Any]] = []
     begin = time.monotonic()
-    for front_ends, step_ms, jobs in work:
-        with running(front_ends, step_ms) as (deployment, client):
+    for frontends, step_ms, jobs in work:
+        with running(frontends, step_ms) as (deployment, client):
             for kind, connections in jobs:
                 paced = f"steps of {step_ms:g} ms" if step_ms else "steps of zero cost"
-                show(f"[{len(cells) + 1}/{total}] {front_ends} front-end(s), {paced}: {connections} {kind}")
+                show(f"[{len(cells) + 1}/{total}] {frontends} front-end(s), {paced}: {connections} {kind}")
                 job = {
                     "kind": kind, "connections": connections, "port": deployment.port, "ranks": RANKS,
                     "step_ms": step_ms, "processes": deployment.processes, "seconds": args.seconds,
                     "probe_seconds": args.seconds / 2 if step_ms else 0.0,
                 }  # fmt: skip
                 # Ranks whose steps cost nothing never rest: on one core with the client they would starve it.
-                pin(deployment, client, front_ends == 1 and (step_ms > 0 or kind != "streams"))
+                pin(deployment, client, frontends == 1 and (step_ms > 0 or kind != "streams"))
                 figures = client.run(job)
-                cell = {"front_ends": front_ends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
+                cell = {"front_ends": frontends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
                 cells.append(cell | {"connections": connections} | figures)
     show("")
-    options = f"--seconds {args.seconds:g} --streams {_joined(args.streams)} --front-ends {_joined(args.front_ends)}"
+    options = f"--seconds {args.seconds:g} --streams {_joined(args.streams)} --front-ends {_joined(args.frontends)}"
     cold_us, hot_us = cold_and_hot_us()
     return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells, cold_us, hot_us)
 

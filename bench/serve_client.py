@@ -90,7 +90,7 @@ class Clock:
         }
 
 
-class Pool:
+class QueueGroup:
     """Connections on one epoll."""
 
     def __init__(self, port: int, count: int) -> None:
@@ -136,7 +136,7 @@ class Pool:
 
 def run_streams(job: Job) -> dict[str, Any]:
     """`connections` streams at once."""
-    pool = Pool(job.port, job.connections)
+    pool = QueueGroup(job.port, job.connections)
     # A lone stream and the probes must meet at one rank.
     rank = 0 if job.connections == 1 else None
     clock = Clock(job.processes)
@@ -155,7 +155,7 @@ def run_streams(job: Job) -> dict[str, Any]:
     return clock.figures() | figures
 
 
-def run_whole(pool: Pool, clock: Clock, tokens: int, rank: int | None) -> dict[str, Any]:
+def run_whole(pool: QueueGroup, clock: Clock, tokens: int, rank: int | None) -> dict[str, Any]:
     """Streams from their beginning to their end, several times: for steps of zero cost, where early streams can
     end before late ones begin."""
     gaps, reads = array("d"), 0
@@ -170,7 +170,7 @@ def run_whole(pool: Pool, clock: Clock, tokens: int, rank: int | None) -> dict[s
     return {"merged": clock.count / reads, "gap_ms": quantiles(gaps or [0.0], 1e3)}
 
 
-def watch(pool: Pool, clock: Clock, seconds: float) -> dict[str, Any]:
+def watch(pool: QueueGroup, clock: Clock, seconds: float) -> dict[str, Any]:
     """Receive for `seconds`, or until a stream ends: costs while all run and none begins or ends."""
     gaps = array("d")
     for connection in pool.connections:
@@ -189,7 +189,7 @@ def watch(pool: Pool, clock: Clock, seconds: float) -> dict[str, Any]:
     return {"merged": clock.count / max(1, reads), "gap_ms": quantiles(gaps, 1e3)}
 
 
-def calibrate(pool: Pool, job: Job, rank: int | None) -> float:
+def calibrate(pool: QueueGroup, job: Job, rank: int | None) -> float:
     """Short streams, which warm everything up; returns a stream's tokens a second."""
     tokens = 30 if job.step_ms else max(100, 4000 // job.connections)
     pool.start(tokens, rank)
@@ -198,7 +198,7 @@ def calibrate(pool: Pool, job: Job, rank: int | None) -> float:
     return (tokens - 1) / (max(connection.last_at for connection in pool.connections) - begin)
 
 
-def probe(pool: Pool, job: Job) -> dict[str, float]:
+def probe(pool: QueueGroup, job: Job) -> dict[str, float]:
     """Lone requests at moments that have nothing to do with the steps: the time to the first token."""
     rng = random.Random(0)
     step_s = job.step_ms / 1e3
@@ -224,7 +224,7 @@ def probe(pool: Pool, job: Job) -> dict[str, float]:
 
 def run_requests(job: Job) -> dict[str, Any]:
     """Closed loop: each connection asks for one token, again and again."""
-    pool = Pool(job.port, job.connections)
+    pool = QueueGroup(job.port, job.connections)
     stream = job.kind == "streamed requests"
     answered = 0
     waits: list[float] = []

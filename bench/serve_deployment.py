@@ -29,9 +29,9 @@ class Deployment:
     `arguments`: what else to type after `paceline`, in place of that.
     """
 
-    def __init__(self, front_ends: int, step_ms: float, ranks: int = 2, arguments: list[str] | None = None) -> None:
-        self.arguments = arguments or serve_arguments(front_ends, step_ms, ranks)
-        self._front_ends, self._ranks = front_ends, ranks
+    def __init__(self, frontends: int, step_ms: float, ranks: int = 2, arguments: list[str] | None = None) -> None:
+        self.arguments = arguments or serve_arguments(frontends, step_ms, ranks)
+        self._frontends, self._ranks = frontends, ranks
         self._process = subprocess.Popen(
             [sys.executable, "-m", "paceline", *self.arguments],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -66,7 +66,7 @@ class Deployment:
             return [pid for pid, found in names.items() if found.startswith(f"pl:{name}")]
 
         found = {"front-ends": called("front-end"), "ranks": called("rank"), "coordinator": called("coordinator")}
-        if [len(found["front-ends"]), len(found["ranks"])] != [self._front_ends, self._ranks]:
+        if [len(found["front-ends"]), len(found["ranks"])] != [self._frontends, self._ranks]:
             raise CannotRun(f"not all processes of the deployment were found: {sorted(names.values())}")
         return found
 
@@ -102,11 +102,11 @@ class Deployment:
             self._process.stdout.close()
 
 
-def serve_arguments(front_ends: int, step_ms: float, ranks: int) -> list[str]:
+def serve_arguments(frontends: int, step_ms: float, ranks: int) -> list[str]:
     """What is typed after `paceline`."""
     options = {"step_ms": f"{step_ms:g}", "prefill_ms": "0", "decode_ms": "0"}
     return [
-        "serve", "--engine", "timed", "--port", "0", "-dp", str(ranks), "--api-server-count", str(front_ends),
+        "serve", "--engine", "timed", "--port", "0", "-dp", str(ranks), "--api-server-count", str(frontends),
         "--max-num-seqs", "1024", "--max-num-batched-tokens", "65536", "--kv-cache-tokens", str(KV_CACHE_TOKENS),
         "--log-level", "warning",
         *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value}")),

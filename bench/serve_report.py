@@ -106,7 +106,7 @@ def _added_first(cell: Cell) -> str:
 
 
 COMMON: Columns = {
-    "front-ends": lambda cell: str(cell["front_ends"]),
+    "front-ends": lambda cell: str(cell["frontends"]),
     "a second": lambda cell: _number(cell["rate"]),
     "a CPU second": lambda cell: _number(1e6 / cell["us"]),
     "us each (least–most)": _cost,
@@ -180,7 +180,7 @@ def verdicts(report: Report) -> list[str]:
             if belongs(cell) and cell["connections"] in (32, 128):
                 goal = reference / GOAL_SHARE
                 found.append(
-                    f"{what}, {cell['connections']} at once, {cell['front_ends']} front-end(s): {cell['us']:.1f} us, "
+                    f"{what}, {cell['connections']} at once, {cell['frontends']} front-end(s): {cell['us']:.1f} us, "
                     f"{reference / cell['us']:.1f} x less than {reference:g} us; "
                     f"goal {goal:g} us: {'met' if cell['us'] <= goal else 'missed'}"
                 )
@@ -189,7 +189,7 @@ def verdicts(report: Report) -> list[str]:
 
 def fit(report: Report) -> tuple[float, float] | None:
     """What a step's message costs and what each token in it adds, in us: least squares over the paced rows."""
-    cells = [cell for cell in report.cells if cell["step_ms"] and cell["front_ends"] == 1]
+    cells = [cell for cell in report.cells if cell["step_ms"] and cell["frontends"] == 1]
     points = [(min(cell["connections"], cell["ranks"]) / cell["connections"], cell["us"]) for cell in cells]
     if len({x for x, _ in points}) < 2:
         return None

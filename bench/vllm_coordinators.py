@@ -17,16 +17,16 @@ from tests.vllm.pairs import StockCoordinators
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 RESULTS = Path(__file__).resolve().parent / "results" / "vllm.md"
 RANKS = (2, 64, 384)
-FRONT_ENDS = (1, 8)
+FRONTENDS = (1, 8)
 STEPS_MS = (5, 20)
 PUSHED_A_SECOND = 20_000
 """What the rig can send beside all else."""
 
 
-def measure(stock: StockCoordinators, size: int, front_ends: int, quick: bool) -> Row:
+def measure(stock: StockCoordinators, size: int, frontends: int, quick: bool) -> Row:
     """One row: everything at this size."""
     found: dict[str, Any] = {}
-    with rigs(stock, size, front_ends, waves=True, echo=True) as made:
+    with rigs(stock, size, frontends, waves=True, echo=True) as made:
         found["wakes"] = wakes(made, 60 if quick else 300 if size < 384 else 150)
         floor = made.pop("echo")
         floor.drain()
@@ -36,10 +36,10 @@ def measure(stock: StockCoordinators, size: int, front_ends: int, quick: bool) -
         found["flood"] = {name: flood(rig, BACKLOG // 8 if quick else BACKLOG) for name, rig in both.items()}
         found["memory"] = {name: rig.memory_mb() for name, rig in both.items()}
         floor.close()
-    with rigs(stock, size, front_ends, waves=False, echo=False) as made:
+    with rigs(stock, size, frontends, waves=False, echo=False) as made:
         found["isolated, independent"] = isolated(made, 10 if quick else 60)
         found["busy, independent"] = all_busy(made, size, False, 2.0 if quick else 5.0)
-    return Row(size, front_ends, found)
+    return Row(size, frontends, found)
 
 
 def all_busy(both: dict[str, Rig], size: int, lockstep: bool, seconds: float) -> dict[int, dict[str, Busy]]:
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a look, not a result: fewer rounds, nothing written")
     parser.add_argument("--ranks", type=int, nargs="*", default=RANKS)
-    parser.add_argument("--front-ends", type=int, nargs="*", default=FRONT_ENDS)
+    parser.add_argument("--front-ends", type=int, nargs="*", default=FRONTENDS)
     options = parser.parse_args()
     # As an installation has it: vLLM's is compiled, too.
     compileall.compile_dir(SOURCE, quiet=1)
@@ -62,9 +62,9 @@ def main() -> None:
     rows: list[Row] = []
     try:
         for size in options.ranks:
-            for front_ends in options.front_ends:
-                rows.append(measure(stock, size, front_ends, options.quick))
-                print(f"{size} ranks, {front_ends} front-ends: done", file=sys.stderr, flush=True)
+            for frontends in options.frontends:
+                rows.append(measure(stock, size, frontends, options.quick))
+                print(f"{size} ranks, {frontends} front-ends: done", file=sys.stderr, flush=True)
     finally:
         stock.close()
     text = to_markdown(start, rows)

@@ -51,7 +51,7 @@ def _wake(rig: Rig, echo: bool) -> float:
     rig.drain()
     notice = msgspec.msgpack.encode((b"\x00\x00", rig.wave))
     begin = time.monotonic()
-    rig.front_ends[0].send(notice)
+    rig.frontends[0].send(notice)
     for endpoint in rig.inputs:
         assert endpoint.poll(10_000), "no wake"
         endpoint.recv_multipart()
@@ -78,7 +78,7 @@ def wait_state(rig: Rig, wave: int, running: bool, timeout_s: float = 60.0) -> f
         for when, _, at, runs in rig.views():
             if (at, runs) == (wave, running):
                 return when
-        rig.front_ends[0].poll(100)
+        rig.frontends[0].poll(100)
     raise AssertionError("never published")
 
 
@@ -117,7 +117,7 @@ def flood(rig: Rig, messages: int = BACKLOG) -> Flood:
                 rig_frame[rank] = report(rank, 1 + step % 7 if step < each - 1 else 1234, 0, rig.wave - 1, step)
             output.send(rig_frame[rank])
     rig.outputs[-1].send(start(rig.size - 1, rig.wave + 1))
-    rig.front_ends[0].send(msgspec.msgpack.encode((b"\x00\x00", rig.wave)))
+    rig.frontends[0].send(msgspec.msgpack.encode((b"\x00\x00", rig.wave)))
     cpu = rig.cpu_s()
     begin = time.monotonic()
     for pid in rig.pids:
@@ -143,7 +143,7 @@ def _watch_flood(rig: Rig, begin: float, cpu: float, messages: int) -> Flood:
                     done = done or when
             if wave == rig.wave + 1:
                 started = started or when
-        rig.front_ends[0].poll(1)
+        rig.frontends[0].poll(1)
     used = rig.cpu_s() - cpu
     rig.wave += 1
     end_wave(rig)
@@ -176,7 +176,7 @@ def _seen(rig: Rig, rank: int, waiting: int) -> float:
     """When the first front-end read that the rank has so many waiting."""
     end = time.monotonic() + 10
     while time.monotonic() < end:
-        rig.front_ends[0].poll(100)
+        rig.frontends[0].poll(100)
         for when, counts, _, _ in rig.views():
             if counts is not None and counts[rank][0] == waiting:
                 return when
@@ -215,7 +215,7 @@ def busy(rig: Rig, step_s: float, lockstep: bool, seconds: float) -> Busy:
                 seen.append((when, [begin + count[0] / 1e4 for count in counts]))
         wait_s = due[0][0] - time.monotonic()
         if wait_s > 0.0005:
-            rig.front_ends[0].poll(max(1, int(wait_s * 1e3)) if wait_s > 0.001 else 0)
+            rig.frontends[0].poll(max(1, int(wait_s * 1e3)) if wait_s > 0.001 else 0)
     used = (rig.cpu_s() - cpu) / seconds
     rig.step = base + 1 + int(seconds / step_s)
     end_wave(rig)

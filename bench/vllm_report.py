@@ -43,7 +43,7 @@ class Row(Struct):
     """All that was measured with so many ranks and front-ends."""
 
     ranks: int
-    front_ends: int
+    frontends: int
     found: dict[str, Any]
 
 
@@ -85,7 +85,7 @@ def to_markdown(start: dict[str, list[float]], rows: list[Row]) -> str:
 
 
 def _size(row: Row) -> list[str]:
-    return [str(row.ranks), str(row.front_ends)]
+    return [str(row.ranks), str(row.frontends)]
 
 
 def _wakes(rows: list[Row]) -> str:

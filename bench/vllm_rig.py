@@ -60,7 +60,7 @@ class Rig:
 
     def __init__(
         self, context: Context, senders: Context, addresses: tuple[str, str, str], pids: list[int], size: int,
-        front_ends: int, waves: bool,
+        frontends: int, waves: bool,
     ) -> None:  # fmt: skip
         front, output, publish = addresses
         self.pids = pids
@@ -68,8 +68,8 @@ class Rig:
         self.waves = waves
         self.outputs = [_connected(senders, zmq.PUSH, output) for _ in range(size)]
         self.inputs = [_connected(context, zmq.XSUB, publish) for _ in range(size)]
-        self.front_ends = [_connected(context, zmq.XSUB, front) for _ in range(front_ends)]
-        for endpoint in (*self.inputs, *self.front_ends):
+        self.frontends = [_connected(context, zmq.XSUB, front) for _ in range(frontends)]
+        for endpoint in (*self.inputs, *self.frontends):
             endpoint.send(b"\x01")
         self.wave = 0
         self.step = 0
@@ -94,24 +94,24 @@ class Rig:
 
     def drain(self) -> None:
         """Forget what has come."""
-        for endpoint in (*self.inputs, *self.front_ends):
+        for endpoint in (*self.inputs, *self.frontends):
             with contextlib.suppress(zmq.Again):
                 while True:
                     endpoint.recv_multipart(zmq.NOBLOCK)
 
     def views(self) -> Iterator[tuple[float, Any, int, bool]]:
         """What has come to the first front-end: when it was read, counts, wave, running. The others are emptied."""
-        for endpoint in self.front_ends[1:]:
+        for endpoint in self.frontends[1:]:
             with contextlib.suppress(zmq.Again):
                 while True:
                     endpoint.recv(zmq.NOBLOCK)
         with contextlib.suppress(zmq.Again):
             while True:
-                frame = self.front_ends[0].recv(zmq.NOBLOCK)
+                frame = self.frontends[0].recv(zmq.NOBLOCK)
                 yield time.monotonic(), *msgspec.msgpack.decode(frame)
 
     def close(self) -> None:
-        for endpoint in (*self.outputs, *self.inputs, *self.front_ends):
+        for endpoint in (*self.outputs, *self.inputs, *self.frontends):
             endpoint.close()
 
 
@@ -176,7 +176,7 @@ def _pids(ours: VllmCoordinator) -> list[int]:
 
 
 @contextlib.contextmanager
-def rigs(stock: StockCoordinators, size: int, front_ends: int, *, waves: bool, echo: bool) -> Iterator[dict[str, Rig]]:
+def rigs(stock: StockCoordinators, size: int, frontends: int, *, waves: bool, echo: bool) -> Iterator[dict[str, Rig]]:
     """A rig for each coordinator, in the same run."""
     # Reports go out by a thread of their own, so that a backlog of them does not delay what is timed.
     context: Context = zmq.Context()
@@ -186,18 +186,18 @@ def rigs(stock: StockCoordinators, size: int, front_ends: int, *, waves: bool, e
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         addresses, pid = stock.start(folder, size, waves)
         stack.callback(os.kill, pid, signal.SIGKILL)
-        made["stock"] = Rig(context, senders, addresses, [pid], size, front_ends, waves)
+        made["stock"] = Rig(context, senders, addresses, [pid], size, frontends, waves)
         ours = VllmCoordinator(config(size), waves)
         stack.callback(ours.shutdown)
         back_publish, back_output = ours.get_engine_socket_addresses()
         mine = (ours.get_stats_publish_address(), back_output, back_publish)
-        made["ours"] = Rig(context, senders, mine, _pids(ours), size, front_ends, waves)
+        made["ours"] = Rig(context, senders, mine, _pids(ours), size, frontends, waves)
         if echo:
             floor = (f"ipc://{folder}/echo-front", f"ipc://{folder}/echo-output", f"ipc://{folder}/echo-publish")
             process = get_context("spawn").Process(target=echo_process, args=(*floor, size), daemon=True)
             process.start()
             stack.callback(process.kill)
-            made["echo"] = Rig(context, senders, floor, [int(process.pid or 0)], size, front_ends, waves)
+            made["echo"] = Rig(context, senders, floor, [int(process.pid or 0)], size, frontends, waves)
         try:
             for rig in made.values():
                 rig.greeted()

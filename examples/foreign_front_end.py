@@ -42,7 +42,7 @@ class Answer:
     error: str | None = None
 
 
-class FrontEnd:
+class Frontend:
     def __init__(self, address: str, timeout_s: float) -> None:
         # ZeroMQ keeps routing ids that begin with a zero byte for itself; the lowest byte comes first.
         self.identity = time.time_ns() | 1
@@ -130,20 +130,20 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--timeout", type=float, default=10.0, help="seconds that all may take")
     options = parser.parse_args()
-    front_end = FrontEnd(options.front_publish, options.timeout)
-    front_end.wait(lambda: front_end.links, "a ready rank")
-    answer = front_end.answers[front_end.send([int(token) for token in options.prompt.split(",")], options.max_tokens)]
-    front_end.wait(lambda: answer.finish_reason, "the answer")
+    frontend = Frontend(options.front_publish, options.timeout)
+    frontend.wait(lambda: frontend.links, "a ready rank")
+    answer = frontend.answers[frontend.send([int(token) for token in options.prompt.split(",")], options.max_tokens)]
+    frontend.wait(lambda: answer.finish_reason, "the answer")
     print(f"rank {answer.rank} answered:{answer.text} ({answer.error or answer.finish_reason})")
-    second = front_end.send([7] * 5000, 5000)
-    answer = front_end.answers[second]
-    front_end.wait(lambda: answer.text or answer.finish_reason, "the second answer's first word")
-    link = front_end.links[answer.rank]
+    second = frontend.send([7] * 5000, 5000)
+    answer = frontend.answers[second]
+    frontend.wait(lambda: answer.text or answer.finish_reason, "the second answer's first word")
+    link = frontend.links[answer.rank]
     link.socket.send(msgpack.encode(["abort", [second]]))
-    front_end.wait(lambda: link.taken == link.sent and not link.requests(), "the rank's word that it is idle")
+    frontend.wait(lambda: link.taken == link.sent and not link.requests(), "the rank's word that it is idle")
     print(f"aborted the second request; rank {answer.rank} took in {link.taken} and has none left")
-    front_end.tell("front-end-leaving", front_end.identity)
-    front_end.context.destroy(linger=200)
+    frontend.tell("front-end-leaving", frontend.identity)
+    frontend.context.destroy(linger=200)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ independent rank: it knows no waves. To see it work, run these three, each in a 
 
     paceline coordinator -dp 1 --no-wave-coordination
     python examples/foreign_rank.py
-    python examples/foreign_front_end.py
+    python examples/foreign_frontend.py
 """
 
 import argparse
@@ -40,11 +40,11 @@ class EchoRank:
         self.taken: dict[int, int] = {}
         self.hello_due, self.reported = 0.0, None
         self.context = zmq.Context()
-        self.front_ends = self.context.socket(zmq.ROUTER)
-        self.front_ends.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.front_ends.setsockopt(zmq.MAXMSGSIZE, 64 * 2**20)
-        self.front_ends.bind(options.bind)
-        self.address = self.front_ends.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.frontends = self.context.socket(zmq.ROUTER)
+        self.frontends.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.frontends.setsockopt(zmq.MAXMSGSIZE, 64 * 2**20)
+        self.frontends.bind(options.bind)
+        self.address = self.frontends.getsockopt_string(zmq.LAST_ENDPOINT)
         self.broadcasts = self.context.socket(zmq.SUB)
         self.broadcasts.connect(options.back_publish)
         self.broadcasts.subscribe(b"")
@@ -70,7 +70,7 @@ class EchoRank:
                 step_due = now + self.step_s
 
     def read(self, wait_s: float | None) -> None:
-        zmq.select([self.broadcasts, self.front_ends], [], [], wait_s)
+        zmq.select([self.broadcasts, self.frontends], [], [], wait_s)
         while self.broadcasts.poll(0):
             match decode(self.broadcasts.recv()):
                 case ["identify", int(version), *_] if version == VERSION:
@@ -79,23 +79,23 @@ class EchoRank:
                 case ["admit", self.rank, self.incarnation, *_] if not self.ready:
                     self.hello_due, self.ready = 0.0, True
                     print(f"foreign rank {self.rank} is ready at {self.address}", flush=True)
-        while self.front_ends.poll(0):
-            routing_id, *frames = self.front_ends.recv_multipart()
-            front_end = int.from_bytes(routing_id, "little")
-            if len(routing_id) == 8 and front_end < 2**63 and len(frames) == 1:
-                self.take(front_end, decode(frames[0]))
+        while self.frontends.poll(0):
+            routing_id, *frames = self.frontends.recv_multipart()
+            frontend = int.from_bytes(routing_id, "little")
+            if len(routing_id) == 8 and frontend < 2**63 and len(frames) == 1:
+                self.take(frontend, decode(frames[0]))
 
-    def take(self, front_end: int, message: Any) -> None:
+    def take(self, frontend: int, message: Any) -> None:
         match message:
             case ["add", int(request), int(number), incarnation, _, list(prompt), [int(most), *_], *_]:
-                key = (front_end, request)
+                key = (frontend, request)
                 if incarnation != self.incarnation or key in self.requests:
-                    self.send(front_end, [[request, [], "", "error", None, None, "refused"]])
+                    self.send(frontend, [[request, [], "", "error", None, None, "refused"]])
                 else:
                     self.requests[key] = (prompt[:most], "stop" if len(prompt) <= most else "length")
-                    self.taken[front_end] = max(number, self.taken.get(front_end, 0))
+                    self.taken[frontend] = max(number, self.taken.get(frontend, 0))
             case ["abort", list(requests), *_]:
-                self.drop([(front_end, request) for request in requests if isinstance(request, int)])
+                self.drop([(frontend, request) for request in requests if isinstance(request, int)])
 
     def drop(self, keys: list[tuple[int, int]]) -> None:
         self.finished += sum(self.requests.pop(key, None) is not None for key in keys)
@@ -103,21 +103,21 @@ class EchoRank:
     def step(self) -> None:
         self.step_number += 1
         outputs: dict[int, list[Any]] = {}
-        for (front_end, request), (tokens, reason) in list(islice(self.requests.items(), SLOTS)):
+        for (frontend, request), (tokens, reason) in list(islice(self.requests.items(), SLOTS)):
             said, tokens[:] = tokens[:1], tokens[1:]
             text = "".join(f" {token}" for token in said)
-            outputs.setdefault(front_end, []).append([request, said, text, None if tokens else reason])
-            self.drop([] if tokens else [(front_end, request)])
-        for front_end, made in outputs.items():
-            self.send(front_end, made)
+            outputs.setdefault(frontend, []).append([request, said, text, None if tokens else reason])
+            self.drop([] if tokens else [(frontend, request)])
+        for frontend, made in outputs.items():
+            self.send(frontend, made)
 
-    def send(self, front_end: int, outputs: list[Any]) -> None:
+    def send(self, frontend: int, outputs: list[Any]) -> None:
         frame = msgpack.encode(["outputs", self.rank, self.incarnation, outputs])
         try:
-            self.front_ends.send_multipart([front_end.to_bytes(8, "little"), frame], zmq.NOBLOCK)
+            self.frontends.send_multipart([frontend.to_bytes(8, "little"), frame], zmq.NOBLOCK)
         except zmq.ZMQError:  # it is gone, or does not read
-            self.drop([key for key in self.requests if key[0] == front_end])
-            self.taken.pop(front_end, None)
+            self.drop([key for key in self.requests if key[0] == frontend])
+            self.taken.pop(frontend, None)
 
     def report(self) -> None:
         running = min(len(self.requests), SLOTS)

@@ -14,7 +14,7 @@ import zmq
 
 from paceline.config import ParallelConfig
 from paceline.core import codec
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import PROTOCOL_VERSION, Identify, RankHello
 from paceline.core.requests import Output, SamplingParams
 from paceline.core.routing import LeastLoad
@@ -52,7 +52,7 @@ class Answer:
         self.done.set()
 
 
-class Watching(FrontEnd):
+class Watching(Frontend):
     """A front-end's machine that tells of each change of the wave or of running, in the moment of it."""
 
     on_change: Callable[[int, bool], None] = staticmethod(lambda wave, running: None)
@@ -97,9 +97,9 @@ class Fleet:
         self._statuses.append(reader)
         return process
 
-    def front_end(self, index: int, count: int) -> Client:
+    def frontend(self, index: int, count: int) -> Client:
         """A front-end in the running event loop."""
-        machine = Watching(new_identity(), LeastLoad(index, count), share_sends=count > 1, lockstep=True)
+        machine = Watching(new_identity(), LeastLoad(index, count), relay_sends=count > 1, lockstep=True)
         return Client(machine, self.coordinator.get_stats_publish_address())
 
     def hellos(self) -> list[RankHello]:
@@ -140,9 +140,9 @@ def fleet(folder: Path, size: int, engine: str, options: dict[str, str], sync_in
 
 
 @contextlib.asynccontextmanager
-async def front_ends(made: Fleet, count: int) -> AsyncIterator[list[Client]]:
+async def frontends(made: Fleet, count: int) -> AsyncIterator[list[Client]]:
     """Front-ends that know every rank."""
-    clients = [made.front_end(index, count) for index in range(count)]
+    clients = [made.frontend(index, count) for index in range(count)]
     try:
         async with asyncio.timeout(60):
             for client in clients:

@@ -32,10 +32,10 @@ def idle(running: Deployment) -> bool:
     return all(not load["waiting"] and not load["running"] for load in loads)
 
 
-@pytest.mark.parametrize("front_ends", [1, 2, 4])
-def test_burst_is_level(front_ends: int) -> None:
+@pytest.mark.parametrize("frontends", [1, 2, 4])
+def test_burst_is_level(frontends: int) -> None:
     """16 at every rank, give or take 1, every time."""
-    arguments = ["--engine", "timed", "-dp", str(RANKS), "-asc", str(front_ends), "--engine-option", "step_ms=10"]
+    arguments = ["--engine", "timed", "-dp", str(RANKS), "-asc", str(frontends), "--engine-option", "step_ms=10"]
     with deployment(*arguments) as running:
         for _ in range(3):
             wait_until(lambda: idle(running), "idle ranks")

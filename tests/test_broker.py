@@ -68,10 +68,10 @@ def queued(running: Deployment) -> int:
     return int(running.http.get("/loads").json()["queued"])
 
 
-@pytest.mark.parametrize("front_ends", [2, 4])
-def test_a_burst_far_above_the_slots_is_served_in_order_and_level(front_ends: int) -> None:
+@pytest.mark.parametrize("frontends", [2, 4])
+def test_a_burst_far_above_the_slots_is_served_in_order_and_level(frontends: int) -> None:
     count, tokens = 8 * RANKS * SLOTS, 20
-    with deployment(*FLAGS, "-asc", str(front_ends)) as running:
+    with deployment(*FLAGS, "-asc", str(frontends)) as running:
         answers = asyncio.run(burst(running.url, count, tokens, 0.002))
     assert {got.text for got in answers} == {whole(tokens)}
     order = sorted(range(count), key=lambda number: answers[number].first)
@@ -146,7 +146,7 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
         assert "Traceback" not in running.output
 
 
-def test_a_killed_front_end_leaves_nothing_in_the_queue() -> None:
+def test_a_killed_frontend_leaves_nothing_in_the_queue() -> None:
     count, tokens = 6 * RANKS * SLOTS, 50
 
     async def cut(url: str, victim: int) -> list[Got]:

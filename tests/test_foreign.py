@@ -85,10 +85,10 @@ def start_rank(start: Start, addresses: Addresses, *arguments: str) -> subproces
     )  # fmt: skip
 
 
-def run_front_end(start: Start, addresses: Addresses, *arguments: str) -> tuple[int, str]:
+def run_frontend(start: Start, addresses: Addresses, *arguments: str) -> tuple[int, str]:
     """The foreign front-end, to its end: exit status and what it printed."""
     process = start(
-        str(EXAMPLES / "foreign_front_end.py"), "--front-publish", addresses.front_publish, *arguments
+        str(EXAMPLES / "foreign_frontend.py"), "--front-publish", addresses.front_publish, *arguments
     )  # fmt: skip
     printed, _ = process.communicate(timeout=DEADLINE_S)
     return process.returncode, printed
@@ -99,24 +99,24 @@ def wait_members(addresses: Addresses, wanted: list[int]) -> Members:
     with zmq.Context() as context, context.socket(zmq.XSUB) as socket:
         socket.connect(addresses.front_publish)
         socket.send(b"\x01")
-        socket.send(b"\x01" + codec.front_end_topic(1))
+        socket.send(b"\x01" + codec.frontend_topic(1))
         while socket.poll(DEADLINE_S * 1000):
-            message = codec.to_front_end().decode(socket.recv())
+            message = codec.to_frontend().decode(socket.recv())
             if isinstance(message, Members) and [member.rank for member in message.members] == wanted:
                 return message
     raise AssertionError(f"the coordinator never named {wanted} as members")
 
 
-def test_foreign_rank_and_foreign_front_end(start: Start, addresses: Addresses) -> None:
+def test_foreign_rank_and_foreign_frontend(start: Start, addresses: Addresses) -> None:
     start_coordinator(start, addresses, "--no-wave-coordination")
     rank = start_rank(start, addresses)
-    status, printed = run_front_end(start, addresses, "--prompt", "3,1,4,1,5")
+    status, printed = run_frontend(start, addresses, "--prompt", "3,1,4,1,5")
     assert printed.splitlines() == [
         "rank 0 answered: 3 1 4 1 5 (stop)",
         "aborted the second request; rank 0 took in 2 and has none left",
     ]
     assert status == 0
-    status, printed = run_front_end(start, addresses, "--prompt", "3,1,4,1,5", "--max-tokens", "2")
+    status, printed = run_frontend(start, addresses, "--prompt", "3,1,4,1,5", "--max-tokens", "2")
     assert "rank 0 answered: 3 1 (length)" in printed.splitlines()
     rank.terminate()
     assert rank.wait(DEADLINE_S) == 0
@@ -131,7 +131,7 @@ def test_foreign_rank_outlives_its_coordinator(start: Start, addresses: Addresse
     coordinator.kill()
     coordinator.wait(DEADLINE_S)
     start_coordinator(start, addresses, "--no-wave-coordination")
-    status, printed = run_front_end(start, addresses, "--timeout", "30")
+    status, printed = run_frontend(start, addresses, "--timeout", "30")
     assert (status, printed.count("\n")) == (0, 2), printed
     after = wait_members(addresses, [0])
     assert after.members == before.members
@@ -150,7 +150,7 @@ def test_restarted_foreign_rank_is_a_new_incarnation(start: Start, addresses: Ad
     assert incarnations[0] != incarnations[1]
 
 
-def test_foreign_front_end_with_our_rank(start: Start, addresses: Addresses) -> None:
+def test_foreign_frontend_with_our_rank(start: Start, addresses: Addresses) -> None:
     start_coordinator(start, addresses, "--no-wave-coordination")
     settings = RankSettings(
         engine="timed",
@@ -165,7 +165,7 @@ def test_foreign_front_end_with_our_rank(start: Start, addresses: Addresses) -> 
     try:
         while reader.poll(DEADLINE_S) and not isinstance(reader.recv(), Ready):
             pass
-        status, printed = run_front_end(start, addresses, "--max-tokens", "4", "--timeout", "30")
+        status, printed = run_frontend(start, addresses, "--max-tokens", "4", "--timeout", "30")
     finally:
         stop([process])
         reader.close()
@@ -178,13 +178,13 @@ def test_foreign_front_end_with_our_rank(start: Start, addresses: Addresses) -> 
 
 def test_deadlines_say_what_is_missing(start: Start, addresses: Addresses) -> None:
     rank = start_rank(start, addresses, "--timeout", "0.3")
-    status, printed = run_front_end(start, addresses, "--timeout", "0.3")
+    status, printed = run_frontend(start, addresses, "--timeout", "0.3")
     assert (status, printed) == (1, "foreign front-end: a ready rank has not come within 0.3 s\n")
     printed, _ = rank.communicate(timeout=DEADLINE_S)
     assert (rank.returncode, printed) == (1, "foreign rank 0: no coordinator has admitted it within 0.3 s\n")
 
 
-@pytest.mark.parametrize("name", ["foreign_rank.py", "foreign_front_end.py"])
+@pytest.mark.parametrize("name", ["foreign_rank.py", "foreign_frontend.py"])
 def test_foreign_examples_are_foreign_and_short(name: str) -> None:
     text = (EXAMPLES / name).read_text(encoding="utf-8")
     assert "import paceline" not in text

@@ -61,7 +61,7 @@ def test_a_killed_rank_comes_back_and_serves() -> None:
         assert answer.json()["choices"][0]["text"] == " 0 1 2"
 
 
-def test_a_killed_front_end_comes_back_and_the_port_answers_meanwhile() -> None:
+def test_a_killed_frontend_comes_back_and_the_port_answers_meanwhile() -> None:
     with deployment(*TIMED, "-asc", "2") as running:
         victim = kill(running, "front-end 0")
         wait_until(lambda: not is_alive(victim), "it is dead")
@@ -74,7 +74,7 @@ def test_a_killed_front_end_comes_back_and_the_port_answers_meanwhile() -> None:
         wait_back(running, "front-end 0", victim)
 
 
-def test_the_only_front_end_comes_back_at_the_same_port() -> None:
+def test_the_only_frontend_comes_back_at_the_same_port() -> None:
     with deployment(*TIMED) as running:
         running.lines.clear()
         wait_back(running, "front-end 0", kill(running, "front-end 0"))
@@ -125,7 +125,7 @@ def test_a_wake_that_was_due_is_late_by_the_restart_at_most() -> None:
             assert asked.result().json()["choices"][0]["text"] == " 0"
 
 
-def test_what_a_killed_front_end_had_is_aborted_within_a_second_and_its_kv_is_free() -> None:
+def test_what_a_killed_frontend_had_is_aborted_within_a_second_and_its_kv_is_free() -> None:
     """Seen through the other front-end, whose requests go on."""
     # At this pace an answer stays a small part of what its prompt takes, however slow the machine.
     pace = ("--engine-option", "step_ms=100", "--engine-option", "prefill_ms=0.01")

@@ -16,7 +16,7 @@ from tests.streams import MOE, TIMED, streams, whole
 pytestmark = pytest.mark.slow
 
 
-def test_what_a_killed_front_end_has_sent_is_aborted_wherever_it_waits() -> None:
+def test_what_a_killed_frontend_has_sent_is_aborted_wherever_it_waits() -> None:
     """Of one rank's slots all are taken: most of its requests have nothing to be told that could fail."""
     few_slots = ("--max-num-seqs", "2", "--max-num-batched-tokens", "8", "--bind", "arrival")
     with deployment(*TIMED, "-dp", "2", "-asc", "2", *few_slots) as running:

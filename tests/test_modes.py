@@ -91,21 +91,21 @@ def test_no_loads_go_out_in_external_mode(external: bool) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         _, inbox = coordinator.get_engine_socket_addresses()
-        front_end, rank = context.socket(zmq.XSUB), context.socket(zmq.PUSH)
-        front_end.connect(coordinator.get_stats_publish_address())
-        front_end.send(b"\x01")
+        frontend, rank = context.socket(zmq.XSUB), context.socket(zmq.PUSH)
+        frontend.connect(coordinator.get_stats_publish_address())
+        frontend.send(b"\x01")
         rank.connect(inbox)
-        assert isinstance(read(front_end), Members)
-        assert isinstance(read(front_end), LoadView)
+        assert isinstance(read(frontend), Members)
+        assert isinstance(read(frontend), LoadView)
         for frame in rank_frames():
             rank.send(frame)
-        views = [message for message in read_until_running(front_end) if isinstance(message, LoadView)]
+        views = [message for message in read_until_running(frontend) if isinstance(message, LoadView)]
         reported = [view for view in views if view.ranks and any(entry.load.waiting == 7 for entry in view.ranks)]
         if external:
             assert all(view.ranks is None for view in views)
             assert len(views) <= 3
         else:
-            assert reported or read_reported(front_end)
+            assert reported or read_reported(frontend)
     finally:
         context.destroy(linger=0)
         coordinator.shutdown()
@@ -121,7 +121,7 @@ def rank_frames() -> list[bytes]:
 
 def read(socket_: zmq.Socket[bytes]) -> object:
     assert socket_.poll(10_000), "nothing came from the coordinator"
-    return codec.to_front_end().decode(socket_.recv())
+    return codec.to_frontend().decode(socket_.recv())
 
 
 def read_until_running(socket_: zmq.Socket[bytes]) -> list[object]:

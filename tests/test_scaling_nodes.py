@@ -47,7 +47,7 @@ def test_new_ranks_go_where_there_are_fewest() -> None:
 
 
 @pytest.mark.parametrize("engine", [[], list(MOE)], ids=["timed", "moe"])
-def test_hybrid_front_ends_balance_over_the_new_ranks_of_their_node(engine: list[str]) -> None:
+def test_hybrid_frontends_balance_over_the_new_ranks_of_their_node(engine: list[str]) -> None:
     common = ["-dp", "4", "-dpl", "2", "--data-parallel-hybrid-lb", "-asc", "2", *engine]
     with nodes(common, [*common, "--data-parallel-start-rank", "2"]) as (first, second):
         assert scale(second, 6).json()["size"] == 6

@@ -101,7 +101,7 @@ def test_a_rank_in_a_long_step(engine: str) -> None:
 # Who does not read --------------------------------------------------------------------------------
 
 
-def test_a_front_end_that_stopped_reading() -> None:
+def test_a_frontend_that_stopped_reading() -> None:
     """What it missed is kept for it, put together; the streams of the other one go on."""
     tokens, quick = 6000, ("--engine-option", "step_ms=2", "--engine-option", "decode_ms=0")
     with deployment("--engine", "timed", *quick, "-dp", "2", "-asc", "2", "--rank-timeout", "1") as running:

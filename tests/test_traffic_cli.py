@@ -51,7 +51,7 @@ def test_figures_for_a_program(trace: str) -> None:
         "requests", "throughput_tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p99_ms", "imbalance_mean",
         "barrier_share",
     } <= figures.keys()  # fmt: skip
-    assert (figures["requests"], figures["ranks"], figures["front_ends"]) == (30, 8, 2)
+    assert (figures["requests"], figures["ranks"], figures["frontends"]) == (30, 8, 2)
 
 
 def test_costs_are_what_was_asked_for(trace: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paceline.server.client import Client
-from tests.fleet import Answer, Fleet, Watching, ask, cpu_used_s, fleet, front_ends
+from tests.fleet import Answer, Fleet, Watching, ask, cpu_used_s, fleet, frontends
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ class Waves:
 
 
 async def run_waves(made: Fleet) -> tuple[int, list[Answer]]:
-    async with front_ends(made, 2) as clients:
+    async with frontends(made, 2) as clients:
         waves = Waves(clients, seed=7)
         await waves.run()
         # All rest when the last wave has been announced to both.
@@ -100,7 +100,7 @@ def test_300_waves_with_requests_aimed_at_the_pause(tmp_path: Path) -> None:
 
 
 async def kill_and_start_again(made: Fleet) -> tuple[Answer, Answer, Answer]:
-    async with front_ends(made, 1) as (client,):
+    async with frontends(made, 1) as (client,):
         kept, lost = ask(client, 300, rank=0), ask(client, 300, rank=2)
         async with asyncio.timeout(DEADLINE_S):
             while not (kept.tokens and lost.tokens):

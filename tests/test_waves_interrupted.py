@@ -10,7 +10,7 @@ import pytest
 
 from paceline.core.requests import ControlAction
 from paceline.server.client import Client
-from tests.fleet import Answer, Fleet, ask, fleet, front_ends
+from tests.fleet import Answer, Fleet, ask, fleet, frontends
 from tests.test_waves import DEADLINE_S, RANKS, SMALL
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ async def kill_coordinators(made: Fleet) -> list[Answer]:
     """Each time it is killed requests are on their way, in the midst of waves and between them."""
     chance = random.Random(11)
     answers: list[Answer] = []
-    async with front_ends(made, 2) as clients:
+    async with frontends(made, 2) as clients:
         for _ in range(KILLS):
             answers += [ask(chance.choice(clients), chance.choice([1, 20, 60])) for _ in range(chance.choice([1, 4]))]
             await asyncio.sleep(chance.choice([0.0, 0.002, 0.05]))
@@ -65,7 +65,7 @@ async def call(client: Client, action: ControlAction) -> None:
 async def suspend_crosswise(made: Fleet) -> list[Answer]:
     chance = random.Random(5)
     answers: list[Answer] = []
-    async with front_ends(made, 2) as clients:
+    async with frontends(made, 2) as clients:
         calls = []
         for _ in range(CALLS):
             answers += [ask(client, chance.choice([1, 30])) for client in clients]

@@ -179,7 +179,7 @@ class DeploymentConfig(Struct, frozen=True):
     server: ServerConfig = ServerConfig()
 
 
-def brokered(config: DeploymentConfig) -> bool:
+def late_binding(config: DeploymentConfig) -> bool:
     """Whether requests wait in the coordinator's queue: nobody knows where there is room in external mode, and other
     policies than least-load are there to choose the rank themselves.
     """

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from paceline.config import DeploymentConfig, brokered, threads_per_rank
+from paceline.config import DeploymentConfig, late_binding, threads_per_rank
 from paceline.core.messages import Scaling
 from paceline.core.node import Node
 from paceline.core.rank.prefill_quota import setting_of
@@ -19,9 +19,9 @@ from paceline.net.links import SocketFolder, new_identity
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
 from paceline.net.rank import RankSettings, run_rank
 from paceline.net.sockets import tcp_address
-from paceline.process.node import NodeKeeper, rank_name
+from paceline.process.node import NodeRanks, rank_name
 from paceline.process.supervisor import Reporter, Supervisor
-from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
+from paceline.server.process import FrontendSettings, reserve_port, run_frontend
 
 
 def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan], None]) -> int:
@@ -44,19 +44,19 @@ def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan
             _start_rank(plan, supervisor, rank)
         if not config.parallel.headless:
             for index in range(config.parallel.api_server_count):
-                settings = partial(front_end_settings, plan, index)
-                supervisor.add(f"front-end {index}", "front-end", run_front_end, settings, drains=True)
+                settings = partial(frontend_settings, plan, index)
+                supervisor.add(f"front-end {index}", "front-end", run_frontend, settings, drains=True)
         _keep_ranks(plan, supervisor, coordinator)
 
     return supervisor.run(start, lambda: on_ready(plans[0]))
 
 
 def _start_rank(
-    plan: Plan, supervisor: Supervisor, rank: int, on_trial: Callable[[str], None] | None = None
+    plan: Plan, supervisor: Supervisor, rank: int, provisional: Callable[[str], None] | None = None
 ) -> None:  # fmt: skip
     supervisor.add(
         rank_name(rank), "rank", run_rank, lambda life: rank_settings(plan, rank),
-        max_restarts=plan.config.server.max_rank_restarts, on_trial=on_trial,
+        max_restarts=plan.config.server.max_rank_restarts, provisional=provisional,
     )  # fmt: skip
 
 
@@ -68,11 +68,11 @@ def _keep_ranks(plan: Plan, supervisor: Supervisor, coordinator: DPCoordinator |
             coordinator.resized(scaling.size)
 
     addresses = plan.addresses
-    keeper = NodeKeeper(
+    watchdog = NodeRanks(
         plan.node, supervisor, addresses.back_publish, addresses.back_output,
         partial(_start_rank, plan, supervisor), on_scaling,
     )  # fmt: skip
-    supervisor.at_end(keeper.close)
+    supervisor.at_end(watchdog.close)
 
 
 def _start_coordinator(plan: Plan, supervisor: Supervisor) -> DPCoordinator | None:
@@ -120,7 +120,7 @@ class Plan:
         parallel = config.parallel
         self.node = Node(
             new_identity(), parallel.local_ranks, parallel.data_parallel_size,
-            own_front_ends=parallel.data_parallel_hybrid_lb, fixed=parallel.data_parallel_external_lb,
+            own_frontends=parallel.data_parallel_hybrid_lb, fixed=parallel.data_parallel_external_lb,
         )  # fmt: skip
         self._lives = itertools.count()
 
@@ -206,12 +206,12 @@ def rank_settings(plan: Plan, rank: int) -> RankSettings:
     )
 
 
-def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
+def frontend_settings(plan: Plan, index: int, life: int) -> FrontendSettings:
     """What the life number `life` of front-end `index` of this node is started with."""
     config = plan.config
     parallel, server = config.parallel, config.server
     ranks = frozenset(range(plan.node.scaling.size) if parallel.balanced_ranks is None else plan.node.ranks)
-    return FrontEndSettings(
+    return FrontendSettings(
         index=index,
         count=parallel.api_server_count,
         host=server.host,
@@ -224,7 +224,7 @@ def front_end_settings(plan: Plan, index: int, life: int) -> FrontEndSettings:
         node=plan.node.identity,
         most_ranks=parallel.most_ranks,
         routing=server.routing,
-        brokered=brokered(config),
+        late_binding=late_binding(config),
         served_model_name=config.engine.served_model_name,
         max_waiting=server.max_waiting,
         max_body_bytes=server.max_body_bytes,

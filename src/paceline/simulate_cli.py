@@ -53,7 +53,7 @@ SeedsFlag = Annotated[
     str | None, typer.Option("--seeds", metavar="A..B", help="Run these seeds until one fails; without B, for ever.")
 ]
 RanksFlag = Annotated[int | None, typer.Option("--ranks", help=f"Ranks{FROM_SEED}")]
-FrontEndsFlag = Annotated[int | None, typer.Option("--front-ends", help=f"Front-ends{FROM_SEED}")]
+FrontendsFlag = Annotated[int | None, typer.Option("--front-ends", help=f"Front-ends{FROM_SEED}")]
 RequestsFlag = Annotated[int | None, typer.Option("--requests", help=f"Requests that arrive{FROM_SEED}")]
 LossesFlag = Annotated[float | None, typer.Option("--losses", help=f"Share of broadcasts and notices lost{FROM_SEED}")]
 CrashesFlag = Annotated[int | None, typer.Option("--crashes", help=f"Crashes of any process{FROM_SEED}")]
@@ -79,7 +79,7 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object a run in
 
 
 def simulate_command(
-    seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, front_ends: FrontEndsFlag = None,
+    seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, frontends: FrontendsFlag = None,
     requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
     suspensions: SuspensionsFlag = None, faults_per_second: FaultsFlag = None, duration: DurationFlag = None,
     lockstep: LockstepFlag = None, encode: EncodeFlag = True, json: JsonFlag = False,
@@ -89,9 +89,9 @@ def simulate_command(
     interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
 ) -> None:  # fmt: skip
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
-    brokered = None if bind is None else bind == "broker"
+    late_binding = None if bind is None else bind == "broker"
     options = Options(
-        seed, ranks, front_ends, requests, losses, crashes, suspensions, duration, lockstep, encode, brokered,
+        seed, ranks, frontends, requests, losses, crashes, suspensions, duration, lockstep, encode, late_binding,
         faults_per_second,
     )  # fmt: skip
     flags = TraceFlags(
@@ -102,7 +102,7 @@ def simulate_command(
     try:
         if trace is not None:
             _refuse_faults(options, seeds)
-            run_trace(flags, SharedFlags(seed, ranks, front_ends, requests, lockstep), json)
+            run_trace(flags, SharedFlags(seed, ranks, frontends, requests, lockstep), json)
         else:
             refuse_without_trace(flags)
             check_binding(bind)
@@ -151,9 +151,9 @@ def summary(outcome: Outcome) -> str:
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
     faults = ", ".join(f"{count} {kind}" for kind, count in outcome.faults.items()) or "none"
     lines = [
-        f"seed {options.seed}: {options.ranks} {kind} ranks, {options.front_ends} front-ends,"
+        f"seed {options.seed}: {options.ranks} {kind} ranks, {options.frontends} front-ends,"
         f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
-        f"  binding       {'brokered' if options.brokered else 'at arrival'}",
+        f"  binding       {'late_binding' if options.late_binding else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''};"
@@ -175,7 +175,7 @@ def replay(options: Options, seed: int) -> str:
     words = ["paceline", "simulate", "--seed", str(seed)]
     for name in (
         "ranks",
-        "front_ends",
+        "frontends",
         "requests",
         "losses",
         "crashes",
@@ -188,8 +188,8 @@ def replay(options: Options, seed: int) -> str:
             words += [f"--{name.replace('_', '-')}", str(value)]
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
-    if options.brokered is not None:
-        words += ["--bind", "broker" if options.brokered else "arrival"]
+    if options.late_binding is not None:
+        words += ["--bind", "broker" if options.late_binding else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)

@@ -126,7 +126,7 @@ class SharedFlags(Struct, frozen=True):
 
     seed: int = 0
     ranks: int | None = None
-    front_ends: int | None = None
+    frontends: int | None = None
     requests: int | None = None
     lockstep: bool | None = None
 
@@ -158,7 +158,7 @@ def summary(outcome: Outcome) -> str:
     kind = "lockstep" if outcome.lockstep else "independent"
     refused = f", {outcome.refused} too large for the memory left out" if outcome.refused else ""
     lines = [
-        f"{outcome.routing}: {outcome.ranks} {kind} ranks, {outcome.front_ends} front-ends",
+        f"{outcome.routing}: {outcome.ranks} {kind} ranks, {outcome.frontends} front-ends",
         f"  requests          {outcome.requests:,}{refused}; {outcome.duration_s:,.1f} s of virtual time in"
         f" {outcome.real_s:.1f} s",
         f"  throughput        {outcome.throughput_tokens_per_s:,.0f} output tokens/s",
@@ -197,7 +197,7 @@ def _deployment(flags: TraceFlags, shared: SharedFlags) -> Deployment:
     delay_s, interval_s = _given(flags.delay_ms, links.delay_s * 1e3) / 1e3, links.interval_s
     links = Links(delay_s, _given(flags.interval_ms, interval_s * 1e3) / 1e3)
     return Deployment(
-        _given(shared.ranks, 8), _given(shared.front_ends, 1), bool(shared.lockstep), routing, policy, shape, links,
+        _given(shared.ranks, 8), _given(shared.frontends, 1), bool(shared.lockstep), routing, policy, shape, links,
         shared.seed, _given(flags.warm_up, 0.0), bind=_binding(flags.bind, routing),
     )  # fmt: skip
 

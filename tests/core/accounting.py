@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from paceline.core.coordinator import machine as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import LoadView, Members, RankHello, RankReport
 from paceline.core.rank import events as rank_events
@@ -65,8 +65,8 @@ class Known:
         self.void = 0
         """Sends of before the connection was cut: they are nobody's."""
 
-    def expected(self, front_end: int) -> Load:
-        load, taken = self.report.load, max(self.void, self.report.taken.get(front_end, 0))
+    def expected(self, frontend: int) -> Load:
+        load, taken = self.report.load, max(self.void, self.report.taken.get(frontend, 0))
         if len(self.tokens_after) - 1 == taken:
             return load
         requests, tokens = len(self.tokens_after) - 1 - taken, self.tokens_after[-1] - self.tokens_after[taken]
@@ -82,19 +82,19 @@ def lose_last(queue: deque[Any], count: int) -> None:
 class Walk:
     """Ranks, front-ends and a coordinator. `act` lets one thing happen; what may change a belief is checked."""
 
-    def __init__(self, ranks: int = 3, front_ends: int = 3) -> None:
+    def __init__(self, ranks: int = 3, frontends: int = 3) -> None:
         self.now = 0.0
         self.events = 0
         self.lives_begun = 0
         self.requests = 0
         self.finished = 0
-        self.front_ends = [self._new_front_end(index, front_ends) for index in range(front_ends)]
-        self.to_coordinator: list[deque[coordinator.Event]] = [deque() for _ in self.front_ends]
-        self.to_front_end: list[deque[tuple[Any, dict[int, tuple[int, Report]]]]] = [deque() for _ in self.front_ends]
+        self.frontends = [self._new_frontend(index, frontends) for index in range(frontends)]
+        self.to_coordinator: list[deque[coordinator.Event]] = [deque() for _ in self.frontends]
+        self.to_frontend: list[deque[tuple[Any, dict[int, tuple[int, Report]]]]] = [deque() for _ in self.frontends]
         self.requests_sent: dict[tuple[int, int], deque[Any]] = {}
-        self.outputs: list[deque[Any]] = [deque() for _ in self.front_ends]
-        self.seen: list[tuple[Any, dict[int, tuple[int, Report]]] | None] = [None for _ in self.front_ends]
-        self.known: list[dict[int, Known]] = [{} for _ in self.front_ends]
+        self.outputs: list[deque[Any]] = [deque() for _ in self.frontends]
+        self.seen: list[tuple[Any, dict[int, tuple[int, Report]]] | None] = [None for _ in self.frontends]
+        self.known: list[dict[int, Known]] = [{} for _ in self.frontends]
         self.lives: list[Life] = []
         self.size = ranks
         self.machine: Coordinator | None = None
@@ -106,9 +106,9 @@ class Walk:
     # The model ----------------------------------------------------------------------------------
 
     def check(self, index: int) -> None:
-        front_end = self.front_ends[index]
+        frontend = self.frontends[index]
         for number, link in self.known[index].items():
-            assert front_end.believed(number) == link.expected(front_end.identity)
+            assert frontend.believed(number) == link.expected(frontend.identity)
 
     def _coordinator(self, event: coordinator.Event, truth: Report | None = None) -> None:
         assert self.machine is not None
@@ -123,8 +123,8 @@ class Walk:
             self.reports[message.rank] = (message.incarnation, truth)
         for effect in self.machine.handle(event, self.now):
             match effect:
-                case coordinator.ToFrontEnds(message):
-                    for queue in self.to_front_end:
+                case coordinator.ToFrontends(message):
+                    for queue in self.to_frontend:
                         queue.append((message, dict(self.reports)))
                 case coordinator.ToRanks(message):
                     for life in self.lives:
@@ -144,16 +144,16 @@ class Walk:
             for number, (incarnation, report) in reports.items():
                 if number in known and known[number].incarnation == incarnation:
                     known[number].report = report
-        self._front_end(index, frontend_events.CoordinatorSaid(message))
+        self._frontend(index, frontend_events.CoordinatorSaid(message))
 
     def _last_view(self, index: int) -> tuple[int, int]:
         view = self.seen[index]
         assert view is not None
         return view[0].coordinator, view[0].number
 
-    def _new_front_end(self, index: int, count: int) -> FrontEnd:
+    def _new_frontend(self, index: int, count: int) -> Frontend:
         self.lives_begun += 1
-        return FrontEnd(1000 + self.lives_begun, LeastLoad(index, count), share_sends=True, resumes=True)
+        return Frontend(1000 + self.lives_begun, LeastLoad(index, count), relay_sends=True, resumes=True)
 
     # What machines do ---------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Walk:
                 case rank_events.Take(key, request):
                     life.engine.add(key, request)
                     # What was on a connection that was cut has not arrived, and was sent all the same.
-                    life.taken[event.front_end] = request.number  # type: ignore[union-attr]
+                    life.taken[event.frontend] = request.number  # type: ignore[union-attr]
                 case rank_events.Drop(key):
                     life.engine.abort(key)
                     life.ended += 1
@@ -178,9 +178,9 @@ class Walk:
                     life.said.append((report, life.truth(report)))
                 case rank_events.ToCoordinator(message):
                     life.said.append((message, None))
-                case rank_events.ToFrontEnd(identity, outputs):
-                    for index, front_end in enumerate(self.front_ends):
-                        if front_end.identity == identity:
+                case rank_events.ToFrontend(identity, outputs):
+                    for index, frontend in enumerate(self.frontends):
+                        if frontend.identity == identity:
                             self.outputs[index].append(outputs)
                 case rank_events.Step():
                     stepped = life.engine.step()
@@ -188,23 +188,23 @@ class Walk:
                     life.ended += finished
                     self.finished += finished
                     self._rank(life, stepped)
-        known = {front_end.identity for front_end in self.front_ends}
-        if isinstance(event, rank_events.FrontEndGone) and event.front_end not in known:
-            life.taken.pop(event.front_end, None)
+        known = {frontend.identity for frontend in self.frontends}
+        if isinstance(event, rank_events.FrontendGone) and event.frontend not in known:
+            life.taken.pop(event.frontend, None)
 
-    def _front_end(self, index: int, event: frontend_events.Event) -> None:
+    def _frontend(self, index: int, event: frontend_events.Event) -> None:
         self.events += 1
-        identity = self.front_ends[index].identity
-        for effect in self.front_ends[index].handle(event, self.now):
+        identity = self.frontends[index].identity
+        for effect in self.frontends[index].handle(event, self.now):
             match effect:
                 case frontend_events.ToRank(number, message):
-                    arrival = rank_events.FrontEndSaid(identity, message)
+                    arrival = rank_events.FrontendSaid(identity, message)
                     self.requests_sent.setdefault((index, number), deque()).append(arrival)
                     if isinstance(message, AddRequest):
                         sums = self.known[index][number].tokens_after
                         sums.append(sums[-1] + message.tokens)
                 case frontend_events.ToCoordinator(message):
-                    self.to_coordinator[index].append(coordinator.FrontEndSaid(message))
+                    self.to_coordinator[index].append(coordinator.FrontendSaid(message))
         self.check(index)
 
     # What may happen ----------------------------------------------------------------------------
@@ -213,17 +213,17 @@ class Walk:
         self.now += 0.002
         salt = a * 31 + b
         for _ in range(1 + salt % 6 if what.startswith("deliver") else 1):
-            getattr(self, what)(a % len(self.front_ends), b % self.size, salt)
+            getattr(self, what)(a % len(self.frontends), b % self.size, salt)
 
     def submit(self, index: int, number: int, salt: int) -> None:
         self.requests += 1
-        named = number if salt % 3 == 0 and number in self.front_ends[index].ready_ranks() else None
+        named = number if salt % 3 == 0 and number in self.frontends[index].ready_ranks() else None
         params = SamplingParams(1 + salt % 4)
-        self._front_end(index, frontend_events.Submit(self.requests, [0] * (1 + salt % 40), params, named))
+        self._frontend(index, frontend_events.Submit(self.requests, [0] * (1 + salt % 40), params, named))
 
     def abandon(self, index: int, number: int, salt: int) -> None:
         requests = list(range(max(1, self.requests - salt % 20), self.requests + 1))
-        self._front_end(index, frontend_events.Abandon(requests[: 1 + salt % 3]))
+        self._frontend(index, frontend_events.Abandon(requests[: 1 + salt % 3]))
 
     def deliver_request(self, index: int, number: int, salt: int) -> None:
         queue = self.requests_sent.get((index, number))
@@ -250,8 +250,8 @@ class Walk:
             self._rank(self.lives[number], rank_events.CoordinatorSaid(self.lives[number].heard.popleft()))
 
     def deliver_view(self, index: int, number: int, salt: int) -> None:
-        if self.to_front_end[index]:
-            self._take_view(index, *self.to_front_end[index].popleft())
+        if self.to_frontend[index]:
+            self._take_view(index, *self.to_frontend[index].popleft())
 
     def repeat_view(self, index: int, number: int, salt: int) -> None:
         last = self.seen[index]
@@ -260,7 +260,7 @@ class Walk:
             self._take_view(index, old, {})
 
     def reorder_views(self, index: int, number: int, salt: int) -> None:
-        waiting = self.to_front_end[index]
+        waiting = self.to_frontend[index]
         if len(waiting) > 1:
             (first, _), (second, _) = waiting[-1], waiting[-2]
             both = isinstance(first, LoadView) and isinstance(second, LoadView)
@@ -269,7 +269,7 @@ class Walk:
 
     def deliver_outputs(self, index: int, number: int, salt: int) -> None:
         if self.outputs[index]:
-            self._front_end(index, frontend_events.RankSaid(self.outputs[index].popleft()))
+            self._frontend(index, frontend_events.RankSaid(self.outputs[index].popleft()))
 
     def tick(self, index: int, number: int, salt: int) -> None:
         self._coordinator(coordinator.Tick())
@@ -283,37 +283,37 @@ class Walk:
         self.lives[number] = self._new_life(number)
         self._coordinator(coordinator.RankSubscribed())
 
-    def restart_front_end(self, index: int, number: int, salt: int) -> None:
+    def restart_frontend(self, index: int, number: int, salt: int) -> None:
         """It ends, with some of what it said last, and the next begins before all hear of that."""
-        gone = self.front_ends[index].identity
+        gone = self.frontends[index].identity
         for rank in range(self.size):
             queue = self.requests_sent.setdefault((index, rank), deque())
             lose_last(queue, salt % 4)
             if (salt + rank) % 3:
                 # A rank hears of it when it sends something, or never.
-                queue.append(rank_events.FrontEndGone(gone))
+                queue.append(rank_events.FrontendGone(gone))
         lose_last(self.to_coordinator[index], salt % 3)
-        self.to_front_end[index].clear()
+        self.to_frontend[index].clear()
         self.outputs[index].clear()
         self.seen[index] = None
         self.known[index] = {}
-        self.front_ends[index] = self._new_front_end(index, len(self.front_ends))
-        self.to_coordinator[index] += [coordinator.FrontEndGone(gone), coordinator.FrontEndSubscribed()]
+        self.frontends[index] = self._new_frontend(index, len(self.frontends))
+        self.to_coordinator[index] += [coordinator.FrontendGone(gone), coordinator.FrontendSubscribed()]
 
     def cut_link(self, index: int, number: int, salt: int) -> None:
         """A front-end's connection to a rank that lives ends, with some of what was said last, or comes up again."""
         if number not in self.known[index]:
             return
-        front_end, known = self.front_ends[index], self.known[index][number]
-        if number not in front_end.ready_ranks():
+        frontend, known = self.frontends[index], self.known[index][number]
+        if number not in frontend.ready_ranks():
             known.void = len(known.tokens_after) - 1
-            self._front_end(index, frontend_events.LinkUp(number))
+            self._frontend(index, frontend_events.LinkUp(number))
             return
         queue = self.requests_sent.setdefault((index, number), deque())
         lose_last(queue, salt % 4)
         if salt % 3:
-            queue.append(rank_events.FrontEndGone(front_end.identity))
-        self._front_end(index, frontend_events.LinkDown(number))
+            queue.append(rank_events.FrontendGone(frontend.identity))
+        self._frontend(index, frontend_events.LinkDown(number))
 
     def restart_coordinator(self, index: int = 0, number: int = 0, salt: int = 0) -> None:
         """What was in the old one's hands, some of what was said first, is lost with it."""
@@ -326,25 +326,25 @@ class Walk:
         self.reports: dict[int, tuple[int, Report]] = {}
         self.dead: list[Life] = []
         self._coordinator(coordinator.RankSubscribed())
-        self._coordinator(coordinator.FrontEndSubscribed())
+        self._coordinator(coordinator.FrontendSubscribed())
 
     def drain(self) -> None:
         """Let everything arrive and every rank finish; then every belief is the plain truth."""
-        for index, number in itertools.product(range(len(self.front_ends)), range(len(self.lives))):
-            if number in self.known[index] and number not in self.front_ends[index].ready_ranks():
+        for index, number in itertools.product(range(len(self.frontends)), range(len(self.lives))):
+            if number in self.known[index] and number not in self.frontends[index].ready_ranks():
                 self.cut_link(index, number, 0)
         for _ in range(500):
-            for index, number in itertools.product(range(len(self.front_ends)), range(self.size)):
+            for index, number in itertools.product(range(len(self.frontends)), range(self.size)):
                 for what in DELIVERIES:
                     self.act(what, index, number)
-            queues = [*self.requests_sent.values(), *self.to_coordinator, *self.outputs, *self.to_front_end]
+            queues = [*self.requests_sent.values(), *self.to_coordinator, *self.outputs, *self.to_frontend]
             queues += [queue for life in self.lives for queue in (life.heard, life.said)]
             if not any(queues) and not any(life.engine.has_work() for life in self.lives):
                 break
-        for front_end in self.front_ends:
-            assert front_end.ready_ranks() == list(range(self.size))
+        for frontend in self.frontends:
+            assert frontend.ready_ranks() == list(range(self.size))
             for number, life in enumerate(self.lives):
-                known = front_end.believed(number)
+                known = frontend.believed(number)
                 assert replace(known, finished=0, **UNMEASURED) == life.engine.load()
 
 
@@ -357,4 +357,4 @@ DELIVERIES = [
     "deliver_outputs", "tick",
 ]  # fmt: skip
 ORDINARY = [*DELIVERIES, "submit", "submit", "turn", "deliver_request", "repeat_view", "reorder_views", "abandon"]
-RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_front_end", "restart_coordinator"]
+RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_frontend", "restart_coordinator"]

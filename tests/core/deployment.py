@@ -10,14 +10,14 @@ from paceline.core import codec
 from paceline.core.coordinator import machine as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import AUTO, OFF
 from paceline.core.requests import AddRequest
 from paceline.core.routing import LeastLoad
-from tests.core.harness import FrontEndShell, Group, Link, RankShell, World
+from tests.core.harness import FrontendShell, Group, Link, RankShell, World
 
 DELAY_S = 0.0005
 STEP_S = 0.01
@@ -72,24 +72,24 @@ class Deployment:
     """All machines on one virtual clock, started; nothing has happened yet."""
 
     def __init__(
-        self, ranks: int = 2, front_ends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True,
-        brokered: bool = False, hybrid: bool = False, slots: int = 8,
+        self, ranks: int = 2, frontends: int = 1, *, lockstep: bool = True, external: bool = False, start: bool = True,
+        late_binding: bool = False, hybrid: bool = False, slots: int = 8,
     ) -> None:  # fmt: skip
         self.world = World()
         self.world.after_each = self._check
         self.size, self.lockstep, self.external = ranks, lockstep, external
-        self.brokered, self.hybrid, self.slots = brokered, hybrid, slots
+        self.late_binding, self.hybrid, self.slots = late_binding, hybrid, slots
         self.group = Group(self.world, ranks, STEP_S) if lockstep else None
         self.coordinator: Coordinator | None = None
         self.ranks: dict[int, RankShell] = {}
-        self.front_ends: list[FrontEndShell] = []
+        self.frontends: list[FrontendShell] = []
         self.broadcast: list[Any] = []
         self._lives = itertools.count(1)
         self._waves: dict[Any, int] = {}
         self._had_coordinator = False
         self.start_coordinator()
-        for index in range(front_ends):
-            self.start_front_end(index, front_ends)
+        for index in range(frontends):
+            self.start_frontend(index, frontends)
         for number in range(ranks if start else 0):
             self.start_rank(number)
 
@@ -102,7 +102,7 @@ class Deployment:
         self._had_coordinator = True
         for _ in self.ranks:
             self.tell_coordinator(coordinator.RankSubscribed())
-        self.tell_coordinator(coordinator.FrontEndSubscribed())
+        self.tell_coordinator(coordinator.FrontendSubscribed())
 
     def crash_coordinator(self) -> None:
         """The coordinator is gone, and with it all that is sent to it until a new one starts."""
@@ -122,19 +122,19 @@ class Deployment:
         shell.arrive(rank_events.Loaded())
         return shell
 
-    def start_front_end(self, index: int, count: int) -> FrontEndShell:
+    def start_frontend(self, index: int, count: int) -> FrontendShell:
         ranks = frozenset({index}) if self.external or self.hybrid else None
-        machine = FrontEnd(
+        machine = Frontend(
             100 + next(self._lives), LeastLoad(index, count), ranks=ranks,
-            share_sends=count > 1 and not self.external, lockstep=self.lockstep,
-            brokered=self.brokered, resumes=True,
+            relay_sends=count > 1 and not self.external, lockstep=self.lockstep,
+            late_binding=self.late_binding, resumes=True,
         )  # fmt: skip
         up = Link(
-            self.world, codec.from_front_end(), lambda m: self.tell_coordinator(coordinator.FrontEndSaid(m)), DELAY_S
+            self.world, codec.from_frontend(), lambda m: self.tell_coordinator(coordinator.FrontendSaid(m)), DELAY_S
         )
-        shell = FrontEndShell(self.world, machine, up, self._dial)
-        self.front_ends.append(shell)
-        self.tell_coordinator(coordinator.FrontEndSubscribed())
+        shell = FrontendShell(self.world, machine, up, self._dial)
+        self.frontends.append(shell)
+        self.tell_coordinator(coordinator.FrontendSubscribed())
         shell.feed(frontend_events.Connected())
         return shell
 
@@ -148,10 +148,10 @@ class Deployment:
                     self.broadcast.append(message)
                     for rank in self.ranks.values():
                         rank.broadcasts.send(message)
-                case coordinator.ToFrontEnds(message):
+                case coordinator.ToFrontends(message):
                     self.broadcast.append(message)
-                    for front_end in self.front_ends:
-                        front_end.broadcasts.send(message)
+                    for frontend in self.frontends:
+                        frontend.broadcasts.send(message)
         # Each event arranges a tick; one that was overtaken finds nothing due.
         self.world.at(machine.deadline, lambda: self._tick(machine))
 
@@ -161,12 +161,12 @@ class Deployment:
     def ready(self) -> Deployment:
         """Run until every front-end knows every rank that it serves."""
         each = 1 if self.external or self.hybrid else self.size
-        self.run_until(lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends))
+        self.run_until(lambda: all(len(f.machine.ready_ranks()) == each for f in self.frontends))
         return self
 
     def finish(self, limit_s: float = 30.0) -> float:
         """Run until every request is answered; returns how long that took."""
-        return self.run_until(lambda: all(front_end.finished() for front_end in self.front_ends), limit_s)
+        return self.run_until(lambda: all(frontend.finished() for frontend in self.frontends), limit_s)
 
     def rest(self) -> None:
         """Run until all ranks have paused and all front-ends know their loads; check that they know them exactly."""
@@ -174,9 +174,9 @@ class Deployment:
         self.run_until(lambda: not any(rank.machine.running for rank in self.ranks.values()))
         self.world.run_for(5.0)
         assert len({rank.machine.wave for rank in self.ranks.values()}) == 1
-        for front_end, (number, rank) in itertools.product(self.front_ends, self.ranks.items()):
+        for frontend, (number, rank) in itertools.product(self.frontends, self.ranks.items()):
             if not self.external:
-                known = front_end.machine.believed(number)
+                known = frontend.machine.believed(number)
                 assert (known.waiting, known.running, known.prefill_tokens) == (0, 0, 0)
                 assert known.finished == rank.machine.statistics()["finished"]
 
@@ -184,17 +184,17 @@ class Deployment:
         if machine is self.coordinator and self.world.now >= machine.deadline:
             self.tell_coordinator(coordinator.Tick())
 
-    def _dial(self, front_end: FrontEndShell, number: int) -> Link:
-        rank, identity = self.ranks[number], front_end.machine.identity
-        back = Link(self.world, codec.outputs(), lambda m: front_end.feed(frontend_events.RankSaid(m)), DELAY_S)
-        rank.to_front_ends[identity] = back
+    def _dial(self, frontend: FrontendShell, number: int) -> Link:
+        rank, identity = self.ranks[number], frontend.machine.identity
+        back = Link(self.world, codec.outputs(), lambda m: frontend.feed(frontend_events.RankSaid(m)), DELAY_S)
+        rank.to_frontends[identity] = back
         return Link(
-            self.world, codec.request(), lambda m: rank.arrive(rank_events.FrontEndSaid(identity, m)), DELAY_S
+            self.world, codec.request(), lambda m: rank.arrive(rank_events.FrontendSaid(identity, m)), DELAY_S
         )  # fmt: skip
 
     def _check(self) -> None:
         machines: list[Any] = [rank.machine for rank in self.ranks.values()]
-        machines += [front_end.machine for front_end in self.front_ends]
+        machines += [frontend.machine for frontend in self.frontends]
         machines += [self.coordinator] if self.coordinator is not None else []
         for machine in machines:
             wave = machine.statistics()["wave"]

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from paceline.core import codec
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.events import Phase
@@ -177,7 +177,7 @@ class Engine(Protocol):
 class RankShell:
     """Turns one rank's machine and engine as `runtime/rank_process.py` does.
 
-    `group`: its collectives in lockstep, else None. `to_coordinator`: its link there. `to_front_ends`: the links
+    `group`: its collectives in lockstep, else None. `to_coordinator`: its link there. `to_frontends`: the links
     back to those that are connected, by identity.
     """
 
@@ -186,7 +186,7 @@ class RankShell:
     ) -> None:
         self.world, self.machine, self.engine = world, machine, engine
         self.to_coordinator = to_coordinator
-        self.to_front_ends: dict[int, Link] = {}
+        self.to_frontends: dict[int, Link] = {}
         self.broadcasts = Link(world, codec.to_rank(), self._coordinator_said, to_coordinator.delay_s)
         self.alive = True
         self.dummy_steps = 0
@@ -212,7 +212,7 @@ class RankShell:
         """The process is gone, without a word."""
         self.alive = False
         self.to_coordinator.closed = self.broadcasts.closed = True
-        for link in self.to_front_ends.values():
+        for link in self.to_frontends.values():
             link.closed = True
         if self._group is not None:
             self._group.leave(self.machine.rank)
@@ -232,8 +232,8 @@ class RankShell:
         match effect:
             case rank_events.ToCoordinator(message):
                 self.to_coordinator.send(message)
-            case rank_events.ToFrontEnd(front_end, outputs):
-                self.to_front_ends[front_end].send(outputs)
+            case rank_events.ToFrontend(frontend, outputs):
+                self.to_frontends[frontend].send(outputs)
             case rank_events.Take(key, request):
                 self.engine.add(key, request)
             case rank_events.Drop(key):
@@ -276,18 +276,18 @@ class RankShell:
         self.turn()
 
 
-class FrontEndShell:
+class FrontendShell:
     """One front-end's machine, and what its clients got.
 
     `dial`: makes the link to a rank, and the one back.
     """
 
     def __init__(
-        self, world: World, machine: FrontEnd, to_coordinator: Link, dial: Callable[[FrontEndShell, int], Link]
+        self, world: World, machine: Frontend, to_coordinator: Link, dial: Callable[[FrontendShell, int], Link]
     ) -> None:
         self.world, self.machine = world, machine
         self.to_coordinator = to_coordinator
-        self.broadcasts = Link(world, codec.to_front_end(), self._coordinator_said, to_coordinator.delay_s)
+        self.broadcasts = Link(world, codec.to_frontend(), self._coordinator_said, to_coordinator.delay_s)
         self.outputs: dict[int, list[Any]] = {}
         self.refused: dict[int, str] = {}
         self.placed: dict[int, int] = {}

@@ -23,9 +23,9 @@ class Rotation:
     together and they still begin at different ranks.
     """
 
-    def __init__(self, front_end_index: int, front_end_count: int) -> None:
-        self._index = front_end_index
-        self._count = max(1, front_end_count)
+    def __init__(self, frontend_index: int, frontend_count: int) -> None:
+        self._index = frontend_index
+        self._count = max(1, frontend_count)
 
     def position(self, place: int, size: int, finished: int) -> int:
         """How far back in the order the rank at `place` of `size` is."""
@@ -36,9 +36,9 @@ class Rotation:
 class LeastLoad:
     """The rank with the least work queued: prompt tokens to compute and requests to answer."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        self._count = max(1, front_end_count)
-        self._rotation = Rotation(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        self._count = max(1, frontend_count)
+        self._rotation = Rotation(frontend_index, frontend_count)
         self._sent = self._sent_before = 0
 
     def choose(self, candidates: Sequence[Candidate], prompt_tokens: int) -> int:
@@ -68,9 +68,9 @@ class LeastLoad:
 class LeastRequests:
     """The rank with the fewest requests waiting and running."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        self._count = max(1, front_end_count)
-        self._rotation = Rotation(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        self._count = max(1, frontend_count)
+        self._rotation = Rotation(frontend_index, frontend_count)
 
     def choose(self, candidates: Sequence[Candidate], prompt_tokens: int) -> int:
         others = self._count - 1

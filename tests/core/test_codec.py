@@ -14,8 +14,8 @@ from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     UNIONS,
-    FrontEndHello,
-    FrontEndLeaving,
+    FrontendHello,
+    FrontendLeaving,
     Identify,
     LoadView,
     Member,
@@ -34,8 +34,8 @@ from paceline.core.requests import AddRequest, SamplingParams
 DECODERS = {
     "rank → coordinator": codec.from_rank(),
     "coordinator → ranks": codec.to_rank(),
-    "front-end → coordinator": codec.from_front_end(),
-    "coordinator → front-ends": codec.to_front_end(),
+    "front-end → coordinator": codec.from_frontend(),
+    "coordinator → front-ends": codec.to_frontend(),
     "front-end → rank": codec.request(),
     "rank → front-end": codec.outputs(),
 }
@@ -139,7 +139,7 @@ def test_a_trailing_field_that_an_older_version_lacks_has_its_default() -> None:
     report = RankReport(1, 2, 3, 4, True, Load(5))
     assert codec.from_rank().decode(frame_of("rank-report", 1, 2, 3, 4, True, [5])) == report
     assert codec.to_rank().decode(frame_of("start-dp-wave", 7)) == StartDPWave(7, None)
-    assert codec.to_front_end().decode(frame_of("load-view", 1, 2, 3, False)) == LoadView(1, 2, 3, False, None)
+    assert codec.to_frontend().decode(frame_of("load-view", 1, 2, 3, False)) == LoadView(1, 2, 3, False, None)
     decode = codec.from_rank().decode
     assert decode(frame_of("rank-hello", 1, 2, 3, "ipc://a", True)) == RankHello(1, 2, 3, "ipc://a", True)
 
@@ -194,7 +194,7 @@ def test_a_truncated_frame_is_malformed(case: tuple[str, Any]) -> None:
         assert refusal(direction, frame[:length]).kind == "malformed"
 
 
-@pytest.mark.parametrize("kind", [FrontEndLeaving, FrontEndHello], ids=lambda v: v.__name__)
+@pytest.mark.parametrize("kind", [FrontendLeaving, FrontendHello], ids=lambda v: v.__name__)
 def test_two_messages_in_one_frame_are_malformed(kind: type) -> None:
     frame = frame_of(str(tag_of(kind)), 1, 1)
     DECODERS["front-end → coordinator"].decode(frame)
@@ -239,7 +239,7 @@ def test_a_frame_that_claims_four_billion_elements_is_malformed(claimed: bytes) 
     [
         ("rank → coordinator", RankHello(2, 0, 1, "a", True)),
         ("coordinator → ranks", Identify(0, 1)),
-        ("front-end → coordinator", FrontEndHello(PROTOCOL_VERSION + 1, 1)),
+        ("front-end → coordinator", FrontendHello(PROTOCOL_VERSION + 1, 1)),
         ("coordinator → front-ends", Members(99, 1, 0, False, [])),
     ],
 )
@@ -322,24 +322,24 @@ def test_text_that_is_no_utf8_is_malformed() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 65535))
 def test_presence_topics_name_what_they_are_made_of(identity: int, rank: int) -> None:
-    front_end, of_rank = codec.front_end_topic(identity), codec.rank_topic(rank, identity)
-    assert codec.read_front_end_topic(front_end) == identity
+    frontend, of_rank = codec.frontend_topic(identity), codec.rank_topic(rank, identity)
+    assert codec.read_frontend_topic(frontend) == identity
     assert codec.read_rank_topic(of_rank) == (rank, identity)
-    assert codec.read_rank_topic(front_end) is None
-    assert codec.read_front_end_topic(of_rank) is None
+    assert codec.read_rank_topic(frontend) is None
+    assert codec.read_frontend_topic(of_rank) is None
 
 
-@given(st.binary(max_size=12), st.sampled_from([b"", codec.FRONT_END_TOPIC, codec.RANK_TOPIC]))
-@example(b"\xff" * 8, codec.FRONT_END_TOPIC)
+@given(st.binary(max_size=12), st.sampled_from([b"", codec.FRONTEND_TOPIC, codec.RANK_TOPIC]))
+@example(b"\xff" * 8, codec.FRONTEND_TOPIC)
 @example(b"\xff" * 10, codec.RANK_TOPIC)
 def test_any_other_topic_names_nobody(rest: bytes, beginning: bytes) -> None:
     topic = beginning + rest
-    front_end, of_rank = codec.read_front_end_topic(topic), codec.read_rank_topic(topic)
-    assert front_end is None or codec.front_end_topic(front_end) == topic
+    frontend, of_rank = codec.read_frontend_topic(topic), codec.read_rank_topic(topic)
+    assert frontend is None or codec.frontend_topic(frontend) == topic
     assert of_rank is None or codec.rank_topic(*of_rank) == topic
 
 
 @settings(max_examples=100, deadline=None)
 @given(any_message)
 def test_no_message_begins_as_a_presence_topic_does(case: tuple[str, Any]) -> None:
-    assert codec.encode(case[1])[:1] not in {codec.FRONT_END_TOPIC, codec.RANK_TOPIC, b"\x00", b"\x01"}
+    assert codec.encode(case[1])[:1] not in {codec.FRONTEND_TOPIC, codec.RANK_TOPIC, b"\x00", b"\x01"}

@@ -9,14 +9,14 @@ import pytest
 
 from paceline.core.coordinator.events import (
     Effect,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndSubscribed,
+    FrontendGone,
+    FrontendSaid,
+    FrontendSubscribed,
     Note,
     RankSaid,
     RankSubscribed,
     Tick,
-    ToFrontEnds,
+    ToFrontends,
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
@@ -24,8 +24,8 @@ from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
-    FrontEndHello,
-    FrontEndLeaving,
+    FrontendHello,
+    FrontendLeaving,
     Identify,
     LoadView,
     Member,
@@ -46,7 +46,7 @@ from paceline.core.messages import (
 from tests.core.harness import find, one, said
 
 INTERVAL_S = 0.1
-FRONT_END = 100
+FRONTEND = 100
 
 
 def hello(rank: int, ready: bool = True, wave: int = 0, running: bool = False, incarnation: int = 0) -> RankSaid:
@@ -57,12 +57,12 @@ def hello(rank: int, ready: bool = True, wave: int = 0, running: bool = False, i
 def report(
     rank: int, step: int, waiting: int = 0, taken: int = 0, incarnation: int = 0, wave: int = 0, running: bool = False
 ) -> RankSaid:
-    by_front_end = {FRONT_END: taken} if taken else {}
-    return RankSaid(RankReport(rank, incarnation or 10 + rank, step, wave, running, Load(waiting), by_front_end))
+    by_frontend = {FRONTEND: taken} if taken else {}
+    return RankSaid(RankReport(rank, incarnation or 10 + rank, step, wave, running, Load(waiting), by_frontend))
 
 
-def sends(number: int, tokens: int = 10, rank: int = 0, front_end: int = FRONT_END) -> FrontEndSaid:
-    return FrontEndSaid(SendNotice(front_end, [Send(rank, 10 + rank, number, tokens)]))
+def sends(number: int, tokens: int = 10, rank: int = 0, frontend: int = FRONTEND) -> FrontendSaid:
+    return FrontendSaid(SendNotice(frontend, [Send(rank, 10 + rank, number, tokens)]))
 
 
 def started(ranks: int = 2, lockstep: bool = False, publish_loads: bool = True) -> Coordinator:
@@ -81,7 +81,7 @@ def rank_view(effects: list[Effect], rank: int = 0) -> RankView:
     return one(find(one(said(effects, LoadView)).ranks, RankView, rank=rank))
 
 
-def wire(effects: list[Effect], rank: int = 0) -> list[OnTheWire]:
+def unacked(effects: list[Effect], rank: int = 0) -> list[OnTheWire]:
     return rank_view(effects, rank).on_the_wire
 
 
@@ -115,7 +115,7 @@ def test_the_heartbeat_comes_after_four_quiet_seconds_with_the_members() -> None
     assert [member.rank for member in one(said(effects, Members)).members] == [0, 1]
     assert said(effects, LoadView)
     # Members first: a view of a rank that nobody knows would be lost.
-    assert [type(effect.message) for effect in find(effects, ToFrontEnds)] == [Members, LoadView]
+    assert [type(effect.message) for effect in find(effects, ToFrontends)] == [Members, LoadView]
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
@@ -198,8 +198,8 @@ def test_external_mode_publishes_no_loads_and_only_what_changes_of_the_wave() ->
     assert said(heartbeat, Members)
 
 
-@pytest.mark.parametrize("event", [FrontEndGone(FRONT_END), sends(1)], ids=["gone", "sends"])
-def test_external_mode_publishes_nothing_when_a_front_end_goes_or_sends(event: Any) -> None:
+@pytest.mark.parametrize("event", [FrontendGone(FRONTEND), sends(1)], ids=["gone", "sends"])
+def test_external_mode_publishes_nothing_when_a_frontend_goes_or_sends(event: Any) -> None:
     machine = started(2, lockstep=True, publish_loads=False)
     assert machine.handle(event, 1.0) == []
 
@@ -280,7 +280,7 @@ def test_without_lockstep_there_are_no_waves() -> None:
     for message in (StartWave(0, 10, 3), WaveComplete(0, 10, 3)):
         assert machine.handle(RankSaid(message), 1.0) == []
     machine.handle(report(0, 2, wave=3, running=True), 1.0)
-    assert not said(machine.handle(FrontEndSaid(WakeNotice(FRONT_END, 0, 0)), 1.0), StartDPWave)
+    assert not said(machine.handle(FrontendSaid(WakeNotice(FRONTEND, 0, 0)), 1.0), StartDPWave)
     assert (machine.statistics()["wave"], machine.statistics()["running"]) == (0, False)
 
 
@@ -316,7 +316,7 @@ def test_an_empty_coordinator_learns_the_wave_from_hellos_and_wakes_those_behind
 def test_who_subscribes_or_says_hello_is_answered_at_once() -> None:
     machine = started()
     machine.handle(report(0, 2), 1.0)
-    for event in (FrontEndSubscribed(), FrontEndSaid(FrontEndHello(PROTOCOL_VERSION, FRONT_END))):
+    for event in (FrontendSubscribed(), FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND))):
         effects = machine.handle(event, 1.01)
         assert said(effects, Members, version=PROTOCOL_VERSION, coordinator=1)
         assert said(effects, LoadView)
@@ -326,18 +326,18 @@ def test_who_subscribes_or_says_hello_is_answered_at_once() -> None:
 def test_sends_are_shown_on_the_wire_until_the_rank_reports_that_it_took_them() -> None:
     machine = started()
     effects = machine.handle(sends(1, tokens=10), 1.0)
-    assert find(wire(effects), OnTheWire, front_end=FRONT_END, last=1, requests=1, tokens=10)
+    assert find(unacked(effects), OnTheWire, frontend=FRONTEND, last=1, requests=1, tokens=10)
     machine.handle(sends(2, tokens=20), 1.01)
-    assert find(wire(machine.handle(report(0, 2, taken=1), 2.0)), OnTheWire, last=2, requests=1, tokens=20)
-    assert wire(machine.handle(report(0, 3, taken=2), 3.0)) == []
+    assert find(unacked(machine.handle(report(0, 2, taken=1), 2.0)), OnTheWire, last=2, requests=1, tokens=20)
+    assert unacked(machine.handle(report(0, 3, taken=2), 3.0)) == []
 
 
-def test_a_view_says_up_to_which_send_of_each_front_end_it_knows() -> None:
+def test_a_view_says_up_to_which_send_of_each_frontend_it_knows() -> None:
     machine = started()
-    for told, front_end in ((3, 100), (5, 200), (4, 200)):
-        machine.handle(FrontEndSaid(SendNotice(front_end, [Send(0, 10, 1, 4)], told)), 1.0)
+    for told, frontend in ((3, 100), (5, 200), (4, 200)):
+        machine.handle(FrontendSaid(SendNotice(frontend, [Send(0, 10, 1, 4)], told)), 1.0)
     assert one(said(machine.handle(Tick(), 2.0), LoadView)).heard == {100: 3, 200: 5}
-    assert one(said(machine.handle(FrontEndGone(200), 3.0), LoadView)).heard == {100: 3}
+    assert one(said(machine.handle(FrontendGone(200), 3.0), LoadView)).heard == {100: 3}
 
 
 def test_sends_to_a_life_that_is_over_are_not_shown() -> None:
@@ -346,14 +346,14 @@ def test_sends_to_a_life_that_is_over_are_not_shown() -> None:
     assert machine.handle(sends(1), 1.2) == []
 
 
-@pytest.mark.parametrize("event", [FrontEndGone(FRONT_END), FrontEndSaid(FrontEndLeaving(FRONT_END))])
-def test_a_front_end_that_is_gone_has_nothing_on_the_wire(event: Any) -> None:
+@pytest.mark.parametrize("event", [FrontendGone(FRONTEND), FrontendSaid(FrontendLeaving(FRONTEND))])
+def test_a_frontend_that_is_gone_has_nothing_on_the_wire(event: Any) -> None:
     machine = started()
-    machine.handle(FrontEndSaid(FrontEndHello(PROTOCOL_VERSION, FRONT_END)), 1.0)
+    machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND)), 1.0)
     machine.handle(sends(1), 1.2)
-    machine.handle(sends(1, front_end=200), 1.21)
+    machine.handle(sends(1, frontend=200), 1.21)
     effects = machine.handle(event, 2.0)
-    assert [entry.front_end for entry in wire(effects)] == [200]
+    assert [entry.frontend for entry in unacked(effects)] == [200]
     assert machine.statistics()["front_ends"] == 0
 
 

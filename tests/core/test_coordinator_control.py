@@ -8,23 +8,22 @@ import pytest
 
 from paceline.core.coordinator.events import (
     Effect,
-    FrontEndSaid,
-    FrontEndSubscribed,
+    FrontendSaid,
+    FrontendSubscribed,
     RankSaid,
     RankSubscribed,
     Tick,
-    ToFrontEnds,
+    ToFrontends,
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.wave import FIRST_REPEAT_S
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
     ControlAnswer,
     ControlRequest,
     Form,
-    FrontEndHello,
+    FrontendHello,
     GroupMember,
     Identify,
     LoadView,
@@ -37,32 +36,33 @@ from paceline.core.messages import (
     WakeNotice,
 )
 from paceline.core.requests import ControlAction, SuspendMode
+from paceline.core.retry import FIRST_S
 from tests.core.harness import find, one, said
 
-FRONT_END, COORDINATOR = 100, 1
+FRONTEND, COORDINATOR = 100, 1
 
 
 def hello(
     rank: int, number: int = 0, held: bool = False, *, mode: SuspendMode = "keep", wave: int = 0, running: bool = False,
-    ready: bool = True, life: int = 0, group: str = "", generation: int = 0,
+    ready: bool = True, life: int = 0, group: str = "", epoch: int = 0,
 ) -> RankSaid:  # fmt: skip
     return RankSaid(
         RankHello(PROTOCOL_VERSION, rank, life or 10 + rank, f"address {rank}", ready, wave, running, number, mode,
-                  held, group, generation)
+                  held, group, epoch)
     )  # fmt: skip
 
 
 CALLS = itertools.count(1000)
 
 
-def control(action: ControlAction, call: int | None = None, front_end: int = FRONT_END) -> FrontEndSaid:
-    return FrontEndSaid(ControlRequest(front_end, next(CALLS) if call is None else call, action))
+def control(action: ControlAction, call: int | None = None, frontend: int = FRONTEND) -> FrontendSaid:
+    return FrontendSaid(ControlRequest(frontend, next(CALLS) if call is None else call, action))
 
 
 def started(lockstep: bool = True, number: int = 0) -> Coordinator:
     """Two ranks that are ready, and nothing to be said."""
     machine = Coordinator(2, COORDINATOR, 0.1, lockstep=lockstep)
-    machine.handle(FrontEndSubscribed(), 0.0)
+    machine.handle(FrontendSubscribed(), 0.0)
     for rank in (0, 1):
         machine.handle(hello(rank, number, number % 2 == 1), 0.0)
     machine.handle(Tick(), 1.0)
@@ -80,7 +80,7 @@ def suspended(lockstep: bool = True, mode: SuspendMode = "keep") -> Coordinator:
 
 def state(effects: list[Effect]) -> SuspensionState:
     """What the last view says."""
-    view = said(find(effects, ToFrontEnds), LoadView)[-1]
+    view = said(find(effects, ToFrontends), LoadView)[-1]
     assert isinstance(view, LoadView)
     return view.suspension
 
@@ -94,7 +94,7 @@ def told(effects: list[Effect]) -> list[Suspension]:
 def test_a_call_is_answered_told_and_published_at_once(lockstep: bool, mode: SuspendMode) -> None:
     machine = started(lockstep)
     effects = machine.handle(control(mode, 7), 2.0)
-    assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONT_END, 7, 1)
+    assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONTEND, 7, 1)
     assert told(effects) == [Suspension(1, mode)]
     assert state(effects) == SuspensionState(1, mode, False, [0, 1])
     assert said(machine.handle(hello(0, 1, True, mode=mode), 2.001), LoadView) == [], "it is no end yet"
@@ -103,11 +103,11 @@ def test_a_call_is_answered_told_and_published_at_once(lockstep: bool, mode: Sus
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
-def test_a_call_brings_the_number_that_only_its_front_end_knows(lockstep: bool) -> None:
+def test_a_call_brings_the_number_that_only_its_frontend_knows(lockstep: bool) -> None:
     """The coordinator and all ranks are new: a resumption asked for of the suspension before is not done already."""
     machine = started(lockstep)
-    asked = ControlRequest(FRONT_END, 7, "resume", known=37, mode="wait")
-    effects = machine.handle(FrontEndSaid(asked), 2.0)
+    asked = ControlRequest(FRONTEND, 7, "resume", known=37, mode="wait")
+    effects = machine.handle(FrontendSaid(asked), 2.0)
     assert one(said(effects, ControlAnswer)).number == 38
     assert told(effects) == [Suspension(38, "wait", not lockstep)]
     assert not state(effects).settled
@@ -142,8 +142,8 @@ def test_a_resumption_in_lockstep_is_released_when_all_know_it() -> None:
 def test_calls_twice_are_answered_twice_and_done_once() -> None:
     machine = started()
     machine.handle(control("keep", 7), 2.0)
-    effects = machine.handle(control("keep", 8, FRONT_END + 1), 2.0)
-    assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONT_END + 1, 8, 1)
+    effects = machine.handle(control("keep", 8, FRONTEND + 1), 2.0)
+    assert one(said(effects, ControlAnswer)) == ControlAnswer(COORDINATOR, FRONTEND + 1, 8, 1)
     assert told(effects) == []
 
 
@@ -162,7 +162,7 @@ def test_it_is_repeated_at_its_deadline_until_every_rank_has_answered() -> None:
     machine = started()
     machine.handle(control("keep"), 2.0)
     machine.handle(hello(0, 1, True), 2.0)
-    assert machine.deadline == pytest.approx(2.0 + FIRST_REPEAT_S)
+    assert machine.deadline == pytest.approx(2.0 + FIRST_S)
     assert told(machine.handle(Tick(), machine.deadline)) == [Suspension(1, "keep")]
     machine.handle(hello(1, 1, True), 2.1)
     assert told(machine.handle(Tick(), 9.0)) == []
@@ -177,7 +177,7 @@ def test_notices_wake_nobody_while_suspended_and_do_not_linger(released: bool) -
     if released:
         machine.handle(control("resume"), 3.0)
         machine.handle(hello(0, 2, True), 3.0)
-    notice = FrontEndSaid(WakeNotice(FRONT_END, 0, 0))
+    notice = FrontendSaid(WakeNotice(FRONTEND, 0, 0))
     assert said(machine.handle(notice, 4.0), StartDPWave) == []
     machine.handle(control("resume"), 5.0)
     for number, held in ((2, True), (2, False)):
@@ -188,10 +188,10 @@ def test_notices_wake_nobody_while_suspended_and_do_not_linger(released: bool) -
 
 def test_a_notice_from_before_the_suspension_wakes_nobody_in_it() -> None:
     machine = started()
-    machine.handle(FrontEndSaid(WakeNotice(FRONT_END, 0, 0)), 2.0)
+    machine.handle(FrontendSaid(WakeNotice(FRONTEND, 0, 0)), 2.0)
     assert machine.statistics()["lagging"] == [0, 1]
     machine.handle(control("keep"), 2.0)
-    assert said(machine.handle(Tick(), 2.0 + FIRST_REPEAT_S), StartDPWave) == []
+    assert said(machine.handle(Tick(), 2.0 + FIRST_S), StartDPWave) == []
 
 
 def test_a_rank_that_started_before_it_heard_is_joined_by_the_others_under_a_new_number() -> None:
@@ -215,7 +215,7 @@ def test_wakes_that_are_repeated_number_each_time() -> None:
     machine.handle(hello(0, running=True), 2.0)
     machine.handle(control("wait"), 2.0)
     before = machine.statistics()["suspension"]
-    effects = machine.handle(Tick(), 2.0 + FIRST_REPEAT_S)
+    effects = machine.handle(Tick(), 2.0 + FIRST_S)
     assert len(said(effects, StartDPWave)) == 1
     assert one(told(effects)).number == int(str(before)) + 2
 
@@ -231,16 +231,16 @@ def test_a_wake_while_nothing_is_suspended_numbers_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 4])
-def test_a_front_ends_hello_carries_the_suspension_to_a_new_coordinator(number: int) -> None:
+def test_a_frontends_hello_carries_the_suspension_to_a_new_coordinator(number: int) -> None:
     machine = started()
-    effects = machine.handle(FrontEndSaid(FrontEndHello(PROTOCOL_VERSION, FRONT_END, number, "wait")), 2.0)
+    effects = machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND, number, "wait")), 2.0)
     assert told(effects) == [Suspension(number, "wait", False)]
     assert state(effects) == SuspensionState(number, "wait", False, [0, 1])
 
 
-def test_a_front_end_that_knows_less_changes_nothing() -> None:
+def test_a_frontend_that_knows_less_changes_nothing() -> None:
     machine = suspended()
-    effects = machine.handle(FrontEndSaid(FrontEndHello(PROTOCOL_VERSION, FRONT_END, 0)), 3.0)
+    effects = machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND, 0)), 3.0)
     assert state(effects) == SuspensionState(1, "keep", True, [])
 
 
@@ -307,10 +307,10 @@ def test_form_is_broadcast_and_repeated_until_all_have_formed() -> None:
     form = one(said(effects, Form))
     members = [GroupMember(0, 10, "group 0"), GroupMember(1, 11, "group 1")]
     assert form == Form(1, 0, members, Suspension(0, "keep", True))
-    machine.handle(hello(0, group="group 0", generation=1), 0.01)
-    assert machine.deadline <= FIRST_REPEAT_S
-    assert said(machine.handle(Tick(), FIRST_REPEAT_S), Form) == [form]
-    machine.handle(hello(1, group="group 1", generation=1), 0.2)
+    machine.handle(hello(0, group="group 0", epoch=1), 0.01)
+    assert machine.deadline <= FIRST_S
+    assert said(machine.handle(Tick(), FIRST_S), Form) == [form]
+    machine.handle(hello(1, group="group 1", epoch=1), 0.2)
     assert said(machine.handle(Tick(), 5.0), Form) == []
     assert machine.statistics()["generation"] == 1
     assert machine.statistics()["ready"] == [0, 1]
@@ -319,10 +319,10 @@ def test_form_is_broadcast_and_repeated_until_all_have_formed() -> None:
 def test_form_tells_the_wave_and_the_suspension() -> None:
     machine = Coordinator(2, COORDINATOR, 0.1)
     for rank in (0, 1):
-        machine.handle(hello(rank, 3, True, wave=6, group=f"group {rank}", generation=4), 0.0)
+        machine.handle(hello(rank, 3, True, wave=6, group=f"group {rank}", epoch=4), 0.0)
     effects = machine.handle(hello(1, ready=False, group="group 1", life=21), 1.0)
     assert said(effects, Form) == [], "rank 0 has not said anything since"
-    effects = machine.handle(hello(0, 3, True, wave=6, group="group 0", generation=4), 1.0)
+    effects = machine.handle(hello(0, 3, True, wave=6, group="group 0", epoch=4), 1.0)
     form = one(said(effects, Form))
     assert (form.generation, form.wave, form.suspension) == (5, 6, Suspension(3, "keep"))
     assert form.members[1] == GroupMember(1, 21, "group 1")
@@ -331,14 +331,14 @@ def test_form_tells_the_wave_and_the_suspension() -> None:
 def test_ranks_whose_generation_has_ended_are_asked_until_all_have_spoken() -> None:
     machine = Coordinator(2, COORDINATOR, 0.1)
     for rank in (0, 1):
-        machine.handle(hello(rank, group=f"group {rank}", generation=4), 0.0)
+        machine.handle(hello(rank, group=f"group {rank}", epoch=4), 0.0)
     machine.handle(Tick(), 1.0)
-    effects = machine.handle(hello(0, group="group 0", generation=0), 2.0)
+    effects = machine.handle(hello(0, group="group 0", epoch=0), 2.0)
     asked = len(said(effects, Identify))
     while machine.deadline < 3.9:
         asked += len(said(machine.handle(Tick(), machine.deadline), Identify))
     assert asked >= 3, "a question that was lost is asked again"
-    effects = machine.handle(hello(1, group="group 1", generation=4), 3.9)
+    effects = machine.handle(hello(1, group="group 1", epoch=4), 3.9)
     assert one(said(effects, Form)).generation == 5
 
 

@@ -22,11 +22,11 @@ from paceline.core.frontend.events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
-    FrontEndHello,
+    FrontendHello,
     LoadView,
     Member,
     Members,
@@ -56,13 +56,13 @@ def view(
     return CoordinatorSaid(LoadView(coordinator, number, wave, running, list(ranks) or None))
 
 
-def front_end(*lives: tuple[int, int], **settings: Any) -> FrontEnd:
-    machine = FrontEnd(IDENTITY, LeastLoad(), **settings)
+def frontend(*lives: tuple[int, int], **settings: Any) -> Frontend:
+    machine = Frontend(IDENTITY, LeastLoad(), **settings)
     machine.handle(members(*(lives or ((0, 10), (1, 11)))), 0.0)
     return machine
 
 
-def submit(machine: FrontEnd, request: int, tokens: int = 4, rank: int | None = None) -> list[Effect]:
+def submit(machine: Frontend, request: int, tokens: int = 4, rank: int | None = None) -> list[Effect]:
     return machine.handle(Submit(request, [7] * tokens, SamplingParams(5), rank, priority=3), 0.0)
 
 
@@ -75,12 +75,12 @@ def outputs(rank: int, incarnation: int, *requests: int, finish: str | None = No
 
 
 def test_it_says_hello_when_it_is_connected() -> None:
-    effects = FrontEnd(IDENTITY, LeastLoad()).handle(Connected(), 0.0)
-    assert find(effects, ToCoordinator, message=FrontEndHello(PROTOCOL_VERSION, IDENTITY))
+    effects = Frontend(IDENTITY, LeastLoad()).handle(Connected(), 0.0)
+    assert find(effects, ToCoordinator, message=FrontendHello(PROTOCOL_VERSION, IDENTITY))
 
 
 def test_a_request_goes_to_a_rank_with_all_that_the_client_said() -> None:
-    machine = front_end()
+    machine = frontend()
     machine.handle(view(1, wave=6), 0.0)
     effects = submit(machine, 55, rank=1)
     assert find(effects, ToRank, rank=1)
@@ -91,7 +91,7 @@ def test_a_request_goes_to_a_rank_with_all_that_the_client_said() -> None:
 
 
 def test_sends_are_numbered_from_1_for_each_life_of_each_rank() -> None:
-    machine = front_end()
+    machine = frontend()
     order = [0, 1, 1, 0, 1]
     sent = [one(said(submit(machine, i, rank=rank), AddRequest)).number for i, rank in enumerate(order)]
     assert sent == [1, 1, 2, 2, 3]
@@ -102,29 +102,29 @@ def test_sends_are_numbered_from_1_for_each_life_of_each_rank() -> None:
 
 
 def test_the_coordinator_is_told_to_wake_only_in_lockstep_and_while_the_ranks_are_paused() -> None:
-    machine = front_end(lockstep=True)
+    machine = frontend(lockstep=True)
     machine.handle(view(1, wave=4), 0.0)
     assert find(submit(machine, 1, rank=1), ToCoordinator, message=WakeNotice(IDENTITY, 1, 4))
     machine.handle(view(2, wave=4, running=True), 0.0)
     assert not said(submit(machine, 2), WakeNotice)
     machine.handle(members((0, 10), (1, 11), wave=5), 0.0)
     assert said(submit(machine, 3), WakeNotice, wave=5)
-    assert not said(submit(front_end(lockstep=False), 1), WakeNotice)
+    assert not said(submit(frontend(lockstep=False), 1), WakeNotice)
 
 
 def test_sends_are_shared_only_where_others_balance_over_the_same_ranks() -> None:
-    machine = front_end(share_sends=True)
+    machine = frontend(relay_sends=True)
     submit(machine, 1, rank=0)
-    notice = one(said(submit(machine, 2, tokens=9, rank=0), SendNotice, front_end=IDENTITY))
+    notice = one(said(submit(machine, 2, tokens=9, rank=0), SendNotice, frontend=IDENTITY))
     assert notice.sends == [Send(0, 10, 2, 9, 5)]
-    assert not said(submit(front_end(), 1), SendNotice)
+    assert not said(submit(frontend(), 1), SendNotice)
 
 
 # Refusals -------------------------------------------------------------------------------------
 
 
 def test_a_rank_that_is_not_here_is_refused_by_name() -> None:
-    machine = front_end(share_sends=True, lockstep=True)
+    machine = frontend(relay_sends=True, lockstep=True)
     effects = submit(machine, 5, rank=7)
     refusal = one(find(effects, Refuse, request=5, reason="unknown-rank"))
     assert "rank 7" in refusal.text
@@ -134,13 +134,13 @@ def test_a_rank_that_is_not_here_is_refused_by_name() -> None:
 
 
 def test_without_a_rank_every_request_is_refused() -> None:
-    machine = FrontEnd(IDENTITY, LeastLoad())
+    machine = Frontend(IDENTITY, LeastLoad())
     assert one(submit(machine, 5)) == one(find(submit(machine, 5), Refuse, request=5, reason="no-rank"))
     assert "none" in one(find(submit(machine, 6, rank=0), Refuse, reason="unknown-rank")).text
 
 
 def test_when_too_many_wait_for_a_slot_requests_are_refused() -> None:
-    machine = front_end(max_waiting=3)
+    machine = frontend(max_waiting=3)
     ranks = [RankView(rank, 10 + rank, 1, Load(waiting=1, running=4, slots=4)) for rank in (0, 1)]
     machine.handle(view(1, *ranks), 0.0)
     assert machine.waiting() == 2
@@ -152,7 +152,7 @@ def test_when_too_many_wait_for_a_slot_requests_are_refused() -> None:
 
 def test_who_is_refused_is_told_when_there_will_be_a_place() -> None:
     """One request is under way at a time and takes 7 s."""
-    machine = front_end(max_waiting=1)
+    machine = frontend(max_waiting=1)
     full = Load(waiting=1, running=4, slots=4)
     for number in range(3):
         machine.handle(Submit(number + 1, [1], SamplingParams(5), rank=0), 7.0 * number)
@@ -168,7 +168,7 @@ def test_who_is_refused_is_told_when_there_will_be_a_place() -> None:
 
 
 def test_outputs_are_delivered_until_the_last_one() -> None:
-    machine = front_end()
+    machine = frontend()
     for request in (1, 2):
         submit(machine, request, rank=0)
     assert [o.request for o in one(machine.handle(outputs(0, 10, 1, 2), 0.0)).outputs] == [1, 2]
@@ -179,7 +179,7 @@ def test_outputs_are_delivered_until_the_last_one() -> None:
 
 
 def test_what_clients_abandon_is_aborted_rank_by_rank_and_comes_no_more() -> None:
-    machine = front_end()
+    machine = frontend()
     for request, rank in ((1, 0), (2, 1), (3, 0), (4, 1)):
         submit(machine, request, rank=rank)
     effects = machine.handle(Abandon([1, 2, 3, 77]), 0.0)
@@ -195,7 +195,7 @@ def test_what_clients_abandon_is_aborted_rank_by_rank_and_comes_no_more() -> Non
 
 
 def test_what_an_old_life_or_a_stranger_sends_is_void() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1, rank=0)
     for rank, incarnation in ((0, 9), (1, 10), (7, 10)):
         assert machine.handle(outputs(rank, incarnation, 1), 0.0) == []
@@ -207,7 +207,7 @@ def test_what_an_old_life_or_a_stranger_sends_is_void() -> None:
 
 
 def test_a_new_member_is_connected_to_once() -> None:
-    machine = front_end()
+    machine = frontend()
     effects = machine.handle(members((0, 10), (1, 11), (2, 12), missing=[3]), 0.0)
     assert effects == find(effects, Connect, member=Member(2, 12, "address 12"))
     assert len(effects) == 1
@@ -216,7 +216,7 @@ def test_a_new_member_is_connected_to_once() -> None:
 
 
 def test_a_new_life_is_connected_to_in_place_of_the_old_one_whose_requests_go_elsewhere() -> None:
-    machine = front_end()
+    machine = frontend()
     for request, rank in ((1, 0), (2, 1), (3, 0)):
         submit(machine, request, rank=rank)
     effects = machine.handle(members((0, 99), (1, 11)), 0.0)
@@ -229,7 +229,7 @@ def test_a_new_life_is_connected_to_in_place_of_the_old_one_whose_requests_go_el
 
 
 def test_a_rank_that_has_ended_is_lost() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1, rank=0)
     effects = machine.handle(members((1, 11), missing=[0], ended=[(0, 10)]), 0.0)
     assert find(effects, Disconnect, rank=0)
@@ -238,11 +238,11 @@ def test_a_rank_that_has_ended_is_lost() -> None:
 
 
 def test_a_coordinator_that_came_back_empty_loses_nothing() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1, rank=0)
     effects = machine.handle(members(coordinator=2, missing=[0, 1]), 0.0)
     # The new one does not know who there is.
-    assert effects == find(effects, ToCoordinator, message=FrontEndHello(PROTOCOL_VERSION, IDENTITY))
+    assert effects == find(effects, ToCoordinator, message=FrontendHello(PROTOCOL_VERSION, IDENTITY))
     # Nor does an end of a life that is over anyway.
     assert machine.handle(members(coordinator=2, ended=[(0, 9)]), 0.0) == []
     assert machine.ready_ranks() == [0, 1]
@@ -251,7 +251,7 @@ def test_a_coordinator_that_came_back_empty_loses_nothing() -> None:
 
 
 def test_a_rank_whose_address_is_none_is_lost_and_not_tried_again_in_this_life() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1, rank=0)
     effects = machine.handle(LinkFailed(0), 0.0)
     assert effects == find(effects, ToRank, rank=1)
@@ -261,7 +261,7 @@ def test_a_rank_whose_address_is_none_is_lost_and_not_tried_again_in_this_life()
 
 
 def test_hybrid_mode_knows_only_its_own_ranks() -> None:
-    machine = FrontEnd(IDENTITY, LeastLoad(), ranks=frozenset({2, 3}))
+    machine = Frontend(IDENTITY, LeastLoad(), ranks=frozenset({2, 3}))
     effects = machine.handle(members((0, 10), (1, 11), (2, 12), missing=[3, 4], ended=[(0, 9)]), 0.0)
     assert [effect.member.rank for effect in find(effects, Connect)] == [2]
     assert (machine.ready_ranks(), machine.missing) == ([2], [3])
@@ -275,7 +275,7 @@ def test_hybrid_mode_knows_only_its_own_ranks() -> None:
 
 
 def test_a_belief_is_the_report_and_what_it_has_not_taken() -> None:
-    machine = front_end()
+    machine = frontend()
     for request in range(3):
         submit(machine, request, tokens=10, rank=0)
     assert (machine.believed(0).waiting, machine.believed(0).prefill_tokens) == (3, 30)
@@ -284,7 +284,7 @@ def test_a_belief_is_the_report_and_what_it_has_not_taken() -> None:
 
 
 def test_views_of_one_coordinator_never_go_back_and_those_of_the_next_begin_anew() -> None:
-    machine = front_end()
+    machine = frontend()
     machine.handle(view(7, RankView(0, 10, 5, Load(1))), 0.0)
     for number in (7, 6):
         machine.handle(view(number, RankView(0, 10, 6, Load(2))), 0.0)
@@ -295,19 +295,19 @@ def test_views_of_one_coordinator_never_go_back_and_those_of_the_next_begin_anew
 
 
 def test_a_report_of_an_older_step_or_another_life_changes_nothing() -> None:
-    machine = front_end()
+    machine = frontend()
     machine.handle(view(1, RankView(0, 10, 5, Load(1))), 0.0)
     machine.handle(view(2, RankView(0, 10, 4, Load(2)), RankView(1, 99, 9, Load(2))), 0.0)
     assert (machine.believed(0).waiting, machine.believed(1).waiting) == (1, 0)
 
 
 def test_what_others_have_on_the_wire_counts_in_routing_and_ones_own_does_not_count_twice() -> None:
-    machine = front_end()
+    machine = frontend()
     others = [OnTheWire(200, 9, 9, 9_000), OnTheWire(IDENTITY, 1, 1, 4)]
     machine.handle(view(1, RankView(0, 10, 1, Load(), {}, others), RankView(1, 11, 1, Load(2))), 0.0)
     assert one(find(submit(machine, 1), Placed)).rank == 1
     assert machine.believed(0) == Load()
-    machine = front_end()
+    machine = frontend()
     own = [OnTheWire(IDENTITY, 9, 9, 9_000)]
     machine.handle(view(1, RankView(0, 10, 1, Load(), {}, own), RankView(1, 11, 1, Load(2))), 0.0)
     assert one(find(submit(machine, 1), Placed)).rank == 0
@@ -316,7 +316,7 @@ def test_what_others_have_on_the_wire_counts_in_routing_and_ones_own_does_not_co
 def test_a_view_that_knows_one_send_makes_no_rank_look_free() -> None:
     """A view made after the first send of a burst and read amid it: its rank is no less loaded than the others."""
     lives = [(rank, 10 + rank) for rank in range(4)]
-    machine = FrontEnd(IDENTITY, LeastLoad(0, 2), share_sends=True)
+    machine = Frontend(IDENTITY, LeastLoad(0, 2), relay_sends=True)
     machine.handle(members(*lives), 0.0)
     for request in range(28):
         submit(machine, request)
@@ -329,7 +329,7 @@ def test_a_view_that_knows_one_send_makes_no_rank_look_free() -> None:
 
 
 def test_the_wave_never_goes_down_whoever_says_so() -> None:
-    machine = front_end(lockstep=True)
+    machine = frontend(lockstep=True)
     machine.handle(view(1, wave=5, running=True), 0.0)
     machine.handle(view(1, coordinator=2, wave=0), 0.0)
     machine.handle(members((0, 10), coordinator=2, wave=4), 0.0)
@@ -340,4 +340,4 @@ def test_the_wave_never_goes_down_whoever_says_so() -> None:
 
 def test_what_is_no_event_raises_and_names_it() -> None:
     with pytest.raises(TypeError, match="Load is not an event"):
-        front_end().handle(Load(), 0.0)  # type: ignore[arg-type]
+        frontend().handle(Load(), 0.0)  # type: ignore[arg-type]

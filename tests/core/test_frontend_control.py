@@ -16,12 +16,12 @@ from paceline.core.frontend.events import (
     Submit,
     ToRank,
 )
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     ControlAnswer,
     ControlRequest,
-    FrontEndHello,
+    FrontendHello,
     LoadView,
     Member,
     Members,
@@ -37,7 +37,7 @@ IDENTITY = 100
 class Views:
     """What one coordinator publishes, numbered."""
 
-    def __init__(self, machine: FrontEnd, coordinator: int = 1) -> None:
+    def __init__(self, machine: Frontend, coordinator: int = 1) -> None:
         self.machine, self.coordinator, self.number = machine, coordinator, 0
 
     def state(self, number: int, settled: bool, mode: SuspendMode = "keep") -> list[Effect]:
@@ -46,26 +46,26 @@ class Views:
         return hear(self.machine, LoadView(self.coordinator, self.number, 0, False, None, {}, state))
 
 
-def hear(machine: FrontEnd, message: Members | LoadView | ControlAnswer) -> list[Effect]:
+def hear(machine: Frontend, message: Members | LoadView | ControlAnswer) -> list[Effect]:
     return machine.handle(CoordinatorSaid(message), 0.0)
 
 
-def members(machine: FrontEnd, coordinator: int = 1) -> list[Effect]:
+def members(machine: Frontend, coordinator: int = 1) -> list[Effect]:
     return hear(machine, Members(PROTOCOL_VERSION, coordinator, 0, False, [Member(0, 10, "address")]))
 
 
-def fresh() -> tuple[FrontEnd, Views]:
-    machine = FrontEnd(IDENTITY, LeastLoad())
+def fresh() -> tuple[Frontend, Views]:
+    machine = Frontend(IDENTITY, LeastLoad())
     members(machine)
     return machine, Views(machine)
 
 
-def ask(machine: FrontEnd, call: int, action: ControlAction) -> list[Effect]:
+def ask(machine: Frontend, call: int, action: ControlAction) -> list[Effect]:
     return machine.handle(Control(call, action), 0.0)
 
 
-def answer(machine: FrontEnd, call: int, number: int, front_end: int = IDENTITY) -> list[Effect]:
-    return hear(machine, ControlAnswer(1, front_end, call, number))
+def answer(machine: Frontend, call: int, number: int, frontend: int = IDENTITY) -> list[Effect]:
+    return hear(machine, ControlAnswer(1, frontend, call, number))
 
 
 @pytest.mark.parametrize("action", ["keep", "wait", "abort", "resume"])
@@ -75,7 +75,7 @@ def test_a_call_is_sent_on_and_again_when_it_is_repeated(action: ControlAction) 
         assert one(said(ask(machine, 7, action), ControlRequest)) == ControlRequest(IDENTITY, 7, action)
 
 
-def test_a_call_says_what_the_front_end_knows() -> None:
+def test_a_call_says_what_the_frontend_knows() -> None:
     machine, views = fresh()
     views.state(3, True, "abort")
     asked = one(said(ask(machine, 7, "resume"), ControlRequest))
@@ -145,7 +145,7 @@ def test_a_call_that_is_given_up_is_served_no_more() -> None:
 def test_answers_to_others_are_not_ours() -> None:
     machine, views = fresh()
     ask(machine, 7, "keep")
-    assert answer(machine, 7, 1, front_end=IDENTITY + 1) == []
+    assert answer(machine, 7, 1, frontend=IDENTITY + 1) == []
     assert answer(machine, 8, 1) == []
     assert views.state(1, True) == []
 
@@ -165,7 +165,7 @@ def test_a_coordinator_that_knows_less_is_told_the_number_that_perhaps_nobody_el
     machine, views = fresh()
     assert views.state(3, True, "wait") == []
     later = Views(machine, coordinator=2)
-    assert one(said(later.state(0, True), FrontEndHello)) == FrontEndHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert one(said(later.state(0, True), FrontendHello)) == FrontendHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
     assert later.state(3, False, "wait") == []
 
 
@@ -182,9 +182,9 @@ def test_a_new_coordinator_that_knows_less_does_not_take_the_number_down() -> No
 def test_a_new_coordinator_is_told_the_number() -> None:
     machine, views = fresh()
     views.state(3, True, "wait")
-    hello = FrontEndHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
-    assert one(said(members(machine, coordinator=2), FrontEndHello)) == hello
-    assert one(said(machine.handle(Connected(), 0.0), FrontEndHello)) == hello
+    hello = FrontendHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert one(said(members(machine, coordinator=2), FrontendHello)) == hello
+    assert one(said(machine.handle(Connected(), 0.0), FrontendHello)) == hello
 
 
 @given(states=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8), st.booleans()), max_size=20))

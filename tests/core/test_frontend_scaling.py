@@ -16,11 +16,11 @@ from paceline.core.frontend.events import (
     Scaled,
     ToRank,
 )
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import FrontEndHello, Member, ScaleRequest, Scaling
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import FrontendHello, Member, ScaleRequest, Scaling
 from paceline.core.requests import AddRequest
 from tests.core.harness import find, one, said
-from tests.core.test_frontend import IDENTITY, front_end, members, outputs, submit
+from tests.core.test_frontend import IDENTITY, frontend, members, outputs, submit
 
 NODE = 7
 FOUR = ((0, 10), (1, 11), (2, 12), (3, 13))
@@ -28,7 +28,7 @@ DOWN = Scaling(1, 4, 2, waiting_for=[2, 3])
 LEFT = Scaling(2, 2, 2)
 
 
-def hear(machine: FrontEnd, state: Scaling, *lives: tuple[int, int], **more: Any) -> list[Effect]:
+def hear(machine: Frontend, state: Scaling, *lives: tuple[int, int], **more: Any) -> list[Effect]:
     return machine.handle(members(*(lives or FOUR), scaling=state, **more), 0.0)
 
 
@@ -40,10 +40,10 @@ def ranks_of(effects: list[Effect]) -> list[int]:
 
 
 def test_ranks_that_leave_get_nothing_new_and_end_what_they_have() -> None:
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     submit(machine, 1, rank=3)
     effects = hear(machine, DOWN)
-    assert one(said(effects, FrontEndHello)).scaling == DOWN
+    assert one(said(effects, FrontendHello)).scaling == DOWN
     assert machine.ready_ranks() == [0, 1]
     used = {rank for request in range(2, 10) for rank in ranks_of(submit(machine, request))}
     assert used == {0, 1}
@@ -53,14 +53,14 @@ def test_ranks_that_leave_get_nothing_new_and_end_what_they_have() -> None:
 
 
 def test_it_says_once_that_it_knows() -> None:
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     hear(machine, DOWN)
-    assert not said(hear(machine, DOWN), FrontEndHello)
-    assert one(said(hear(machine, LEFT, (0, 10), (1, 11)), FrontEndHello)).scaling == LEFT
+    assert not said(hear(machine, DOWN), FrontendHello)
+    assert one(said(hear(machine, LEFT, (0, 10), (1, 11)), FrontendHello)).scaling == LEFT
 
 
 def test_what_a_rank_has_not_ended_when_it_leaves_goes_on_elsewhere() -> None:
-    machine = front_end(*FOUR, resumes=True)
+    machine = frontend(*FOUR, resumes=True)
     submit(machine, 1, rank=3)
     machine.handle(outputs(3, 13, 1), 0.0)
     hear(machine, DOWN)
@@ -72,7 +72,7 @@ def test_what_a_rank_has_not_ended_when_it_leaves_goes_on_elsewhere() -> None:
 
 
 def test_a_rank_that_dies_while_it_leaves_is_not_waited_for() -> None:
-    machine = front_end(*FOUR, resumes=True)
+    machine = frontend(*FOUR, resumes=True)
     submit(machine, 1, rank=3)
     hear(machine, DOWN)
     assert ranks_of(machine.handle(LinkDown(3), 0.0))[0] in (0, 1)
@@ -80,13 +80,13 @@ def test_a_rank_that_dies_while_it_leaves_is_not_waited_for() -> None:
     assert machine.ready_ranks() == [0, 1]
 
 
-def test_a_front_end_that_comes_meanwhile_does_not_connect_to_what_leaves() -> None:
-    machine = FrontEnd(IDENTITY, front_end()._router._policy)
+def test_a_frontend_that_comes_meanwhile_does_not_connect_to_what_leaves() -> None:
+    machine = Frontend(IDENTITY, frontend()._router._policy)
     assert [effect.member.rank for effect in find(hear(machine, DOWN), Connect)] == [0, 1]
 
 
 def test_an_older_word_brings_nothing_back() -> None:
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     hear(machine, LEFT, (0, 10), (1, 11))
     hear(machine, Scaling(0, 4, 4), coordinator=2)
     assert machine.ready_ranks() == [0, 1]
@@ -97,16 +97,16 @@ def test_an_older_word_brings_nothing_back() -> None:
 
 
 def test_new_ranks_are_connected_to_when_they_are_ready() -> None:
-    machine = front_end((0, 10))
+    machine = frontend((0, 10))
     assert not find(hear(machine, Scaling(1, 1, 2), (0, 10)), Connect)
     effects = hear(machine, Scaling(2, 2, 2), (0, 10), (1, 11))
     assert find(effects, Connect) == [Connect(Member(1, 11, "address 11"))]
 
 
-def test_in_hybrid_mode_a_front_end_balances_over_what_comes_to_its_node() -> None:
-    machine = front_end((0, 10), ranks=frozenset({0}), node=NODE, brokered=True)
+def test_in_hybrid_mode_a_frontend_balances_over_what_comes_to_its_node() -> None:
+    machine = frontend((0, 10), ranks=frozenset({0}), node=NODE, late_binding=True)
     up = Scaling(1, 2, 4, hosts=[(2, NODE), (3, 8)])
-    assert one(said(hear(machine, up, (0, 10), (1, 11)), FrontEndHello)).ranks == [0, 2]
+    assert one(said(hear(machine, up, (0, 10), (1, 11)), FrontendHello)).ranks == [0, 2]
     done = Scaling(2, 4, 4, hosts=up.hosts)
     assert [effect.member.rank for effect in find(hear(machine, done), Connect)] == [2]
     assert machine.ready_ranks() == [0, 2]
@@ -120,11 +120,11 @@ CALL = Scale(5, 4, 1000, 2000)
 
 
 def mine(number: int, size: int, target: int, **more: Any) -> Scaling:
-    return Scaling(number, size, target, front_end=IDENTITY, call=5, **more)
+    return Scaling(number, size, target, frontend=IDENTITY, call=5, **more)
 
 
 def test_a_call_is_over_when_the_new_ranks_are_ready() -> None:
-    machine = front_end()
+    machine = frontend()
     hear(machine, Scaling(0, 2, 2), (0, 10), (1, 11))
     effects = machine.handle(CALL, 0.0)
     assert said(effects, ScaleRequest) == [ScaleRequest(IDENTITY, 5, 4, 1000, 2000)]
@@ -136,7 +136,7 @@ def test_a_call_is_over_when_the_new_ranks_are_ready() -> None:
 
 
 def test_a_call_is_over_when_it_was_undone() -> None:
-    machine = front_end()
+    machine = frontend()
     hear(machine, Scaling(0, 2, 2), (0, 10), (1, 11))
     machine.handle(CALL, 0.0)
     undone = mine(2, 2, 4, outcome="failed", why="no memory")
@@ -144,7 +144,7 @@ def test_a_call_is_over_when_it_was_undone() -> None:
 
 
 def test_a_call_while_another_is_under_way_is_told_so_by_the_coordinators_next_word() -> None:
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     hear(machine, DOWN)
     # What is known here may be out of date.
     assert not find(machine.handle(CALL, 0.0), Scaled)
@@ -153,7 +153,7 @@ def test_a_call_while_another_is_under_way_is_told_so_by_the_coordinators_next_w
 
 def test_a_second_call_during_the_first_does_not_overtake_it() -> None:
     """The coordinator may not have heard the first: where it heard the second before, it would take it for a repeat."""
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     hear(machine, Scaling(0, 4, 4))
     assert said(machine.handle(Scale(1, 5, 2000, 5000), 0.0), ScaleRequest)
     assert machine.handle(Scale(2, 6, 2000, 5000), 0.0) == [Scaled(2, 4, None)]
@@ -163,7 +163,7 @@ def test_a_second_call_during_the_first_does_not_overtake_it() -> None:
 
 
 def test_nobody_is_told_of_a_call_that_was_given_up() -> None:
-    machine = front_end(*FOUR)
+    machine = frontend(*FOUR)
     machine.handle(CALL, 0.0)
     machine.handle(ControlGivenUp(5), 0.0)
     assert not find(hear(machine, mine(2, 4, 4)), Scaled)

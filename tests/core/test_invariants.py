@@ -6,7 +6,7 @@ import pytest
 
 from paceline.core import invariants
 from paceline.core.messages import Admit, StartDPWave
-from paceline.core.rank.events import Agree, DummyStep, Effect, Phase, Step, ToFrontEnd
+from paceline.core.rank.events import Agree, DummyStep, Effect, Phase, Step, ToFrontend
 from paceline.core.rank.machine import Rank
 from paceline.core.requests import Output, Outputs
 
@@ -25,7 +25,7 @@ def test_a_step_and_a_dummy_step_are_one_collective() -> None:
 
 
 def outputs(*requests: int, finish: bool = True) -> Effect:
-    return ToFrontEnd(1, Outputs(0, 1, [Output(r, [1], finish_reason="length" if finish else None) for r in requests]))
+    return ToFrontend(1, Outputs(0, 1, [Output(r, [1], finish_reason="length" if finish else None) for r in requests]))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
-from paceline.core.load import MAX_LEDGER_SENDS, Ledger, Load, SpeedMeter, believed, waiting_for_a_slot
+from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter, believed, waiting_for_a_slot
 from tests.core.accounting import ORDINARY, RARE, Walk
 
 numbers = st.integers(0, 250)
@@ -52,7 +52,7 @@ def test_the_accounting_is_exact_in_many_short_walks() -> None:
 
 
 def test_a_ledger_holds_what_no_report_holds() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     for number, tokens in ((1, 10), (2, 20), (3, 30)):
         ledger.sent(number, tokens)
     assert (ledger.requests, ledger.tokens, ledger.last) == (3, 60, 3)
@@ -63,7 +63,7 @@ def test_a_ledger_holds_what_no_report_holds() -> None:
 
 
 def test_a_ledger_takes_nothing_twice_and_nothing_back() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     ledger.sent(1, 10)
     ledger.sent(1, 10)
     assert ledger.requests == 1
@@ -79,7 +79,7 @@ def test_a_ledger_takes_nothing_twice_and_nothing_back() -> None:
 
 
 def test_a_report_may_come_before_word_of_the_send_that_it_holds() -> None:
-    ledger = Ledger()
+    ledger = Accounting()
     ledger.reported(2)
     ledger.sent(1, 10)
     ledger.sent(2, 20)
@@ -88,11 +88,11 @@ def test_a_report_may_come_before_word_of_the_send_that_it_holds() -> None:
 
 
 def test_a_ledger_is_bounded() -> None:
-    ledger = Ledger()
-    for number in range(1, MAX_LEDGER_SENDS + 11):
+    ledger = Accounting()
+    for number in range(1, MAX_ACCOUNTED_SENDS + 11):
         ledger.sent(number, 1)
-    assert (ledger.requests, ledger.tokens) == (MAX_LEDGER_SENDS, MAX_LEDGER_SENDS)
-    ledger.reported(MAX_LEDGER_SENDS + 9)
+    assert (ledger.requests, ledger.tokens) == (MAX_ACCOUNTED_SENDS, MAX_ACCOUNTED_SENDS)
+    ledger.reported(MAX_ACCOUNTED_SENDS + 9)
     assert (ledger.requests, ledger.tokens) == (1, 1)
 
 

@@ -26,8 +26,8 @@ def hear(machine: Node, *messages: Any) -> list[Effect]:
 
 
 def test_it_says_who_it_is_when_it_is_asked() -> None:
-    hello = one(said(hear(node(own_front_ends=True), Identify(PROTOCOL_VERSION, 1)), NodeHello))
-    assert (hello.node, hello.ranks, hello.own_front_ends, hello.scaling) == (NODE, [0, 1], True, Scaling(0, 2, 2))
+    hello = one(said(hear(node(own_frontends=True), Identify(PROTOCOL_VERSION, 1)), NodeHello))
+    assert (hello.node, hello.ranks, hello.own_frontends, hello.scaling) == (NODE, [0, 1], True, Scaling(0, 2, 2))
 
 
 def test_it_starts_the_ranks_that_are_to_run_there_and_no_others_and_says_so() -> None:
@@ -35,14 +35,14 @@ def test_it_starts_the_ranks_that_are_to_run_there_and_no_others_and_says_so() -
     effects = hear(machine, UP)
     assert find(effects, StartRank) == [StartRank(2)]
     assert one(said(effects, NodeHello)).ranks == [0, 1, 2]
-    assert machine.on_trial(2)
+    assert machine.provisional(2)
     assert not find(hear(machine, UP), StartRank)
 
 
 def test_what_joins_is_kept() -> None:
     machine = node()
     assert find(hear(machine, UP, JOINED), KeepRank) == [KeepRank(2)]
-    assert not machine.on_trial(2)
+    assert not machine.provisional(2)
 
 
 def test_who_missed_the_beginning_starts_them_all_the_same() -> None:

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from paceline.core import codec
-from paceline.core.coordinator.events import FrontEndSaid, RankSaid, ToFrontEnds, ToRanks
+from paceline.core.coordinator.events import FrontendSaid, RankSaid, ToFrontends, ToRanks
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.frontend.events import CoordinatorSaid as FrontEndHears, Submit
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.events import CoordinatorSaid as FrontendHears, Submit
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import FAR, NEAR, Load, plausible
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
     Form,
-    FrontEndHello,
+    FrontendHello,
     GroupMember,
     LoadView,
     Member,
@@ -68,7 +68,7 @@ def test_what_can_have_been_counted() -> None:
 )
 def test_the_coordinator_takes_up_no_absurd_number(said: Any) -> None:
     machine = Coordinator(1, 7, 0.0)
-    decoders = {ToRanks: codec.to_rank(), ToFrontEnds: codec.to_front_end()}
+    decoders = {ToRanks: codec.to_rank(), ToFrontends: codec.to_frontend()}
     messages = [hello(group_address="ipc://group"), said, hello(group_address="ipc://group", generation=1, told=1)]
     for now, message in enumerate([*messages, StartWave(0, LIFE, 3), WaveComplete(0, LIFE, 3)]):
         for effect in machine.handle(RankSaid(message), float(now)):
@@ -78,9 +78,9 @@ def test_the_coordinator_takes_up_no_absurd_number(said: Any) -> None:
     assert (known["wave"], known["suspension"], known["generation"]) == (4, 0, 1)
 
 
-def test_a_front_end_does_not_move_the_suspension_out_of_reach() -> None:
+def test_a_frontend_does_not_move_the_suspension_out_of_reach() -> None:
     machine = Coordinator(1, 7, 0.0)
-    machine.handle(FrontEndSaid(FrontEndHello(PROTOCOL_VERSION, 5, FAR - 1)), 0.0)
+    machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, 5, FAR - 1)), 0.0)
     assert plausible(int(str(machine.statistics()["suspension"])) + 1000, 0)
 
 
@@ -122,14 +122,14 @@ def test_a_rank_takes_up_no_absurd_number(said: Any) -> None:
     ],
     ids=lambda said: f"{type(said).__name__}",
 )
-def test_a_front_end_takes_up_no_absurd_number(said: Any) -> None:
-    machine = FrontEnd(5, LeastLoad(0, 1), lockstep=True, share_sends=True)
-    machine.handle(FrontEndHears(Members(PROTOCOL_VERSION, 7, 1, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
-    machine.handle(FrontEndHears(LoadView(7, 1, 1, False, [RankView(0, LIFE, 1, Load(slots=4))])), 0.0)
-    machine.handle(FrontEndHears(said), 1.0)
+def test_a_frontend_takes_up_no_absurd_number(said: Any) -> None:
+    machine = Frontend(5, LeastLoad(0, 1), lockstep=True, relay_sends=True)
+    machine.handle(FrontendHears(Members(PROTOCOL_VERSION, 7, 1, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
+    machine.handle(FrontendHears(LoadView(7, 1, 1, False, [RankView(0, LIFE, 1, Load(slots=4))])), 0.0)
+    machine.handle(FrontendHears(said), 1.0)
     assert machine.wave == 1
     assert machine.suspension.number == 0
-    directions = {"ToRank": codec.request(), "ToCoordinator": codec.from_front_end()}
+    directions = {"ToRank": codec.request(), "ToCoordinator": codec.from_frontend()}
     sent = 0
     for effect in machine.handle(Submit(1, [1, 2], SamplingParams(4)), 2.0):
         if (decoder := directions.get(type(effect).__name__)) is not None:
@@ -139,8 +139,8 @@ def test_a_front_end_takes_up_no_absurd_number(said: Any) -> None:
 
 
 def test_a_wave_beyond_what_can_be_stamped_is_said_as_the_last_that_can() -> None:
-    machine = FrontEnd(5, LeastLoad(0, 1), lockstep=True)
-    machine.handle(FrontEndHears(Members(PROTOCOL_VERSION, 7, FAR + 5, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
+    machine = Frontend(5, LeastLoad(0, 1), lockstep=True)
+    machine.handle(FrontendHears(Members(PROTOCOL_VERSION, 7, FAR + 5, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
     effects = machine.handle(Submit(1, [1, 2], SamplingParams(4)), 2.0)
     stamped = [effect.message.wave for effect in effects if hasattr(effect, "message")]  # type: ignore[union-attr]
     assert (machine.wave, stamped) == (FAR + 5, [LARGEST_STAMP] * 2)

@@ -25,15 +25,15 @@ from paceline.core.rank.events import (
     Drop,
     DummyStep,
     Effect,
-    FrontEndGone,
-    FrontEndSaid,
+    FrontendGone,
+    FrontendSaid,
     Leave,
     Loaded,
     Step,
     StepOutput,
     Stepped,
     Take,
-    ToFrontEnd,
+    ToFrontend,
     Turn,
     Wait,
 )
@@ -59,10 +59,10 @@ def ready(wave: int = 0, **settings: Any) -> Rank:
 
 
 def add(
-    machine: Rank, request: int, front_end: int = FIRST, number: int = 1, wave: int = 0, incarnation: int = LIFE
+    machine: Rank, request: int, frontend: int = FIRST, number: int = 1, wave: int = 0, incarnation: int = LIFE
 ) -> list[Effect]:
     message = AddRequest(request, number, incarnation, wave, [1, 2], SamplingParams(4))
-    return machine.handle(FrontEndSaid(front_end, message), 0.0)
+    return machine.handle(FrontendSaid(frontend, message), 0.0)
 
 
 def key_of(effects: list[Effect]) -> int:
@@ -144,13 +144,13 @@ def test_a_request_is_given_to_the_engine_and_stepped_for() -> None:
     assert find(machine.handle(IDLE, 0.0), Wait, until=None)
 
 
-def test_what_a_step_made_is_one_message_for_each_front_end() -> None:
+def test_what_a_step_made_is_one_message_for_each_frontend() -> None:
     machine = ready()
-    keys = [key_of(add(machine, request, front_end)) for request, front_end in ((7, FIRST), (7, SECOND), (8, FIRST))]
+    keys = [key_of(add(machine, request, frontend)) for request, frontend in ((7, FIRST), (7, SECOND), (8, FIRST))]
     assert len(set(keys)) == 3
     made = [StepOutput(key, [place], f"{place}", None) for place, key in enumerate(keys)]
     effects = stepped(machine, *made, StepOutput(999, [5]), has_work=True)
-    to_first, to_second = find(effects, ToFrontEnd, front_end=FIRST), find(effects, ToFrontEnd, front_end=SECOND)
+    to_first, to_second = find(effects, ToFrontend, frontend=FIRST), find(effects, ToFrontend, frontend=SECOND)
     assert [(o.request, o.token_ids, o.text) for o in one(to_first).message.outputs] == [(7, [0], "0"), (8, [2], "2")]
     assert [(o.request, o.token_ids) for o in one(to_second).message.outputs] == [(7, [1])]
     assert len(said(effects, Outputs, rank=NUMBER, incarnation=LIFE)) == 2
@@ -178,10 +178,10 @@ def test_a_finished_request_is_over() -> None:
 def test_an_abort_drops_what_is_there_and_ignores_the_rest() -> None:
     machine = ready()
     key, other = key_of(add(machine, 7)), key_of(add(machine, 7, SECOND))
-    effects = machine.handle(FrontEndSaid(FIRST, AbortRequests([5, 7, 7])), 0.0)
+    effects = machine.handle(FrontendSaid(FIRST, AbortRequests([5, 7, 7])), 0.0)
     assert [effect.key for effect in find(effects, Drop)] == [key]
     assert len(effects) == 1
-    assert machine.handle(FrontEndSaid(FIRST, AbortRequests([7])), 0.0) == []
+    assert machine.handle(FrontendSaid(FIRST, AbortRequests([7])), 0.0) == []
     assert said(stepped(machine, StepOutput(key, [1]), StepOutput(other, [1])), Outputs, rank=NUMBER)
     assert machine.statistics()["finished"] == 1
 
@@ -200,15 +200,15 @@ def test_a_request_that_was_sent_twice_or_to_another_life_is_refused(request_num
     assert said(machine.handle(IDLE, 0.0), RankReport, taken={FIRST: 5 if life == LIFE else 4})
 
 
-def test_what_a_front_end_that_is_gone_had_sent_is_dropped() -> None:
+def test_what_a_frontend_that_is_gone_had_sent_is_dropped() -> None:
     machine = ready()
     keys = [key_of(add(machine, request, FIRST, number=request)) for request in (1, 2)]
     kept = key_of(add(machine, 1, SECOND))
-    assert sorted(effect.key for effect in find(machine.handle(FrontEndGone(FIRST), 0.0), Drop)) == sorted(keys)
+    assert sorted(effect.key for effect in find(machine.handle(FrontendGone(FIRST), 0.0), Drop)) == sorted(keys)
     # How many were taken stays true: that front-end may only have a new connection.
     assert said(machine.handle(IDLE, 0.0), RankReport, taken={FIRST: 2, SECOND: 1})
     assert said(stepped(machine, StepOutput(kept, [1])), Outputs)
-    assert machine.handle(FrontEndGone(FIRST), 0.0) == []
+    assert machine.handle(FrontendGone(FIRST), 0.0) == []
 
 
 # Reports --------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_the_agreement_brings_a_rank_to_the_wave_of_the_group() -> None:
     stepped(machine, has_work=True)
     machine.handle(Agreed(True, 6), 0.0)
     assert machine.wave == 6
-    machine.handle(FrontEndSaid(FIRST, AbortRequests([7])), 0.0)
+    machine.handle(FrontendSaid(FIRST, AbortRequests([7])), 0.0)
     assert said(machine.handle(Agreed(False, 6), 0.0), WaveComplete, wave=6)
     assert machine.wave == 7
 

@@ -9,10 +9,10 @@ from paceline.core.rank.events import (
     Agreed,
     CoordinatorSaid,
     Effect,
+    EpochEnded,
     Formed,
     FormGroup,
-    FrontEndSaid,
-    GenerationEnded,
+    FrontendSaid,
     Loaded,
     Step,
     Stepped,
@@ -23,11 +23,11 @@ from paceline.core.rank.machine import Rank
 from paceline.core.requests import AddRequest, SamplingParams
 from tests.core.harness import find, one, said
 
-NUMBER, LIFE, FRONT_END = 3, 33, 100
+NUMBER, LIFE, FRONTEND = 3, 33, 100
 
 
 def add(machine: Rank) -> None:
-    machine.handle(FrontEndSaid(FRONT_END, AddRequest(1, 1, LIFE, 0, [1, 2], SamplingParams(4))), 0.0)
+    machine.handle(FrontendSaid(FRONTEND, AddRequest(1, 1, LIFE, 0, [1, 2], SamplingParams(4))), 0.0)
 
 
 def turn(machine: Rank) -> list[Effect]:
@@ -43,9 +43,9 @@ def told(machine: Rank, event: CoordinatorSaid) -> list[Effect]:
     return machine.handle(event, 0.0) + turn(machine)
 
 
-def form(generation: int, wave: int = 0, life: int = LIFE, suspension: Suspension | None = None) -> CoordinatorSaid:
+def form(epoch: int, wave: int = 0, life: int = LIFE, suspension: Suspension | None = None) -> CoordinatorSaid:
     members = [GroupMember(0, 30, "group 0"), GroupMember(NUMBER, life, "group 3")]
-    return CoordinatorSaid(Form(generation, wave, members, suspension))
+    return CoordinatorSaid(Form(epoch, wave, members, suspension))
 
 
 def grouped() -> Rank:
@@ -57,7 +57,7 @@ def grouped() -> Rank:
 def test_a_joining_rank_takes_up_the_wave_forms_and_is_ready() -> None:
     machine = grouped()
     effects = told(machine, form(1, wave=7, suspension=Suspension(1, "keep")))
-    assert one(find(effects, FormGroup)).generation == 1
+    assert one(find(effects, FormGroup)).epoch == 1
     assert (machine.phase.value, machine.wave, machine.standing.number) == ("joining", 7, 1)
     hello = one(said(machine.handle(Formed(1), 0.0), RankHello, generation=1))
     assert (hello.ready, hello.wave, hello.suspension, hello.held) == (True, 7, 1, True)
@@ -83,7 +83,7 @@ def test_the_end_of_a_generation_is_told_and_stops_the_steps_until_the_next_is_f
         if find(step_done(machine), Agree):
             machine.handle(Agreed(True, 0), 0.0)
     turn(machine)
-    assert said(machine.handle(GenerationEnded(), 0.0), RankHello, generation=0, running=True)
+    assert said(machine.handle(EpochEnded(), 0.0), RankHello, generation=0, running=True)
     assert find(turn(machine), Wait)
     told(machine, form(2, wave=9))
     assert machine.wave == 0, "a rank that is ready ends its own wave with the others"
@@ -95,7 +95,7 @@ def test_the_end_of_a_generation_is_told_and_stops_the_steps_until_the_next_is_f
 def test_the_end_of_a_generation_that_is_being_formed_leaves_the_rank_without_one() -> None:
     machine = grouped()
     told(machine, form(1))
-    assert said(machine.handle(GenerationEnded(), 0.0), RankHello, generation=0, ready=False)
+    assert said(machine.handle(EpochEnded(), 0.0), RankHello, generation=0, ready=False)
     assert find(told(machine, form(2)), FormGroup)
 
 
@@ -105,7 +105,7 @@ def test_a_suspension_holds_a_rank_whose_generation_has_ended_only_when_it_has_s
     machine.handle(Formed(1), 0.0)
     add(machine)
     turn(machine)
-    machine.handle(GenerationEnded(), 0.0)
+    machine.handle(EpochEnded(), 0.0)
     hello = said(machine.handle(CoordinatorSaid(Suspension(1, "keep")), 0.0), RankHello)[-1]
     assert (hello.suspension, hello.held, hello.running) == (1, False, True)
     told(machine, form(2))
@@ -118,8 +118,8 @@ def test_a_suspension_holds_a_rank_whose_generation_has_ended_only_when_it_has_s
 
 def test_of_several_that_came_in_a_step_only_the_newest_is_formed() -> None:
     machine = grouped()
-    for generation in (1, 3, 2):
-        machine.handle(form(generation), 0.0)
-    assert [effect.generation for effect in find(turn(machine), FormGroup)] == [3]
+    for epoch in (1, 3, 2):
+        machine.handle(form(epoch), 0.0)
+    assert [effect.epoch for effect in find(turn(machine), FormGroup)] == [3]
     assert find(turn(machine), FormGroup) == []
     assert said(machine.handle(Formed(3), 0.0), RankHello, generation=3, told=3)

@@ -15,25 +15,25 @@ from paceline.core.rank.events import (
     Drop,
     DummyStep,
     Effect,
-    FrontEndGone,
-    FrontEndSaid,
+    FrontendGone,
+    FrontendSaid,
     Loaded,
     Step,
     StepOutput,
     Stepped,
     Take,
     ToCoordinator,
-    ToFrontEnd,
+    ToFrontend,
     Turn,
     Urge,
     Wait,
 )
 from paceline.core.rank.machine import Rank
 from paceline.core.requests import AbortRequests, AddRequest, SamplingParams, SuspendMode
-from paceline.core.standing import MODES, Standing
+from paceline.core.standing import MODES, PauseState
 from tests.core.harness import find, one, said
 
-NUMBER, LIFE, FRONT_END = 3, 33, 100
+NUMBER, LIFE, FRONTEND = 3, 33, 100
 KEEP_1 = 1 * len(MODES)
 
 
@@ -49,9 +49,7 @@ def tell(machine: Rank, number: int, mode: SuspendMode = "keep", released: bool 
 
 
 def add(machine: Rank, request: int = 1) -> list[Effect]:
-    return machine.handle(
-        FrontEndSaid(FRONT_END, AddRequest(request, request, LIFE, 0, [1, 2], SamplingParams(4))), 0.0
-    )
+    return machine.handle(FrontendSaid(FRONTEND, AddRequest(request, request, LIFE, 0, [1, 2], SamplingParams(4))), 0.0)
 
 
 def turn(machine: Rank, has_work: bool = False) -> list[Effect]:
@@ -69,13 +67,13 @@ def word(effects: list[Effect]) -> tuple[int, bool]:
 
 
 def packed(number: int, mode: SuspendMode = "keep") -> int:
-    found = Standing()
+    found = PauseState()
     found.learn(number, mode, False)
     return found.packed
 
 
 def finish_reasons(effects: list[Effect]) -> list[str]:
-    return [output.finish_reason for effect in find(effects, ToFrontEnd) for output in effect.message.outputs]
+    return [output.finish_reason for effect in find(effects, ToFrontend) for output in effect.message.outputs]
 
 
 # What is told, and what is said ---------------------------------------------------------------
@@ -165,9 +163,9 @@ def test_what_is_held_can_be_abandoned() -> None:
     tell(machine, 1)
     for request in (1, 2):
         add(machine, request)
-    machine.handle(FrontEndSaid(FRONT_END, AbortRequests([1])), 0.0)
+    machine.handle(FrontendSaid(FRONTEND, AbortRequests([1])), 0.0)
     assert machine.requests.held == 1
-    machine.handle(FrontEndGone(FRONT_END), 0.0)
+    machine.handle(FrontendGone(FRONTEND), 0.0)
     assert machine.requests.held == 0
     tell(machine, 2, released=True)
     assert find(turn(machine), Wait)
@@ -178,7 +176,7 @@ def test_what_is_held_is_reported_as_waiting() -> None:
     tell(machine, 1)
     add(machine)
     report = one([effect.message for effect in find(turn(machine), ToCoordinator)])
-    assert (report.load.waiting, report.taken) == (1, {FRONT_END: 1})
+    assert (report.load.waiting, report.taken) == (1, {FRONTEND: 1})
 
 
 # Independent ranks ----------------------------------------------------------------------------
@@ -213,7 +211,7 @@ def test_independent_wait_ends_where_the_last_client_goes() -> None:
     machine = ready()
     add(machine)
     tell(machine, 1, "wait")
-    assert word(machine.handle(FrontEndGone(FRONT_END), 0.0)) == (1, True)
+    assert word(machine.handle(FrontendGone(FRONTEND), 0.0)) == (1, True)
 
 
 # Mid-step -------------------------------------------------------------------------------------

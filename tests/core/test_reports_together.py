@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from paceline.core.coordinator.events import Effect, RankSaid, RanksReported, Tick, ToFrontEnds
+from paceline.core.coordinator.events import Effect, RankSaid, RanksReported, Tick, ToFrontends
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, RankHello, RankReport
@@ -37,7 +37,7 @@ def ready_coordinator(lockstep: bool) -> Coordinator:
 
 def last_view(effects: list[Effect]) -> LoadView | None:
     views = [
-        effect.message for effect in effects if isinstance(effect, ToFrontEnds) and isinstance(effect.message, LoadView)
+        effect.message for effect in effects if isinstance(effect, ToFrontends) and isinstance(effect.message, LoadView)
     ]
     return views[-1] if views else None
 

@@ -8,19 +8,19 @@ import pytest
 from hypothesis import given, strategies as st
 
 from paceline.core.requests import SuspendMode
-from paceline.core.standing import MODES, Standing, stops
+from paceline.core.standing import MODES, PauseState, stops
 
 WORDS = st.tuples(st.integers(0, 9), st.sampled_from(MODES), st.booleans())
 
 
-def standing(number: int, mode: SuspendMode = "keep", released: bool = False) -> Standing:
-    made = Standing()
+def standing(number: int, mode: SuspendMode = "keep", released: bool = False) -> PauseState:
+    made = PauseState()
     made.learn(number, mode, released)
     return made
 
 
 def test_work_may_be_started_at_first() -> None:
-    fresh = Standing()
+    fresh = PauseState()
     assert (fresh.number, fresh.suspended, fresh.released, fresh.free) == (0, False, True, True)
 
 
@@ -69,7 +69,7 @@ def test_the_mode_belongs_to_its_number() -> None:
 def test_number_and_freedom_do_not_depend_on_the_order_of_words(
     words: list[tuple[int, SuspendMode, bool]], order: object
 ) -> None:
-    one, other = Standing(), Standing()
+    one, other = PauseState(), PauseState()
     shuffled = list(words)
     order.shuffle(shuffled)  # type: ignore[attr-defined]
     for word in words:
@@ -81,7 +81,7 @@ def test_number_and_freedom_do_not_depend_on_the_order_of_words(
 
 @given(words=st.lists(WORDS, max_size=12))
 def test_the_number_never_goes_down_and_news_is_said_to_be_news(words: list[tuple[int, SuspendMode, bool]]) -> None:
-    found = Standing()
+    found = PauseState()
     for word in words:
         before = (found.number, found.mode, found.released)
         news = found.learn(*word)
@@ -93,7 +93,7 @@ def test_the_number_never_goes_down_and_news_is_said_to_be_news(words: list[tupl
 @given(number=st.integers(0, 2**48), mode=st.sampled_from(MODES))
 def test_packed_says_number_and_mode(number: int, mode: SuspendMode) -> None:
     found = standing(number, mode)
-    learned = Standing()
+    learned = PauseState()
     learned.learn_packed(found.packed)
     assert learned.number == number
     assert learned.mode == (mode if number else "keep")
@@ -115,16 +115,16 @@ def test_what_was_agreed_never_releases() -> None:
 def test_ranks_stop_at_once_but_to_wait(mode: SuspendMode) -> None:
     assert stops(standing(1, mode).packed) == (mode != "wait")
     assert not stops(standing(2, mode).packed)
-    assert not stops(Standing().packed)
+    assert not stops(PauseState().packed)
 
 
 def test_what_is_begun_may_be_finished_unless_it_had_been_stopped_already() -> None:
-    free = Standing()
+    free = PauseState()
     free.learn(1, "wait", False)
     assert free.draining
     free.learn(3, "wait", False)
     assert free.draining, "the same suspension under another number"
-    stopped = Standing()
+    stopped = PauseState()
     stopped.learn(1, "keep", False)
     stopped.learn(5, "wait", False)
     assert not stopped.draining, "it was resumed and suspended again without a word to this one"

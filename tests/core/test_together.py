@@ -7,12 +7,12 @@ from hypothesis import Phase, example, given, settings, strategies as st
 
 from paceline.core.messages import LoadView, StartDPWave, WakeNotice
 from tests.core.deployment import Deployment
-from tests.core.harness import FrontEndShell, find
+from tests.core.harness import FrontendShell, find
 
 
-def answer(front_end: FrontEndShell, request: int) -> list[int]:
+def answer(frontend: FrontendShell, request: int) -> list[int]:
     """All tokens that a request got, in order."""
-    return [token for output in front_end.outputs[request] for token in output.token_ids]
+    return [token for output in frontend.outputs[request] for token in output.token_ids]
 
 
 # Cold starts and waves ------------------------------------------------------------------------
@@ -21,22 +21,22 @@ def answer(front_end: FrontEndShell, request: int) -> list[int]:
 @pytest.mark.parametrize("lost", [StartDPWave, WakeNotice])
 def test_one_request_after_a_cold_start_runs_all_ranks_and_pauses_them_again(lost: type) -> None:
     deployment = Deployment(ranks=4).ready()
-    front_end = deployment.front_ends[0]
-    front_end.to_coordinator.lose(lost)
+    frontend = deployment.frontends[0]
+    frontend.to_coordinator.lose(lost)
     deployment.ranks[3].broadcasts.lose(lost)
-    request = front_end.submit(max_tokens=6, rank=2)
+    request = frontend.submit(max_tokens=6, rank=2)
     deployment.finish(limit_s=0.3)
-    assert answer(front_end, request) == [0, 1, 2, 3, 4, 5]
+    assert answer(frontend, request) == [0, 1, 2, 3, 4, 5]
     assert all(rank.dummy_steps > 0 for number, rank in deployment.ranks.items() if number != 2)
     deployment.rest()
     assert {rank.machine.wave for rank in deployment.ranks.values()} == {1}
-    assert (front_end.machine.wave, front_end.machine.running) == (1, False)
+    assert (frontend.machine.wave, frontend.machine.running) == (1, False)
 
 
 def test_a_wake_lost_at_one_rank_four_times_is_made_up_for() -> None:
     deployment = Deployment(ranks=3).ready()
     deployment.ranks[1].broadcasts.lose(StartDPWave, times=4)
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     took = deployment.finish()
     # Sent at 0, and again after 50, 150, 350 and 750 ms.
     assert 0.75 <= took < 1.0
@@ -46,7 +46,7 @@ def test_a_wake_lost_at_one_rank_four_times_is_made_up_for() -> None:
 def test_ranks_that_are_not_woken_are_named() -> None:
     deployment = Deployment(ranks=3).ready()
     deployment.ranks[1].broadcasts.hold()
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     deployment.world.run_for(3.0)
     assert deployment.coordinator is not None
     assert deployment.coordinator.statistics()["lagging"] == [1]
@@ -56,8 +56,8 @@ def test_ranks_that_are_not_woken_are_named() -> None:
 
 
 def test_requests_at_two_ranks_at_once_are_one_wave() -> None:
-    deployment = Deployment(ranks=3, front_ends=2).ready()
-    first, second = deployment.front_ends
+    deployment = Deployment(ranks=3, frontends=2).ready()
+    first, second = deployment.frontends
     first.submit(rank=0)
     second.submit(rank=2)
     deployment.rest()
@@ -65,8 +65,8 @@ def test_requests_at_two_ranks_at_once_are_one_wave() -> None:
 
 
 def test_a_request_stamped_with_a_finished_wave_starts_the_next_one() -> None:
-    deployment = Deployment(ranks=2, front_ends=2).ready()
-    fast, slow = deployment.front_ends
+    deployment = Deployment(ranks=2, frontends=2).ready()
+    fast, slow = deployment.frontends
     fast.submit(rank=0)
     slow.broadcasts.hold()
     deployment.world.run_for(2.0)
@@ -83,21 +83,21 @@ def test_a_request_that_arrives_while_the_ranks_agree_to_pause_is_served() -> No
     # The wave's last agreement lasts from step to step: the request is sent at every millisecond around it.
     for delay_ms in range(60):
         deployment = Deployment(ranks=2).ready()
-        front_end = deployment.front_ends[0]
-        front_end.submit(rank=0, max_tokens=2)
+        frontend = deployment.frontends[0]
+        frontend.submit(rank=0, max_tokens=2)
         deployment.world.run_for(delay_ms / 1000)
-        request = front_end.submit(rank=1, max_tokens=3)
+        request = frontend.submit(rank=1, max_tokens=3)
         deployment.rest()
-        assert answer(front_end, request) == [0, 1, 2]
+        assert answer(frontend, request) == [0, 1, 2]
 
 
 def test_ranks_that_come_up_late_are_taken_into_the_wave_that_waits_for_them() -> None:
     deployment = Deployment(ranks=3, start=False)
     deployment.start_rank(0)
-    deployment.run_until(lambda: deployment.front_ends[0].machine.ready_ranks() == [0])
-    deployment.front_ends[0].submit()
+    deployment.run_until(lambda: deployment.frontends[0].machine.ready_ranks() == [0])
+    deployment.frontends[0].submit()
     deployment.world.run_for(1.0)
-    assert not deployment.front_ends[0].finished()
+    assert not deployment.frontends[0].finished()
     deployment.start_rank(1)
     deployment.world.run_for(1.0)
     deployment.start_rank(2)
@@ -107,17 +107,17 @@ def test_ranks_that_come_up_late_are_taken_into_the_wave_that_waits_for_them() -
 
 def test_a_restarted_rank_joins_in_the_wave_of_the_others() -> None:
     deployment = Deployment(ranks=2).ready()
-    front_end = deployment.front_ends[0]
+    frontend = deployment.frontends[0]
     for _ in range(3):
-        front_end.submit()
+        frontend.submit()
         deployment.rest()
     deployment.ranks[1].kill()
     reborn = deployment.start_rank(1).machine
     deployment.run_until(lambda: reborn.wave == 3)
     deployment.world.run_for(1.0)
-    request = front_end.submit(rank=1)
+    request = frontend.submit(rank=1)
     deployment.rest()
-    assert answer(front_end, request) == [0, 1]
+    assert answer(frontend, request) == [0, 1]
     assert {rank.machine.wave for rank in deployment.ranks.values()} == {4}
 
 
@@ -126,43 +126,43 @@ def test_a_restarted_rank_joins_in_the_wave_of_the_others() -> None:
 
 def test_a_wave_goes_on_and_ends_without_a_coordinator() -> None:
     deployment = Deployment(ranks=2).ready()
-    front_end = deployment.front_ends[0]
-    front_end.submit(max_tokens=50)
+    frontend = deployment.frontends[0]
+    frontend.submit(max_tokens=50)
     deployment.world.run_for(0.1)
     deployment.crash_coordinator()
-    late = front_end.submit(max_tokens=5)
+    late = frontend.submit(max_tokens=5)
     deployment.finish()
-    assert answer(front_end, late) == [0, 1, 2, 3, 4]
+    assert answer(frontend, late) == [0, 1, 2, 3, 4]
     deployment.start_coordinator()
     deployment.rest()
-    assert (front_end.machine.wave, front_end.machine.running) == (1, False)
+    assert (frontend.machine.wave, frontend.machine.running) == (1, False)
 
 
 def test_a_request_sent_while_there_is_no_coordinator_is_served_when_a_new_one_is_up() -> None:
     deployment = Deployment(ranks=3).ready()
-    front_end = deployment.front_ends[0]
-    front_end.submit()
+    frontend = deployment.frontends[0]
+    frontend.submit()
     deployment.rest()
     deployment.crash_coordinator()
-    request = front_end.submit(rank=1)
+    request = frontend.submit(rank=1)
     deployment.world.run_for(2.0)
-    assert not front_end.finished()
+    assert not frontend.finished()
     deployment.start_coordinator()
     deployment.finish(limit_s=1.0)
-    assert answer(front_end, request) == [0, 1]
+    assert answer(frontend, request) == [0, 1]
     deployment.rest()
 
 
 def test_a_rank_that_starts_again_is_not_admitted_before_a_new_coordinator_has_heard_the_others() -> None:
     deployment = Deployment(ranks=2).ready()
-    deployment.front_ends[0].submit()
+    deployment.frontends[0].submit()
     deployment.rest()
     deployment.ranks[1].kill()
     deployment.crash_coordinator()
     deployment.ranks[0].to_coordinator.hold()
     deployment.start_coordinator()
     deployment.start_rank(1)
-    newcomer = deployment.start_front_end(0, 1)
+    newcomer = deployment.start_frontend(0, 1)
     deployment.world.run_for(3.0)
     assert newcomer.machine.ready_ranks() == []
     deployment.ranks[0].to_coordinator.release()
@@ -174,35 +174,35 @@ def test_a_rank_that_starts_again_is_not_admitted_before_a_new_coordinator_has_h
 
 def test_what_a_killed_rank_was_doing_goes_on_elsewhere_and_its_next_life_serves() -> None:
     deployment = Deployment(ranks=2, lockstep=False).ready()
-    front_end = deployment.front_ends[0]
-    doomed, safe = front_end.submit(rank=0, max_tokens=100), front_end.submit(rank=1, max_tokens=100)
+    frontend = deployment.frontends[0]
+    doomed, safe = frontend.submit(rank=0, max_tokens=100), frontend.submit(rank=1, max_tokens=100)
     deployment.world.run_for(0.1)
     deployment.ranks[0].kill()
     deployment.start_rank(0)
     deployment.finish()
-    assert front_end.refused == {}
-    assert answer(front_end, safe) == list(range(100))
-    assert answer(front_end, doomed) == list(range(100))
-    again = front_end.submit(rank=0)
+    assert frontend.refused == {}
+    assert answer(frontend, safe) == list(range(100))
+    assert answer(frontend, doomed) == list(range(100))
+    again = frontend.submit(rank=0)
     deployment.rest()
-    assert answer(front_end, again) == [0, 1]
+    assert answer(frontend, again) == [0, 1]
 
 
 def test_what_clients_abandon_leaves_the_engine() -> None:
     deployment = Deployment(ranks=2, lockstep=False).ready()
-    front_end = deployment.front_ends[0]
-    request = front_end.submit(rank=0, max_tokens=1000)
+    frontend = deployment.frontends[0]
+    request = frontend.submit(rank=0, max_tokens=1000)
     deployment.world.run_for(0.1)
-    front_end.abandon(request)
+    frontend.abandon(request)
     deployment.world.run_for(0.1)
     assert not deployment.ranks[0].engine.has_work()
     deployment.rest()
 
 
 @pytest.mark.parametrize("pause_s", [2.5, 0.1], ids=["quiet", "steady-load"])
-def test_a_front_end_that_missed_the_members_hears_of_them_again(pause_s: float) -> None:
-    deployment = Deployment(ranks=1, front_ends=2, lockstep=False)
-    told, missed = deployment.front_ends
+def test_a_frontend_that_missed_the_members_hears_of_them_again(pause_s: float) -> None:
+    deployment = Deployment(ranks=1, frontends=2, lockstep=False)
+    told, missed = deployment.frontends
     missed.broadcasts.closed = True
     deployment.run_until(lambda: told.machine.ready_ranks() == [0])
     deployment.world.run_for(0.1)
@@ -220,11 +220,11 @@ def test_a_front_end_that_missed_the_members_hears_of_them_again(pause_s: float)
 
 
 @pytest.mark.parametrize("lockstep", [True, False])
-def test_external_mode_serves_each_rank_by_its_own_front_end_and_publishes_no_load(lockstep: bool) -> None:
-    deployment = Deployment(ranks=3, front_ends=3, lockstep=lockstep, external=True).ready()
-    for number, front_end in enumerate(deployment.front_ends):
-        front_end.submit()
-        assert front_end.placed == {1: number}
+def test_external_mode_serves_each_rank_by_its_own_frontend_and_publishes_no_load(lockstep: bool) -> None:
+    deployment = Deployment(ranks=3, frontends=3, lockstep=lockstep, external=True).ready()
+    for number, frontend in enumerate(deployment.frontends):
+        frontend.submit()
+        assert frontend.placed == {1: number}
     deployment.rest()
     views = find(deployment.broadcast, LoadView)
     assert views
@@ -232,16 +232,16 @@ def test_external_mode_serves_each_rank_by_its_own_front_end_and_publishes_no_lo
 
 
 def test_in_external_mode_what_has_ended_does_not_wait() -> None:
-    deployment = Deployment(ranks=1, front_ends=1, lockstep=False, external=True).ready()
-    front_end = deployment.front_ends[0]
+    deployment = Deployment(ranks=1, frontends=1, lockstep=False, external=True).ready()
+    frontend = deployment.frontends[0]
     for _ in range(3):
-        front_end.submit()
+        frontend.submit()
         deployment.finish()
-    front_end.abandon(front_end.submit())
-    assert front_end.machine.waiting() == 0
-    assert front_end.machine.believed(0).waiting == 0
-    kept = [front_end.submit(max_tokens=50) for _ in range(4)]
-    assert front_end.machine.believed(0).waiting == len(kept)
+    frontend.abandon(frontend.submit())
+    assert frontend.machine.waiting() == 0
+    assert frontend.machine.believed(0).waiting == 0
+    kept = [frontend.submit(max_tokens=50) for _ in range(4)]
+    assert frontend.machine.believed(0).waiting == len(kept)
     deployment.rest()
 
 
@@ -253,26 +253,26 @@ def schedules(*actions: str) -> st.SearchStrategy[list[tuple[float, str, int]]]:
 def run_schedule(deployment: Deployment, schedule: list[tuple[float, str, int]]) -> None:
     for pause_s, what, which in schedule:
         deployment.world.run_for(pause_s)
-        front_end, rank = deployment.front_ends[which % 2], deployment.ranks[which % 3]
+        frontend, rank = deployment.frontends[which % 2], deployment.ranks[which % 3]
         match what:
             case "submit":
-                front_end.submit(tokens=1 + which, max_tokens=1 + which)
+                frontend.submit(tokens=1 + which, max_tokens=1 + which)
             case "lose":
                 rank.broadcasts.lose(StartDPWave)
-                front_end.broadcasts.lose(LoadView)
-                front_end.to_coordinator.lose(WakeNotice)
+                frontend.broadcasts.lose(LoadView)
+                frontend.to_coordinator.lose(WakeNotice)
             case "slow":
-                rank.broadcasts.delay_s = front_end.broadcasts.delay_s = which / 100
+                rank.broadcasts.delay_s = frontend.broadcasts.delay_s = which / 100
             case "crash":
                 deployment.crash_coordinator()
             case "restart":
                 deployment.start_coordinator()
-    for front_end in deployment.front_ends:
-        front_end.broadcasts.lose_no_more()
+    for frontend in deployment.frontends:
+        frontend.broadcasts.lose_no_more()
     deployment.rest()
-    for front_end in deployment.front_ends:
-        for request, outputs in front_end.outputs.items():
-            assert answer(front_end, request) == list(range(len(outputs)))
+    for frontend in deployment.frontends:
+        for request, outputs in frontend.outputs.items():
+            assert answer(frontend, request) == list(range(len(outputs)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -280,7 +280,7 @@ def run_schedule(deployment: Deployment, schedule: list[tuple[float, str, int]])
 def test_whatever_is_lost_or_late_every_request_is_answered(
     schedule: list[tuple[float, str, int]], lockstep: bool
 ) -> None:
-    run_schedule(Deployment(ranks=3, front_ends=2, lockstep=lockstep).ready(), schedule)
+    run_schedule(Deployment(ranks=3, frontends=2, lockstep=lockstep).ready(), schedule)
 
 
 @settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
@@ -290,5 +290,5 @@ def test_whatever_is_lost_or_late_every_request_is_answered(
 def test_whatever_happens_to_the_coordinator_every_request_is_answered(
     schedule: list[tuple[float, str, int]], lockstep: bool
 ) -> None:
-    deployment = Deployment(ranks=3, front_ends=2, lockstep=lockstep).ready()
+    deployment = Deployment(ranks=3, frontends=2, lockstep=lockstep).ready()
     run_schedule(deployment, [*schedule, (0.0, "restart", 0)])

@@ -14,7 +14,7 @@ from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.dispatch import SILENCE_S
 from paceline.core.messages import (
     Ask,
-    FrontEndHello,
+    FrontendHello,
     Grants,
     LoadView,
     Members,
@@ -23,25 +23,25 @@ from paceline.core.messages import (
     Withdraw,
 )  # fmt: skip
 from tests.core.deployment import DELAY_S, STEP_S, Deployment
-from tests.core.harness import FrontEndShell
+from tests.core.harness import FrontendShell
 
 SLOTS = 4
 
 
-def brokered(ranks: int = 2, front_ends: int = 2, **settings: bool) -> Deployment:
+def late_binding(ranks: int = 2, frontends: int = 2, **settings: bool) -> Deployment:
     """Ready, and idle for long enough that shares were handed out."""
-    deployment = Deployment(ranks, front_ends, brokered=True, slots=SLOTS, **settings).ready()
+    deployment = Deployment(ranks, frontends, late_binding=True, slots=SLOTS, **settings).ready()
     deployment.world.run_for(1.0)
     return deployment
 
 
 def held(deployment: Deployment) -> int:
-    return sum(int(str(front_end.machine.statistics()["held"])) for front_end in deployment.front_ends)
+    return sum(int(str(frontend.machine.statistics()["held"])) for frontend in deployment.frontends)
 
 
 def queued(deployment: Deployment) -> int:
     assert deployment.coordinator is not None
-    return len(list(deployment.coordinator.broker.descriptors()))
+    return len(list(deployment.coordinator.dispatcher.descriptors()))
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
@@ -67,8 +67,8 @@ def rest(deployment: Deployment) -> None:
 
 def test_a_nodes_full_queue_is_no_other_nodes() -> None:
     """Hybrid mode: or one that is overloaded would have all others refuse, whose ranks are free."""
-    deployment = brokered(2, 2, lockstep=False, hybrid=True)
-    busy, idle = deployment.front_ends
+    deployment = late_binding(2, 2, lockstep=False, hybrid=True)
+    busy, idle = deployment.frontends
     for _ in range(SLOTS + 10):
         busy.submit(max_tokens=100)
     # Until they have heard of it by grants and by views.
@@ -83,53 +83,53 @@ def test_a_nodes_full_queue_is_no_other_nodes() -> None:
 # Idle -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("front_ends", [1, 2, 3])
-def test_no_hop_is_added_while_ranks_are_free(front_ends: int) -> None:
-    deployment = brokered(4, front_ends, lockstep=False)
-    for index, front_end in enumerate(deployment.front_ends):
+@pytest.mark.parametrize("frontends", [1, 2, 3])
+def test_no_hop_is_added_while_ranks_are_free(frontends: int) -> None:
+    deployment = late_binding(4, frontends, lockstep=False)
+    for index, frontend in enumerate(deployment.frontends):
         for _ in range(2):
-            request = front_end.submit(max_tokens=3)
-            assert request in front_end.placed, f"front-end {index} asks although ranks are free"
+            request = frontend.submit(max_tokens=3)
+            assert request in frontend.placed, f"front-end {index} asks although ranks are free"
     deployment.finish()
     rest(deployment)
 
 
-def test_one_front_end_has_the_whole_room_as_its_share() -> None:
-    deployment = brokered(2, 1, lockstep=False)
+def test_one_frontend_has_the_whole_room_as_its_share() -> None:
+    deployment = late_binding(2, 1, lockstep=False)
     for _ in range(2 * SLOTS):
-        deployment.front_ends[0].submit(max_tokens=3)
-    assert len(deployment.front_ends[0].placed) == 2 * SLOTS
-    deployment.front_ends[0].submit()
+        deployment.frontends[0].submit(max_tokens=3)
+    assert len(deployment.frontends[0].placed) == 2 * SLOTS
+    deployment.frontends[0].submit()
     assert held(deployment) == 1
     rest(deployment)
 
 
 def test_who_has_used_up_its_share_is_answered_at_once_where_ranks_are_free() -> None:
-    deployment = brokered(2, 2, lockstep=False)
-    front_end = deployment.front_ends[0]
-    while len(front_end.placed) == len(front_end.outputs):
-        front_end.submit(max_tokens=50)
+    deployment = late_binding(2, 2, lockstep=False)
+    frontend = deployment.frontends[0]
+    while len(frontend.placed) == len(frontend.outputs):
+        frontend.submit(max_tokens=50)
     deployment.world.run_for(2.5 * DELAY_S)
     assert held(deployment) == 0
     rest(deployment)
 
 
 def test_what_lies_idle_at_others_is_had_after_a_recall() -> None:
-    deployment = brokered(2, 4, lockstep=False)
+    deployment = late_binding(2, 4, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
     for _ in range(2 * SLOTS):
-        deployment.front_ends[0].submit(max_tokens=50)
+        deployment.frontends[0].submit(max_tokens=50)
     deployment.world.run_for(6 * DELAY_S)
     assert held(deployment) == 0
     rest(deployment)
 
 
 def test_a_recall_that_was_lost_comes_again() -> None:
-    deployment = brokered(1, 2, lockstep=False)
+    deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    deployment.front_ends[1].broadcasts.lose(Grants, times=2)
+    deployment.frontends[1].broadcasts.lose(Grants, times=2)
     for _ in range(SLOTS):
-        deployment.front_ends[0].submit(max_tokens=100)
+        deployment.frontends[0].submit(max_tokens=100)
     deployment.world.run_for(0.4)
     assert held(deployment) == 0
     rest(deployment)
@@ -139,84 +139,84 @@ def test_a_recall_that_was_lost_comes_again() -> None:
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
-@pytest.mark.parametrize("front_ends", [1, 2, 4])
+@pytest.mark.parametrize("frontends", [1, 2, 4])
 def test_a_burst_far_above_the_slots_is_served_in_order_and_nobody_waits_behind_a_rank(
-    front_ends: int, lockstep: bool
+    frontends: int, lockstep: bool
 ) -> None:
-    deployment = brokered(4, front_ends, lockstep=lockstep)
+    deployment = late_binding(4, frontends, lockstep=lockstep)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    asked: list[tuple[FrontEndShell, int]] = []
+    asked: list[tuple[FrontendShell, int]] = []
     for number in range(80):
-        front_end = deployment.front_ends[number % front_ends]
-        asked.append((front_end, front_end.submit(max_tokens=1 + number % 7)))
+        frontend = deployment.frontends[number % frontends]
+        asked.append((frontend, frontend.submit(max_tokens=1 + number % 7)))
         deployment.world.run_for(0.0002)
     deployment.finish()
     rest(deployment)
     placed = sorted(range(80), key=lambda number: asked[number][0].placed_at[asked[number][1]])
     # By shares a front-end may go a little before one that has none left.
-    assert max(abs(place - number) for place, number in enumerate(placed)) <= 2 * front_ends
-    level = [sum(rank == number for f in deployment.front_ends for rank in f.placed.values()) for number in range(4)]
+    assert max(abs(place - number) for place, number in enumerate(placed)) <= 2 * frontends
+    level = [sum(rank == number for f in deployment.frontends for rank in f.placed.values()) for number in range(4)]
     assert max(level) - min(level) <= 6
 
 
 def test_a_better_priority_goes_first() -> None:
-    deployment = brokered(1, 2, lockstep=False)
+    deployment = late_binding(1, 2, lockstep=False)
     for _ in range(SLOTS):
-        deployment.front_ends[0].submit(max_tokens=20)
+        deployment.frontends[0].submit(max_tokens=20)
     deployment.world.run_for(0.01)
-    last = [deployment.front_ends[0].submit(max_tokens=2, priority=5) for _ in range(2)]
-    first = deployment.front_ends[1].submit(max_tokens=2, priority=-5)
-    deployment.run_until(lambda: first in deployment.front_ends[1].placed)
-    assert not deployment.front_ends[0].placed.keys() & set(last)
+    last = [deployment.frontends[0].submit(max_tokens=2, priority=5) for _ in range(2)]
+    first = deployment.frontends[1].submit(max_tokens=2, priority=-5)
+    deployment.run_until(lambda: first in deployment.frontends[1].placed)
+    assert not deployment.frontends[0].placed.keys() & set(last)
     rest(deployment)
 
 
 def test_a_request_that_names_its_rank_goes_there_though_it_is_full() -> None:
-    deployment = brokered(2, 1, lockstep=False)
+    deployment = late_binding(2, 1, lockstep=False)
     for _ in range(3 * SLOTS):
-        deployment.front_ends[0].submit(max_tokens=10)
-    request = deployment.front_ends[0].submit(rank=1)
-    assert deployment.front_ends[0].placed[request] == 1
+        deployment.frontends[0].submit(max_tokens=10)
+    request = deployment.frontends[0].submit(rank=1)
+    assert deployment.frontends[0].placed[request] == 1
     rest(deployment)
 
 
 def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
-    deployment = brokered(3, 2)
-    front_end = deployment.front_ends[0]
-    deployment.tell_coordinator(coordinator.FrontEndSaid(ReturnShares(front_end.machine.identity, 1)))
-    front_end.broadcasts.lose(LoadView, times=1000)
+    deployment = late_binding(3, 2)
+    frontend = deployment.frontends[0]
+    deployment.tell_coordinator(coordinator.FrontendSaid(ReturnShares(frontend.machine.identity, 1)))
+    frontend.broadcasts.lose(LoadView, times=1000)
     while not held(deployment):
-        front_end.submit(max_tokens=4)
+        frontend.submit(max_tokens=4)
     deployment.finish(limit_s=1.0)
-    front_end.broadcasts.lose_no_more()
+    frontend.broadcasts.lose_no_more()
     rest(deployment)
 
 
 # Losses -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lost", [Ask, SendNotice, FrontEndHello, ReturnShares])
-def test_what_a_front_end_says_may_be_lost(lost: type) -> None:
-    deployment = brokered(1, 2, lockstep=False)
-    deployment.front_ends[0].to_coordinator.lose(lost, times=2)
+@pytest.mark.parametrize("lost", [Ask, SendNotice, FrontendHello, ReturnShares])
+def test_what_a_frontend_says_may_be_lost(lost: type) -> None:
+    deployment = late_binding(1, 2, lockstep=False)
+    deployment.frontends[0].to_coordinator.lose(lost, times=2)
     for _ in range(3 * SLOTS):
-        deployment.front_ends[0].submit(max_tokens=3)
-        deployment.front_ends[1].submit(max_tokens=3)
+        deployment.frontends[0].submit(max_tokens=3)
+        deployment.frontends[1].submit(max_tokens=3)
     deployment.finish(limit_s=3.0)
-    deployment.front_ends[0].to_coordinator.lose_no_more()
+    deployment.frontends[0].to_coordinator.lose_no_more()
     rest(deployment)
 
 
 @pytest.mark.parametrize("lost", [Grants, LoadView])
 def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
-    deployment = brokered(1, 2, lockstep=False)
+    deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
     for _ in range(3 * SLOTS):
-        deployment.front_ends[0].submit(max_tokens=3)
-        deployment.front_ends[1].submit(max_tokens=3)
-    deployment.front_ends[0].broadcasts.lose(lost, times=3)
+        deployment.frontends[0].submit(max_tokens=3)
+        deployment.frontends[1].submit(max_tokens=3)
+    deployment.frontends[0].broadcasts.lose(lost, times=3)
     deployment.finish(limit_s=3.0)
-    deployment.front_ends[0].broadcasts.lose_no_more()
+    deployment.frontends[0].broadcasts.lose_no_more()
     rest(deployment)
 
 
@@ -225,89 +225,89 @@ def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
 
 def full(deployment: Deployment, waiting: int = 6) -> list[int]:
     """Fill all ranks through front-end 0, and let so many wait there; returns those."""
-    front_end = deployment.front_ends[0]
+    frontend = deployment.frontends[0]
     for _ in range(SLOTS * deployment.size):
-        front_end.submit(max_tokens=40)
+        frontend.submit(max_tokens=40)
     deployment.world.run_for(20 * DELAY_S)
-    requests = [front_end.submit(max_tokens=2) for _ in range(waiting)]
+    requests = [frontend.submit(max_tokens=2) for _ in range(waiting)]
     deployment.world.run_for(5 * DELAY_S)
     assert (held(deployment), queued(deployment)) == (waiting, waiting)
     return requests
 
 
 def test_what_is_abandoned_leaves_the_queue() -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     waiting = full(deployment)
-    deployment.front_ends[0].abandon(*waiting[:4])
+    deployment.frontends[0].abandon(*waiting[:4])
     deployment.world.run_for(5 * DELAY_S)
     assert (held(deployment), queued(deployment)) == (2, 2)
     rest(deployment)
-    assert not deployment.front_ends[0].placed.keys() & set(waiting[:4])
+    assert not deployment.frontends[0].placed.keys() & set(waiting[:4])
 
 
 def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     waiting = full(deployment)
-    deployment.front_ends[0].to_coordinator.lose(Withdraw)
-    deployment.front_ends[0].abandon(*waiting)
+    deployment.frontends[0].to_coordinator.lose(Withdraw)
+    deployment.frontends[0].abandon(*waiting)
     rest(deployment)
 
 
-def test_a_front_end_that_ends_leaves_nothing_in_the_queue() -> None:
-    deployment = brokered(lockstep=False)
+def test_a_frontend_that_ends_leaves_nothing_in_the_queue() -> None:
+    deployment = late_binding(lockstep=False)
     full(deployment)
-    gone = deployment.front_ends.pop(0)
+    gone = deployment.frontends.pop(0)
     gone.broadcasts.closed = gone.to_coordinator.closed = True
-    deployment.tell_coordinator(coordinator.FrontEndGone(gone.machine.identity))
+    deployment.tell_coordinator(coordinator.FrontendGone(gone.machine.identity))
     assert queued(deployment) == 0
-    request = deployment.front_ends[0].submit()
+    request = deployment.frontends[0].submit()
     for rank in deployment.ranks.values():
-        rank.to_front_ends[gone.machine.identity].closed = True
-    deployment.run_until(lambda: request in deployment.front_ends[0].placed)
+        rank.to_frontends[gone.machine.identity].closed = True
+    deployment.run_until(lambda: request in deployment.frontends[0].placed)
     deployment.finish()
 
 
-def test_when_the_last_front_end_has_gone_nothing_is_due() -> None:
-    deployment = brokered(front_ends=1, lockstep=False)
+def test_when_the_last_frontend_has_gone_nothing_is_due() -> None:
+    deployment = late_binding(frontends=1, lockstep=False)
     full(deployment)
     machine = deployment.coordinator
     assert machine is not None
-    deployment.tell_coordinator(coordinator.FrontEndGone(deployment.front_ends[0].machine.identity))
+    deployment.tell_coordinator(coordinator.FrontendGone(deployment.frontends[0].machine.identity))
     deployment.tell_coordinator(coordinator.Tick())
-    assert machine.broker.due is None
+    assert machine.dispatcher.due is None
 
 
-def hang(front_end: FrontEndShell) -> None:
+def hang(frontend: FrontendShell) -> None:
     """It neither reads nor says anything, and its connections hold."""
-    front_end.broadcasts.hold()
-    front_end.to_coordinator.hold()
+    frontend.broadcasts.hold()
+    frontend.to_coordinator.hold()
 
 
 def goes_on(deployment: Deployment) -> None:
     """The one that has hung goes on, and has its requests brokered again."""
-    front_end = deployment.front_ends[0]
-    front_end.to_coordinator.release()
-    front_end.broadcasts.release()
+    frontend = deployment.frontends[0]
+    frontend.to_coordinator.release()
+    frontend.broadcasts.release()
     rest(deployment)
     full(deployment, waiting=2)
     rest(deployment)
 
 
-def test_nobody_waits_for_the_grants_of_a_front_end_that_hangs() -> None:
-    deployment = brokered(lockstep=False)
+def test_nobody_waits_for_the_grants_of_a_frontend_that_hangs() -> None:
+    deployment = late_binding(lockstep=False)
     full(deployment, waiting=3 * SLOTS)
-    hang(deployment.front_ends[0])
+    hang(deployment.frontends[0])
     for _ in range(SLOTS):
-        deployment.front_ends[1].submit()
-    deployment.run_until(deployment.front_ends[1].finished, limit_s=UNANSWERED_S + 2.0)
+        deployment.frontends[1].submit()
+    deployment.run_until(deployment.frontends[1].finished, limit_s=UNANSWERED_S + 2.0)
     goes_on(deployment)
 
 
-def test_nobody_waits_for_the_shares_of_a_front_end_that_hangs() -> None:
-    deployment = brokered(1, lockstep=False)
-    hang(deployment.front_ends[0])
+def test_nobody_waits_for_the_shares_of_a_frontend_that_hangs() -> None:
+    deployment = late_binding(1, lockstep=False)
+    hang(deployment.frontends[0])
     for _ in range(SLOTS):
-        deployment.front_ends[1].submit(max_tokens=300)
+        deployment.frontends[1].submit(max_tokens=300)
     deployment.world.run_for(UNANSWERED_S / 2)
     assert held(deployment) == 1
     deployment.world.run_for(UNANSWERED_S)
@@ -319,19 +319,19 @@ def test_nobody_waits_for_the_shares_of_a_front_end_that_hangs() -> None:
 
 
 def test_without_a_coordinator_what_waits_is_bound_after_a_silence_and_the_rest_at_once() -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     waiting = full(deployment)
     deployment.crash_coordinator()
-    front_end = deployment.front_ends[0]
+    frontend = deployment.frontends[0]
     deployment.world.run_for(SILENCE_S + STEP_S)
     assert held(deployment) == 0
-    assert front_end.placed.keys() >= set(waiting)
-    assert front_end.submit() in front_end.placed
+    assert frontend.placed.keys() >= set(waiting)
+    assert frontend.submit() in frontend.placed
     deployment.finish()
 
 
 def test_a_new_coordinator_is_asked_for_all_that_waits_and_the_queue_goes_on() -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
     waiting = full(deployment)
     deployment.crash_coordinator()
@@ -343,7 +343,7 @@ def test_a_new_coordinator_is_asked_for_all_that_waits_and_the_queue_goes_on() -
 
 
 def test_after_a_silence_a_new_coordinator_has_the_queue_again() -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     full(deployment)
     deployment.crash_coordinator()
     deployment.world.run_for(2 * SILENCE_S)
@@ -354,32 +354,32 @@ def test_after_a_silence_a_new_coordinator_has_the_queue_again() -> None:
     rest(deployment)
 
 
-@pytest.mark.parametrize("lost", [Members, LoadView, FrontEndHello, Ask])
+@pytest.mark.parametrize("lost", [Members, LoadView, FrontendHello, Ask])
 def test_losses_while_the_coordinator_changes(lost: type) -> None:
-    deployment = brokered(lockstep=False)
+    deployment = late_binding(lockstep=False)
     full(deployment)
     deployment.crash_coordinator()
-    for front_end in deployment.front_ends:
-        front_end.broadcasts.lose(lost)
-        front_end.to_coordinator.lose(lost)
+    for frontend in deployment.frontends:
+        frontend.broadcasts.lose(lost)
+        frontend.to_coordinator.lose(lost)
     deployment.start_coordinator()
     deployment.finish()
-    for front_end in deployment.front_ends:
-        front_end.broadcasts.lose_no_more()
-        front_end.to_coordinator.lose_no_more()
+    for frontend in deployment.frontends:
+        frontend.broadcasts.lose_no_more()
+        frontend.to_coordinator.lose_no_more()
     rest(deployment)
 
 
 def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
-    deployment = brokered(1, 1, lockstep=False)
+    deployment = late_binding(1, 1, lockstep=False)
     waiting = full(deployment, waiting=1)
-    front_end = deployment.front_ends[0]
-    front_end.broadcasts.hold()
-    deployment.run_until(lambda: deployment.coordinator.broker.granted > 0)  # type: ignore[union-attr]
+    frontend = deployment.frontends[0]
+    frontend.broadcasts.hold()
+    deployment.run_until(lambda: deployment.coordinator.dispatcher.granted > 0)  # type: ignore[union-attr]
     deployment.crash_coordinator()
     deployment.world.run_for(2 * SILENCE_S)
-    assert waiting[0] in front_end.placed
-    front_end.broadcasts.release()
+    assert waiting[0] in frontend.placed
+    frontend.broadcasts.release()
     deployment.start_coordinator()
     rest(deployment)
 
@@ -389,26 +389,26 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])
 def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: str) -> None:
-    deployment = brokered()
-    front_end = deployment.front_ends[0]
-    front_end.feed(frontend_events.Control(1000, mode))  # type: ignore[arg-type]
-    deployment.run_until(lambda: front_end.machine.suspension.settled and front_end.machine.suspension.number == 1)
+    deployment = late_binding()
+    frontend = deployment.frontends[0]
+    frontend.feed(frontend_events.Control(1000, mode))  # type: ignore[arg-type]
+    deployment.run_until(lambda: frontend.machine.suspension.settled and frontend.machine.suspension.number == 1)
     deployment.world.run_for(0.2)
-    for shell in deployment.front_ends:
+    for shell in deployment.frontends:
         shell.submit()
     deployment.world.run_for(5.0)
     assert held(deployment) == 2
-    front_end.feed(frontend_events.Control(1001, "resume"))
+    frontend.feed(frontend_events.Control(1001, "resume"))
     deployment.finish()
 
 
 def test_a_suspension_that_aborts_ends_what_waits() -> None:
-    deployment = brokered()
+    deployment = late_binding()
     waiting = full(deployment)
-    front_end = deployment.front_ends[0]
-    front_end.feed(frontend_events.Control(1000, "abort"))
-    deployment.run_until(front_end.finished)
-    assert {front_end.outputs[request][-1].finish_reason for request in waiting} == {"abort"}
+    frontend = deployment.frontends[0]
+    frontend.feed(frontend_events.Control(1000, "abort"))
+    deployment.run_until(frontend.finished)
+    assert {frontend.outputs[request][-1].finish_reason for request in waiting} == {"abort"}
     assert held(deployment) == 0
     deployment.world.run_for(1.0)
     assert queued(deployment) == 0
@@ -425,26 +425,26 @@ ACTS = st.lists(
     ),
     max_size=60,
 )  # fmt: skip
-DOWN, UP = [Grants, LoadView, Members], [Ask, Withdraw, SendNotice, ReturnShares, FrontEndHello]
+DOWN, UP = [Grants, LoadView, Members], [Ask, Withdraw, SendNotice, ReturnShares, FrontendHello]
 
 
 @settings(max_examples=60, deadline=None)
 @given(ACTS, st.booleans())
 def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tuple[str, int]], lockstep: bool) -> None:
-    deployment = brokered(2, 2, lockstep=lockstep)
+    deployment = late_binding(2, 2, lockstep=lockstep)
     for what, number in acts:
-        front_end = deployment.front_ends[number % 2]
+        frontend = deployment.frontends[number % 2]
         if what == "submit":
             rank = number % 2 if number % 9 == 0 else None
-            front_end.submit(1 + number, 1 + number % 5, rank, number % 3)
+            frontend.submit(1 + number, 1 + number % 5, rank, number % 3)
         elif what == "wait":
             deployment.world.run_for(number * 0.003)
-        elif what == "abandon" and front_end.outputs:
-            front_end.abandon(random.Random(number).choice(list(front_end.outputs)))
+        elif what == "abandon" and frontend.outputs:
+            frontend.abandon(random.Random(number).choice(list(frontend.outputs)))
         elif what == "lose down":
-            front_end.broadcasts.lose(DOWN[number % len(DOWN)])
+            frontend.broadcasts.lose(DOWN[number % len(DOWN)])
         elif what == "lose up":
-            front_end.to_coordinator.lose(UP[number % len(UP)])
+            frontend.to_coordinator.lose(UP[number % len(UP)])
         elif what == "crash":
             deployment.crash_coordinator()
         elif what == "start" and deployment.coordinator is None:
@@ -452,12 +452,12 @@ def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tupl
     if deployment.coordinator is None:
         deployment.start_coordinator()
     deployment.finish()
-    for front_end in deployment.front_ends:
-        front_end.broadcasts.lose_no_more()
-        front_end.to_coordinator.lose_no_more()
+    for frontend in deployment.frontends:
+        frontend.broadcasts.lose_no_more()
+        frontend.to_coordinator.lose_no_more()
     rest(deployment)
-    for front_end in deployment.front_ends:
-        for request, outputs in front_end.outputs.items():
+    for frontend in deployment.frontends:
+        for request, outputs in frontend.outputs.items():
             tokens = [token for output in outputs for token in output.token_ids]
             assert tokens == list(range(len(tokens)))
-            assert tokens or request in front_end.refused
+            assert tokens or request in frontend.refused

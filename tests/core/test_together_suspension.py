@@ -23,7 +23,7 @@ from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction
 from paceline.core.standing import MODES
 from tests.core.deployment import Deployment
-from tests.core.harness import FrontEndShell, RankShell, find
+from tests.core.harness import FrontendShell, RankShell, find
 
 REPEAT_S = 0.25
 """How often a shell asks again."""
@@ -32,7 +32,7 @@ REPEAT_S = 0.25
 class Calls:
     """One front-end's calls, repeated until they are served as `server/client.py` does."""
 
-    def __init__(self, shell: FrontEndShell) -> None:
+    def __init__(self, shell: FrontendShell) -> None:
         self.shell = shell
         self.done: dict[int, Controlled] = {}
         self.asked: dict[int, ControlAction] = {}
@@ -82,8 +82,8 @@ class Suspendable(Deployment):
         # `_check` goes by id(): that of a coordinator that is gone must not be another's.
         self.lives.append(self.coordinator)
 
-    def start_front_end(self, index: int, count: int) -> FrontEndShell:
-        shell = super().start_front_end(index, count)
+    def start_frontend(self, index: int, count: int) -> FrontendShell:
+        shell = super().start_frontend(index, count)
         self.calls.append(Calls(shell))
         return shell
 
@@ -99,9 +99,9 @@ class Suspendable(Deployment):
         shell._perform = watched  # type: ignore[method-assign]
         return shell
 
-    def control(self, action: ControlAction, front_end: int = 0, limit_s: float = 30.0) -> Controlled:
+    def control(self, action: ControlAction, frontend: int = 0, limit_s: float = 30.0) -> Controlled:
         """Ask, and run until that is served."""
-        calls = self.calls[front_end]
+        calls = self.calls[frontend]
         call = calls.ask(action)
         self.run_until(lambda: call in calls.done, limit_s)
         return calls.done[call]
@@ -115,8 +115,8 @@ class Suspendable(Deployment):
 
     def load(self, requests: int = 6, max_tokens: int = 12) -> None:
         """Requests at every front-end, spread over all ranks."""
-        for front_end, index in itertools.product(self.front_ends, range(requests)):
-            front_end.submit(max_tokens=max_tokens, rank=None if self.external else index % self.size)
+        for frontend, index in itertools.product(self.frontends, range(requests)):
+            frontend.submit(max_tokens=max_tokens, rank=None if self.external else index % self.size)
 
     def is_suspended(self) -> None:
         """Fails unless no rank steps for ten seconds."""
@@ -136,8 +136,8 @@ class Suspendable(Deployment):
 
     def _note_settled(self) -> None:
         self._check()
-        for front_end in self.front_ends:
-            state = front_end.machine.suspension
+        for frontend in self.frontends:
+            state = frontend.machine.suspension
             if state.number % 2 and state.settled and state.number not in self.settled:
                 self.settled.add(state.number)
                 stepping = [n for n, rank in self.ranks.items() if rank._busy and self._lags(rank, state.number)]
@@ -147,9 +147,9 @@ class Suspendable(Deployment):
         return rank.machine.standing.number <= number
 
 
-def aborted(front_end: FrontEndShell) -> list[int]:
+def aborted(frontend: FrontendShell) -> list[int]:
     """Requests that ended with an abort."""
-    return [r for r, outputs in front_end.outputs.items() if outputs and outputs[-1].finish_reason == "abort"]
+    return [r for r, outputs in frontend.outputs.items() if outputs and outputs[-1].finish_reason == "abort"]
 
 
 # One call at a time ---------------------------------------------------------------------------
@@ -161,18 +161,18 @@ def aborted(front_end: FrontEndShell) -> list[int]:
 def test_under_load_all_stop_and_all_finish_after_the_resume(
     mode: ControlAction, lockstep: bool, after_s: float
 ) -> None:
-    deployment = Suspendable(ranks=3, front_ends=2, lockstep=lockstep).ready()
+    deployment = Suspendable(ranks=3, frontends=2, lockstep=lockstep).ready()
     deployment.load()
     deployment.world.run_for(after_s)
     assert not deployment.control(mode).superseded
     deployment.is_suspended()
-    finished = all(front_end.finished() for front_end in deployment.front_ends)
+    finished = all(frontend.finished() for frontend in deployment.frontends)
     assert finished == (mode != "keep" and not any(r.machine.requests.held for r in deployment.ranks.values()))
     assert not deployment.control("resume").superseded
     deployment.finish()
     if mode != "abort":
-        assert not any(aborted(front_end) for front_end in deployment.front_ends)
-        tokens = [sum(len(o.token_ids) for o in got) for f in deployment.front_ends for got in f.outputs.values()]
+        assert not any(aborted(frontend) for frontend in deployment.frontends)
+        tokens = [sum(len(o.token_ids) for o in got) for f in deployment.frontends for got in f.outputs.values()]
         assert set(tokens) == {12}
     if lockstep:
         deployment.rest()
@@ -192,21 +192,21 @@ def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, loc
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_request_that_comes_while_suspended(mode: ControlAction, lockstep: bool) -> None:
-    deployment = Suspendable(ranks=2, front_ends=2, lockstep=lockstep).ready()
+    deployment = Suspendable(ranks=2, frontends=2, lockstep=lockstep).ready()
     deployment.control(mode)
     deployment.world.run_for(1.0)
-    request = deployment.front_ends[1].submit()
+    request = deployment.frontends[1].submit()
     deployment.is_suspended()
-    assert deployment.front_ends[1].refused.get(request) == ("suspended" if mode == "abort" else None)
-    assert deployment.front_ends[1].outputs[request] == []
+    assert deployment.frontends[1].refused.get(request) == ("suspended" if mode == "abort" else None)
+    assert deployment.frontends[1].outputs[request] == []
     deployment.control("resume")
     deployment.finish(limit_s=1.0)
 
 
 def test_asking_twice_is_asking_once() -> None:
-    deployment = Suspendable(ranks=2, front_ends=2).ready()
+    deployment = Suspendable(ranks=2, frontends=2).ready()
     for action, number in (("keep", 1), ("resume", 2)):
-        numbers = [deployment.control(action, front_end).number for front_end in (0, 1, 0)]
+        numbers = [deployment.control(action, frontend).number for frontend in (0, 1, 0)]
         assert numbers == [number] * 3
 
 
@@ -221,8 +221,8 @@ def test_lost_broadcasts_are_made_up_for(lockstep: bool, times: int) -> None:
     for action in ("keep", "resume", "wait", "resume"):
         deployment.ranks[1].broadcasts.lose(Suspension, times)
         deployment.ranks[2].broadcasts.lose(StartDPWave, times)
-        deployment.front_ends[0].to_coordinator.lose(ControlRequest)
-        deployment.front_ends[0].broadcasts.lose(ControlAnswer)
+        deployment.frontends[0].to_coordinator.lose(ControlRequest)
+        deployment.frontends[0].broadcasts.lose(ControlAnswer)
         deployment.control(action)
         if action != "resume":
             deployment.is_suspended()
@@ -238,7 +238,7 @@ def test_lost_broadcasts_are_made_up_for(lockstep: bool, times: int) -> None:
 def test_the_coordinator_crashes_in_the_midst_of_it(
     lockstep: bool, mode: ControlAction, crash_after_s: float, down_s: float
 ) -> None:
-    deployment = Suspendable(ranks=3, front_ends=2, lockstep=lockstep).ready()
+    deployment = Suspendable(ranks=3, frontends=2, lockstep=lockstep).ready()
     deployment.load()
     deployment.world.run_for(0.015)
     for action in (mode, "resume"):
@@ -273,15 +273,15 @@ def perform(deployment: Suspendable, what: str, which: Any, value: Any) -> None:
         case "ask":
             deployment.calls[which].ask(value)
         case "submit":
-            deployment.front_ends[which].submit(max_tokens=3, rank=value)
+            deployment.frontends[which].submit(max_tokens=3, rank=value)
         case "run":
             deployment.world.run_for(which)
         case "lose at rank":
             deployment.ranks[which].broadcasts.lose(value)
         case "lose at front-end":
-            deployment.front_ends[which].broadcasts.lose(value)
+            deployment.frontends[which].broadcasts.lose(value)
         case "lose upwards":
-            deployment.front_ends[which].to_coordinator.lose(value)
+            deployment.frontends[which].to_coordinator.lose(value)
         case "crash":
             deployment.crash_coordinator()
             deployment.world.run_for(which)
@@ -291,7 +291,7 @@ def perform(deployment: Suspendable, what: str, which: Any, value: Any) -> None:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(lockstep=st.booleans(), schedule=st.lists(STEPS, min_size=1, max_size=14))
 def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, Any, Any]]) -> None:
-    deployment = Suspendable(ranks=3, front_ends=2, lockstep=lockstep).ready()
+    deployment = Suspendable(ranks=3, frontends=2, lockstep=lockstep).ready()
     for what, which, value in schedule:
         perform(deployment, what, which, value)
     deployment.run_until(deployment.served)
@@ -308,12 +308,12 @@ def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
     deployment.control("keep")
     deployment.ranks[1].kill()
     deployment.crash_coordinator()
-    deployment.ranks[0].to_coordinator.delay_s = deployment.front_ends[0].to_coordinator.delay_s = 0.01
+    deployment.ranks[0].to_coordinator.delay_s = deployment.frontends[0].to_coordinator.delay_s = 0.01
     deployment.start_coordinator()
     deployment.start_rank(1)
     for _ in range(20):
         deployment.world.run_for(0.002)
-        deployment.front_ends[0].submit()
+        deployment.frontends[0].submit()
     deployment.is_suspended()
 
 
@@ -330,6 +330,6 @@ def test_a_new_life_of_a_rank_holds_the_suspension_and_serves_after_it(mode: Con
     deployment.is_suspended()
     assert not deployment.control("resume").superseded
     deployment.finish()
-    request = deployment.front_ends[0].submit(rank=1)
+    request = deployment.frontends[0].submit(rank=1)
     deployment.finish()
-    assert deployment.front_ends[0].outputs[request]
+    assert deployment.frontends[0].outputs[request]

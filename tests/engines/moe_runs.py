@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from paceline.core.rank.events import StepOutput
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings, StepResult
-from paceline.engines.group import GenerationEnded, RankGroup, Reduction
+from paceline.engines.group import EpochEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
 from paceline.net.collective import SocketGroup
 from paceline.net.group import GroupListener, form_group, group_path
@@ -72,13 +72,13 @@ class Deployment:
         self._listeners = [GroupListener(group_path(folder, rank)) for rank in range(dp_size)]
         self._pool = ThreadPoolExecutor(dp_size)
 
-    def form(self, generation: int, members: Sequence[int]) -> None:
+    def form(self, epoch: int, members: Sequence[int]) -> None:
         """Form a generation of these, and have their engines join it."""
         self._close_groups()
         addresses = {rank: self._listeners[rank].address for rank in members}
 
         def form(rank: int) -> SocketGroup:
-            return form_group(self._listeners[rank], generation, rank, addresses, timeout_s=20.0)
+            return form_group(self._listeners[rank], epoch, rank, addresses, timeout_s=20.0)
 
         futures = [self._pool.submit(form, rank) for rank in members]
         self.groups = dict(zip(members, [future.result(30) for future in futures], strict=True))
@@ -109,7 +109,7 @@ class Deployment:
                 self.steps[rank] += 1
                 if not any(group.all_reduce([engine.has_work() or bool(self.arrivals[rank])], "max")):
                     return
-        except GenerationEnded:
+        except EpochEnded:
             return
 
     def take(self, result: StepResult) -> None:
@@ -136,7 +136,7 @@ class Leaving(RankGroup):
     """A member that leaves at its `at`-th all-to-all, counted from 0."""
 
     def __init__(self, group: RankGroup, at: int) -> None:
-        super().__init__(group.generation, group.rank, group.members)
+        super().__init__(group.epoch, group.rank, group.members)
         self._group = group
         self._left = at
 

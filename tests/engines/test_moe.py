@@ -189,7 +189,7 @@ def test_lockstep_engine_checks_its_settings_before_anything_starts() -> None:
 
 
 @pytest.mark.slow
-def test_front_end_does_without_numpy() -> None:
+def test_frontend_does_without_numpy() -> None:
     program = (
         "import sys; from paceline.engines.base import EngineSettings; from paceline.engines.moe import MoeEngine; "
         "MoeEngine.tokenizer(EngineSettings()).encode('a'); sys.exit('numpy' in sys.modules)"

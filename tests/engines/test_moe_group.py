@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from paceline.engines.base import EngineError
-from paceline.engines.group import GenerationEnded
+from paceline.engines.group import EpochEnded
 from tests.engines.moe_runs import Answers, Deployment, Leaving, make_engine, many_requests, request, run_alone
 
 REQUESTS = many_requests(64)
@@ -112,7 +112,7 @@ def test_without_dummy_steps_it_blocks(deploy: Deploys) -> None:
     with pytest.raises(TimeoutError):
         futures[0].result(BLOCKED_S)
     deployment.groups[1].leave()
-    with pytest.raises(GenerationEnded):
+    with pytest.raises(EpochEnded):
         futures[0].result(30)
 
 
@@ -126,7 +126,7 @@ def test_every_layer_has_two_all_to_alls(deploy: Deploys) -> None:
     deployment.take(deployment.engines[0].step())
     futures[1].result(30)
     assert len(deployment.answers[0]) == 1
-    with pytest.raises(GenerationEnded):
+    with pytest.raises(EpochEnded):
         deployment.engines[1].dummy_step()
 
 
@@ -169,7 +169,7 @@ def test_broken_step_leaves_no_trace(deploy: Deploys) -> None:
     engine.add(request(1, [999]))
     deployment.groups[1].leave()
     for _ in range(3):
-        with pytest.raises(GenerationEnded):
+        with pytest.raises(EpochEnded):
             engine.step()
         assert (engine.load().kv_used, engine.load().prefill_tokens) == (0, 33)
         assert engine.has_work()

@@ -10,7 +10,7 @@ import pytest
 
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
-from paceline.engines.group import GenerationEnded
+from paceline.engines.group import EpochEnded
 from paceline.engines.timed import CostModel, TimedLockstepEngine
 from paceline.net.group import group_path
 from tests.net.groups import Threads
@@ -76,7 +76,7 @@ def test_a_step_that_its_generation_did_not_live_to_see_is_made_anew(two: Thread
     with pytest.raises(TimeoutError):
         waiting.result(BLOCKED_S)
     two.groups[1].leave()
-    with pytest.raises(GenerationEnded):
+    with pytest.raises(EpochEnded):
         waiting.result(30)
     assert engines[0].load().prefill_tokens == before
     for group in two.groups:

@@ -8,20 +8,20 @@ import random
 from typing import Any
 
 from paceline.core import codec
-from paceline.core.coordinator.events import Event, Note, RankGone, RankSubscribed, Tick, ToFrontEnds, ToRanks
+from paceline.core.coordinator.events import Event, Note, RankGone, RankSubscribed, Tick, ToFrontends, ToRanks
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, FrontEndHello, LoadView, Members, RankHello, RankReport, SendNotice
-from paceline.net.coordinator import FrontEndInbox, RankInbox
-from paceline.net.links import Garbage
+from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Members, RankHello, RankReport, SendNotice
+from paceline.net.coordinator import FrontendInbox, RankInbox
+from paceline.net.links import BadFrames
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Frames, Target, said_well
 
 RANKS = 4
 LIVES = [2**40 + rank for rank in range(RANKS)]
-FRONT_ENDS = [2**41 + index for index in range(2)]
+FRONTENDS = [2**41 + index for index in range(2)]
 REAL_RANKS = [{"rank": rank, "incarnation": life} for rank, life in enumerate(LIVES)]
-REAL_FRONT_ENDS = [{"front_end": front_end} for front_end in FRONT_ENDS]
+REAL_FRONTENDS = [{"frontend": frontend} for frontend in FRONTENDS]
 logger = logging.getLogger("fuzz")
 logger.setLevel(logging.CRITICAL)
 
@@ -34,21 +34,21 @@ class CoordinatorTarget(Target):
     def __init__(self, draw: random.Random) -> None:
         super().__init__(draw)
         self._identities = itertools.count(1)
-        self._to_ranks, self._to_front_ends = codec.to_rank(), codec.to_front_end()
+        self._to_ranks, self._to_frontends = codec.to_rank(), codec.to_frontend()
 
     def begin(self) -> None:
         lockstep = self.draw.random() < 0.5
         self.machine = Coordinator(RANKS, next(self._identities), 0.1, lockstep=lockstep)
         self.said: list[Any] = []
         self.front, self.back = Frames(), Frames()
-        self._front_inbox = FrontEndInbox(self.front, Garbage(logger, "front"), self.handle)  # type: ignore[arg-type]
-        self._inbox = RankInbox(self.back, Garbage(logger, "back"), self.handle, every_report=lockstep)  # type: ignore[arg-type]
+        self._front_inbox = FrontendInbox(self.front, BadFrames(logger, "front"), self.handle)  # type: ignore[arg-type]
+        self._inbox = RankInbox(self.back, BadFrames(logger, "back"), self.handle, every_report=lockstep)  # type: ignore[arg-type]
         for rank, life in enumerate(LIVES):
             self.handle(RankSubscribed(rank, life))
             self.hello(rank)
-        for front_end in FRONT_ENDS:
-            self.front.arrive(b"\x01" + codec.front_end_topic(front_end))
-            self.front.arrive(codec.encode(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True)))
+        for frontend in FRONTENDS:
+            self.front.arrive(b"\x01" + codec.frontend_topic(frontend))
+            self.front.arrive(codec.encode(FrontendHello(PROTOCOL_VERSION, frontend, brokered=True)))
         self.read()
 
     def hello(self, rank: int) -> None:
@@ -65,8 +65,8 @@ class CoordinatorTarget(Target):
                 case ToRanks(message):
                     said_well(message, self._to_ranks)
                     self.said.append(message)
-                case ToFrontEnds(message):
-                    said_well(message, self._to_front_ends)
+                case ToFrontends(message):
+                    said_well(message, self._to_frontends)
                     self.said.append(message)
                 case Note(text):
                     assert "\n" not in text
@@ -92,8 +92,8 @@ class StrangersTarget(CoordinatorTarget):
         self.said.clear()
         for rank, life in enumerate(LIVES):
             load = Load(waiting=rank + 1, slots=8)
-            self.back.arrive(codec.encode(RankReport(rank, life, 2**40, 0, False, load, {FRONT_ENDS[0]: 7})))
-        self.front.arrive(codec.encode(SendNotice(FRONT_ENDS[0], [], 7)))
+            self.back.arrive(codec.encode(RankReport(rank, life, 2**40, 0, False, load, {FRONTENDS[0]: 7})))
+        self.front.arrive(codec.encode(SendNotice(FRONTENDS[0], [], 7)))
         self._front_inbox.read()
         self._inbox.read(float("inf"))
         for _ in range(3):
@@ -104,7 +104,7 @@ class StrangersTarget(CoordinatorTarget):
         assert [(member.rank, member.incarnation) for member in members.members] == list(enumerate(LIVES))
         assert view.ranks is not None
         assert [entry.load.waiting for entry in view.ranks] == [1, 2, 3, 4]
-        assert view.heard[FRONT_ENDS[0]] == 7
+        assert view.heard[FRONTENDS[0]] == 7
         assert (view.wave, view.suspension.number) == (0, 0)
 
 
@@ -128,26 +128,26 @@ class FromRanks(CoordinatorTarget):
     name = "coordinator-ranks"
     corpus = "rank-to-coordinator"
     kinds = classes_of("rank → coordinator")
-    known = (0, 1, 2, 3, *LIVES, *FRONT_ENDS)
+    known = (0, 1, 2, 3, *LIVES, *FRONTENDS)
     parties = REAL_RANKS
     feed = FromStrangeRanks.feed
 
 
-class FromFrontEnds(CoordinatorTarget):
+class FromFrontends(CoordinatorTarget):
     """What is sent to the front-ends' socket, subscriptions among it. Who is present may ask for 65,536 ranks."""
 
     largest = 300_000
     name = "coordinator-front-ends"
     corpus = "front-end-to-coordinator"
     kinds = classes_of("front-end → coordinator")
-    known = (0, 1, 2, 3, *LIVES, *FRONT_ENDS, 103)
-    parties = [*REAL_FRONT_ENDS, *({**one, **REAL_RANKS[0]} for one in REAL_FRONT_ENDS)]
+    known = (0, 1, 2, 3, *LIVES, *FRONTENDS, 103)
+    parties = [*REAL_FRONTENDS, *({**one, **REAL_RANKS[0]} for one in REAL_FRONTENDS)]
 
     def feed(self, frame: bytes) -> None:
         draw = self.draw.random()
         if draw < 0.02:
-            front_end = self.draw.choice((*FRONT_ENDS, 103, 2**62))
-            frame = self.draw.choice((b"\x00", b"\x01")) + codec.front_end_topic(front_end)
+            frontend = self.draw.choice((*FRONTENDS, 103, 2**62))
+            frame = self.draw.choice((b"\x00", b"\x01")) + codec.frontend_topic(frontend)
         self.front.arrive(frame, *([b"more"] if draw > 0.97 else []))
         self.read()
 
@@ -164,7 +164,7 @@ class RankSubscriptions(StrangersTarget):
 
     def feed(self, frame: bytes) -> None:
         life = codec.read_rank_topic(frame)
-        codec.read_front_end_topic(frame)
+        codec.read_frontend_topic(frame)
         if life is None or life[1] in LIVES:
             self.handle(RankSubscribed())
         else:

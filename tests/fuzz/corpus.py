@@ -74,9 +74,9 @@ class Recorder:
         try:
             for lockstep in (True, False):
                 deployment = Deployment(
-                    ranks=2, front_ends=2, lockstep=lockstep, brokered=not lockstep, slots=1
+                    ranks=2, frontends=2, lockstep=lockstep, late_binding=not lockstep, slots=1
                 ).ready()
-                first, second = deployment.front_ends
+                first, second = deployment.frontends
                 for number in range(6):
                     (first, second)[number % 2].submit(tokens=5, max_tokens=4)
                 first.abandon(1)
@@ -124,7 +124,7 @@ def others() -> dict[str, dict[str, bytes]]:
     chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "stream_options": {"include_usage": True}}
     return {
         "subscriptions": {
-            "rank": codec.rank_topic(2, 13), "front-end": codec.front_end_topic(101), "all": b"",
+            "rank": codec.rank_topic(2, 13), "front-end": codec.frontend_topic(101), "all": b"",
             "stranger": codec.rank_topic(1, 2**62),
         },
         "collective": {

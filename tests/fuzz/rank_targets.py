@@ -14,19 +14,19 @@ from paceline.core.rank.events import (
     CoordinatorSaid,
     Drop,
     DummyStep,
+    EpochEnded,
     Event,
     Formed,
     FormGroup,
-    FrontEndGone,
-    FrontEndSaid,
-    GenerationEnded,
+    FrontendGone,
+    FrontendSaid,
     Loaded,
     Phase,
     Step,
     Stepped,
     Take,
     ToCoordinator,
-    ToFrontEnd,
+    ToFrontend,
     Turn,
 )
 from paceline.core.rank.machine import Rank
@@ -37,7 +37,7 @@ from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well
 
 RANK, LIFE = 2, 2**40 + 2
-FRONT_ENDS = [2**41, 2**41 + 1]
+FRONTENDS = [2**41, 2**41 + 1]
 
 
 class RankTarget(Target):
@@ -65,8 +65,8 @@ class RankTarget(Target):
             match effect:
                 case ToCoordinator(message):
                     said_well(message, self._from_rank)
-                case ToFrontEnd(front_end, outputs):
-                    front_end.to_bytes(8, "little")
+                case ToFrontend(frontend, outputs):
+                    frontend.to_bytes(8, "little")
                     said_well(outputs, self._outputs)
                 case Take(key, request):
                     self.engine.add(key, request)
@@ -79,7 +79,7 @@ class RankTarget(Target):
                 case Agree():
                     self.agree(effect)
                 case FormGroup(generation):
-                    self.handle(GenerationEnded() if self.draw.random() < 0.3 else Formed(generation))
+                    self.handle(EpochEnded() if self.draw.random() < 0.3 else Formed(generation))
                 case Again():
                     self.turn()
 
@@ -137,11 +137,11 @@ class Requests(RankTarget):
             message = self._decode(frame)
         except codec.BadMessage:
             return
-        front_end = draw.choice((*FRONT_ENDS, draw.getrandbits(63)))
-        self.handle(FrontEndSaid(front_end, message))
+        frontend = draw.choice((*FRONTENDS, draw.getrandbits(63)))
+        self.handle(FrontendSaid(frontend, message))
         self.turn()
-        if front_end not in FRONT_ENDS or draw.random() < 0.01:
-            self.handle(FrontEndGone(front_end))
+        if frontend not in FRONTENDS or draw.random() < 0.01:
+            self.handle(FrontendGone(frontend))
 
 
 class Agreements(RankTarget):
@@ -161,7 +161,7 @@ class Agreements(RankTarget):
         if not self.engine.requests and not self.machine.requests.held:
             self._sent += 1
             request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
-            self.handle(FrontEndSaid(FRONT_ENDS[0], request))
+            self.handle(FrontendSaid(FRONTENDS[0], request))
         for _ in range(4):
             self.turn()
 
@@ -174,6 +174,6 @@ class Agreements(RankTarget):
                 [max(a, b) if how == "max" else a + b for a, b, how in zip(mine, theirs, REDUCTIONS, strict=True)]
             )
         except ValueError:
-            self.handle(GenerationEnded())
+            self.handle(EpochEnded())
             return
         self.handle(agreed)

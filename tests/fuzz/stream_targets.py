@@ -13,14 +13,14 @@ import numpy as np
 from paceline.core import codec
 from paceline.core.requests import AddRequest
 from paceline.engines.base import EngineSettings
-from paceline.engines.group import GenerationEnded
+from paceline.engines.group import EpochEnded
 from paceline.engines.timed import TimedEngine
 from paceline.net.collective import SocketGroup
 from paceline.net.node import Here, answer_to, read_answer, read_question
 from paceline.server.errors import ApiError
 from paceline.server.generation import Generation, Models
 from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest
-from paceline.vllm.coordinator import Keeper
+from paceline.vllm.watchdog import Watchdog
 from tests.fuzz.target import Target, said_well
 
 NOTHING: Any = np.zeros(3, np.float32)
@@ -48,7 +48,7 @@ class Collectives(Target):
                     group.all_reduce([1, 2, 3], self.draw.choice(("max", "sum", "and")))
                 else:
                     group.all_to_all([NOTHING, NOTHING])
-            except GenerationEnded:
+            except EpochEnded:
                 self.ended += 1
             finally:
                 group.close()
@@ -91,7 +91,7 @@ class KeeperStatus(Target):
     corpus = "keeper"
 
     def begin(self) -> None:
-        self._keeper = Keeper({"program": "none"}, None)
+        self._keeper = Watchdog({"program": "none"}, None)
 
     def check(self) -> None:
         self._keeper._wakeup.close()

@@ -39,14 +39,14 @@ def test_the_coordinator_under_vllm_goes_on() -> None:
     assert len(rows) == 4
 
 
-def test_connections_that_break_after_an_answer_cost_a_front_end_nothing() -> None:
+def test_connections_that_break_after_an_answer_cost_a_frontend_nothing() -> None:
     with deployment("--engine", "timed", "-dp", "1") as running:
         host, _, port = running.url.removeprefix("http://").rpartition(":")
-        front_end = running.pid_of("front-end 0")
+        frontend = running.pid_of("front-end 0")
         break_connections(host, int(port), WARM_UP)
-        before = rss_mb(front_end)
+        before = rss_mb(frontend)
         break_connections(host, int(port), BROKEN)
-        assert rss_mb(front_end) < before + MOST_FOR_BROKEN_MB
+        assert rss_mb(frontend) < before + MOST_FOR_BROKEN_MB
 
 
 @pytest.mark.timeout(60)

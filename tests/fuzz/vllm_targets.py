@@ -11,8 +11,8 @@ from paceline.vllm import codec as vllm_codec
 from paceline.vllm.codec import Notice, RankMessage, VllmDialect
 from paceline.vllm.translation import (
     Event,
-    FrontEndSaid,
-    FrontEndSubscribed,
+    FrontendSaid,
+    FrontendSubscribed,
     Memory,
     RankSaid,
     RanksReported,
@@ -59,7 +59,7 @@ class VllmTarget(Target):
     def live(self) -> None:
         """Front-ends come, ranks connect anew, time passes."""
         if self.draw.random() < 0.01:
-            self.handle(FrontEndSubscribed())
+            self.handle(FrontendSubscribed())
             self.handle(RankUnsubscribed())
             self.handle(RankSubscribed())
         self.pass_time()
@@ -87,7 +87,7 @@ class VllmRanks(VllmTarget):
         self.live()
 
 
-class VllmFrontEnds(VllmTarget):
+class VllmFrontends(VllmTarget):
     """What its front-ends send."""
 
     name = "vllm-front-ends"
@@ -95,10 +95,10 @@ class VllmFrontEnds(VllmTarget):
 
     def feed(self, frame: bytes) -> None:
         try:
-            message = vllm_codec.read_front_end(frame)
+            message = vllm_codec.read_frontend(frame)
         except BadMessage:
             return
         if isinstance(message, Notice):
             self.translation.wake_at_once(message)
-        self.handle(FrontEndSaid(message))
+        self.handle(FrontendSaid(message))
         self.live()

@@ -20,12 +20,10 @@ class Threads:
         self.groups: list[RankGroup] = []
         self.form(1)
 
-    def form(self, generation: int) -> None:
+    def form(self, epoch: int) -> None:
         """Form a new generation of all."""
         addresses = {rank: listener.address for rank, listener in enumerate(self.listeners)}
-        self.groups = self.each(
-            lambda rank: form_group(self.listeners[rank], generation, rank, addresses, self.timeout_s)
-        )
+        self.groups = self.each(lambda rank: form_group(self.listeners[rank], epoch, rank, addresses, self.timeout_s))
 
     def each(self, call: Callable[[int], Any]) -> list[Any]:
         """What `call(rank)` returns at each, all at a time."""

@@ -13,13 +13,13 @@ import zmq
 from paceline.core import codec
 from paceline.core.load import Load
 from paceline.core.messages import RankReport, WaveComplete
-from paceline.core.rank.events import FrontEndGone, FrontEndSaid
+from paceline.core.rank.events import FrontendGone, FrontendSaid
 from paceline.core.requests import AbortRequests, Output, Outputs
-from paceline.net.rank import OUTPUTS_QUEUED, Carrier
+from paceline.net.rank import OUTPUTS_QUEUED, RankTransport
 from paceline.net.sockets import SEND_QUEUE_MESSAGES
 from tests.net.peers import context
 
-RANK, LIFE, FRONT_END = 0, 7, 9
+RANK, LIFE, FRONTEND = 0, 7, 9
 STEPS = 4 * OUTPUTS_QUEUED
 REPORTS = 2 * SEND_QUEUE_MESSAGES
 TEXT = "x" * 2000
@@ -33,30 +33,30 @@ class Front:
         self.reports = zmq_context.socket(zmq.PULL)
         self.reports.rcvhwm = 1
         self.reports.bind(f"ipc://{folder}/o")
-        self.carrier = Carrier(RANK, LIFE, f"ipc://{folder}/r", f"ipc://{folder}/b", f"ipc://{folder}/o")
-        self.carrier.start()
+        self.transport = RankTransport(RANK, LIFE, f"ipc://{folder}/r", f"ipc://{folder}/b", f"ipc://{folder}/o")
+        self.transport.start()
         self.socket = zmq_context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, FRONT_END.to_bytes(8, "little"))
+        self.socket.setsockopt(zmq.ROUTING_ID, FRONTEND.to_bytes(8, "little"))
         self.socket.rcvhwm = 1
-        self.socket.connect(self.carrier.address)
+        self.socket.connect(self.transport.address)
         self.socket.send(codec.encode(AbortRequests([1])))
-        assert self.next_event() == FrontEndSaid(FRONT_END, AbortRequests([1]))
+        assert self.next_event() == FrontendSaid(FRONTEND, AbortRequests([1]))
 
     def next_event(self) -> object:
-        return self.carrier.inbox.get(timeout=10.0)
+        return self.transport.inbox.get(timeout=10.0)
 
     def steps(self, count: int) -> None:
         """Outputs of two requests in each step."""
         for step in range(count):
             outputs = [Output(request, [step], TEXT) for request in (1, 2)]
-            self.carrier.send_front_end(FRONT_END, Outputs(RANK, LIFE, outputs))
+            self.transport.send_frontend(FRONTEND, Outputs(RANK, LIFE, outputs))
 
     def backlog(self) -> int:
         """Messages that wait, once all has been sent or put there."""
         until = time.monotonic() + 10.0
-        while self.carrier._outbox:
+        while self.transport._outbox:
             assert time.monotonic() < until
-        return sum(len(backlog) for backlog in self.carrier._backlogs.values())
+        return sum(len(backlog) for backlog in self.transport._backlogs.values())
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def front(tmp_path: Path) -> Iterator[Front]:
     with context() as zmq_context:
         front = Front(tmp_path, zmq_context)
         yield front
-        front.carrier.close()
+        front.transport.close()
 
 
 def test_who_does_not_read_gets_all_of_it_later(front: Front) -> None:
@@ -82,14 +82,14 @@ def test_who_does_not_read_gets_all_of_it_later(front: Front) -> None:
     assert [len(decode(front.socket.recv()).outputs) for _ in range(3)] == [2, 2, 2]
     assert front.backlog() == 0
     with pytest.raises(queue.Empty):
-        front.carrier.inbox.get_nowait()
+        front.transport.inbox.get_nowait()
 
 
 def test_a_coordinator_that_does_not_read_gets_the_last_word_later(front: Front) -> None:
     pull = front.reports
     for step in range(REPORTS):
-        front.carrier.send_coordinator(RankReport(RANK, LIFE, step, 0, False, Load()))
-        front.carrier.send_coordinator(WaveComplete(RANK, LIFE, step))
+        front.transport.send_coordinator(RankReport(RANK, LIFE, step, 0, False, Load()))
+        front.transport.send_coordinator(WaveComplete(RANK, LIFE, step))
     front.backlog()
     decode, got = codec.from_rank().decode, 0
     last: dict[type, object] = {}
@@ -106,7 +106,7 @@ def test_who_dies_without_having_read_is_gone(front: Front) -> None:
     front.steps(STEPS)
     assert front.backlog() > 0
     front.socket.close(linger=0)
-    assert front.next_event() == FrontEndGone(FRONT_END)
+    assert front.next_event() == FrontendGone(FRONTEND)
     until = time.monotonic() + 10.0
     while front.backlog():
         assert time.monotonic() < until

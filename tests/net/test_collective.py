@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from paceline.engines.group import GenerationEnded
+from paceline.engines.group import EpochEnded
 from paceline.errors import StartupError
 from paceline.net.group import GREETING, MAGIC, GroupListener, form_group, group_path
 from paceline.process.spawn import spawn
@@ -50,7 +50,7 @@ def test_integers_that_are_too_large_to_be_summed_end_the_generation(tmp_path: P
     pair = Threads([group_path(tmp_path, rank) for rank in range(2)])
     try:
         for future in pair.start(lambda rank: pair.groups[rank].all_reduce([2**63 - 1], "sum")):
-            assert isinstance(future.exception(10), GenerationEnded)
+            assert isinstance(future.exception(10), EpochEnded)
     finally:
         pair.close()
 
@@ -136,7 +136,7 @@ def test_leave_ends_it_for_all_wherever_they_wait(four: Threads) -> None:
     begin = time.monotonic()
     four.groups[1].leave()
     for rank in (0, 2, 3):
-        with pytest.raises(GenerationEnded):
+        with pytest.raises(EpochEnded):
             waiting[rank].result(10)
     assert time.monotonic() - begin < 1.0
 
@@ -145,17 +145,17 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
     blocked = four.pool.submit(four.groups[0].all_reduce, [1], "sum")
     four.groups[0].leave()
     four.groups[0].leave()
-    with pytest.raises(GenerationEnded, match="generation 1"):
+    with pytest.raises(EpochEnded, match="generation 1"):
         blocked.result(10)
-    with pytest.raises(GenerationEnded):
+    with pytest.raises(EpochEnded):
         four.groups[0].barrier()
 
 
 def test_next_generation_of_the_same_ranks(four: Threads) -> None:
-    for generation in (2, 3, 4):
+    for epoch in (2, 3, 4):
         for group in four.groups:
             group.close()
-        four.form(generation)
+        four.form(epoch)
         assert four.each(lambda rank: four.groups[rank].all_reduce([rank], "sum")) == [[6]] * 4
 
 
@@ -167,7 +167,7 @@ def test_members_that_disagree_on_the_collective_are_told(four: Threads) -> None
             four.groups[rank].barrier()
 
     for future in four.start(run):
-        with pytest.raises(GenerationEnded):
+        with pytest.raises(EpochEnded):
             future.result(10)
 
 
@@ -234,7 +234,7 @@ def member(rank: int, addresses: dict[int, str], held: int | None, status: Conne
         while True:
             group.all_reduce([1, 2], "max")
             group.all_to_all([np.ones(1000)] * len(addresses))
-    except GenerationEnded as error:
+    except EpochEnded as error:
         status.send((time.monotonic(), str(error)))
 
 

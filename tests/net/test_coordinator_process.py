@@ -197,18 +197,18 @@ def throw_garbage_at(coordinator: DPCoordinator) -> None:
     front_publish = coordinator.get_stats_publish_address()
     with context() as zmq_context:
         pushing, rank = zmq_context.socket(zmq.PUSH), zmq_context.socket(zmq.XSUB)
-        front_end = zmq_context.socket(zmq.XSUB)
+        frontend = zmq_context.socket(zmq.XSUB)
         pushing.connect(back_output)
         rank.connect(back_publish)
-        front_end.connect(front_publish)
-        for endpoint in (pushing, rank, front_end):
+        frontend.connect(front_publish)
+        for endpoint in (pushing, rank, frontend):
             send_garbage(endpoint)
         for address in (back_publish, back_output, front_publish):
             shout_at(address)
         rank.send(b"\x01")
-        front_end.send(b"\x01")
-        front_end.send(b"\x01" + codec.front_end_topic(9))
-        decode_rank, decode_front_end = codec.to_rank().decode, codec.to_front_end().decode
+        frontend.send(b"\x01")
+        frontend.send(b"\x01" + codec.frontend_topic(9))
+        decode_rank, decode_frontend = codec.to_rank().decode, codec.to_frontend().decode
         assert isinstance(decode_rank(receive(rank)[0]), Identify)
         pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, 0, 7, "ipc:///rank", False)))
         while not isinstance(message := decode_rank(receive(rank)[0]), Admit):
@@ -217,23 +217,23 @@ def throw_garbage_at(coordinator: DPCoordinator) -> None:
         pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, 0, 7, "ipc:///rank", True)))
         members: object = None
         while not (isinstance(members, Members) and members.members):
-            members = decode_front_end(receive(front_end)[0])
+            members = decode_frontend(receive(frontend)[0])
         assert members.missing == [1]
-        front_end.send(codec.encode(WakeNotice(9, 0, 0)))
+        frontend.send(codec.encode(WakeNotice(9, 0, 0)))
         while not isinstance(wake := decode_rank(receive(rank)[0]), StartDPWave):
             pass
         assert wake.wave == 0
-        assert isinstance(decode_front_end(receive(front_end)[0]), LoadView | Members)
+        assert isinstance(decode_frontend(receive(frontend)[0]), LoadView | Members)
 
 
 def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> None:
     _, back_output = coordinator.get_engine_socket_addresses()
     with context() as zmq_context:
         large, small = zmq_context.socket(zmq.PUSH), zmq_context.socket(zmq.PUSH)
-        front_end = zmq_context.socket(zmq.XSUB)
-        front_end.connect(coordinator.get_stats_publish_address())
-        front_end.send(b"\x01")
-        front_end.send(b"\x01" + codec.front_end_topic(9))
+        frontend = zmq_context.socket(zmq.XSUB)
+        frontend.connect(coordinator.get_stats_publish_address())
+        frontend.send(b"\x01")
+        frontend.send(b"\x01" + codec.frontend_topic(9))
         before_mb = resident_mb(coordinator.proc.pid or 0)
         large.connect(back_output)
         small.connect(back_output)
@@ -241,5 +241,5 @@ def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> Non
         small.send(codec.encode(RankHello(PROTOCOL_VERSION, 1, 7, "ipc:///rank", True)))
         message: object = None
         while not (isinstance(message, Members) and message.members):
-            message = codec.to_front_end().decode(receive(front_end)[0])
+            message = codec.to_frontend().decode(receive(frontend)[0])
         assert resident_mb(coordinator.proc.pid or 0) < before_mb + 16

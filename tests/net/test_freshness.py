@@ -28,7 +28,7 @@ class Subscriber:
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._decode = codec.to_front_end().decode
+        self._decode = codec.to_frontend().decode
 
     def view(self) -> LoadView:
         """The next view."""

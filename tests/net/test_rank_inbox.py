@@ -14,7 +14,7 @@ from paceline.core.coordinator.events import Event, RankSaid, RanksReported
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, FromRank, NodeHello, RankFailed, RankReport, Scaling, StartWave
 from paceline.net.coordinator import HANDLED_AT_ONCE, LEAST_KEPT, RankInbox, reports_kept
-from paceline.net.links import Garbage
+from paceline.net.links import BadFrames
 from paceline.net.sockets import open_socket
 
 DEADLINE_S = 10.0
@@ -27,14 +27,14 @@ class Pair:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox_socket = open_socket(self.context, zmq.PULL, max_bytes=1 << 20, bind="inproc://inbox")
         self.rank = open_socket(self.context, zmq.PUSH, max_bytes=1 << 20, connect="inproc://inbox")
-        self.garbage = Garbage(logging.getLogger("test"), "the ranks' socket")
+        self.bad_frames = BadFrames(logging.getLogger("test"), "the ranks' socket")
         self.events: list[Event] = []
-        self.inbox = RankInbox(self.inbox_socket, self.garbage, self.events.append, every_report=every_report)
+        self.inbox = RankInbox(self.inbox_socket, self.bad_frames, self.events.append, every_report=every_report)
 
     def read(self, messages: int) -> list[FromRank]:
         """Read until so many messages were handled or found to be garbage; returns the handled ones in order."""
         until = time.monotonic() + DEADLINE_S
-        while len(self.handled()) + self.garbage.counts.total() < messages:
+        while len(self.handled()) + self.bad_frames.counts.total() < messages:
             assert time.monotonic() < until, f"{len(self.handled())} of {messages} came"
             self.inbox.read(time.monotonic() + 1.0)
         return self.handled()
@@ -97,7 +97,7 @@ def test_garbage_between_reports_is_counted_and_loses_nothing(pair: Pair) -> Non
     pair.rank.send(b"\xff nonsense")
     pair.rank.send(codec.encode(good[1]))
     assert pair.read(5) == good
-    assert pair.garbage.counts == {"frames": 1, "malformed": 2}
+    assert pair.bad_frames.counts == {"frames": 1, "malformed": 2}
 
 
 def test_what_waits_unread_is_bounded_over_all_ranks() -> None:
@@ -112,7 +112,7 @@ def test_a_node_is_heard_only_while_it_is_present(pair: Pair) -> None:
     for message in (hello, failed):
         pair.rank.send(codec.encode(message))
     assert pair.read(2) == []
-    assert pair.garbage.counts == {"no-presence": 2}
+    assert pair.bad_frames.counts == {"no-presence": 2}
     pair.inbox.nodes.add(7)
     pair.rank.send(codec.encode(hello))
     assert pair.read(3) == [hello]

@@ -19,7 +19,7 @@ from paceline.core.rank.machine import Rank
 from paceline.core.requests import AbortRequests, AddRequest, Outputs, SamplingParams
 from paceline.engines.base import EngineSettings
 from paceline.engines.timed import CostModel, TimedEngine, word
-from paceline.net.rank import Carrier, EngineRank, RankSettings, run_rank
+from paceline.net.rank import EngineRank, RankSettings, RankTransport, run_rank
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Failed, Progressed, Ready
 from tests.net.peers import Context, context, receive, send_garbage, shout_at
@@ -27,7 +27,7 @@ from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow
 
-FRONT_END = 77
+FRONTEND = 77
 
 
 class World:
@@ -36,8 +36,8 @@ class World:
     def __init__(self, zmq_context: Context, folder: Path) -> None:
         self.broadcasts = zmq_context.socket(zmq.XPUB)
         self.inbox = zmq_context.socket(zmq.PULL)
-        self.front_end = zmq_context.socket(zmq.DEALER)
-        self.front_end.setsockopt(zmq.ROUTING_ID, FRONT_END.to_bytes(8, "little"))
+        self.frontend = zmq_context.socket(zmq.DEALER)
+        self.frontend.setsockopt(zmq.ROUTING_ID, FRONTEND.to_bytes(8, "little"))
         self.coordinator_input = f"ipc://{folder}/back-publish"
         self.coordinator_output = f"ipc://{folder}/back-output"
         self.bind = f"ipc://{folder}/rank"
@@ -49,7 +49,7 @@ class World:
         # As the coordinator does, at every hello: what is sent before the rank has subscribed is lost.
         while not (hello := self.until(RankHello)).ready:
             self.broadcasts.send(codec.encode(Admit(hello.rank, hello.incarnation, 0)))
-        self.front_end.connect(hello.address)
+        self.frontend.connect(hello.address)
         return hello
 
     def until(self, kind: type[Any]) -> Any:
@@ -62,11 +62,11 @@ class World:
     def add(self, hello: RankHello, request: int, number: int, tokens: int, prompt: int = 4) -> None:
         """Send a request."""
         add = AddRequest(request, number, hello.incarnation, 0, [1] * prompt, SamplingParams(max_tokens=tokens))
-        self.front_end.send(codec.encode(add))
+        self.frontend.send(codec.encode(add))
 
     def outputs(self) -> Outputs:
         """The next message from the rank to the front-end."""
-        return codec.outputs().decode(receive(self.front_end)[0])
+        return codec.outputs().decode(receive(self.frontend)[0])
 
     def text(self, request: int) -> str:
         """Read until the request has finished; its text."""
@@ -113,7 +113,7 @@ def test_serves_requests_in_order(world: World, rank: Any) -> None:
     assert world.text(1) == "".join(word(index) for index in range(20))
 
 
-def test_one_message_a_step_for_all_of_a_front_end(world: World, rank: Any) -> None:
+def test_one_message_a_step_for_all_of_a_frontend(world: World, rank: Any) -> None:
     hello = world.admit()
     for request in (1, 2, 3):
         world.add(hello, request, request, 50)
@@ -129,9 +129,9 @@ def test_reports_load_before_and_after_steps(world: World, rank: Any) -> None:
     while not (reports and reports[-1].load.finished == 6):
         reports.append(world.until(RankReport))
     assert any(report.load.waiting and report.load.running for report in reports)
-    assert all(report.taken.get(FRONT_END, 0) <= 6 for report in reports)
+    assert all(report.taken.get(FRONTEND, 0) <= 6 for report in reports)
     last = reports[-1]
-    assert last.taken == {FRONT_END: 6}
+    assert last.taken == {FRONTEND: 6}
     assert (last.load.waiting, last.load.running, last.load.prefill_tokens, last.load.kv_used) == (0, 0, 0, 0)
     assert last.load.decode_rate > 0
     assert [report.step for report in reports] == sorted(report.step for report in reports)
@@ -143,7 +143,7 @@ def test_abort_frees_the_kv(world: World, rank: Any) -> None:
     hello = world.admit()
     world.add(hello, 1, 1, 30_000)
     world.outputs()
-    world.front_end.send(codec.encode(AbortRequests([1, 99])))
+    world.frontend.send(codec.encode(AbortRequests([1, 99])))
     while world.until(RankReport).load.kv_used:
         pass
 
@@ -172,9 +172,9 @@ def test_garbage_on_every_socket(world: World, capfd: pytest.CaptureFixture[str]
     # Started here and not by the fixture: what a process writes goes where capfd pointed when it began.
     with rank_process(world) as process:
         hello = world.admit()
-        send_garbage(world.front_end)
+        send_garbage(world.frontend)
         send_garbage(world.broadcasts)
-        stranger = world.front_end.context.socket(zmq.DEALER)
+        stranger = world.frontend.context.socket(zmq.DEALER)
         stranger.connect(hello.address)
         send_garbage(stranger)
         stranger.close()
@@ -195,35 +195,35 @@ def test_sigterm_leaves_in_good_order(world: World, rank: Any) -> None:
     assert rank.exitcode == 0
 
 
-def test_front_end_that_is_gone_costs_nothing(world: World, rank: Any) -> None:
+def test_frontend_that_is_gone_costs_nothing(world: World, rank: Any) -> None:
     hello = world.admit()
     world.add(hello, 1, 1, 30_000)
     world.outputs()
     while not world.until(RankReport).load.running:
         pass
-    world.front_end.close()
+    world.frontend.close()
     while (report := world.until(RankReport)).load.running:
         pass
     assert (report.load.waiting, report.load.kv_used) == (0, 0)
     # It may be there all the same, and only its connection new.
-    assert report.taken == {FRONT_END: 1}
+    assert report.taken == {FRONTEND: 1}
 
 
 def test_step_never_waits_for_the_network(tmp_path: Path) -> None:
     """Nobody is at the other end of any socket; the steps go on all the same."""
     engine = TimedEngine(EngineSettings(), CostModel(step_ms=0, prefill_ms=0, decode_ms=0))
-    carrier = Carrier(0, 1, f"ipc://{tmp_path}/rank", f"ipc://{tmp_path}/nobody", f"ipc://{tmp_path}/neither")
-    machine = Rank(0, 1, carrier.address)
-    running = EngineRank(engine, machine, carrier)
+    transport = RankTransport(0, 1, f"ipc://{tmp_path}/rank", f"ipc://{tmp_path}/nobody", f"ipc://{tmp_path}/neither")
+    machine = Rank(0, 1, transport.address)
+    running = EngineRank(engine, machine, transport)
     thread = threading.Thread(target=running.run)
     thread.start()
     with context() as zmq_context:
-        front_end = zmq_context.socket(zmq.DEALER)
-        front_end.setsockopt(zmq.ROUTING_ID, FRONT_END.to_bytes(8, "little"))
-        front_end.rcvhwm = 1
-        front_end.connect(carrier.address)
+        frontend = zmq_context.socket(zmq.DEALER)
+        frontend.setsockopt(zmq.ROUTING_ID, FRONTEND.to_bytes(8, "little"))
+        frontend.rcvhwm = 1
+        frontend.connect(transport.address)
         add = AddRequest(1, 1, 1, 0, [1], SamplingParams(max_tokens=200_000))
-        front_end.send(codec.encode(add))
+        frontend.send(codec.encode(add))
         # It never reads; far more is made than any queue holds.
         wait_until(lambda: machine.step > 5000, "steps go on")
     running.stop()

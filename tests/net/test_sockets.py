@@ -14,9 +14,10 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, SocketFolder, Wakeup
+from paceline.net.links import BadFrames, SocketFolder
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
 from paceline.net.sockets import bound_address, open_socket, tcp_address
+from paceline.process.spawn import Wakeup
 from tests.net.peers import context, send_garbage
 
 
@@ -33,7 +34,7 @@ def test_a_folder_whose_process_was_killed_is_removed_by_the_next(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    code = "import os; from paceline.net.sockets import SocketFolder; print(SocketFolder().path); os._exit(9)"
+    code = "import os; from paceline.net.links import SocketFolder; print(SocketFolder().path); os._exit(9)"
     killed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(tmp_path)},
                             capture_output=True, text=True, check=False)  # fmt: skip
     abandoned = Path(killed.stdout.strip())
@@ -71,12 +72,12 @@ def test_port_that_was_found_is_told() -> None:
 
 
 def test_garbage_is_counted_and_logged_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
-    garbage = Garbage(logging.getLogger("test"), "a socket")
+    bad_frames = BadFrames(logging.getLogger("test"), "a socket")
     with caplog.at_level("WARNING"):
         for _ in range(3):
-            garbage.add("malformed", "bad\nline" + "x" * 1000)
-        garbage.add("version", "2")
-    assert garbage.counts == {"malformed": 3, "version": 1}
+            bad_frames.add("malformed", "bad\nline" + "x" * 1000)
+        bad_frames.add("version", "2")
+    assert bad_frames.counts == {"malformed": 3, "version": 1}
     assert len(caplog.messages) == 2
     assert "\n" not in caplog.messages[0]
     assert len(caplog.messages[0]) < 400

@@ -16,9 +16,9 @@ import pytest
 
 from paceline.core.coordinator.epoch import Stalls
 from paceline.core.messages import StallReport
-from paceline.engines.group import GenerationEnded, RankGroup, Waiting
+from paceline.engines.group import EpochEnded, RankGroup, Waiting
 from paceline.net.group import group_path
-from tests.net.groups import IMPLEMENTATIONS, Threads
+from tests.net.groups import Threads
 from tests.serving import wait_until
 
 CALLS: dict[str, Callable[[RankGroup], Any]] = {
@@ -28,9 +28,9 @@ CALLS: dict[str, Callable[[RankGroup], Any]] = {
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def four(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Threads]:
-    members = Threads(request.param, [group_path(tmp_path, rank) for rank in range(4)])
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[Threads]:
+    members = Threads([group_path(tmp_path, rank) for rank in range(4)])
     yield members
     members.close()
 
@@ -96,7 +96,7 @@ def test_who_has_left_waits_for_nobody(four: Threads) -> None:
     wait_until(lambda: four.groups[0].waiting(), "it waits")
     four.groups[0].leave()
     assert four.groups[0].waiting() is None
-    with pytest.raises(GenerationEnded):
+    with pytest.raises(EpochEnded):
         blocked.result(10)
     assert four.groups[0].waiting() is None
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from paceline.process.spawn import LOOK_S, SpareMemory, resident_bytes
+from paceline.process.spawn import LOOK_S, MallocTrim, resident_bytes
 
 MIB = 1 << 20
 MESSAGES, MESSAGE_BYTES = 60_000, 1000
@@ -29,31 +29,31 @@ def burst() -> list[bytes]:
 
 
 def test_what_a_burst_has_taken_is_given_back() -> None:
-    spare, before = SpareMemory(), resident_bytes()
+    malloc_trim, before = MallocTrim(), resident_bytes()
     left = burst()
     taken = resident_bytes() - before
     assert taken > 20 * MIB
-    spare.look(100.0)
+    malloc_trim.look(100.0)
     assert resident_bytes() - before < taken / 2
     assert len(left) == MESSAGES / 200
-    assert spare.times == 1
+    assert malloc_trim.times == 1
 
 
 def test_what_is_in_use_is_no_reason_to_try_again() -> None:
-    spare = SpareMemory()
+    malloc_trim = MallocTrim()
     used = [bytes(MESSAGE_BYTES) for _ in range(MESSAGES)]
     for turn in range(1, 10):
-        spare.look(turn * LOOK_S)
-    assert spare.times == 1
+        malloc_trim.look(turn * LOOK_S)
+    assert malloc_trim.times == 1
     assert len(used) == MESSAGES
 
 
 def test_it_looks_now_and_then() -> None:
-    spare = SpareMemory()
-    spare.look(100.0)
+    malloc_trim = MallocTrim()
+    malloc_trim.look(100.0)
     left = burst()
-    spare.look(100.0 + LOOK_S / 2)
-    assert spare.times == 0
-    spare.look(100.0 + LOOK_S)
-    assert spare.times == 1
+    malloc_trim.look(100.0 + LOOK_S / 2)
+    assert malloc_trim.times == 0
+    malloc_trim.look(100.0 + LOOK_S)
+    assert malloc_trim.times == 1
     assert left

@@ -16,12 +16,12 @@ import zmq
 
 from paceline.core import codec
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, FrontEndHello, LoadView, Member, Members, RankView
+from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Member, Members, RankView
 from paceline.core.requests import AddRequest, Output, Outputs
 from paceline.engines.base import EngineSettings
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Ready
-from paceline.server.process import FrontEndSettings, reserve_port, run_front_end
+from paceline.server.process import FrontendSettings, reserve_port, run_frontend
 from tests.net.peers import Context, context, receive, send_garbage, shout_at
 from tests.serving import wait_until
 
@@ -48,16 +48,16 @@ class World:
     def start(self) -> Any:
         """Start the process and announce rank 0 until it serves."""
         reader, writer = get_context("spawn").Pipe(duplex=False)
-        settings = FrontEndSettings(
+        settings = FrontendSettings(
             0, 1, "127.0.0.1", int(self.url.rsplit(":", 1)[1]), self.coordinator, "timed", EngineSettings(),
             frozenset({0}), frozenset({0}), "least-load", None, None, 100_000, 5.0,
         )  # fmt: skip
-        process = spawn("front-end 0", run_front_end, {"settings": settings, "status": writer})
+        process = spawn("front-end 0", run_frontend, {"settings": settings, "status": writer})
         writer.close()
-        decode = codec.from_front_end().decode
+        decode = codec.from_frontend().decode
         while (frame := receive(self.publish)[0])[:1] in (b"\x00", b"\x01"):
             pass
-        assert isinstance(decode(frame), FrontEndHello)
+        assert isinstance(decode(frame), FrontendHello)
         self.announce(LIFE)
         while not isinstance(reader.recv(), Ready):
             pass
@@ -98,7 +98,7 @@ class World:
 
 
 @contextlib.contextmanager
-def front_end(folder: Path) -> Iterator[tuple[World, Any]]:
+def frontend(folder: Path) -> Iterator[tuple[World, Any]]:
     with context() as zmq_context:
         world = World(zmq_context, folder)
         process = world.start()
@@ -110,7 +110,7 @@ def front_end(folder: Path) -> Iterator[tuple[World, Any]]:
 
 
 def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with front_end(tmp_path) as (world, process), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, process), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         identity, add = world.take()
         send_garbage(world.publish)
@@ -128,7 +128,7 @@ def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
-    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         identity, add = world.take()
         world.answer(identity, add, "from the grave", life=LIFE - 1)
@@ -138,7 +138,7 @@ def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
 
 def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True}).encode()
-    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         opening = pool.submit(urllib.request.urlopen, f"{world.url}/v1/completions", body, timeout=30)
         identity, first = world.take()
         begun = Output(first.request, [1], "begun")
@@ -158,7 +158,7 @@ def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
 
 
 def test_a_life_whose_address_is_none_takes_nothing_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         world.take()
         world.announce(LIFE + 1, "tcp://nowhere")
@@ -171,7 +171,7 @@ def test_a_life_whose_address_is_none_takes_nothing_with_it(tmp_path: Path, capf
 
 
 def test_engine_error_reaches_the_client(tmp_path: Path) -> None:
-    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         identity, add = world.take()
         failed = Output(add.request, [], finish_reason="error", error="does not fit")
@@ -182,7 +182,7 @@ def test_engine_error_reaches_the_client(tmp_path: Path) -> None:
 
 
 def test_coordinator_that_comes_back_empty_loses_nothing(tmp_path: Path) -> None:
-    with front_end(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
+    with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         identity, add = world.take()
         world.publish.send(codec.encode(Members(PROTOCOL_VERSION, 2, 0, False, [], missing=[0])))

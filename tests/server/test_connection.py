@@ -267,8 +267,8 @@ def test_garbage_behind_a_request_does_not_get_into_its_answer() -> None:
 @pytest.mark.slow
 def test_clients_leave_descriptors_for_the_ranks() -> None:
     with deployment("--engine", "timed", "-dp", "2") as running:
-        front_end, rank = running.pid_of("front-end 0"), running.pid_of("rank 0")
-        resource.prlimit(front_end, resource.RLIMIT_NOFILE, (200, 200))
+        frontend, rank = running.pid_of("front-end 0"), running.pid_of("rank 0")
+        resource.prlimit(frontend, resource.RLIMIT_NOFILE, (200, 200))
         host, _, port = running.url.removeprefix("http://").rpartition(":")
         with contextlib.ExitStack() as held:
             for _ in range(300):

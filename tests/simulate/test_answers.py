@@ -8,7 +8,7 @@ import pytest
 
 from paceline.core.frontend.events import Refuse
 from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.requests import AddRequest, Output, SamplingParams
 from paceline.core.routing.least import LeastLoad
 from paceline.simulate.answers import Answers
@@ -83,7 +83,7 @@ def given_up_at_once(answers: Answers) -> None:
 
 
 def forgotten(answers: Answers) -> None:
-    answers.none_lost(FrontEnd(1, LeastLoad(0, 1)))
+    answers.none_lost(Frontend(1, LeastLoad(0, 1)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from paceline.simulate.shape import Shape
 
 def faults(ranks_may_die: bool = True) -> list[Fault]:
     return draw_faults(
-        random.Random(1), crashes=100, troubles=100, begin_s=5.0, duration_s=10.0, ranks=4, front_ends=2,
+        random.Random(1), crashes=100, troubles=100, begin_s=5.0, duration_s=10.0, ranks=4, frontends=2,
         ranks_may_die=ranks_may_die,
     )  # fmt: skip
 
@@ -41,32 +41,32 @@ def test_every_suspension_has_a_resume_and_some_cross() -> None:
 
 def test_steady_faults_come_so_often_and_of_every_kind() -> None:
     drawn, calls = draw_steady(
-        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, front_ends=2, lockstep=True
+        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, frontends=2, lockstep=True
     )
     suspensions = sum(call.action != "resume" for call in calls)
     assert 160 < len(drawn) + suspensions < 260
     assert {fault.kind for fault in drawn} == set(FaultKind.__args__)  # type: ignore[attr-defined]
     assert all(5.0 <= fault.at <= 105.0 for fault in drawn)
     independent, _ = draw_steady(
-        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, front_ends=2, lockstep=False
+        random.Random(1), 2.0, begin_s=5.0, duration_s=100.0, ranks=4, frontends=2, lockstep=False
     )
     assert "lost-wake" not in {fault.kind for fault in independent}
 
 
 def test_an_aimed_crash_is_one_of_a_rank_that_has_requests() -> None:
     deployment = Deployment(Shape(ranks=3)).start().ready()
-    deployment.front_ends[0].submit(max_tokens=100, rank=1)
+    deployment.frontends[0].submit(max_tokens=100, rank=1)
     deployment.world.run_for(0.02)
     mishaps = Mishaps(deployment)
     mishaps.schedule([Fault(deployment.world.now, "rank-crash", 2, 0.5, aimed=True)])
     deployment.world.run_for(0.1)
     assert [number for number, rank in deployment.ranks.items() if not rank.alive] == [1]
     deployment.finish()
-    assert deployment.front_ends[0].answers.moved == 1
+    assert deployment.frontends[0].answers.moved == 1
 
 
 def struck(kind: FaultKind) -> tuple[Deployment, Mishaps]:
-    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
+    deployment = Deployment(Shape(ranks=2, frontends=2)).start().ready()
     mishaps = Mishaps(deployment)
     mishaps.schedule([Fault(deployment.world.now, kind, 1, 0.5, 4.0)])
     deployment.world.run_for(0.1)
@@ -77,7 +77,7 @@ def recovered(deployment: Deployment, mishaps: Mishaps) -> None:
     deployment.world.run_until(mishaps.over)
     deployment.world.run_for(2.0)
     deployment.ready()
-    deployment.front_ends[1].submit(rank=1)
+    deployment.frontends[1].submit(rank=1)
     deployment.finish()
     check_rest(deployment)
 
@@ -97,38 +97,38 @@ def test_a_rank_crashes_and_returns_as_another_life() -> None:
     assert deployment.ranks[1].machine.incarnation > before.machine.incarnation
 
 
-def test_a_front_end_crashes_and_its_clients_are_counted_as_gone() -> None:
-    deployment = Deployment(Shape(ranks=2, front_ends=2)).start().ready()
-    request = deployment.front_ends[1].submit(max_tokens=100)
+def test_a_frontend_crashes_and_its_clients_are_counted_as_gone() -> None:
+    deployment = Deployment(Shape(ranks=2, frontends=2)).start().ready()
+    request = deployment.frontends[1].submit(max_tokens=100)
     mishaps = Mishaps(deployment)
     mishaps.schedule([Fault(deployment.world.now, "front-end-crash", 1, 0.5)])
     deployment.world.run_for(0.1)
     assert deployment.retired[0].answers[request].abandoned
-    assert deployment.living_front_end(1) is deployment.front_ends[0]
+    assert deployment.living_frontend(1) is deployment.frontends[0]
     recovered(deployment, mishaps)
 
 
 def test_a_slow_rank_slows_all_and_recovers() -> None:
     deployment, mishaps = struck("slow-rank")
-    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    deployment.frontends[0].submit(rank=0, max_tokens=5)
     slow = deployment.finish()
     deployment.world.run_until(mishaps.over)
     deployment.world.run_for(1.0)
-    deployment.front_ends[0].submit(rank=0, max_tokens=5)
+    deployment.frontends[0].submit(rank=0, max_tokens=5)
     assert slow > 2 * deployment.finish()
     recovered(deployment, mishaps)
 
 
 def test_a_rank_that_is_cut_off_hears_everything_later() -> None:
     deployment, mishaps = struck("cut-off")
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     assert deployment.finish() > 0.3
     recovered(deployment, mishaps)
 
 
 def test_a_rank_that_is_heard_late_is_woken_for_nothing_and_no_more() -> None:
     deployment, mishaps = struck("unheard")
-    deployment.front_ends[0].submit(rank=0)
+    deployment.frontends[0].submit(rank=0)
     assert deployment.finish() < 0.3
     recovered(deployment, mishaps)
 

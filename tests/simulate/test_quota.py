@@ -55,13 +55,13 @@ def deployment(setting: int, decoding: int = 6) -> tuple[Deployment, Steps]:
     made = Deployment(replace(SHAPE, prefill_quota=setting), checks=checks).start().ready()
     for rank in range(SHAPE.ranks):
         for _ in range(decoding):
-            made.front_ends[0].submit(200, 800, rank)
+            made.frontends[0].submit(200, 800, rank)
     made.world.run_for(0.8)
     return made, checks
 
 
 def first_token_s(made: Deployment, request: int) -> float:
-    answer = made.front_ends[0].answers[request]
+    answer = made.frontends[0].answers[request]
     made.world.run_until(lambda: answer.first >= 0, 60.0, "a first token")
     return answer.first - answer.asked
 
@@ -71,7 +71,7 @@ def test_a_long_prompt_does_not_hold_the_others_up() -> None:
     for setting in (quota.OFF, quota.AUTO):
         made, checks = deployment(setting)
         since = len(checks.quotas)
-        request = made.front_ends[0].submit(4000, 4, 0)
+        request = made.frontends[0].submit(4000, 4, 0)
         wait_s = first_token_s(made, request)
         found[setting] = (checks.longest_step_s(since), wait_s)
         made.finish(60.0)
@@ -86,7 +86,7 @@ def test_at_rest_they_agree_at_the_interval_and_while_someone_has_a_prompt_after
     steps, agreements = len(checks.quotas), checks.agreements
     made.world.run_for(1.0)
     assert checks.agreements - agreements <= (len(checks.quotas) - steps) / SHAPE.sync_interval + 1
-    request = made.front_ends[0].submit(4000, 4, 2)
+    request = made.frontends[0].submit(4000, 4, 2)
     steps, agreements = len(checks.quotas), checks.agreements
     first_token_s(made, request)
     assert checks.agreements - agreements >= len(checks.quotas) - steps - 4
@@ -95,15 +95,15 @@ def test_at_rest_they_agree_at_the_interval_and_while_someone_has_a_prompt_after
 def test_new_requests_do_not_wait_for_the_interval() -> None:
     made, checks = deployment(quota.AUTO, decoding=1)
     steps = len(checks.quotas)
-    first_token_s(made, made.front_ends[0].submit(300, 2, 3))
+    first_token_s(made, made.frontends[0].submit(300, 2, 3))
     assert len(checks.quotas) - steps <= 5
 
 
 def test_idle_ranks_prefill_with_their_whole_budget() -> None:
     made = Deployment(replace(SHAPE, prefill_quota=quota.AUTO), checks=Steps()).start().ready()
-    first_token_s(made, made.front_ends[0].submit(100, 1, 0))
+    first_token_s(made, made.frontends[0].submit(100, 1, 0))
     made.world.run_for(1.0)
-    wait_s = first_token_s(made, made.front_ends[0].submit(3 * 512, 1, 0))
+    wait_s = first_token_s(made, made.frontends[0].submit(3 * 512, 1, 0))
     assert wait_s < 3 * (0.006 + 0.09 * 0.512) + 0.02
 
 
@@ -138,7 +138,7 @@ def test_a_rank_that_decides_by_itself_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_a_quota_that_stays_at_zero_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paceline.core.rank.prefill_quota.PATIENCE", 10**9)
     made, _ = deployment(quota.AUTO)
-    request = made.front_ends[0].submit(4000, 4, 0)
+    request = made.frontends[0].submit(4000, 4, 0)
     with pytest.raises(Violation, match="has had no quota for 10 steps"):
         first_token_s(made, request)
 

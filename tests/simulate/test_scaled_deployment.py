@@ -20,36 +20,36 @@ def deployment(lockstep: bool = True) -> ScaledDeployment:
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_a_rank_more_and_two_fewer_and_no_request_is_lost(lockstep: bool) -> None:
     made = deployment(lockstep)
-    front_end = made.front_ends[0]
+    frontend = made.frontends[0]
     for size in (3, 1):
         for _ in range(6):
-            front_end.submit(max_tokens=40)
+            frontend.submit(max_tokens=40)
         made.world.run_for(0.02)
-        front_end.scale(size)
+        frontend.scale(size)
         made.world.run_until(made.settled, 30.0, "that the change is over")
         made.ready()
         assert sorted(made.present()) == list(range(size))
         made.finish()
-    assert all(answer.finish_reason == "length" for answer in front_end.answers.values())
-    assert len(front_end.answers) == 12
+    assert all(answer.finish_reason == "length" for answer in frontend.answers.values())
+    assert len(frontend.answers) == 12
 
 
 def test_a_rank_that_dies_before_it_has_joined_is_no_more() -> None:
     made = deployment()
-    made.front_ends[0].scale(3)
-    made.world.run_until(lambda: made.node.machine.on_trial(2), 5.0, "that the node begins")
+    made.frontends[0].scale(3)
+    made.world.run_until(lambda: made.node.machine.provisional(2), 5.0, "that the node begins")
     made.world.run_until(lambda: 2 in made.ranks, 5.0, "that the rank has loaded")
     made.crash_rank(2)
     made.world.run_until(made.settled, 30.0, "that the change is over")
-    scaling = made.front_ends[0].machine.scaling
+    scaling = made.frontends[0].machine.scaling
     assert scaling is not None
     assert (scaling.size, scaling.outcome, sorted(made.present())) == (2, "failed", [0, 1])
 
 
 def test_a_change_goes_on_under_another_coordinator() -> None:
     made = deployment()
-    made.front_ends[0].scale(3)
-    made.world.run_until(lambda: made.node.machine.on_trial(2), 5.0, "that the node begins")
+    made.frontends[0].scale(3)
+    made.world.run_until(lambda: made.node.machine.provisional(2), 5.0, "that the node begins")
     made.crash_coordinator()
     made.world.run_for(0.3)
     made.start_coordinator()

@@ -35,7 +35,7 @@ def running(deployment: Deployment) -> list[int]:
 
 
 def run_a_wave(deployment: Deployment) -> None:
-    deployment.front_ends[0].submit()
+    deployment.frontends[0].submit()
     deployment.finish(limit_s=5.0)
     deployment.world.run_until(lambda: not running(deployment))
     deployment.world.run_for(0.2)
@@ -46,11 +46,11 @@ def test_a_cold_start_at_wave_0_wakes_headless_ranks(without: frozenset[str]) ->
     wake the ranks of the nodes that have no front-end; the first request hung. Here even the front-end's notice
     is lost."""
     deployment = deploy(without, ranks=8)
-    front_end = deployment.front_ends[0]
-    front_end.to_coordinator.lose(WakeNotice)
-    request = front_end.submit(max_tokens=6, rank=0)
+    frontend = deployment.frontends[0]
+    frontend.to_coordinator.lose(WakeNotice)
+    request = frontend.submit(max_tokens=6, rank=0)
     deployment.finish(limit_s=1.0)
-    assert front_end.answers[request].tokens == 6
+    assert frontend.answers[request].tokens == 6
     assert all(deployment.ranks[number].dummy_steps for number in range(1, 8))
     check_rest(deployment)
     assert waves(deployment) == {1}
@@ -61,7 +61,7 @@ def test_the_wake_lost_to_one_rank(without: frozenset[str]) -> None:
     was not up yet never heard it, and all others waited for it in their first collective."""
     deployment = deploy(without, ranks=4)
     deployment.ranks[3].broadcasts.lose(StartDPWave)
-    deployment.front_ends[0].submit(rank=1)
+    deployment.frontends[0].submit(rank=1)
     took = deployment.finish(limit_s=5.0)
     assert took < 0.2
     check_rest(deployment)
@@ -71,8 +71,8 @@ def test_a_stale_wave_sender_is_not_left_out_of_its_own_wake(without: frozenset[
     """A front-end that has missed a wave's end tells the coordinator of a request it sends, with the old number.
     The wake left out the rank named there, although it had paused; the request never reached it, and the others
     waited for ever."""
-    deployment = deploy(without, ranks=3, front_ends=2)
-    stale = deployment.front_ends[1]
+    deployment = deploy(without, ranks=3, frontends=2)
+    stale = deployment.frontends[1]
     run_a_wave(deployment)
     stale.broadcasts.hold()
     run_a_wave(deployment)
@@ -80,8 +80,8 @@ def test_a_stale_wave_sender_is_not_left_out_of_its_own_wake(without: frozenset[
     stale.to_ranks[1].close()
     stale.submit(rank=1)
     deployment.world.run_for(0.3)
-    deployment.crash_front_end(1)
-    deployment.start_front_end(1)
+    deployment.crash_frontend(1)
+    deployment.start_frontend(1)
     deployment.ready()
     check_rest(deployment)
     assert waves(deployment) == {3}
@@ -98,9 +98,9 @@ def test_an_elastic_rank_that_joins_at_wave_0(without: frozenset[str]) -> None:
     deployment.world.run_until(lambda: joiner.statistics()["phase"] == "ready")
     assert joiner.wave == 3
     deployment.world.run_for(0.3)
-    request = deployment.front_ends[0].submit(rank=2)
+    request = deployment.frontends[0].submit(rank=2)
     deployment.finish()
-    assert deployment.front_ends[0].answers[request].finish_reason == "length"
+    assert deployment.frontends[0].answers[request].finish_reason == "length"
     check_rest(deployment)
     assert waves(deployment) == {4}
 
@@ -108,9 +108,9 @@ def test_an_elastic_rank_that_joins_at_wave_0(without: frozenset[str]) -> None:
 def test_two_ranks_report_a_start_at_once(without: frozenset[str]) -> None:
     """Two paused ranks each take a request in the same moment and each says that it started. The wake for the
     first must not leave the second without one, nor make two waves of it."""
-    deployment = deploy(without, ranks=4, front_ends=2)
-    deployment.front_ends[0].submit(rank=1)
-    deployment.front_ends[1].submit(rank=2)
+    deployment = deploy(without, ranks=4, frontends=2)
+    deployment.frontends[0].submit(rank=1)
+    deployment.frontends[1].submit(rank=2)
     deployment.finish(limit_s=0.5)
     check_rest(deployment)
     assert waves(deployment) == {1}
@@ -122,21 +122,21 @@ def test_rank_0_dead_at_the_end_of_a_wave(without: frozenset[str]) -> None:
     """vllm #30112: rank 0 alone told of a wave's end. Where it died just then, everybody believed that the ranks
     ran, no wake was ever sent again, and all requests hung. Here its word is lost with it."""
     deployment = deploy(without, ranks=3)
-    front_end = deployment.front_ends[0]
-    front_end.submit(rank=1)
+    frontend = deployment.frontends[0]
+    frontend.submit(rank=1)
     deployment.ranks[0].to_coordinator.lose(WaveComplete)
     deployment.world.run_until(lambda: deployment.ranks[0].machine.running)
     deployment.world.run_until(lambda: not running(deployment))
     deployment.ranks[0].to_coordinator.cut()
     deployment.crash_rank(0)
     deployment.world.run_for(0.02)
-    assert (front_end.machine.wave, front_end.machine.running) == (1, False)
+    assert (frontend.machine.wave, frontend.machine.running) == (1, False)
     deployment.start_rank(0)
     deployment.world.run_until(lambda: deployment.ranks[0].machine.generation > 0)
     deployment.world.run_for(0.2)
-    request = front_end.submit(rank=0)
+    request = frontend.submit(rank=0)
     deployment.finish(limit_s=1.0)
-    assert front_end.answers[request].finish_reason == "length"
+    assert frontend.answers[request].finish_reason == "length"
     check_rest(deployment)
     assert waves(deployment) == {2}
 
@@ -145,26 +145,26 @@ def test_a_step_number_that_goes_back_after_a_wave(without: frozenset[str]) -> N
     """vllm #52936: all ranks' steps were held against one step, and a rank that counted from 0 again was warned
     about and its loads dropped. Order is a matter of one life of one rank: of a new life every report counts."""
     deployment = deploy(without, ranks=2, lockstep=False)
-    front_end = deployment.front_ends[0]
-    front_end.submit(rank=0, max_tokens=50)
+    frontend = deployment.frontends[0]
+    frontend.submit(rank=0, max_tokens=50)
     deployment.finish()
     assert deployment.ranks[0].machine.step >= 50
     deployment.crash_rank(0)
     deployment.start_rank(0)
     deployment.world.run_for(1.0)
     for _ in range(3):
-        front_end.submit(rank=0, max_tokens=8)
+        frontend.submit(rank=0, max_tokens=8)
     deployment.world.run_for(0.02)
     assert deployment.ranks[0].machine.step < 50
     deployment.world.run_for(0.15)
-    assert front_end.machine.believed(0).finished == 3
+    assert frontend.machine.believed(0).finished == 3
     check_rest(deployment)
 
 
 def test_steady_input_never_keeps_the_publisher_from_its_deadline(without: frozenset[str]) -> None:
     """The reference publishes loads when a poll finds nothing to read: under steady input front-ends route for
     seconds by a view from before. Here a view is never later than the interval."""
-    deployment = deploy(without, ranks=4, front_ends=2, lockstep=False)
+    deployment = deploy(without, ranks=4, frontends=2, lockstep=False)
     world, published = deployment.world, []
     assert deployment.coordinator is not None
     real = deployment.checks.broadcast
@@ -172,7 +172,7 @@ def test_steady_input_never_keeps_the_publisher_from_its_deadline(without: froze
         published.append(world.now) if isinstance(message, LoadView) else None, real(party, message))[1]  # fmt: skip
     begin = world.now
     for place in range(3000):
-        world.at(begin + place / 1000, lambda place=place: deployment.front_ends[place % 2].submit(max_tokens=1))  # type: ignore[misc]
+        world.at(begin + place / 1000, lambda place=place: deployment.frontends[place % 2].submit(max_tokens=1))  # type: ignore[misc]
     world.run_for(3.0)
     gaps = [after - before for before, after in zip([begin, *published], [*published, world.now], strict=True)]
     assert 25 < len(gaps) < 40
@@ -211,15 +211,15 @@ def only_rank_0_tells_of_the_end(patch: pytest.MonkeyPatch) -> None:
 
 
 def one_step_for_all(patch: pytest.MonkeyPatch) -> None:
-    from paceline.core.coordinator.load_table import Board
+    from paceline.core.coordinator.load_table import LoadTable
 
-    real, highest = Board.report, [0]
+    real, highest = LoadTable.report, [0]
 
-    def report(self: Board, report: Any) -> bool:
+    def report(self: LoadTable, report: Any) -> bool:
         highest[0] = max(highest[0], report.step)
         return report.step >= highest[0] and real(self, report)
 
-    patch.setattr(Board, "report", report)
+    patch.setattr(LoadTable, "report", report)
 
 
 def published_when_quiet(patch: pytest.MonkeyPatch) -> None:

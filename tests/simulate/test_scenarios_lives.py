@@ -40,28 +40,28 @@ def test_a_coordinator_that_dies_while_a_generation_is_formed_is_followed_by_a_h
 def test_survivors_do_not_wait_for_the_dead_life_of_a_rank() -> None:
     """The survivors of a death in mid-wave were told to form a generation with the dead life, and waited for it."""
     deployment = deploy(NONE, ranks=4)
-    front_end = deployment.front_ends[0]
-    requests = [front_end.submit(rank=number, max_tokens=100) for number in (0, 1, 3)]
+    frontend = deployment.frontends[0]
+    requests = [frontend.submit(rank=number, max_tokens=100) for number in (0, 1, 3)]
     deployment.world.run_for(0.1)
     deployment.crash_rank(2)
     deployment.world.run_for(0.1)
     deployment.start_rank(2)
     assert deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0) < 0.5
     deployment.finish(limit_s=3.0)
-    assert [front_end.answers[request].tokens for request in requests] == [100] * 3
+    assert [frontend.answers[request].tokens for request in requests] == [100] * 3
     check_rest(deployment)
 
 
 def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all() -> None:
     """Independent ranks: those that the new coordinator knew were held, so the call returned while another stepped."""
     deployment = deploy(NONE, ranks=3, lockstep=False)
-    front_end, unheard = deployment.front_ends[0], deployment.ranks[2]
-    front_end.submit(rank=2, max_tokens=200)
+    frontend, unheard = deployment.frontends[0], deployment.ranks[2]
+    frontend.submit(rank=2, max_tokens=200)
     deployment.world.run_for(0.1)
     deployment.crash_coordinator()
     deployment.start_coordinator()
     unheard.broadcasts.hold()
-    call = front_end.calls[front_end.control("keep")]
+    call = frontend.calls[frontend.control("keep")]
     deployment.world.run_for(0.5)
     assert not call.over
     unheard.broadcasts.release()
@@ -69,7 +69,7 @@ def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all(
     before = steps(deployment)
     deployment.world.run_for(1.0)
     assert steps(deployment) == before
-    control(deployment, front_end, "resume")
+    control(deployment, frontend, "resume")
     deployment.finish()
     check_rest(deployment)
 
@@ -77,12 +77,12 @@ def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all(
 def test_a_wake_and_a_suspension_that_reach_a_rank_together_leave_it_held() -> None:
     """In the order of their sending: first the wake, then the suspension, and nobody else runs."""
     deployment = deploy(NONE, ranks=3)
-    front_end, late = deployment.front_ends[0], deployment.ranks[1]
+    frontend, late = deployment.frontends[0], deployment.ranks[1]
     late.broadcasts.hold()
-    front_end.to_ranks[0].close()
-    front_end.submit(rank=0)
+    frontend.to_ranks[0].close()
+    frontend.submit(rank=0)
     deployment.world.run_for(0.02)
-    call = front_end.calls[front_end.control("keep")]
+    call = frontend.calls[frontend.control("keep")]
     deployment.world.run_for(0.2)
     assert not call.over
     late.broadcasts.release()
@@ -98,22 +98,22 @@ def test_a_wake_and_a_suspension_that_reach_a_rank_together_leave_it_held() -> N
 def test_survivors_go_on_without_a_rank_that_stays_away_and_it_joins_them_later() -> None:
     """Rank 0 like any other. What the dead rank had is not spoken of here."""
     deployment = deploy(NONE, ranks=4)
-    front_end = deployment.front_ends[0]
-    requests = [front_end.submit(rank=number, max_tokens=100) for number in (1, 2, 3)]
+    frontend = deployment.frontends[0]
+    requests = [frontend.submit(rank=number, max_tokens=100) for number in (1, 2, 3)]
     deployment.world.run_for(0.1)
     deployment.crash_rank(0)
     survivors = [deployment.ranks[number] for number in (1, 2, 3)]
     formed = lambda: {rank.machine.generation for rank in survivors} == {2}  # noqa: E731
     assert deployment.world.run_until(formed, limit_s=10.0) < 0.3
     deployment.finish(limit_s=3.0)
-    assert [front_end.answers[request].tokens for request in requests] == [100] * 3
+    assert [frontend.answers[request].tokens for request in requests] == [100] * 3
     # A wave and a suspension need nobody who is not there.
-    front_end.submit(rank=1)
+    frontend.submit(rank=1)
     deployment.finish(limit_s=1.0)
-    control(deployment, front_end, "keep")
-    control(deployment, front_end, "resume")
+    control(deployment, frontend, "keep")
+    control(deployment, frontend, "resume")
     deployment.start_rank(0)
-    front_end.submit(rank=2, max_tokens=100)
+    frontend.submit(rank=2, max_tokens=100)
     assert deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0) < 0.3
     deployment.finish()
     run_a_wave(deployment)
@@ -122,15 +122,15 @@ def test_survivors_go_on_without_a_rank_that_stays_away_and_it_joins_them_later(
 
 def test_a_new_coordinator_lets_survivors_go_on_without_a_rank_that_died_meanwhile() -> None:
     deployment = deploy(NONE, ranks=3)
-    front_end = deployment.front_ends[0]
-    request = front_end.submit(rank=1, max_tokens=100)
+    frontend = deployment.frontends[0]
+    request = frontend.submit(rank=1, max_tokens=100)
     deployment.world.run_for(0.1)
     deployment.crash_coordinator()
     deployment.crash_rank(0)
     deployment.world.run_for(0.1)
     deployment.start_coordinator()
     deployment.finish(limit_s=5.0)
-    assert front_end.answers[request].tokens == 100
+    assert frontend.answers[request].tokens == 100
     deployment.start_rank(0)
     deployment.world.run_until(lambda: all_formed(deployment), limit_s=10.0)
     run_a_wave(deployment)
@@ -142,7 +142,7 @@ def test_a_wave_that_survivors_finish_while_another_rejoins_is_told_to_it() -> N
     that they had finished: at rest it stayed a wave behind, until the next wake."""
     deployment = deploy(NONE, ranks=3)
     survivors = [deployment.ranks[number] for number in (0, 1)]
-    deployment.front_ends[0].submit(rank=0, max_tokens=40)
+    deployment.frontends[0].submit(rank=0, max_tokens=40)
     deployment.world.run_for(0.1)
     deployment.crash_rank(2)
     deployment.world.run_until(lambda: {rank.machine.generation for rank in survivors} == {2})
@@ -163,8 +163,8 @@ def test_a_wave_that_survivors_finish_while_another_rejoins_is_told_to_it() -> N
 def test_survivors_of_a_rank_that_fell_silent_in_mid_wave_come_to_rest() -> None:
     """It was believed to run in the wave that they finished without it, so they were woken again and again for it."""
     deployment = deploy(NONE, ranks=3)
-    silent, front_end = deployment.ranks[0], deployment.front_ends[0]
-    request = front_end.submit(rank=1, max_tokens=50)
+    silent, frontend = deployment.ranks[0], deployment.frontends[0]
+    request = frontend.submit(rank=1, max_tokens=50)
     deployment.world.run_until(lambda: all(rank.machine.running for rank in deployment.ranks.values()))
     deployment.world.run_for(0.05)
     # As one that is stopped: nobody hears of it, and its peers lose it in the end.
@@ -174,7 +174,7 @@ def test_survivors_of_a_rank_that_fell_silent_in_mid_wave_come_to_rest() -> None
     survivors = [deployment.ranks[number] for number in (1, 2)]
     deployment.world.run_until(lambda: {rank.machine.generation for rank in survivors} == {2}, limit_s=10.0)
     deployment.finish(limit_s=3.0)
-    assert front_end.answers[request].tokens == 50
+    assert frontend.answers[request].tokens == 50
     deployment.world.run_for(1.0)
     before = [rank.machine.wave for rank in survivors]
     deployment.world.run_for(10.0)

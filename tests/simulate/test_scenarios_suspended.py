@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-from paceline.core.coordinator.pause import GroupSuspension
+from paceline.core.coordinator.pause import PauseTransaction
 from paceline.core.messages import StartDPWave
 from paceline.simulate.deployment import Deployment
-from paceline.simulate.front_end_party import Call, FrontEndParty
+from paceline.simulate.frontend_party import Call, FrontendParty
 from paceline.simulate.rest import check_rest
 from paceline.simulate.world import Violation
 from tests.simulate.test_scenarios import deploy, run_a_wave, running, waves
 
 
-def control(deployment: Deployment, front_end: FrontEndParty, action: Any, limit_s: float = 2.0) -> Call:
+def control(deployment: Deployment, frontend: FrontendParty, action: Any, limit_s: float = 2.0) -> Call:
     """Ask, and wait for the answer."""
-    call = front_end.calls[front_end.control(action)]
+    call = frontend.calls[frontend.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s, f"that {action} is answered")
     return call
 
@@ -35,13 +35,13 @@ def test_a_late_wake_after_a_suspension(without: frozenset[str]) -> None:
     to step alone and blocked in a collective for 600 s, until the process group was given up."""
     deployment = deploy(without, ranks=4)
     run_a_wave(deployment)
-    assert control(deployment, deployment.front_ends[0], "keep").number == 1
+    assert control(deployment, deployment.frontends[0], "keep").number == 1
     before = steps(deployment)
     deployment.ranks[2].hear(StartDPWave(0, None))
     deployment.world.run_for(5.0)
     assert steps(deployment) == before
     assert not running(deployment)
-    control(deployment, deployment.front_ends[0], "resume")
+    control(deployment, deployment.frontends[0], "resume")
     run_a_wave(deployment)
     check_rest(deployment)
 
@@ -51,19 +51,19 @@ def test_a_suspension_that_reaches_one_of_32_idle_ranks_late(without: frozenset[
     the one that did not, which was idle and never came. Here idle ranks do not step at all, and the call waits
     for the last one."""
     deployment = deploy(without, ranks=32)
-    front_end, late = deployment.front_ends[0], deployment.ranks[31]
+    frontend, late = deployment.frontends[0], deployment.ranks[31]
     late.broadcasts.hold()
-    call = front_end.calls[front_end.control("keep")]
+    call = frontend.calls[frontend.control("keep")]
     deployment.world.run_for(0.7)
     assert not call.over
-    assert front_end.machine.suspension.waiting_for == [31]
+    assert frontend.machine.suspension.waiting_for == [31]
     late.broadcasts.release()
     deployment.world.run_until(lambda: call.over, 0.1)
     assert steps(deployment) == [0] * 32
-    front_end.submit()
+    frontend.submit()
     deployment.world.run_for(1.0)
     assert steps(deployment) == [0] * 32
-    control(deployment, front_end, "resume")
+    control(deployment, frontend, "resume")
     deployment.finish(limit_s=1.0)
     check_rest(deployment)
     assert waves(deployment) == {1}
@@ -73,13 +73,13 @@ def test_a_suspension_that_reaches_one_of_32_ranks_late_in_mid_wave(without: fro
     """The same while all run: the rank that has not heard stops with the others, at the same step, since what
     they know travels with their agreement."""
     deployment = deploy(without, ranks=32)
-    front_end, late = deployment.front_ends[0], deployment.ranks[31]
+    frontend, late = deployment.frontends[0], deployment.ranks[31]
     for number in range(32):
-        front_end.submit(rank=number, max_tokens=200)
+        frontend.submit(rank=number, max_tokens=200)
     deployment.world.run_for(0.2)
     assert len(running(deployment)) == 32
     late.broadcasts.hold()
-    control(deployment, front_end, "keep", limit_s=0.2)
+    control(deployment, frontend, "keep", limit_s=0.2)
     assert not running(deployment)
     assert len(set(steps(deployment))) == 1
     before = steps(deployment)
@@ -87,9 +87,9 @@ def test_a_suspension_that_reaches_one_of_32_ranks_late_in_mid_wave(without: fro
     late.broadcasts.release()
     deployment.world.run_for(1.0)
     assert steps(deployment) == before
-    control(deployment, front_end, "resume")
+    control(deployment, frontend, "resume")
     deployment.finish()
-    assert all(answer.tokens == 200 for answer in front_end.answers.values())
+    assert all(answer.tokens == 200 for answer in frontend.answers.values())
     check_rest(deployment)
     assert waves(deployment) == {2}
 
@@ -98,8 +98,8 @@ def test_two_resumes_around_a_new_wave(without: frozenset[str]) -> None:
     """vllm #55229: two parts of a trainer each resume. The first resume starts a wave with the requests that had
     waited; the second found the ranks running, started a wave of its own at some of them, and all blocked for
     ever."""
-    deployment = deploy(without, ranks=4, front_ends=2)
-    one, other = deployment.front_ends.values()
+    deployment = deploy(without, ranks=4, frontends=2)
+    one, other = deployment.frontends.values()
     control(deployment, one, "keep")
     for number in range(4):
         one.submit(rank=number, max_tokens=30)
@@ -120,16 +120,16 @@ def test_a_suspension_right_after_a_resume_does_not_count_words_from_before(with
     """A trainer resumes and, for the next update, suspends at once. A rank to which the resumption comes late has
     last said that it is held, but of the suspension before: it is about to step when the call returns."""
     deployment = deploy(without, ranks=4)
-    front_end, late = deployment.front_ends[0], deployment.ranks[3]
-    control(deployment, front_end, "keep")
-    front_end.submit(rank=3, max_tokens=20)
-    front_end.control("resume")
+    frontend, late = deployment.frontends[0], deployment.ranks[3]
+    control(deployment, frontend, "keep")
+    frontend.submit(rank=3, max_tokens=20)
+    frontend.control("resume")
     deployment.world.run_until(lambda: late.machine.standing.number == 2)
     late.broadcasts.hold()
     deployment.world.run_until(
         lambda: all(rank.machine.standing.released for rank in list(deployment.ranks.values())[:3])
     )
-    call = front_end.calls[front_end.control("keep")]
+    call = frontend.calls[frontend.control("keep")]
     deployment.world.run_for(0.4)
     assert not call.over
     late.broadcasts.release()
@@ -138,7 +138,7 @@ def test_a_suspension_right_after_a_resume_does_not_count_words_from_before(with
     before = steps(deployment)
     deployment.world.run_for(2.0)
     assert steps(deployment) == before
-    control(deployment, front_end, "resume")
+    control(deployment, frontend, "resume")
     deployment.finish()
     check_rest(deployment)
 
@@ -159,18 +159,18 @@ def test_without_its_rule_it_fails(scenario: Callable[[frozenset[str]], None], r
 
 
 def settled_when_told(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(GroupSuspension, "_lacks", lambda self, rank: False)
+    patch.setattr(PauseTransaction, "_lacks", lambda self, rank: False)
 
 
 def each_resume_counts(patch: pytest.MonkeyPatch) -> None:
-    real = GroupSuspension.ask
+    real = PauseTransaction.ask
 
-    def ask(self: GroupSuspension, action: Any, now: float) -> int:
+    def ask(self: PauseTransaction, action: Any, now: float) -> int:
         if action == "resume" and not self.standing.suspended:
             self._begin(self.standing.number + 2, "keep", now)
         return real(self, action, now)
 
-    patch.setattr(GroupSuspension, "ask", ask)
+    patch.setattr(PauseTransaction, "ask", ask)
 
 
 def agreements_without_the_suspension(patch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,9 @@ import typer
 from msgspec.structs import replace
 from typer.testing import CliRunner
 
-from paceline.core.frontend.failover import Stranded
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.load import Ledger
+from paceline.core.frontend.failover import Failover
+from paceline.core.frontend.machine import Frontend
+from paceline.core.load import Accounting
 from paceline.core.rank.requests import RankRequests
 from paceline.core.rules import OF_SCALING, RULES
 from paceline.simulate.run import Options, Outcome, simulate
@@ -68,7 +68,7 @@ def test_256_ranks_pass() -> None:
 
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong(lockstep: bool) -> None:
-    options = Options(1, ranks=16, front_ends=3, faults_per_second=4, duration=8, lockstep=lockstep, encode=False)
+    options = Options(1, ranks=16, frontends=3, faults_per_second=4, duration=8, lockstep=lockstep, encode=False)
     outcome = simulate(options)
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
     assert sum(outcome.faults.values()) > 20
@@ -123,11 +123,11 @@ def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
 
 
 def a_wave_that_goes_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(FrontEnd, "_wave_is", lambda self, wave, running: setattr(self._flights, "wave", wave))
+    patch.setattr(Frontend, "_wave_is", lambda self, wave, running: setattr(self._flights, "wave", wave))
 
 
 def a_forgotten_send(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ledger, "sent", lambda self, number, *_: setattr(self, "last", number))
+    patch.setattr(Accounting, "sent", lambda self, number, *_: setattr(self, "last", number))
 
 
 def a_token_sent_twice(patch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def a_report_that_is_not_true(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_request_forgotten_with_its_rank(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Stranded, "move", lambda *_: [])
+    patch.setattr(Failover, "move", lambda *_: [])
 
 
 def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def a_timer_that_never_rests(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_machine_that_raises(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RankRequests, "drop", lambda self, front_end, requests: {}["a machine's own mistake"])
+    patch.setattr(RankRequests, "drop", lambda self, frontend, requests: {}["a machine's own mistake"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ def test_drawn_arrivals_are_in_order_within_bounds_and_come_in_bursts() -> None:
     assert all(
         1 <= a.prompt_tokens <= MAX_PROMPT_TOKENS and 1 <= a.answer_tokens <= MAX_ANSWER_TOKENS for a in arrivals
     )
-    assert {a.front_end for a in arrivals} == {0, 1, 2}
+    assert {a.frontend for a in arrivals} == {0, 1, 2}
     assert {a.rank for a in arrivals} == {None, 0, 1, 2, 3}
     assert any(a.patience_s is not None for a in arrivals)
     gaps = [after.at - before.at for before, after in itertools.pairwise(arrivals)]

@@ -13,10 +13,10 @@ import pytest
 
 from paceline import coordinator_cli
 from paceline.config import ParallelConfig
-from paceline.core import codec, messages
-from paceline.core.coordinator import load_table as board, wave
+from paceline.core import codec, messages, retry
+from paceline.core.coordinator import load_table as board
 from paceline.core.frontend.events import CoordinatorSaid, Event, Submit
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import LoadView, Member, Members, RankView
 from paceline.core.rank import machine as rank
@@ -168,12 +168,12 @@ def test_dump_fields_are_in_wire_order(document: str) -> None:
 
 
 def test_presence_topics_and_routing_id(document: str) -> None:
-    front_end, number, incarnation = 1700000000123456789, 3, 1700000000000000001
-    assert f"front-end {front_end}: `{codec.front_end_topic(front_end).hex(' ')}`" in document
+    frontend, number, incarnation = 1700000000123456789, 3, 1700000000000000001
+    assert f"front-end {frontend}: `{codec.frontend_topic(frontend).hex(' ')}`" in document
     topic = codec.rank_topic(number, incarnation).hex(" ")
     assert f"rank {number}, incarnation {incarnation}: `{topic}`" in document
-    routing_id = front_end.to_bytes(8, "little").hex(" ")
-    assert f"Front-end {front_end} has the routing id `{routing_id}`" in flowed(document)
+    routing_id = frontend.to_bytes(8, "little").hex(" ")
+    assert f"Front-end {frontend} has the routing id `{routing_id}`" in flowed(document)
 
 
 def test_limits(document: str) -> None:
@@ -191,8 +191,8 @@ def test_times(document: str) -> None:
     assert f"Repeat it every {rank.HELLO_REPEAT_S * 1000:.0f} ms until an Admit" in document
     interval = inspect.signature(rank.Rank).parameters["sync_interval"].default
     assert f"on every {interval}th after that" in document
-    assert f"after {wave.FIRST_REPEAT_S * 1000:.0f} ms, and then at intervals that double" in document
-    assert f"double up to {wave.LONGEST_REPEAT_S:g} s" in document
+    assert f"after {retry.FIRST_S * 1000:.0f} ms, and then at intervals that double" in document
+    assert f"double up to {retry.LONGEST_S:g} s" in document
     assert f"waits up to {board.STEP_WAIT_S * 1000:g} ms" in document
     assert f"Without any change a LoadView is sent every {board.HEARTBEAT_S:g} s" in document
 
@@ -252,7 +252,7 @@ def test_refused_frames(frame: object, kind: str) -> None:
 
 def test_worked_example_of_the_accounting(document: str) -> None:
     me, life, slots = 4711, 8, 16
-    front_end = FrontEnd(me, LeastLoad())
+    frontend = Frontend(me, LeastLoad())
     request = iter(range(1, 10))
     view = iter(range(1, 10))
 
@@ -263,7 +263,7 @@ def test_worked_example_of_the_accounting(document: str) -> None:
         entry = RankView(0, life, step, load, {me: taken} if taken else {})
         return CoordinatorSaid(LoadView(coordinator, next(view), 0, False, [entry]))
 
-    front_end.handle(CoordinatorSaid(Members(1, 1, 0, False, [Member(0, life, "ipc:///r")])), 0.0)
+    frontend.handle(CoordinatorSaid(Members(1, 1, 0, False, [Member(0, life, "ipc:///r")])), 0.0)
     rows: list[tuple[str, Event]] = [
         ("send 1, of 100 tokens", send(100)),
         ("send 2, of 50 tokens", send(50)),
@@ -284,7 +284,7 @@ def test_worked_example_of_the_accounting(document: str) -> None:
     ]
     shown = []
     for said, event in rows:
-        front_end.handle(event, 0.0)
-        load = front_end.believed(0)
+        frontend.handle(event, 0.0)
+        load = frontend.believed(0)
         shown.append(f"| {said} | {load.waiting} | {load.running} | {load.prefill_tokens} |")
     assert "\n".join(shown) in document

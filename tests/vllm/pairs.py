@@ -68,20 +68,20 @@ class StockCoordinators:
 class Neighbours:
     """The sockets of ranks and front-ends around one coordinator, as vLLM makes them, and what came."""
 
-    def __init__(self, context: Context, addresses: tuple[str, str, str], size: int, front_ends: int = 2) -> None:
+    def __init__(self, context: Context, addresses: tuple[str, str, str], size: int, frontends: int = 2) -> None:
         self._context = context
         self._front, output, self._publish = addresses
         self.outputs = [self._socket(zmq.PUSH, output) for _ in range(size)]
         self.inputs: list[zmq.Socket[bytes]] = []
-        self.front_ends: list[zmq.Socket[bytes]] = []
+        self.frontends: list[zmq.Socket[bytes]] = []
         self._output = output
         self.wakes: list[list[Any]] = []
         self.greetings = 0
         self.views: list[tuple[Any, int, bool]] = []
         for _ in range(size):
             self.rank_subscribes()
-        for _ in range(front_ends):
-            self.front_end_subscribes()
+        for _ in range(frontends):
+            self.frontend_subscribes()
 
     def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         endpoint = self._context.socket(kind)
@@ -93,9 +93,9 @@ class Neighbours:
         self.inputs.append(self._socket(zmq.XSUB, self._publish))
         self.inputs[-1].send(b"\x01")
 
-    def front_end_subscribes(self) -> None:
-        self.front_ends.append(self._socket(zmq.XSUB, self._front))
-        self.front_ends[-1].send(b"\x01")
+    def frontend_subscribes(self) -> None:
+        self.frontends.append(self._socket(zmq.XSUB, self._front))
+        self.frontends[-1].send(b"\x01")
 
     def rank_says(self, rank: int, stats: object = None, complete: int | None = None, start: int | None = None) -> None:
         while len(self.outputs) <= rank:
@@ -103,8 +103,8 @@ class Neighbours:
         said = [rank, [], stats, time.monotonic(), None, None, complete, start, None]
         self.outputs[rank].send(msgspec.msgpack.encode(said))
 
-    def front_end_says(self, *said: object) -> None:
-        self.front_ends[0].send(msgspec.msgpack.encode(said))
+    def frontend_says(self, *said: object) -> None:
+        self.frontends[0].send(msgspec.msgpack.encode(said))
 
     def read(self) -> None:
         """Take in what has come: at the first rank, and the first front-end. All sockets are emptied."""
@@ -115,13 +115,13 @@ class Neighbours:
                         self.greetings += 1
                     else:
                         self.wakes.append(msgspec.msgpack.decode(frames[1]))
-        for position, endpoint in enumerate(self.front_ends):
+        for position, endpoint in enumerate(self.frontends):
             for frames in _all_of(endpoint):
                 if position == 0:
                     self.views.append(tuple(msgspec.msgpack.decode(frames[0])))
 
     def close(self) -> None:
-        for endpoint in (*self.outputs, *self.inputs, *self.front_ends):
+        for endpoint in (*self.outputs, *self.inputs, *self.frontends):
             endpoint.close()
 
     # What must agree

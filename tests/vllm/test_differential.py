@@ -59,15 +59,15 @@ class Script:
         draw, size = self._draw, self.size
         match draw.choice(kinds):
             case "notice":
-                return "front_end_says", (draw.randrange(size).to_bytes(2, "little"), self._wave)
+                return "frontend_says", (draw.randrange(size).to_bytes(2, "little"), self._wave)
             case "stale notice":
                 wave = draw.choice((max(0, self._wave - 1), 0, self._wave + 1))
-                return "front_end_says", (draw.randrange(size).to_bytes(2, "little"), wave)
+                return "frontend_says", (draw.randrange(size).to_bytes(2, "little"), wave)
             case "scale":
                 self.size = draw.randint(self.least, self.least + 2)
-                return "front_end_says", ("SCALE_ELASTIC_EP", self.size)
+                return "frontend_says", ("SCALE_ELASTIC_EP", self.size)
             case "late":
-                return draw.choice(("rank_subscribes", "front_end_subscribes")), ()
+                return draw.choice(("rank_subscribes", "frontend_subscribes")), ()
             case "start":
                 if not self._running:
                     self._wave += draw.choice((0, 0, 0, 1))
@@ -164,7 +164,7 @@ def stale_start(both: tuple[Neighbours, ...]) -> None:
 
 
 def repeated_wake(both: tuple[Neighbours, ...]) -> None:
-    tell(both, [("front_end_says", (b"\0\0", 0))], SLOW_S)
+    tell(both, [("frontend_says", (b"\0\0", 0))], SLOW_S)
     assert wakes_of(both)[0] == 1
     assert wakes_of(both)[1] >= 3
     assert both[1].waves_woken() == [0]
@@ -173,7 +173,7 @@ def repeated_wake(both: tuple[Neighbours, ...]) -> None:
 def one_wake(both: tuple[Neighbours, ...]) -> None:
     for neighbours in both:
         for _ in range(20):
-            neighbours.front_end_says(b"\0\0", 0)
+            neighbours.frontend_says(b"\0\0", 0)
     listen(both, 2 * SETTLE_S)
     assert wakes_of(both)[0] == (20 if VERSION == environment.DEFAULT_VERSION else 1)
     assert wakes_of(both)[1] < 10
@@ -201,15 +201,15 @@ def backward_step(both: tuple[Neighbours, ...]) -> None:
 
 
 def who_has_left(both: tuple[Neighbours, ...]) -> None:
-    scaled = ("front_end_says", ("SCALE_ELASTIC_EP", 1))
-    tell(both, [("rank_says", (1, None, None, 0)), scaled, ("front_end_subscribes", ())], SLOW_S)
+    scaled = ("frontend_says", ("SCALE_ELASTIC_EP", 1))
+    tell(both, [("rank_says", (1, None, None, 0)), scaled, ("frontend_subscribes", ())], SLOW_S)
     assert both[1].states()[-1] == (0, False)
     # The other one says so with its next publication only.
     tell(both, [("rank_says", (0, stats(0, 0, 0, 0)))], SLOW_S)
     assert both[0].states()[-1] == (0, True)
 
 
-def garbage(both: tuple[Neighbours, ...]) -> None:
+def bad_frames(both: tuple[Neighbours, ...]) -> None:
     for neighbours in both:
         neighbours.outputs[0].send(b"nonsense")
     listen(both, SETTLE_S)
@@ -226,7 +226,7 @@ DIFFERENCES: dict[str, Callable[[tuple[Neighbours, ...]], None]] = {
     "counts-with-every-wave": counts_with_waves,
     "backward-step-dropped": backward_step,
     "who-has-left-runs-no-more": who_has_left,
-    "garbage-counted": garbage,
+    "garbage-counted": bad_frames,
 }
 
 

@@ -73,13 +73,13 @@ def test_what_no_rank_says(wrong: object) -> None:
 
 
 def test_a_notice_keeps_what_it_leaves_out_as_it_came() -> None:
-    assert codec.read_front_end(msgspec.msgpack.encode((b"\x02\x01", 7))) == Notice(b"\x02\x01", 0x102, 7)
-    assert codec.read_front_end(msgspec.msgpack.encode((None, 7))) == Notice(None, None, 7)
-    assert codec.read_front_end(msgspec.msgpack.encode((3, 7))) == Notice(3, 3, 7)
+    assert codec.read_frontend(msgspec.msgpack.encode((b"\x02\x01", 7))) == Notice(b"\x02\x01", 0x102, 7)
+    assert codec.read_frontend(msgspec.msgpack.encode((None, 7))) == Notice(None, None, 7)
+    assert codec.read_frontend(msgspec.msgpack.encode((3, 7))) == Notice(3, 3, 7)
 
 
 def test_scaling() -> None:
-    assert codec.read_front_end(msgspec.msgpack.encode(("SCALE_ELASTIC_EP", 4))) == Scale(4)
+    assert codec.read_frontend(msgspec.msgpack.encode(("SCALE_ELASTIC_EP", 4))) == Scale(4)
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def test_scaling() -> None:
     [(b"\0\0", -1), (b"\0\0\0", 1), ("x", 1), (True, 1), (b"\0\0", True), ("SCALE_ELASTIC_EP", 0), (1, 2, 3),
      ("SCALE_ELASTIC_EP", 1025), ("SCALE_ELASTIC_EP", "4"), (b"\0\0", 2**60), 5, None, (b"\0\0", 1.5), {}],
 )  # fmt: skip
-def test_what_no_front_end_says(wrong: object) -> None:
+def test_what_no_frontend_says(wrong: object) -> None:
     with pytest.raises(BadMessage):
-        codec.read_front_end(msgspec.msgpack.encode(wrong))
+        codec.read_frontend(msgspec.msgpack.encode(wrong))
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_garbage_is_a_bad_message(garbage: bytes) -> None:
-    codec.whose_report(garbage)
-    for read in (codec.read_rank, codec.read_front_end):
+@pytest.mark.parametrize("bad_frames", GARBAGE)
+def test_garbage_is_a_bad_message(bad_frames: bytes) -> None:
+    codec.whose_report(bad_frames)
+    for read in (codec.read_rank, codec.read_frontend):
         with pytest.raises(BadMessage):
-            read(garbage)
+            read(bad_frames)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_a_bad_one(data: bytes) -> None:
     codec.whose_report(data)
-    for read in (codec.read_rank, codec.read_front_end):
+    for read in (codec.read_rank, codec.read_frontend):
         try:
             read(data)
         except BadMessage as error:
@@ -125,7 +125,7 @@ def test_recorded_frames() -> None:
     assert codec.read_rank(frames.RANK_0_STARTS).start_wave == 0
     assert codec.whose_report(frames.RANK_0_STARTS) is None
     assert codec.read_rank(frames.RANK_0_COMPLETES).wave_complete == 0
-    assert codec.read_front_end(frames.NOTICE_OF_RANK_1) == Notice(b"\x01\x00", 1, 0)
+    assert codec.read_frontend(frames.NOTICE_OF_RANK_1) == Notice(b"\x01\x00", 1, 0)
 
 
 # Whose report -------------------------------------------------------------------------------------

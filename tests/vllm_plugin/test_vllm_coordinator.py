@@ -43,8 +43,8 @@ class Deployment:
         back_publish, back_output = self.coordinator.get_engine_socket_addresses()
         self.inputs = [self.socket(zmq.XSUB, back_publish) for _ in range(size)]
         self.outputs = [self.socket(zmq.PUSH, back_output) for _ in range(size)]
-        self.front_ends = [self.socket(zmq.XSUB, self.coordinator.get_stats_publish_address()) for _ in range(2)]
-        for endpoint in (*self.inputs, *self.front_ends):
+        self.frontends = [self.socket(zmq.XSUB, self.coordinator.get_stats_publish_address()) for _ in range(2)]
+        for endpoint in (*self.inputs, *self.frontends):
             endpoint.send(b"\x01")
 
     def socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
@@ -60,7 +60,7 @@ class Deployment:
         end = time.monotonic() + DEADLINE_S
         while not endpoint.poll(10):
             assert time.monotonic() < end, "nothing came"
-            for other in (*self.inputs, *self.front_ends):
+            for other in (*self.inputs, *self.frontends):
                 other.getsockopt(zmq.EVENTS)
         return endpoint.recv_multipart()
 
@@ -77,8 +77,8 @@ class Deployment:
         self.says(rank, {"num_waiting_reqs": waiting, "num_running_reqs": running, "step_counter": step,
                          "current_wave": wave, "kv_cache_usage": 0.5})  # fmt: skip
 
-    def notices(self, rank: int, wave: int, front_end: int = 0) -> None:
-        self.front_ends[front_end].send(msgspec.msgpack.encode((rank.to_bytes(2, "little"), wave)))
+    def notices(self, rank: int, wave: int, frontend: int = 0) -> None:
+        self.frontends[frontend].send(msgspec.msgpack.encode((rank.to_bytes(2, "little"), wave)))
 
     def next_wake(self, rank: int) -> list[Any]:
         """The next START_DP_WAVE at a rank: (wave, whom it leaves out)."""
@@ -94,11 +94,11 @@ class Deployment:
         while self.next_wake(rank)[0] != wave:
             pass
 
-    def wait_view(self, wanted: Callable[[Any, int, bool], bool], front_end: int = 0) -> tuple[Any, int, bool]:
+    def wait_view(self, wanted: Callable[[Any, int, bool], bool], frontend: int = 0) -> tuple[Any, int, bool]:
         """Read what front-ends hear until it is as wanted."""
         end = time.monotonic() + DEADLINE_S
         while time.monotonic() < end:
-            counts, wave, running = msgspec.msgpack.decode(self.receive(self.front_ends[front_end])[0])
+            counts, wave, running = msgspec.msgpack.decode(self.receive(self.frontends[frontend])[0])
             if wanted(counts, wave, running):
                 return counts, wave, running
         raise AssertionError("it was never published")
@@ -106,7 +106,7 @@ class Deployment:
     def last_view(self) -> tuple[Any, int, bool]:
         """What front-ends hear when all that they have heard is read."""
         known: tuple[Any, int, bool] = self.wait_view(lambda *_: True)
-        while self.front_ends[0].poll(500):
+        while self.frontends[0].poll(500):
             known = self.wait_view(lambda *_: True)
         return known
 
@@ -143,7 +143,7 @@ def test_a_wave_from_its_notice_to_its_end() -> None:
         assert [running.next_wake(rank) for rank in range(3)] == [[0, b"\x01\x00"]] * 3
         running.reports(1, 0, 1)
         running.says(0, start=0)
-        running.wait_view(lambda _, wave, runs: (wave, runs) == (0, True), front_end=1)
+        running.wait_view(lambda _, wave, runs: (wave, runs) == (0, True), frontend=1)
         running.reports(1, 0, 1, step=2)
         running.says(0, complete=0)
         counts, _, _ = running.wait_view(lambda _, wave, runs: (wave, runs) == (1, False))
@@ -192,7 +192,7 @@ def test_a_rank_left_alone_by_a_lost_message_is_freed() -> None:
 def test_killed_again_and_again() -> None:
     with deployment(2) as running:
         running.greeted()
-        keeper = running.coordinator.proc.pid
+        watchdog = running.coordinator.proc.pid
         for wave in range(5):
             before = running.kill()
             # What is said now may go down with the dead one's connection. That all are woken cannot.
@@ -204,7 +204,7 @@ def test_killed_again_and_again() -> None:
             running.says(0, complete=wave)
             running.wait_view(lambda _, at, runs, wave=wave: (at, runs) == (wave + 1, False))  # type: ignore[misc]
         assert running.coordinator.proc.is_alive()
-        assert running.coordinator.proc.pid == keeper
+        assert running.coordinator.proc.pid == watchdog
 
 
 def test_a_keepers_end_is_the_coordinators_end() -> None:
@@ -240,13 +240,13 @@ if __name__ == "__main__":
     launcher = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert launcher.stdout is not None
     assert launcher.stdin is not None
-    keeper = int(launcher.stdout.readline())
-    child = int(subprocess.run(["pgrep", "-P", str(keeper)], capture_output=True, check=True).stdout.split()[0])
+    watchdog = int(launcher.stdout.readline())
+    child = int(subprocess.run(["pgrep", "-P", str(watchdog)], capture_output=True, check=True).stdout.split()[0])
     launcher.kill()
     launcher.wait()
     launcher.stdin.close()
     launcher.stdout.close()
-    wait_until(lambda: not alive(keeper) and not alive(child))
+    wait_until(lambda: not alive(watchdog) and not alive(child))
 
 
 def test_garbage_is_counted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,8 +265,8 @@ def test_garbage_is_counted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch)
 
         def counted() -> bool:
             # Each socket is read in its turn: that one's reports are in the view says nothing of the others.
-            garbage = ask(port, "/health")["garbage"]
-            return all(sum(garbage[whose].values()) > 50 for whose in ("ranks", "front_ends"))
+            bad_frames = ask(port, "/health")["garbage"]
+            return all(sum(bad_frames[whose].values()) > 50 for whose in ("ranks", "frontends"))
 
         wait_until(counted)
         assert ask(port, "/health")["restarts"] == 0

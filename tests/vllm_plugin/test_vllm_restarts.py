@@ -39,7 +39,7 @@ def test_a_new_coordinator_knows_the_wave_and_tells_no_empty_loads() -> None:
     deployment.report(0, running=5, wave=0, step=1)
     deployment.complete(0)
     deployment.restart()
-    deployment.front_end()
+    deployment.frontend()
     assert views(deployment.sent)[-1] == View(None, 1, False)
     deployment.report(0, running=5, wave=1, step=1)
     assert last_view(deployment).counts is None, "rank 1 has not reported"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.vllm.codec import Notice, RankMessage, RankStats, VllmDialect, read_front_end, read_rank
+from paceline.vllm.codec import Notice, RankMessage, RankStats, VllmDialect, read_frontend, read_rank
 from paceline.vllm.translation import (
-    FrontEndSaid,
+    FrontendSaid,
     Memory,
     RankSaid,
     RanksReported,
@@ -107,7 +107,7 @@ def test_a_stale_notice_leaves_nobody_out() -> None:
 
 def test_a_notice_without_a_rank_leaves_nobody_out() -> None:
     deployment = VllmDeployment()
-    assert wakes(deployment.happen(FrontEndSaid(Notice(None, None, 0)))) == [Wake(0, None)]
+    assert wakes(deployment.happen(FrontendSaid(Notice(None, None, 0)))) == [Wake(0, None)]
 
 
 def test_a_rank_that_starts_wakes_the_others() -> None:
@@ -221,11 +221,11 @@ def test_a_ranks_steps_are_in_order_within_its_waves() -> None:
     assert last_view(deployment).counts == [[0, 6, 0.0], [0, 0, 0.0]]
 
 
-def test_a_front_end_that_comes_is_told_at_once() -> None:
+def test_a_frontend_that_comes_is_told_at_once() -> None:
     deployment = VllmDeployment()
     deployment.report(0, running=5)
     deployment.wait(1.0)
-    assert views(deployment.front_end())[-1].counts == [[0, 5, 0.0], [0, 0, 0.0]]
+    assert views(deployment.frontend())[-1].counts == [[0, 5, 0.0], [0, 0, 0.0]]
 
 
 # As recorded --------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_a_front_end_that_comes_is_told_at_once() -> None:
 
 def test_a_recorded_wave() -> None:
     deployment = VllmDeployment()
-    assert wakes(deployment.happen(FrontEndSaid(read_front_end(frames.NOTICE_OF_RANK_1)))) == [Wake(0, b"\x01\x00")]
+    assert wakes(deployment.happen(FrontendSaid(read_frontend(frames.NOTICE_OF_RANK_1)))) == [Wake(0, b"\x01\x00")]
     for frame in (frames.RANK_1_WAITS, frames.RANK_1_RUNS, frames.RANK_0_STARTS):
         deployment.happen(RankSaid(read_rank(frame)))
     deployment.wait(0.02)
@@ -281,7 +281,7 @@ def test_whatever_is_said_the_wave_never_goes_back(said: list[tuple[object, ...]
                 wave = effect.wave
                 assert isinstance(effect, Wake) or effect.counts is None or len(effect.counts) <= 5
         deployment.sent.clear()
-    deployment.front_end()
+    deployment.frontend()
     counts = last_view(deployment).counts
     assert counts is None or len(counts) == deployment.memory.size
 

@@ -9,8 +9,8 @@ from paceline.vllm.codec import Notice, RankMessage, RankStats, Scale, VllmDiale
 from paceline.vllm.translation import (
     Effect,
     Event,
-    FrontEndSaid,
-    FrontEndSubscribed,
+    FrontendSaid,
+    FrontendSubscribed,
     Greet,
     Memory,
     RankSaid,
@@ -76,17 +76,17 @@ class VllmDeployment:
     def notice(self, rank: int, wave: int) -> list[Effect]:
         notice = Notice(rank.to_bytes(2, "little"), rank, wave)
         at_once = self.translation.wake_at_once(notice)
-        effects = self.happen(FrontEndSaid(notice))
+        effects = self.happen(FrontendSaid(notice))
         # What may be sent before is what comes out then.
         assert at_once is None or wakes(effects)[0] == at_once
         return effects
 
     def scale(self, size: int) -> list[Effect]:
         self.size = size
-        return self.happen(FrontEndSaid(Scale(size)))
+        return self.happen(FrontendSaid(Scale(size)))
 
-    def front_end(self) -> list[Effect]:
-        return self.happen(FrontEndSubscribed())
+    def frontend(self) -> list[Effect]:
+        return self.happen(FrontendSubscribed())
 
     def wait(self, seconds: float) -> list[Effect]:
         """Let time pass, with all ticks that are due meanwhile."""

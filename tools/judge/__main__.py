@@ -100,8 +100,11 @@ def seed(mutant: dict[str, str], source: Path) -> None:
 
 def found_by(mutant: dict[str, str], tree: Path) -> str:
     """Which of the three notices the fault first."""
-    if any(json.loads(line)["verdict"] != "ok" for line in simulated(tree)):
-        return "simulator"
+    try:
+        if any(json.loads(line)["verdict"] != "ok" for line in simulated(tree)):
+            return "simulator"
+    except subprocess.TimeoutExpired:
+        return "simulator: it does not end"
     environment = {**os.environ, "PYTHONPATH": str(tree / "src")}
     folder = next(one for one in ("tests/core", "tests/protocol") if (tree / one).exists())
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", folder]
@@ -116,7 +119,7 @@ def found_by(mutant: dict[str, str], tree: Path) -> str:
 
 
 def simulated(tree: Path) -> list[str]:
-    done = paceline("simulate", "--seeds", "0..40", "--json", source=tree / "src")
+    done = paceline("simulate", "--seeds", "0..30", "--json", source=tree / "src", timeout=120)
     return done.stdout.splitlines()
 
 

@@ -25,11 +25,11 @@ from paceline.core.rules import BINDING_RULES, OF_GENERATIONS, OF_SCALING, RULES
 from paceline.core.standing import MODES
 
 FOUND, NOT_DECIDED = 1, 2
-OF_BOTH = ("ranks", "front_ends", "requests", "losses", "crashes")
+OF_BOTH = ("ranks", "frontends", "requests", "losses", "crashes")
 OF_WAVES = ("suspensions", "mode", "steps", "sync_interval", "backlog", "grouped", "notices", "max_memory_mb")
 """Flags that say nothing of the queue's search, nor of the answers'."""
 NOT_OF_BINDING = ("scales", "answers")
-NOT_OF_ANSWERS = ("front_ends", "losses", "without")
+NOT_OF_ANSWERS = ("frontends", "losses", "without")
 SETS: dict[str, list[dict[str, int]]] = {
     "waves": [
         {"requests": 2, "losses": 1, "crashes": 1, "suspensions": 0},
@@ -51,7 +51,7 @@ LARGEST = Bound(ranks=2, requests=3, losses=1, crashes=1)
 def check(
     context: typer.Context,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 2,
-    front_ends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
+    frontends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
     requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 2,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
     crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,

@@ -26,22 +26,23 @@ from msgspec.structs import replace
 from paceline.check.search import Move
 from paceline.check.state import NOW, Broken, Freezer, Part, Register
 from paceline.core.coordinator import events as on_coordinator
-from paceline.core.coordinator.epoch import Generations, Stalls
+from paceline.core.coordinator.epoch import Epochs, Stalls
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.pause import Suspending
+from paceline.core.coordinator.pause import CoordinatorPause
 from paceline.core.coordinator.publishing import Publisher
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.frontend import events as on_frontend
 from paceline.core.frontend.dispatch import Placement
-from paceline.core.frontend.inflight import Turnover
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.inflight import RetryAfter
+from paceline.core.frontend.machine import Frontend
 from paceline.core.frontend.ranks import Router
-from paceline.core.messages import PROTOCOL_VERSION, Load, LoadView, Members, RankHello, RankReport
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
 from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
 from paceline.core.routing.least import LeastLoad
 
 LIFE, FIRST = 7, 100
-BESIDES = (Router, Turnover, Placement, Publisher, GroupWave, Generations, Stalls, Suspending)
+BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, CoordinatorPause)
 """No part of what is walked, or following from the rest: routing, which has one way to go; waves and suspensions."""
 Present = tuple[tuple[int, int], ...]
 
@@ -50,7 +51,7 @@ class Limits(Struct, frozen=True):
     """What a search covers. `aborts`, `losses`, `crashes`: at most so many. `without`: rules left out."""
 
     ranks: int = 1
-    front_ends: int = 1
+    frontends: int = 1
     requests: int = 2
     slots: int = 1
     aborts: int = 1
@@ -62,8 +63,8 @@ class Limits(Struct, frozen=True):
 class State:
     """All parts. `taken`, `present`, `step`, `reported`, `known`: of each rank. `open`: requests whose clients wait."""
 
-    def __init__(self, limits: Limits, machines: list[Part[FrontEnd]]) -> None:
-        ranks, count = limits.ranks, limits.front_ends
+    def __init__(self, limits: Limits, machines: list[Part[Frontend]]) -> None:
+        ranks, count = limits.ranks, limits.frontends
         self.machines = machines
         self.coordinator: Part[Coordinator] | None = None
         self.lives = 0
@@ -93,15 +94,18 @@ class Dispatch:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         freeze = Freezer(*BESIDES)
-        self.frontends: Register[FrontEnd] = Register(freeze)
+        self.frontends: Register[Frontend] = Register(freeze)
         self.coordinators: Register[Coordinator] = Register(freeze)
         self.messages: Register[Any] = Register(freeze)
 
     def start(self) -> State:
         """Ready and idle: everybody knows everybody, and shares are handed out."""
-        limits, count = self.limits, self.limits.front_ends
-        machines = [FrontEnd(FIRST + i, LeastLoad(i, count), brokered=True, without=limits.without) for i in range(count)]
-        state = State(limits, [self.frontends.part(machine) for machine in machines])
+        limits, count = self.limits, self.limits.frontends
+        machines = [
+            self.frontends.part(Frontend(FIRST + at, LeastLoad(at, count), late_binding=True, without=limits.without))
+            for at in range(count)
+        ]
+        state = State(limits, machines)
         self._begin(state)
         for index in range(count):
             self._frontend(state, index, on_frontend.Connected())
@@ -117,9 +121,13 @@ class Dispatch:
 
     def over(self, state: State) -> bool:
         """Whether nobody waits for anything."""
-        if state.open or state.coordinator is None or any(machine.thing.held() for machine in state.machines):
+        if (
+            state.open
+            or state.coordinator is None
+            or any(machine.thing.waiting_for_grant() for machine in state.machines)
+        ):
             return False
-        return not list(state.coordinator.thing.broker.descriptors())
+        return not list(state.coordinator.thing.dispatcher.descriptors())
 
     def stuck(self, state: State) -> str:
         return "a request can never come to its end any more"
@@ -140,7 +148,7 @@ class Dispatch:
                 yield _move(f"request {request} comes", self._submit, request)
             elif request in state.open and state.aborts:
                 yield _move(f"the client of request {request} goes", self._abort, request)
-        for index in range(self.limits.front_ends):
+        for index in range(self.limits.frontends):
             yield from self._link_moves(state, index)
         for rank, present in enumerate(state.present):
             for pair in present[: self.limits.slots]:
@@ -150,12 +158,12 @@ class Dispatch:
         if state.coordinator is None:
             yield _move("a new coordinator starts", self._begin)
             return
-        if state.crashes and any(machine.thing.held() for machine in state.machines):
+        if state.crashes and any(machine.thing.waiting_for_grant() for machine in state.machines):
             yield _move("the coordinator dies", self._crash)
         if "queue" in state.coordinator.thing.timers() and not any(state.down) and max(map(len, state.up)) <= 1:
             yield _move("the coordinator says again what it granted", self._coordinator, on_coordinator.Tick(), "queue")
         if not any(state.down) and state.losses < self.limits.losses:
-            yield _move("the coordinator publishes", self._coordinator, on_coordinator.FrontEndSubscribed())
+            yield _move("the coordinator publishes", self._coordinator, on_coordinator.FrontendSubscribed())
 
     def _link_moves(self, state: State, index: int) -> Iterator[Move]:
         who, timers = f"front-end {index}", state.machines[index].thing.timers()
@@ -178,15 +186,15 @@ class Dispatch:
     def _submit(self, state: State, request: int) -> None:
         state.asked, state.open = state.asked | {request}, state.open | {request}
         event = on_frontend.Submit(request, [1], SamplingParams(1))
-        self._frontend(state, request % self.limits.front_ends, event)
+        self._frontend(state, request % self.limits.frontends, event)
 
     def _abort(self, state: State, request: int) -> None:
         state.aborts, state.open = state.aborts - 1, state.open - {request}
-        self._frontend(state, request % self.limits.front_ends, on_frontend.Abandon([request]))
+        self._frontend(state, request % self.limits.frontends, on_frontend.Abandon([request]))
 
     def _up(self, state: State, index: int) -> None:
         first, state.up[index] = state.up[index][0], state.up[index][1:]
-        self._coordinator(state, on_coordinator.FrontEndSaid(first.thing))
+        self._coordinator(state, on_coordinator.FrontendSaid(first.thing))
 
     def _down(self, state: State, index: int) -> None:
         first, state.down[index] = state.down[index][0], state.down[index][1:]
@@ -233,7 +241,7 @@ class Dispatch:
 
     def _crash(self, state: State) -> None:
         state.crashes, state.coordinator = state.crashes - 1, None
-        state.up = [()] * self.limits.front_ends
+        state.up = [()] * self.limits.frontends
 
     def _begin(self, state: State) -> None:
         state.lives += 1
@@ -243,18 +251,18 @@ class Dispatch:
         )
         state.coordinator = self.coordinators.part(machine)
         state.known, state.reported = [False] * limits.ranks, [False] * limits.ranks
-        self._coordinator(state, on_coordinator.FrontEndSubscribed())
+        self._coordinator(state, on_coordinator.FrontendSubscribed())
 
     def _coordinator(self, state: State, event: on_coordinator.Event, timer: str = "") -> None:
         if state.coordinator is None:
             return
         state.coordinator, said = state.coordinator.after(handles, self.messages.part(event), timer)
         for effect in said:
-            if isinstance(effect, on_coordinator.ToFrontEnds):
+            if isinstance(effect, on_coordinator.ToFrontends):
                 for index, link in enumerate(state.down):
                     state.down[index] = self._broadcast(state.machines[index].thing, link, effect.message)
 
-    def _broadcast(self, machine: FrontEnd, link: tuple[Part[Any], ...], message: Any) -> tuple[Part[Any], ...]:
+    def _broadcast(self, machine: Frontend, link: tuple[Part[Any], ...], message: Any) -> tuple[Part[Any], ...]:
         if isinstance(message, Members) and machine.statistics()["coordinator"] == message.coordinator:
             return link
         if isinstance(message, LoadView):
@@ -291,4 +299,4 @@ def handles(machine: Any, event: Part[Any], timer: str = "") -> tuple[Any, ...]:
 
 
 def _move(what: str, do: Callable[..., None], *given: Any) -> Move:
-    return Move((what,), True, lambda state: do(state, *given))
+    return Move((what,), True, do, given)

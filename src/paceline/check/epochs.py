@@ -28,11 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
 
 from paceline.check import parties
-from paceline.check.lockstep import Bound, Lockstep, State, agreed
-from paceline.check.parties import Answer, Group, Node, Process, Word, named
+from paceline.check.lockstep import Bound, Lockstep, State, agreed, becomes, put
+from paceline.check.parties import Group, Node, Process, Word, named
 from paceline.check.search import Move
 from paceline.check.state import demand
 from paceline.core.invariants import agree_at_rest, same_generation
@@ -99,7 +98,7 @@ class Epochs(Lockstep):
         if state.stranded:
             for rank in self.open_ranks(state):
                 if state.nodes[rank].process.takes_requests:
-                    yield from self.sends(rank, state.nodes[rank], state.published, stranded=True)
+                    yield from self.sends(state, rank, stranded=True)
         standing = groups(state)
         yield from self._ends(state, standing)
         yield from self._patience(state)
@@ -116,11 +115,11 @@ class Epochs(Lockstep):
         yield from super().rank_moves(rank, node)
         process = node.process
         if process.loading and not node.ended:
-            yield Move(("load", rank), True, lambda s: _set(s, rank, node.after(Process.loads)))
+            yield becomes(("load", rank), node, Process.loads)
         if process.to_form is not None and not process.busy:
-            yield Move(("form", rank), True, lambda s: _meet(s, rank, node.after(Process.turns)))
+            yield Move(("form", rank), True, _meet, (rank, node))
         if process.forming is not None and process.forming == process.group:
-            yield Move(("formed", rank, process.group.number), True, lambda s: _set(s, rank, node.after(Process.formed)))
+            yield becomes(("formed", rank, process.group.number), node, Process.formed)
 
     def reaches(self, node: Node, word: Word) -> Node:
         """Likewise. A rank is told an epoch once: that it is told again changes nothing but that it repeats itself."""
@@ -134,19 +133,16 @@ class Epochs(Lockstep):
     def _ends(self, state: State, standing: dict[Group, Members]) -> Iterator[Move]:
         """Ranks find that a group is over, or wait no longer for one."""
         for rank, node in enumerate(state.nodes):
-            process = node.process
-            if process.forming is None:
-                if process.steps_on and process.group not in standing:
-                    yield Move(("ended", rank), True, lambda s, r=rank, n=node: _set(s, r, n.after(Process.ended)))
-                continue
-            gives_up = ("gives-up", rank)
-            if process.group is not None:
-                if process.group not in standing:
-                    yield Move(gives_up, False, lambda s, r=rank, n=node: _set(s, r, n.after(Process.ended)))
-            elif self._hopeless(state, process.forming):
-                yield Move(gives_up, True, lambda s, r=rank, n=node: _set(s, r, n.after(Process.ended)))
-            elif state.losses:
-                yield Move(gives_up, False, lambda s, r=rank, n=node: _set(s, r, n.after(Process.ended), losses=1))
+            group, forming = node.process.group, node.process.forming
+            if forming is None:
+                if node.process.steps_on and group not in standing:
+                    yield becomes(("ended", rank), node, Process.ended)
+            elif group is None:
+                hopeless = self._hopeless(state, forming)
+                if hopeless or state.losses:
+                    yield Move(("gives-up", rank), hopeless, _gives_up, (rank, not hopeless))
+            elif group not in standing:
+                yield becomes(("gives-up", rank), node, Process.ended, fair=False)
 
     def _hopeless(self, state: State, group: Group) -> bool:
         """Whether this group cannot be formed any more: a member is dead, or has left it, or was told of a later."""
@@ -156,42 +152,36 @@ class Epochs(Lockstep):
         for rank, node in enumerate(state.nodes):
             process = node.process
             still = told.get(rank) == process.machine.incarnation and process.machine.told < group.number
-            forms = [w.thing for w in node.down if isinstance(w.thing, Form) and w.thing.generation > process.machine.told]
+            forms = [
+                w.thing for w in node.down if isinstance(w.thing, Form) and w.thing.generation > process.machine.told
+            ]
             can += still or group in (process.forming, process.group, process.to_form, *map(named, forms))
         return can < group.size
 
     def _patience(self, state: State) -> Iterator[Move]:
         """The coordinator gives an epoch up that is not formed, or waits no longer for ranks."""
         timers = self.known(state).timers
+        number, members = state.coordinator.thing.epoch()
+        group = Group(number, state.coordinator.thing.identity, len(members))
         if "patience" in timers:
-            number, members = state.coordinator.thing.epoch()
-            group = Group(number, state.coordinator.thing.identity, len(members))
-            yield from self.timer(state, "patience", "generation", early=not self._hopeless(state, group))
+            yield from self.timer(state, "patience", early=not self._hopeless(state, group))
         if "silent" in timers:
             loading = all(state.nodes[rank].process.loading for rank in timers["silent"])
             yield from self.timer(state, "silent", early=not loading)
         if "lost" in timers:
-            yield from self.timer(state, "lost", early=False)
+            yield from self.timer(state, "lost")
 
     def _late(self, state: State) -> Iterator[Move]:
         """The coordinator hears of a life that is over. It may just as well not."""
         for rank, node in enumerate(state.nodes):
             if node.late:
-                rest = node._replace(late=node.late[1:])
-                yield from self.unfair(state, ("late", rank, node.late[0]), rank, rest, parties.said, node.late[0])
+                what, rest = ("late", rank, node.late[0]), node._replace(late=node.late[1:])
+                yield from self.heard(state, what, self.reads, rest, parties.said, rank, node.late[0], fair=False)
             if node.gone:
-                yield from self.unfair(state, ("gone", rank), rank, node._replace(gone=0), parties.gone, node.gone)
-
-    def unfair(
-        self, state: State, what: tuple[Any, ...], rank: int, after: Node, do: Any, *given: Any
-    ) -> Iterator[Move]:
-        """What the coordinator may hear of a rank, or not."""
-
-        def act(s: State) -> Answer:
-            s.nodes[rank] = after
-            return self.happens(s, do, rank, *given)
-
-        return self.heard(what, act, bool(state.losses), fair=False)
+                rest = node._replace(gone=0)
+                yield from self.heard(
+                    state, ("gone", rank), self.reads, rest, parties.gone, rank, node.gone, fair=False
+                )
 
     # Collectives ------------------------------------------------------------------------------------
 
@@ -200,7 +190,7 @@ class Epochs(Lockstep):
         for group, members in groups(state).items():
             nodes = [state.nodes[rank] for rank in members]
             if all(node.process.steps_on for node in nodes):
-                known = {f"rank {r}": n.process.machine.generation for r, n in zip(members, nodes, strict=True)}
+                known = {f"rank {r}": n.process.machine.epoch for r, n in zip(members, nodes, strict=True)}
                 demand(same_generation(group.number, known))
                 yield from self.round(state, members)
 
@@ -210,7 +200,7 @@ class Epochs(Lockstep):
         leaves = [any(isinstance(word.thing, Form) for word in node.down) for node in before]
         for after in self._torn(state, members) if any(leaves) else ():
             if any(leaves[i] and node not in _endings(before[i]) for i, node in enumerate(after)):
-                yield Move(("torn", -1), False, lambda s, after=after: _put(s, members, after))
+                yield Move(("torn", -1), False, put, (members, after))
 
     def _torn(self, state: State, members: Members) -> list[tuple[Node, ...]]:
         """The members after a collective, or two, that completed for some and for the others did not."""
@@ -241,22 +231,21 @@ class Epochs(Lockstep):
                     if own is node or own not in endings:
                         yield from self.dies(state, rank, members, others, own)
 
-    def dies(
-        self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node
-    ) -> Iterator[Move]:
+    def dies(self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node) -> Iterator[Move]:
         """`others`: what the members of its group are like then; `last`: what the rank is like. What it had said is
         lost, or may still be read."""
-        next_life = self.processes.part(Process(last.process.machine.incarnation + 1, self.settings))
-        dead = Node(next_life, notices=last.notices, late=last.late, gone=last.process.machine.incarnation)
         for late in dict.fromkeys([last.late, last.up]):
+            yield Move(("die", rank), False, self._die_late, (rank, members, others, last, late))
 
-            def die(s: State, late: tuple[Word, ...] = late) -> None:
-                _put(s, members, others)
-                s.nodes[rank] = dead._replace(late=late)
-                s.crashes -= 1
-                self.strand(s, rank, last)
-
-            yield Move(("die", rank, late is last.up), False, die)
+    def _die_late(
+        self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node, late: tuple[Word, ...]
+    ) -> None:
+        incarnation = last.process.machine.incarnation
+        life = self.processes.part(Process(incarnation + 1, self.settings))
+        put(state, members, others)
+        state.nodes[rank] = Node(life, notices=last.notices, late=late, gone=incarnation)
+        state.crashes -= 1
+        self.strand(state, rank, last)
 
     def strand(self, state: State, rank: int, node: Node) -> None:
         """What the rank had, or what was on its way to it, must go on elsewhere."""
@@ -273,7 +262,7 @@ def groups(state: State) -> dict[Group, Members]:
 
 
 def _know(nodes: Sequence[Node], group: Group) -> bool:
-    return all(node.process.machine.generation == group.number for node in nodes)
+    return all(node.process.machine.epoch == group.number for node in nodes)
 
 
 def _endings(node: Node) -> set[Node]:
@@ -282,23 +271,18 @@ def _endings(node: Node) -> set[Node]:
     return {way.after(Process.ended) for way in ways}
 
 
-def _set(state: State, rank: int, node: Node, losses: int = 0) -> None:
-    state.nodes[rank] = node
-    state.losses -= losses
-
-
-def _put(state: State, ranks: Sequence[int], nodes: Sequence[Node]) -> None:
-    for rank, node in zip(ranks, nodes, strict=True):
-        state.nodes[rank] = node
+def _gives_up(state: State, rank: int, lost: bool) -> None:
+    state.losses -= lost
+    state.nodes[rank] = state.nodes[rank].after(Process.ended)
 
 
 def _meet(state: State, rank: int, node: Node) -> None:
     """The rank begins to form a group; if all its members have come, they hold it."""
-    state.nodes[rank] = node
+    state.nodes[rank] = node.after(Process.turns)
     coming: dict[Group, Members] = {}
     for other, one in enumerate(state.nodes):
         if one.process.forming is not None and one.process.group is None:
             coming.setdefault(one.process.forming, []).append(other)
     for group, members in coming.items():
         if len(members) == group.size:
-            _put(state, members, [state.nodes[member].after(Process.meets) for member in members])
+            put(state, members, [state.nodes[member].after(Process.meets) for member in members])

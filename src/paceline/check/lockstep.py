@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from paceline.check import parties
-from paceline.check.parties import BESIDES, Answer, Node, Process, Settings, Word, front_end_sends, neutral
+from paceline.check.parties import BESIDES, Answer, Node, Process, Settings, Word, frontend_sends, neutral
 from paceline.check.search import Move, Same
 from paceline.check.state import Freezer, Part, Register, demand
 from paceline.check.story import situation, told
@@ -54,8 +54,7 @@ from paceline.core.invariants import (
     same_collective,
 )
 from paceline.core.messages import Admit, Form, Identify, RankHello, StartDPWave, WaveComplete
-from paceline.core.rank.events import Phase
-from paceline.core.rank.events import IN_MID_STEP, Step
+from paceline.core.rank.events import IN_MID_STEP, Phase, Step
 from paceline.core.requests import ControlAction, SuspendMode
 
 REPEATED = ("wake", "question", "suspension", "generation")
@@ -159,7 +158,7 @@ class Lockstep:
             for move in self.moves(state):
                 after = state.copy()
                 if move.fair:
-                    move.do(after)
+                    move.do(after, *move.given)
                     key = self.key(after)
                     if key not in met:
                         met.add(key)
@@ -247,9 +246,7 @@ class Lockstep:
         if best == first and len(set(best)) == alike:
             return numbers
         # Where some are equal, the coordinator's state decides.
-        orders = [
-            (*order, *rest) for order in permutations(range(alike)) if [first[place] for place in order] == best
-        ]
+        orders = [(*order, *rest) for order in permutations(range(alike)) if [first[place] for place in order] == best]
         order = min(orders, key=lambda order: state.coordinator.mirrored(order).number) if orders[1:] else orders[0]
         self.reorder(state, order)
         return [numbers[place] for place in order]
@@ -279,7 +276,9 @@ class Lockstep:
                 continue
             machine = node.process.machine
             known = lives.get(rank) == machine.incarnation
-            down = tuple(word for word in node.down if not _outdated(word, machine.wave + (known and machine.running), known))
+            down = tuple(
+                word for word in node.down if not _outdated(word, machine.wave + (known and machine.running), known)
+            )
             up = node.up
             while up and isinstance(up[0].thing, RankHello) == known and not (known and state.crashes):
                 after, answer = state.coordinator.after(parties.said, rank, up[0])
@@ -318,7 +317,7 @@ class Lockstep:
             if node.up and current[rank] and self._noted(state, known, rank, node.up[0].thing):
                 answer = state.coordinator.after(parties.said, rank, node.up[0])[1]
                 if not answer.broadcasts and answer.published <= state.published:
-                    return next(self._say(rank, node, fewer=False))
+                    return next(self._says(state, rank, node))
         if state.unsent or state.crashes or state.calls < len(self.calls) or "suspension" in known.timers:
             return None
         for rank, node in enumerate(state.nodes):
@@ -352,51 +351,36 @@ class Lockstep:
             in_mid_step = isinstance(word.thing, IN_MID_STEP)
             if (in_mid_step and not at_once) or (place == 0 and not busy):
                 rest = node._replace(down=node.down[:place] + node.down[place + 1 :])
-                yield _becomes(("hear", rank, word), not running or in_mid_step, rank, rest, Process.hears, word)
+                yield becomes(("hear", rank, word), rest, Process.hears, word, fair=not running or in_mid_step)
             at_once = at_once or in_mid_step
         joining = process.machine.phase is Phase.JOINING and process.idle
         if joining and not node.up and not node.down and node.connected:
-            yield _becomes(("hello", rank), True, rank, node, Process.says_hello_again)
+            yield becomes(("hello", rank), node, Process.says_hello_again)
         for stamp in sorted(set(node.arriving)) if not busy else ():
             rest = node._replace(arriving=_less(node.arriving, stamp))
-            yield _becomes(("arrive", rank, stamp), not running, rank, rest, Process.arrives, stamp)
+            yield becomes(("arrive", rank, stamp), rest, Process.arrives, stamp, fair=not running)
 
-    def _say(self, rank: int, node: Node, *, fewer: bool = True) -> Iterator[Move]:
-        def act(s: State) -> Answer:
-            s.nodes[rank] = node._replace(up=node.up[1:])
-            return self.happens(s, parties.said, rank, node.up[0])
-
-        return self.heard(("say", rank, node.up[0]), act, fewer)
+    def _says(self, state: State, rank: int, node: Node) -> Iterator[Move]:
+        rest = node._replace(up=node.up[1:])
+        return self.heard(state, ("say", rank, node.up[0]), self.reads, rest, parties.said, rank, node.up[0])
 
     def _coordinator_moves(self, state: State) -> Iterator[Move]:
         for rank, node in enumerate(state.nodes):
             if node.up:
-                yield from self._say(rank, node, fewer=bool(state.losses))
+                yield from self._says(state, rank, node)
             for stamp in sorted(set(node.notices)):
-                after = node._replace(notices=_less(node.notices, stamp))
-                yield from self._reads(state, ("notice", rank, stamp), rank, after, parties.noticed, rank, stamp)
+                rest = node._replace(notices=_less(node.notices, stamp))
+                yield from self.heard(state, ("notice", rank, stamp), self.reads, rest, parties.noticed, rank, stamp)
             if not node.connected and not node.process.loading:
-                after = node._replace(connected=True)
-                yield from self._reads(state, ("connect", rank), rank, after, parties.subscribed, -1)
+                up = node._replace(connected=True)
+                yield from self.heard(state, ("connect", rank), self.reads, up, parties.subscribed, rank)
         if state.asking and not state.heard:
-            call = (state.calls, self.calls[state.calls], state.answered)
+            yield from self.heard(state, ("call", -1, self.calls[state.calls]), self._called)
 
-            def calls(s: State) -> Answer:
-                s.heard = True
-                return self.happens(s, parties.called, -1, *call)
-
-            yield from self.heard(("call", -1, self.calls[state.calls]), calls, bool(state.losses))
-
-    def _reads(
-        self, state: State, what: tuple[Any, ...], rank: int, node: Node, do: Callable[..., Answer], *given: Any
-    ) -> Iterator[Move]:
-        """Something of a rank's links reaches the coordinator."""
-
-        def act(s: State) -> Answer:
-            s.nodes[rank] = node
-            return self.happens(s, do, *given)
-
-        return self.heard(what, act, bool(state.losses))
+    def _called(self, state: State) -> Answer:
+        state.heard = True
+        call = (state.calls, self.calls[state.calls], state.answered)
+        return self.happens(state, parties.called, -1, *call)
 
     def _timer_moves(self, state: State) -> Iterator[Move]:
         nodes, known = state.nodes, self.known(state)
@@ -404,23 +388,21 @@ class Lockstep:
             return
         for timer in REPEATED:
             waits_for = known.timers.get(timer, ())
-            if not any(nodes[rank].connected and not nodes[rank].down for rank in waits_for if rank < len(nodes)):
-                continue
-            early = timer == "wake" and known.suspension % 2 == 1 and self._stirs(state)
-            yield from self.timer(state, timer, early=early)
+            if any(nodes[rank].connected and not nodes[rank].down for rank in waits_for if rank < len(nodes)):
+                early = timer == "wake" and known.suspension % 2 == 1 and self._stirs(state)
+                yield from self.timer(state, timer, early=early)
 
-    def timer(self, state: State, timer: str, *also: str, early: bool) -> Iterator[Move]:
+    def timer(self, state: State, timer: str, *, early: bool = False) -> Iterator[Move]:
         """A timer is due. `early`: that it may be so again and again counts as a loss."""
-        what = ("tick", -1, timer)
+        what, act = ("tick", -1, timer), (self.happens, parties.ticked, -1, timer)
         if not early:
-            act = lambda s: self.happens(s, parties.ticked, -1, timer, *also)  # noqa: E731
-            yield from self.heard(what, act, bool(state.losses))
+            yield from self.heard(state, what, *act)
         elif state.losses:
-            yield Move(what, False, lambda s: self._early(s, timer, *also))
+            yield Move(what, False, self._early, act)
 
-    def _early(self, state: State, *timers: str) -> None:
+    def _early(self, state: State, *act: Any) -> None:
         state.losses -= 1
-        self.answered(state, self.happens(state, parties.ticked, -1, *timers), -1)
+        self._heard(state, -1, *act)
 
     def _stirs(self, state: State) -> bool:
         """Whether ranks are about to do something by themselves, a step included."""
@@ -438,64 +420,60 @@ class Lockstep:
         nodes = [state.nodes[rank] for rank in members]
         if all(node.process.steps_on and len(node.up) < self.bound.backlog for node in nodes):
             agreeing = all(node.process.agree is not None for node in nodes)
-            yield Move(("agree" if agreeing else "round", -1), True, lambda s: self._together(s, members))
+            yield Move(("agree" if agreeing else "round", -1), True, self._together, (members, agreeing))
 
-    def _together(self, state: State, members: Sequence[int]) -> None:
+    def _together(self, state: State, members: Sequence[int], agreeing: bool) -> None:
         nodes = [state.nodes[rank] for rank in members]
-        agreeing = all(node.process.agree is not None for node in nodes)
         if not agreeing:
             nodes = [node.after(Process.steps) for node in nodes]
         demand(same_collective({f"rank {r}": n.process.agree or Step() for r, n in zip(members, nodes, strict=True)}))
         # In an agreement a rank can hear of a suspension that it has not spoken of.
         if agreeing or not self.calls:
             nodes = agreed(nodes)
-        for rank, node in zip(members, nodes, strict=True):
-            state.nodes[rank] = node
+        put(state, members, nodes)
 
     def _requests(self, state: State) -> Iterator[Move]:
         newest, runs = state.published
         beliefs = {(0, False), (newest, False)} | ({(newest, True)} if runs else {(newest - 1, True)} - {(-1, True)})
         for rank in self.open_ranks(state):
             node = state.nodes[rank]
-            if not node.process.takes_requests:
-                continue
-            if not self.bound.notices:
-                yield from self.sends(rank, node, state.published, stranded=False)
-                continue
-            for wave, running in sorted(beliefs):
-                stamp, notice = front_end_sends(wave, running)
-                yield from self._request(state, rank, node, stamp, notice)
+            if node.process.takes_requests and not self.bound.notices:
+                yield from self.sends(state, rank, stranded=False)
+            elif node.process.takes_requests:
+                for wave, running in sorted(beliefs):
+                    stamp, notice = frontend_sends(wave, running)
+                    if not node.process.busy:
+                        what = "send" if notice is None else "send-first"
+                        notices = () if notice is None else (notice,)
+                        yield Move((what, rank, stamp), False, self._sent, (rank, stamp, notices))
+                    if notice is not None:
+                        what = "notice-first"
+                        given = (rank, stamp, notice)
+                        yield from self.heard(state, (what, rank, stamp), self._notified, *given, fair=False)
 
-    def _request(self, state: State, rank: int, node: Node, stamp: int, notice: int | None) -> Iterator[Move]:
-        def send(s: State, kept: tuple[int, ...] = ()) -> None:
-            s.unsent -= 1
-            after = node.after(Process.arrives, stamp)
-            s.nodes[rank] = after._replace(notices=tuple(sorted((*after.notices, *kept))))
+    def _sent(self, state: State, rank: int, stamp: int, notices: tuple[int, ...]) -> None:
+        state.unsent -= 1
+        node = state.nodes[rank].after(Process.arrives, stamp)
+        state.nodes[rank] = node._replace(notices=tuple(sorted((*node.notices, *notices))))
 
-        def notify(s: State) -> Answer:
-            s.unsent -= 1
-            s.nodes[rank] = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
-            return self.happens(s, parties.noticed, rank, notice)
+    def _notified(self, state: State, rank: int, stamp: int, notice: int) -> Answer:
+        state.unsent -= 1
+        node = state.nodes[rank]
+        state.nodes[rank] = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
+        return self.happens(state, parties.noticed, rank, notice)
 
-        if not node.process.busy:
-            if notice is None:
-                yield Move(("send", rank, stamp), False, send)
-            else:
-                yield Move(("send-first", rank, stamp), False, lambda s: send(s, (notice,)))
-        if notice is not None:
-            yield from self.heard(("notice-first", rank, stamp), notify, bool(state.losses), fair=False)
-
-    def sends(self, rank: int, node: Node, published: tuple[int, bool], *, stranded: bool) -> Iterator[Move]:
+    def sends(self, state: State, rank: int, *, stranded: bool) -> Iterator[Move]:
         """A request whose notice is lost, or was not sent. `stranded`: one whose rank has died."""
-        newest, runs = published
+        newest, runs = state.published
+        what = "send-late" if state.nodes[rank].process.busy else "send-alone"
         for stamp in sorted({0, newest, max(0, newest - (not runs))}):
+            yield Move((what, rank, stamp), stranded, self._sent_alone, (rank, stamp, stranded))
 
-            def send(s: State, stamp: int = stamp) -> None:
-                s.unsent, s.stranded = s.unsent - (not stranded), s.stranded - stranded
-                late = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
-                s.nodes[rank] = late if node.process.busy else node.after(Process.arrives, stamp)
-
-            yield Move(("send-late" if node.process.busy else "send-alone", rank, stamp, stranded), stranded, send)
+    def _sent_alone(self, state: State, rank: int, stamp: int, stranded: bool) -> None:
+        state.unsent, state.stranded = state.unsent - (not stranded), state.stranded - stranded
+        node = state.nodes[rank]
+        late = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
+        state.nodes[rank] = late if node.process.busy else node.after(Process.arrives, stamp)
 
     def open_ranks(self, state: State) -> Sequence[int]:
         """The ranks that front-ends send requests to, once they are ready."""
@@ -506,29 +484,24 @@ class Lockstep:
         cut = [node._replace(up=(), down=(), connected=False, asked=False, late=(), gone=0) for node in state.nodes]
         choices = [[node, node._replace(notices=())] if node.notices else [node] for node in cut]
         for nodes in product(*choices):
+            yield Move(("crash", -1), False, self.crashed, (nodes,))
 
-            def crash(s: State, nodes: tuple[Node, ...] = nodes) -> None:
-                s.nodes = list(nodes)
-                self.crashed(s)
-
-            yield Move(("crash", -1), False, crash)
-
-    def crashed(self, state: State) -> None:
-        """What is left when the coordinator has died."""
+    def crashed(self, state: State, nodes: Sequence[Node]) -> None:
+        """The coordinator has died, and that is what ranks are like."""
+        state.nodes = list(nodes)
         state.coordinator = self.fresh(state.coordinator.thing.identity + 1)
         state.crashes, state.heard = state.crashes - 1, False
 
     def deaths(self, state: State) -> Iterator[Move]:
         """A rank dies while none runs, and is started again. Its requests are over: its front-ends see it end."""
-        if any(node.process.steps_on for node in state.nodes):
-            return
-        for rank, node in enumerate(state.nodes):
+        if not any(node.process.steps_on for node in state.nodes):
+            for rank in range(len(state.nodes)):
+                yield Move(("die", rank), False, self._die, (rank,))
 
-            def die(s: State, rank: int = rank, node: Node = node) -> None:
-                s.crashes -= 1
-                s.nodes[rank] = self.born(node.process.machine.incarnation + 1)._replace(notices=node.notices)
-
-            yield Move(("die", rank), False, die)
+    def _die(self, state: State, rank: int) -> None:
+        state.crashes -= 1
+        node = state.nodes[rank]
+        state.nodes[rank] = self.born(node.process.machine.incarnation + 1)._replace(notices=node.notices)
 
     # What the coordinator hears, and says -----------------------------------------------------------
 
@@ -537,13 +510,21 @@ class Lockstep:
         state.coordinator, answer = state.coordinator.after(do, *given)
         return answer
 
+    def reads(self, state: State, node: Node, do: Callable[..., Answer], rank: int, *given: Any) -> Answer:
+        """Something of a rank's links reaches the coordinator. `node`: the rank without it."""
+        state.nodes[rank] = node
+        return self.happens(state, do, rank, *given)
+
     def heard(
-        self, what: tuple[Any, ...], act: Callable[[State], Answer], fewer: bool, *, fair: bool = True
+        self, state: State, what: tuple[Any, ...], act: Callable[..., Answer], *given: Any, fair: bool = True
     ) -> Iterator[Move]:
         """The coordinator hears something; what it says may be lost to one receiver, where there are losses left."""
-        yield Move(what, fair, lambda s: self.answered(s, act(s), -1))
-        for lost in range(self.places + bool(self.bound.scales)) if fewer else ():
-            yield Move((*what, "lost", lost), False, lambda s, lost=lost: self.answered(s, act(s), lost))
+        yield Move(what, fair, self._heard, (-1, act, *given))
+        for lost in range(self.places + bool(self.bound.scales)) if state.losses else ():
+            yield Move((*what, "lost", lost), False, self._heard, (lost, act, *given))
+
+    def _heard(self, state: State, lost: int, act: Callable[..., Answer], *given: Any) -> None:
+        self.answered(state, act(state, *given), lost)
 
     def answered(self, state: State, answer: Answer, lost: int) -> None:
         """What follows of what the coordinator has made of something. `lost`: the receiver that misses it."""
@@ -617,11 +598,19 @@ def agreed(nodes: Sequence[Node]) -> list[Node]:
     return [node.after(Process.agrees, *outcome) for node in nodes]
 
 
-def _becomes(what: tuple[Any, ...], fair: bool, rank: int, node: Node, do: Callable[..., Any], *given: Any) -> Move:
-    def become(s: State) -> None:
-        s.nodes[rank] = node.after(do, *given)
+def becomes(what: tuple[Any, ...], node: Node, do: Callable[..., Any], *given: Any, fair: bool = True) -> Move:
+    """Something happens to the rank that `what` names, which is like `node`."""
+    return Move(what, fair, _become, (what[1], node, do, *given))
 
-    return Move(what, fair, become)
+
+def _become(state: State, rank: int, node: Node, do: Callable[..., Any], *given: Any) -> None:
+    state.nodes[rank] = node.after(do, *given)
+
+
+def put(state: State, ranks: Sequence[int], nodes: Sequence[Node]) -> None:
+    """Let these ranks be like that."""
+    for rank, node in zip(ranks, nodes, strict=True):
+        state.nodes[rank] = node
 
 
 def _ask(state: State) -> None:

@@ -7,21 +7,21 @@ it. So ranks are alike, and states that differ only in which rank is which can b
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from paceline.check.state import NOW, Freezer, Part, Register, demand
 from paceline.core.coordinator import events as on_coordinator
-from paceline.core.rank import events as on_rank
-from paceline.core.dispatch.dispatcher import Brokerage
-from paceline.core.coordinator.load_table import Board
-from paceline.core.coordinator.publishing import Publisher
 from paceline.core.coordinator.epoch import Stalls
+from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.coordinator.publishing import Publisher
+from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.frontend.events import CoordinatorSaid, Submit, ToCoordinator, ToRank as SentToRank
+from paceline.core.frontend.machine import Frontend
 from paceline.core.invariants import answered_once, runs_only_when_ready, wave_never_falls
+from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -30,8 +30,6 @@ from paceline.core.messages import (
     Form,
     FromRank,
     GroupMember,
-    Identify,
-    Load,
     LoadView,
     Member,
     Members,
@@ -41,19 +39,20 @@ from paceline.core.messages import (
     ToRank,
     WakeNotice,
 )
+from paceline.core.rank import events as on_rank
 from paceline.core.rank.events import Phase
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import RankQuota
 from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
-from paceline.core.routing.least import LeastLoad
 from paceline.core.requests import AddRequest, ControlAction, SamplingParams
+from paceline.core.routing.least import LeastLoad
 
-FRONT_END = 1
+FRONTEND = 1
 MESSAGES: Register[FromRank | ToRank] = Register(Freezer())
 """Every message that was ever on a link: equal ones are one."""
 
-Word = Part
+Word = Part[Any]
 
 
 class Group(NamedTuple):
@@ -104,7 +103,7 @@ class Process:
     @property
     def steps_on(self) -> bool:
         """Whether its next turn is a step: it runs, and has a group if it needs one."""
-        return self.machine.running and bool(self.machine.generation or not self.settings.grouped)
+        return self.machine.running and bool(self.machine.epoch or not self.settings.grouped)
 
     @property
     def idle(self) -> bool:
@@ -139,16 +138,16 @@ class Process:
 
     def hears(self, word: Word) -> tuple[Word, ...]:
         told = self.machine.told
-        said = self._handle(on_rank.CoordinatorSaid(word.thing))  # type: ignore[arg-type]
+        said = self._handle(on_rank.CoordinatorSaid(word.thing))
         if isinstance(word.thing, Form) and self.machine.told > told:
             self.to_form = named(word.thing)
         return said + (self._turn() if self.idle else ())
 
     def arrives(self, stamp: int) -> tuple[Word, ...]:
         machine = self.machine
-        name = machine.requests.taken.get(FRONT_END, 0) + 1
+        name = machine.requests.taken.get(FRONTEND, 0) + 1
         request = AddRequest(name, name, machine.incarnation, stamp, [1], SamplingParams(1))
-        return self._feed(on_rank.FrontEndSaid(FRONT_END, request))
+        return self._feed(on_rank.FrontendSaid(FRONTEND, request))
 
     def says_hello_again(self) -> tuple[Word, ...]:
         return self._turn(NOW + 10)
@@ -189,7 +188,7 @@ class Process:
     def ended(self) -> tuple[Word, ...]:
         """Its group is over, or it waits no longer for it to be formed."""
         self.agree = self.group = self.forming = None
-        return self._feed(on_rank.GenerationEnded())
+        return self._feed(on_rank.EpochEnded())
 
     def _feed(self, event: on_rank.Event) -> tuple[Word, ...]:
         said = self._handle(event)
@@ -291,11 +290,11 @@ class Answer(NamedTuple):
 
 def said(machine: Coordinator, rank: int, word: Word) -> Answer:
     message = replace(word.thing, rank=rank) if hasattr(word.thing, "rank") else word.thing
-    return happens(machine, on_coordinator.RankSaid(message))  # type: ignore[arg-type]
+    return happens(machine, on_coordinator.RankSaid(message))
 
 
 def noticed(machine: Coordinator, rank: int, stamp: int) -> Answer:
-    return happens(machine, on_coordinator.FrontEndSaid(WakeNotice(FRONT_END, rank, stamp)))
+    return happens(machine, on_coordinator.FrontendSaid(WakeNotice(FRONTEND, rank, stamp)))
 
 
 def subscribed(machine: Coordinator, _: int) -> Answer:
@@ -307,12 +306,11 @@ def gone(machine: Coordinator, rank: int, incarnation: int) -> Answer:
 
 
 def called(machine: Coordinator, _: int, call: int, action: ControlAction, answered: int) -> Answer:
-    return happens(machine, on_coordinator.FrontEndSaid(ControlRequest(FRONT_END, call, action, answered)))
+    return happens(machine, on_coordinator.FrontendSaid(ControlRequest(FRONTEND, call, action, answered)))
 
 
-def ticked(machine: Coordinator, _: int, *timers: str) -> Answer:
-    for timer in timers:
-        machine.expire(timer, NOW)
+def ticked(machine: Coordinator, _: int, timer: str) -> Answer:
+    machine.expire(timer, NOW)
     return happens(machine, on_coordinator.Tick())
 
 
@@ -325,11 +323,11 @@ def happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
     published, answered, scaling = (0, False), 0, None
     for effect in effects:
         match effect:
-            case on_coordinator.ToFrontEnds(Members() | LoadView() as view):
+            case on_coordinator.ToFrontends(Members() | LoadView() as view):
                 published = max(published, (view.wave, view.running))
                 if isinstance(view, Members) and view.scaling is not None:
                     scaling = MESSAGES.part(view.scaling)
-            case on_coordinator.ToFrontEnds(ControlAnswer() as answer):
+            case on_coordinator.ToFrontends(ControlAnswer() as answer):
                 answered = answer.number
     words = tuple(MESSAGES.part(one.message) for one in effects if isinstance(one, on_coordinator.ToRanks))
     settled = known["suspension"] if known["suspension_settled"] else 0
@@ -338,7 +336,7 @@ def happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
 
 @cache
 def neutral(word: Word, rank: int, by: int) -> Word | None:
-    """The message as rank `rank` reads it, None where it ignores it whatever its state. `by`: the coordinator's life."""
+    """The message as rank `rank` reads it, None where it always ignores it. `by`: the coordinator's life."""
     match word.thing:
         case Admit() as admit:
             return MESSAGES.part(replace(admit, rank=0)) if admit.rank == rank else None
@@ -358,14 +356,14 @@ def named(form: Form) -> Group:
     return Group(form.generation, int(form.members[-1].address), form.members[-1].incarnation)
 
 
-BESIDES = (Publisher, Board, Brokerage, Stalls, LoadReporter, RankRequests, RankQuota)
+BESIDES = (Publisher, LoadTable, Dispatcher, Stalls, LoadReporter, RankRequests, RankQuota)
 """No part of what is walked: loads, and what is published of them; requests' names; the prefill quota, which is off."""
 
 
 @cache
-def front_end_sends(wave: int, running: bool) -> tuple[int, int | None]:
+def frontend_sends(wave: int, running: bool) -> tuple[int, int | None]:
     """What a front-end with this belief sends: the request's stamp and, where it sends a notice too, the notice's."""
-    machine = FrontEnd(FRONT_END, LeastLoad(0, 1), lockstep=True)
+    machine = Frontend(FRONTEND, LeastLoad(0, 1), lockstep=True)
     members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 1, "rank")])
     machine.handle(CoordinatorSaid(members), NOW)
     machine.handle(CoordinatorSaid(LoadView(1, 1, wave, running)), NOW)

@@ -27,19 +27,19 @@ from typing import Any, NamedTuple
 from paceline.check import parties
 from paceline.check.epochs import Epochs, Members
 from paceline.check.lockstep import Bound, State
-from paceline.check.parties import FRONT_END, MESSAGES, Answer, Node, Process, Word
+from paceline.check.parties import FRONTEND, MESSAGES, Answer, Node, Process, Word
 from paceline.check.search import Move, Same
 from paceline.check.state import NOW, Freezer, Part, Register, demand
 from paceline.core import node as on_node
 from paceline.core.coordinator import events as on_coordinator
-from paceline.core.coordinator.load_table import Board
+from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.invariants import leaver_has_nothing, one_size_a_number
+from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
-    FrontEndHello,
+    FrontendHello,
     Identify,
-    Load,
     RankReport,
     ScaleRequest,
     Scaling,
@@ -100,7 +100,7 @@ class Scaled(Epochs):
 
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
-        freeze = Freezer(*(kind for kind in parties.BESIDES if kind is not Board))
+        freeze = Freezer(*(kind for kind in parties.BESIDES if kind is not LoadTable))
         self.coordinators = Register(freeze)
         self.supervisors: Register[on_node.Node] = Register(freeze)
 
@@ -120,14 +120,13 @@ class Scaled(Epochs):
         state.scale = state.scale._replace(left=self.bound.scales)
         return super().begun(state)
 
-    def crashed(self, state: State) -> None:
+    def crashed(self, state: State, nodes: Sequence[Node]) -> None:
         """Likewise; front-ends say to each coordinator what they know, and hear no more what it did not tell. It knows
         nothing but how many ranks the node believes there are."""
-        identity, scale = state.coordinator.thing.identity + 1, state.scale
-        super().crashed(state)
-        state.coordinator = self.fresh(identity, scale.node.scaling.size)
-        node = Supervisor(scale.node.machine)
-        state.scale = scale._replace(node=node, untold=True, published=scale.known)
+        super().crashed(state, nodes)
+        node = state.scale.node
+        state.coordinator = self.fresh(state.coordinator.thing.identity, node.scaling.size)
+        _scale(state, node=Supervisor(node.machine), untold=True, published=state.scale.known)
 
     def deployed(self, state: State) -> Sequence[Node]:
         """The ranks that the coordinator believes to be of the deployment."""
@@ -139,7 +138,8 @@ class Scaled(Epochs):
 
     def alike(self, state: State) -> int:
         """Likewise."""
-        return state.scale.alike
+        alike: int = state.scale.alike
+        return alike
 
     def key(self, state: State) -> tuple[Any, ...]:
         """Likewise, with the rank that must go, if one was chosen, behind those that are still alike."""
@@ -174,14 +174,14 @@ class Scaled(Epochs):
         known = {"the coordinator": held, "the node": scale.node.scaling, "the front-ends": _scaling(scale.known)}
         demand(one_size_a_number(known))
         if scale.node.up:
-            yield from self.heard(("node-says", -1, scale.node.up[0]), self._node_says, bool(state.losses))
+            yield from self.heard(state, ("node-says", -1, scale.node.up[0]), self._node_says)
             return
         for move in super().moves(state):
             # A rank that is to join and has been heard waits for the others.
             if move.what[0] != "hello" or move.what[1] not in held.joining or move.what[1] in held.waiting_for:
                 yield move
         yield from self._node_moves(state)
-        yield from self._front_end_moves(state)
+        yield from self._frontend_moves(state)
         yield from self._operator_moves(state)
         yield from self._scaling_moves(state)
 
@@ -193,16 +193,15 @@ class Scaled(Epochs):
     def _node_moves(self, state: State) -> Iterator[Move]:
         node = state.scale.node
         if not node.connected:
-
-            def connect(s: State) -> Answer:
-                _scale(s, node=node._replace(connected=True))
-                return self.happens(s, parties.subscribed, -1)
-
-            yield from self.heard(("node-connects", -1), connect, bool(state.losses))
+            yield from self.heard(state, ("node-connects", -1), self._node_connects)
         for late in (False, True) if node.down else ():
-            yield Move(("node-hears", -1, node.down[0], late), True, lambda s, late=late: self._obeys(s, late=late))
+            yield Move(("node-hears", -1, node.down[0]), True, self._obeys, (late,))
 
-    def _obeys(self, state: State, *, late: bool) -> None:
+    def _node_connects(self, state: State) -> Answer:
+        _scale(state, node=state.scale.node._replace(connected=True))
+        return self.happens(state, parties.subscribed, -1)
+
+    def _obeys(self, state: State, late: bool) -> None:
         """The node reads, and does what its machine says. `late`: what ranks had said that it ends may be read still
         (that a rank says that it leaves is left out: it is ended when the coordinator knows it no more)."""
         before = state.scale.node
@@ -216,7 +215,7 @@ class Scaled(Epochs):
                     life = self.processes.part(Process(node.process.machine.incarnation + 1, self.settings))
                     state.nodes[effect.rank] = node._replace(life=life, ended=False)
             elif isinstance(effect, on_node.StopRank):
-                self._stops(state, effect.rank, before.machine.thing.on_trial(effect.rank))
+                self._stops(state, effect.rank, before.machine.thing.provisional(effect.rank))
                 state.nodes[effect.rank], late = self.stopped(state.nodes[effect.rank], late=late)
         if late:
             raise Same
@@ -239,27 +238,24 @@ class Scaled(Epochs):
         life = self.processes.part(Process(incarnation, self.settings))
         return Node(life, notices=node.notices, late=read, gone=gone, ended=True), late and not node.up
 
-    def _front_end_moves(self, state: State) -> Iterator[Move]:
+    def _frontend_moves(self, state: State) -> Iterator[Move]:
         scale = state.scale
         if scale.untold:
-
-            def tell(s: State) -> Answer:
-                _scale(s, untold=False)
-                return self.happens(s, _told_by_front_ends, -1, scale.known)
-
-            yield from self.heard(("tell", -1, scale.known), tell, bool(state.losses))
+            yield from self.heard(state, ("tell", -1, scale.known), self._tell)
         if scale.published is not scale.known:
-
-            def learn(s: State) -> Answer:
-                self._learn(s)
-                # What they say is read at once: in between they would say nothing else that matters.
-                _scale(s, untold=False)
-                return self.happens(s, _told_by_front_ends, -1, scale.published)
-
             if scale.untold:
                 yield Move(("told", -1, scale.published), True, self._learn)
             else:
-                yield from self.heard(("told", -1, scale.published), learn, bool(state.losses))
+                # What they say is read at once: in between they would say nothing else that matters.
+                yield from self.heard(state, ("told", -1, scale.published), self._learn_and_tell)
+
+    def _tell(self, state: State) -> Answer:
+        _scale(state, untold=False)
+        return self.happens(state, _told_by_frontends, -1, state.scale.known)
+
+    def _learn_and_tell(self, state: State) -> Answer:
+        self._learn(state)
+        return self._tell(state)
 
     def _learn(self, state: State) -> None:
         scale = state.scale
@@ -276,16 +272,13 @@ class Scaled(Epochs):
         scale = state.scale
         if scale.target:
             given = (_asked_to_scale, -1, scale.call, scale.target)
-            what = ("scale-request", -1, scale.target)
-            yield from self.heard(what, lambda s: self.happens(s, *given), bool(state.losses))
+            yield from self.heard(state, ("scale-request", -1, scale.target), self.happens, *given)
         elif scale.left:
             size = _scaling(scale.known).size
-            asked = {"left": scale.left - 1, "call": scale.call + 1, "late": False}
             if size < self.places:
-                yield Move(("scale", -1, size + 1, 1), False, lambda s: _scale(s, target=size + 1, **asked))
+                yield Move(("scale", -1, size + 1), False, _ask_for, (size + 1, -1))
             for leaver in (range(size) if scale.alike == size else (-1,)) if size > 1 else ():
-                ask = lambda s, leaver=leaver: _scale(s, target=size - 1, leaver=leaver, **asked)  # noqa: E731
-                yield Move(("scale", leaver, size - 1, -1), False, ask)
+                yield Move(("scale", leaver, size - 1), False, _ask_for, (size - 1, leaver))
 
     def _scaling_moves(self, state: State) -> Iterator[Move]:
         """The coordinator hears that a leaving rank has nothing left, says again what there is to be, or is late."""
@@ -293,23 +286,21 @@ class Scaled(Epochs):
         first = machine.identity == 1
         informed = not scale.untold and _scaling(scale.known).number >= machine.scaling.number
         for rank in machine.scaling.leaving if informed else ():
-            node = state.nodes[rank]
+            node, one = state.nodes[rank], state.nodes[rank].process.machine
             empty = not (node.ended or node.up or node.process.unfinished) and not (first and node.arriving)
-            rank_machine = node.process.machine
-            if empty and known.lives.get(rank) == rank_machine.incarnation:
-                given = (_reported, rank, rank_machine.incarnation, rank_machine.wave, rank_machine.running)
-                yield from self.heard(("idle", rank), lambda s, g=given: self.happens(s, *g), bool(state.losses))
+            if empty and known.lives.get(rank) == one.incarnation:
+                given = (_reported, rank, one.incarnation, one.wave, one.running)
+                yield from self.heard(state, ("idle", rank), self.happens, *given)
         quiet = not any(node.up for node in state.nodes)
         if "scaling" in known.timers and quiet and scale.node.connected and not scale.node.down:
-            yield from self.timer(state, "scaling", early=False)
+            yield from self.timer(state, "scaling")
         if "scaling-late" in known.timers:
+            yield from self.heard(state, ("scaling-late", -1), self._is_late, fair=False)
 
-            def late(s: State) -> Answer:
-                # That it was is of interest for what is to be finished.
-                _scale(s, late=bool(self.bound.requests))
-                return self.happens(s, parties.ticked, -1, "scaling-late")
-
-            yield from self.heard(("scaling-late", -1), late, bool(state.losses), fair=False)
+    def _is_late(self, state: State) -> Answer:
+        # That it was is of interest for what is to be finished.
+        _scale(state, late=bool(self.bound.requests))
+        return self.happens(state, parties.ticked, -1, "scaling-late")
 
     # What follows -----------------------------------------------------------------------------------
 
@@ -338,21 +329,18 @@ class Scaled(Epochs):
                 _scale(state, node=node)
         super().broadcast(state, answer, lost)
 
-    def dies(
-        self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node
-    ) -> Iterator[Move]:
+    def dies(self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node) -> Iterator[Move]:
         """Likewise, of a rank on trial too: it is not started again, and the node says so."""
-        if not state.scale.node.machine.thing.on_trial(rank):
+        if not state.scale.node.machine.thing.provisional(rank):
             yield from super().dies(state, rank, members, others, last)
             return
         for late in (False, True) if last.up else (False,):
+            yield Move(("die", rank), False, self._fails, (rank, last, late))
 
-            def die(s: State, late: bool = late) -> None:
-                s.nodes[rank] = self.stopped(last, late=late)[0]
-                s.crashes -= 1
-                _scale(s, node=s.scale.node.after(rank)[0])
-
-            yield Move(("die", rank, late), False, die)
+    def _fails(self, state: State, rank: int, last: Node, late: bool) -> None:
+        state.nodes[rank] = self.stopped(last, late=late)[0]
+        state.crashes -= 1
+        _scale(state, node=state.scale.node.after(rank)[0])
 
     def strand(self, state: State, rank: int, node: Node) -> None:
         """Likewise, where it does not go on elsewhere already."""
@@ -362,6 +350,11 @@ class Scaled(Epochs):
 
 def _scale(state: State, **fields: Any) -> None:
     state.scale = state.scale._replace(**fields)
+
+
+def _ask_for(state: State, size: int, leaver: int) -> None:
+    scale = state.scale
+    _scale(state, left=scale.left - 1, call=scale.call + 1, late=False, target=size, leaver=leaver)
 
 
 def _scaling(word: Word) -> Scaling:
@@ -380,22 +373,22 @@ def _agreed(state: State) -> bool:
 def _node_handles(machine: on_node.Node, event: Word | int) -> tuple[on_node.Effect, ...]:
     if isinstance(event, int):
         return tuple(machine.handle(on_node.RankEnded(event, "it died"), NOW))
-    return tuple(machine.handle(on_node.CoordinatorSaid(event.thing), NOW))  # type: ignore[arg-type]
+    return tuple(machine.handle(on_node.CoordinatorSaid(event.thing), NOW))
 
 
 def _said_by_node(machine: Coordinator, _: int, word: Word) -> Answer:
-    return parties.happens(machine, on_coordinator.RankSaid(word.thing))  # type: ignore[arg-type]
+    return parties.happens(machine, on_coordinator.RankSaid(word.thing))
 
 
-def _told_by_front_ends(machine: Coordinator, _: int, known: Word) -> Answer:
+def _told_by_frontends(machine: Coordinator, _: int, known: Word) -> Answer:
     scaling = _scaling(known)
-    hello = FrontEndHello(PROTOCOL_VERSION, FRONT_END, scaling=scaling if scaling.number else None)
-    return parties.happens(machine, on_coordinator.FrontEndSaid(hello))
+    hello = FrontendHello(PROTOCOL_VERSION, FRONTEND, scaling=scaling if scaling.number else None)
+    return parties.happens(machine, on_coordinator.FrontendSaid(hello))
 
 
 def _asked_to_scale(machine: Coordinator, _: int, call: int, size: int) -> Answer:
-    request = ScaleRequest(FRONT_END, call, size, PATIENCE_MS, PATIENCE_MS)
-    return parties.happens(machine, on_coordinator.FrontEndSaid(request))
+    request = ScaleRequest(FRONTEND, call, size, PATIENCE_MS, PATIENCE_MS)
+    return parties.happens(machine, on_coordinator.FrontendSaid(request))
 
 
 def _reported(machine: Coordinator, rank: int, incarnation: int, wave: int, running: bool) -> Answer:

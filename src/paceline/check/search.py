@@ -45,11 +45,12 @@ class Same(Exception):
 
 
 class Move(NamedTuple):
-    """`what`: for `Model.tell`. `fair`: whether it happens by itself, sooner or later. `do`: to a copy of the state."""
+    """`what`: for `tell`. `fair`: whether it happens by itself, sooner or later. `do`: to a copy, with `given`."""
 
     what: tuple[Any, ...]
     fair: bool
-    do: Callable[[Any], None]
+    do: Callable[..., None]
+    given: tuple[Any, ...] = ()
 
 
 class Model(Protocol[S]):
@@ -145,7 +146,7 @@ class Walk(Generic[S]):
             for place, move in enumerate(model.moves(state)):
                 after = state.copy()
                 try:
-                    move.do(after)
+                    move.do(after, *move.given)
                 except Same:
                     continue
                 self.moves += 1
@@ -181,7 +182,7 @@ class Walk(Generic[S]):
             move = next(move for at, move in enumerate(self._model.moves(state)) if at == place)
             after = state.copy()
             try:
-                move.do(after)
+                move.do(after, *move.given)
             except Violation:
                 after = state.copy()
             lines.append(f"{count}. {self._model.tell(state, move.what, after)}.")
@@ -196,7 +197,7 @@ class Walk(Generic[S]):
             for move in self._model.moves(state):
                 after = state.copy()
                 try:
-                    move.do(after)
+                    move.do(after, *move.given)
                 except (Same, Violation):
                     continue
                 line = f"{told + len(met)}. {self._model.tell(state, move.what, after)}."

@@ -34,10 +34,11 @@ from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.coordinator.publishing import Publisher
 from paceline.core.frontend import events as on_frontend
-from paceline.core.frontend.inflight import Turnover
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.inflight import RetryAfter
+from paceline.core.frontend.machine import Frontend
 from paceline.core.frontend.ranks import Router
-from paceline.core.messages import Identify, Load, Members, ScaleRequest, Scaling
+from paceline.core.load import Load
+from paceline.core.messages import Identify, Members, ScaleRequest, Scaling
 from paceline.core.rank import events as on_rank
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.reporting import LoadReporter
@@ -46,7 +47,7 @@ from paceline.core.routing.candidates import Candidates
 from paceline.core.routing.policy import Policy, Query
 from paceline.simulate.answers import Answers
 
-FRONT_END, OPERATOR, NODE = 7, 8, 50
+FRONTEND, OPERATOR, NODE = 7, 8, 50
 PATIENCE_MS = 1000
 """Of each change: whether it is over is the search's choice."""
 
@@ -81,7 +82,7 @@ class Desk:
     """The front-end, and what its clients got."""
 
     def __init__(self) -> None:
-        self.machine = FrontEnd(FRONT_END, LowestRank(), resumes=True)
+        self.machine = Frontend(FRONTEND, LowestRank(), resumes=True)
         self.answers = Answers(Moment(), "the front-end")
 
     def asks(self, tokens: int, rank: int) -> tuple[on_frontend.Effect, ...]:
@@ -179,7 +180,7 @@ class Serving:
         self.bounds = bounds
         self.places = bounds.ranks + bool(bounds.scales)
         # Loads are reported by nobody; routing has one way to go.
-        freeze = Freezer(Router, Turnover, LoadReporter, Publisher)
+        freeze = Freezer(Router, RetryAfter, LoadReporter, Publisher)
         self.desks: Register[Desk] = Register(freeze)
         self.lives: Register[Life] = Register(freeze)
         self.nodes: Register[on_node.Node] = Register(freeze)
@@ -342,14 +343,14 @@ class Serving:
                 case on_frontend.ToRank(rank, message):
                     life = state.lives[rank].thing.machine.incarnation
                     if state.alive[rank] and (state.links[rank] or (-1, False))[0] == life:
-                        word = self.messages.part(on_rank.FrontEndSaid(FRONT_END, message))
+                        word = self.messages.part(on_rank.FrontendSaid(FRONTEND, message))
                         state.inbox[rank] = (*state.inbox[rank], word)
                 case on_frontend.Connect(member):
                     state.links[member.rank] = member.incarnation, True
                 case on_frontend.Disconnect(rank):
                     state.links[rank] = None
                 case on_frontend.ToCoordinator(message):
-                    self._coordinator(state, on_coordinator.FrontEndSaid(message))
+                    self._coordinator(state, on_coordinator.FrontendSaid(message))
 
     # Ranks, and the node ----------------------------------------------------------------------------
 
@@ -376,7 +377,7 @@ class Serving:
 
     def _rank_says(self, state: State, rank: int, effects: tuple[on_rank.Effect, ...]) -> None:
         for effect in effects:
-            if isinstance(effect, on_rank.ToFrontEnd):
+            if isinstance(effect, on_rank.ToFrontend):
                 word = self.messages.part(on_frontend.RankSaid(effect.message))
                 state.said[rank] = (*state.said[rank], word)
             elif isinstance(effect, on_rank.ToCoordinator):
@@ -395,7 +396,7 @@ class Serving:
         state.crashes -= 1
         state.gone[rank] = state.lives[rank].thing.machine.incarnation
         self._dies(state, rank, lost)
-        if state.node.thing.on_trial(rank):
+        if state.node.thing.provisional(rank):
             state.failed = state.failed | {rank}
             self._node(state, on_node.RankEnded(rank, "it died"))
             self._coordinator_reads(state)
@@ -425,7 +426,7 @@ class Serving:
         fresh, size = state.coordinators == 1, state.node.thing.scaling.size
         machine = Coordinator(size, state.coordinators, 0.0, lockstep=False, publish_loads=False, fresh=fresh)
         state.coordinator = self.coordinators.part(machine)
-        self._coordinator(state, on_coordinator.FrontEndSubscribed())
+        self._coordinator(state, on_coordinator.FrontendSubscribed())
         for rank, life in enumerate(state.lives):
             if state.alive[rank]:
                 self._coordinator(state, on_coordinator.RankSubscribed(rank, life.thing.machine.incarnation))
@@ -444,7 +445,7 @@ class Serving:
     def _ask(self, state: State, size: int) -> None:
         state.scales -= 1
         request = ScaleRequest(OPERATOR, self.bounds.scales - state.scales, size, PATIENCE_MS, PATIENCE_MS)
-        self._coordinator(state, on_coordinator.FrontEndSaid(request))
+        self._coordinator(state, on_coordinator.FrontendSaid(request))
 
     def _crash_coordinator(self, state: State) -> None:
         """It is gone, and all that was on its way to and from it."""
@@ -459,7 +460,7 @@ class Serving:
         for effect in effects:
             if isinstance(effect, on_coordinator.ToRanks):
                 self._tell_ranks(state, effect.message)
-            elif isinstance(effect, on_coordinator.ToFrontEnds) and isinstance(effect.message, Members):
+            elif isinstance(effect, on_coordinator.ToFrontends) and isinstance(effect.message, Members):
                 word = self.messages.part(on_frontend.CoordinatorSaid(effect.message))
                 if state.for_frontend[-1:] != (word,):
                     state.for_frontend = (*state.for_frontend, word)
@@ -483,4 +484,4 @@ class Serving:
 
 
 def _move(what: str, do: Callable[..., None], *given: Any) -> Move:
-    return Move((what,), True, lambda state: do(state, *given))
+    return Move((what,), True, do, given)

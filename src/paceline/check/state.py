@@ -9,7 +9,8 @@ said in two places. A class says itself which of its own attributes are of no co
 
 Time is the search's choice. Everything happens at `NOW`; of a time only whether it is set counts, and a timer that is
 set may be due at any moment (`timers()` and `expire()` of the machines). Durations decide when timers are due, so they
-count for nothing; what is below 0 stands for "not yet". A dict or set is one with another that has the same in it, whatever came first.
+count for nothing; what is below 0 stands for "not yet". A dict or set is one with another that has the same in it,
+whatever came first.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Freezer:
             return tuple([self(one) for one in value])
         if kind is set or kind is frozenset:
             return tuple(sorted([self(one) for one in value], key=repr))
-        if isinstance(value, Enum) or isinstance(value, Part):
+        if isinstance(value, Enum | Part):
             return value
         names = self._kept.get(kind)
         if names is None:

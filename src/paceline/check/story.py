@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from paceline.check.parties import Node, Word
+from paceline.check.state import Part
 from paceline.core.invariants import join
 from paceline.core.messages import (
     Admit,
@@ -70,8 +71,9 @@ def told(before: State, what: tuple[Any, ...], after: State) -> str:
     kind, place, *details = what[:-2] if lost >= 0 else what
     rank = f"rank {before.names[place]}" if place >= 0 else "nobody"
     detail = details[0] if details else ""
-    text = TEXTS[kind].format(rank=rank, what=meaning(detail.thing) if isinstance(detail, Word) else detail)
-    results = [line for at, node in enumerate(before.nodes) for line in _results(before.names[at], node, after.nodes[at])]
+    text = TEXTS[kind].format(rank=rank, what=meaning(detail.thing) if isinstance(detail, Part) else detail)
+    parties = zip(before.names, before.nodes, after.nodes, strict=True)
+    results = [line for name, was, now in parties for line in _results(name, was, now)]
     if lost >= 0:
         who = f"rank {before.names[lost]}" if lost < len(before.names) else "the node"
         results.append(f"the broadcast does not reach {who}")

@@ -19,18 +19,18 @@ from paceline.core.limits import (
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
-    FromFrontEnd,
+    FromFrontend,
     FromRank,
-    FrontEndHello,
+    FrontendHello,
     Identify,
     LoadView,
     Members,
     RankHello,
     RankReport,
-    ToFrontEnd,
+    ToFrontend,
     ToRank,
 )
-from paceline.core.requests import AddRequest, FromFrontEndToRank, Message, ToFrontEndFromRank
+from paceline.core.requests import AddRequest, FromFrontendToRank, Message, ToFrontendFromRank
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def _check_finite(message: object, floats: Iterable[float]) -> None:
         raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
 
 
-def _check_version(message: RankHello | FrontEndHello | Members | Identify) -> None:
+def _check_version(message: RankHello | FrontendHello | Members | Identify) -> None:
     if message.version != PROTOCOL_VERSION:
         raise BadMessage("version", f"protocol version {message.version}, this side speaks {PROTOCOL_VERSION}")
 
@@ -119,7 +119,7 @@ def _check_request(request: AddRequest) -> None:
 
 _CHECKS: dict[type, Callable[[Any], None]] = {
     RankHello: _check_hello,
-    FrontEndHello: _check_version,
+    FrontendHello: _check_version,
     Members: _check_version,
     Identify: _check_version,
     RankReport: _check_report,
@@ -157,38 +157,38 @@ def to_rank() -> Decoder[ToRank]:
     return Decoder(ToRank, MAX_CONTROL_BYTES)
 
 
-def from_front_end() -> Decoder[FromFrontEnd]:
+def from_frontend() -> Decoder[FromFrontend]:
     """What the coordinator reads from front-ends."""
-    return Decoder(FromFrontEnd, MAX_CONTROL_BYTES)
+    return Decoder(FromFrontend, MAX_CONTROL_BYTES)
 
 
-def to_front_end() -> Decoder[ToFrontEnd]:
+def to_frontend() -> Decoder[ToFrontend]:
     """What a front-end reads from the coordinator."""
-    return Decoder(ToFrontEnd, MAX_CONTROL_BYTES)
+    return Decoder(ToFrontend, MAX_CONTROL_BYTES)
 
 
-def request() -> Decoder[FromFrontEndToRank]:
+def request() -> Decoder[FromFrontendToRank]:
     """What a rank reads from front-ends."""
-    return Decoder(FromFrontEndToRank, MAX_REQUEST_BYTES)
+    return Decoder(FromFrontendToRank, MAX_REQUEST_BYTES)
 
 
-def outputs() -> Decoder[ToFrontEndFromRank]:
+def outputs() -> Decoder[ToFrontendFromRank]:
     """What a front-end reads from ranks."""
-    return Decoder(ToFrontEndFromRank, MAX_REQUEST_BYTES)
+    return Decoder(ToFrontendFromRank, MAX_REQUEST_BYTES)
 
 
 # Presence: a subscriber also subscribes to a topic that names it. No message starts with these bytes
 # (a message is a msgpack array), so nothing is ever delivered on it; but the publisher is told when it
 # appears and, by the connection's end, when it goes. That costs no heartbeat and no message.
 
-FRONT_END_TOPIC = b"\xff"
+FRONTEND_TOPIC = b"\xff"
 RANK_TOPIC = b"\xfe"
 NODE_TOPIC = b"\xfd"
 
 
-def front_end_topic(front_end: int) -> bytes:
+def frontend_topic(frontend: int) -> bytes:
     """The presence topic of a front-end."""
-    return FRONT_END_TOPIC + front_end.to_bytes(8, "little")
+    return FRONTEND_TOPIC + frontend.to_bytes(8, "little")
 
 
 def rank_topic(rank: int, incarnation: int) -> bytes:
@@ -201,9 +201,9 @@ def node_topic(node: int) -> bytes:
     return NODE_TOPIC + node.to_bytes(8, "little")
 
 
-def read_front_end_topic(topic: bytes) -> int | None:
+def read_frontend_topic(topic: bytes) -> int | None:
     """The front-end that a topic names, or None where it names none."""
-    return _read_topic(topic, FRONT_END_TOPIC)
+    return _read_topic(topic, FRONTEND_TOPIC)
 
 
 def read_node_topic(topic: bytes) -> int | None:

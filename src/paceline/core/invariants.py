@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from paceline.core.messages import Admit, Form, Scaling, StartDPWave
-from paceline.core.rank.events import Agree, DummyStep, Effect, Phase, Step, ToFrontEnd
+from paceline.core.rank.events import Agree, DummyStep, Effect, Phase, Step, ToFrontend
 from paceline.core.rank.machine import Rank
 
 
@@ -59,7 +59,7 @@ def answered_once(finished: Iterable[int], effects: Sequence[Effect]) -> str | N
     """
     answered: list[int] = []
     for effect in effects:
-        if isinstance(effect, ToFrontEnd):
+        if isinstance(effect, ToFrontend):
             answered += [output.request for output in effect.message.outputs if output.finish_reason is not None]
     if sorted(answered) == sorted(finished):
         return None

@@ -9,7 +9,7 @@ above it are not. A report may therefore come late, twice or out of turn, and th
 
     what the rank has, as of its report  +  what this front-end has sent it since
 
-`Ledger` is that sum's second half. The coordinator keeps the same ledgers from the front-ends' notices
+`Accounting` is that sum's second half. The coordinator keeps the same ledgers from the front-ends' notices
 of their sends, so that a view also tells each front-end what the others have on the wire.
 
 Numbers that only grow, by one at a time: which of those that somebody names can be.
@@ -75,11 +75,11 @@ class Load(Message, frozen=True):
 REQUEST_TOKENS = 256
 """What one queued request weighs besides its prompt, in prompt tokens: its answer is yet to come."""
 
-MAX_LEDGER_SENDS = 65536
+MAX_ACCOUNTED_SENDS = 65536
 """Sends kept one by one. A rank that leaves more than this unreported is not taking requests in."""
 
 
-class Ledger:
+class Accounting:
     """The sends from one front-end to one life of a rank that its reports do not hold yet."""
 
     __slots__ = ("_sends", "kv", "last", "requests", "taken", "tokens")
@@ -106,7 +106,7 @@ class Ledger:
         self.requests += 1
         self.tokens += tokens
         self.kv += kv
-        if len(self._sends) > MAX_LEDGER_SENDS:
+        if len(self._sends) > MAX_ACCOUNTED_SENDS:
             self._drop_first()
 
     def reported(self, taken: int) -> None:

@@ -11,7 +11,7 @@ Three identities appear throughout:
 
 - `rank`: the rank's number in the whole deployment.
 - `incarnation`: one life of one process, a number that its predecessor did not have.
-- `front_end`: one life of one front-end. It is also, as 8 little-endian bytes, the front-end's
+- `frontend`: one life of one front-end. It is also, as 8 little-endian bytes, the front-end's
   ZeroMQ routing id towards the ranks, so a rank never has to be told who sent something.
 """
 
@@ -27,13 +27,13 @@ from paceline.core.requests import (
     Address,
     ControlAction,
     Count,
-    FromFrontEndToRank,
+    FromFrontendToRank,
     Identity,
     Message,
     RankNumber,
     StampedWave,
     SuspendMode,
-    ToFrontEndFromRank,
+    ToFrontendFromRank,
     Wave,
 )
 
@@ -73,7 +73,7 @@ class ControlRequest(Message, frozen=True, tag="control"):
     suspension that the front-end has heard of, since the coordinator may be new and the ranks, too.
     """
 
-    front_end: Identity
+    frontend: Identity
     call: Identity
     action: ControlAction
     answered: Count = 0
@@ -85,7 +85,7 @@ class ControlAnswer(Message, frozen=True, tag="control-answer"):
     """What a ControlRequest asks for holds once the suspension's number is at least `number` and settled."""
 
     coordinator: Identity
-    front_end: Identity
+    frontend: Identity
     call: Identity
     number: Count
 
@@ -131,7 +131,7 @@ Outcome = Literal["done", "refused", "failed", "late"]
 class Scaling(Message, frozen=True, tag="scaling"):
     """How many ranks there are: even `number`: `size`; odd: `size` becomes `target`. The highest number counts.
 
-    `hosts`: (rank, node), where those ranks run that scaling has brought. `front_end`, `call`: who asked last, 0 for
+    `hosts`: (rank, node), where those ranks run that scaling has brought. `frontend`, `call`: who asked last, 0 for
     nobody. `drain_ms`: how long ranks that leave may take to end their requests. `startup_ms`: how long new ranks may
     take to load. `waiting_for`: ranks that have not done so. `outcome`: of the last change, once the number is even:
     "refused" is one that was not begun, "failed" and "late" are ones that were undone. `why`: what it says of that.
@@ -141,7 +141,7 @@ class Scaling(Message, frozen=True, tag="scaling"):
     size: Size
     target: Size
     hosts: list[tuple[RankNumber, Identity]] = []
-    front_end: Identity = 0
+    frontend: Identity = 0
     call: Identity = 0
     drain_ms: Count = 0
     startup_ms: Count = 0
@@ -199,7 +199,7 @@ class ScaleRequest(Message, frozen=True, tag="scale"):
     `drain_ms`, `startup_ms`: as in Scaling.
     """
 
-    front_end: Identity
+    frontend: Identity
     call: Identity
     size: Size
     drain_ms: Count
@@ -210,7 +210,7 @@ class NodeHello(Message, frozen=True, tag="node-hello"):
     """A node says that it is there, when it is asked, and that it has heard a Scaling.
 
     `node`: one life of one node's supervisor. `ranks`: those that run there, or are about to. `scaling`: the newest
-    that it knows. `own_front_ends`: its front-ends balance over its ranks alone (hybrid mode), so it must keep one.
+    that it knows. `own_frontends`: its front-ends balance over its ranks alone (hybrid mode), so it must keep one.
     `fixed`: something outside balances (external mode), and nothing can be scaled.
     """
 
@@ -218,7 +218,7 @@ class NodeHello(Message, frozen=True, tag="node-hello"):
     node: Identity
     ranks: list[RankNumber]
     scaling: Scaling
-    own_front_ends: bool = False
+    own_frontends: bool = False
     fixed: bool = False
 
 
@@ -255,7 +255,7 @@ class Ask(Message, frozen=True, tag="ask"):
     `whole`: these are all that wait; what else the coordinator has of this front-end does not.
     """
 
-    front_end: Identity
+    frontend: Identity
     told: Count
     edition: Count
     descriptors: list[Descriptor]
@@ -265,7 +265,7 @@ class Ask(Message, frozen=True, tag="ask"):
 class Withdraw(Message, frozen=True, tag="withdraw"):
     """These requests do not wait any more: their clients have gone, or they have a rank. `told`: as in Ask."""
 
-    front_end: Identity
+    frontend: Identity
     told: Count
     requests: list[Identity]
 
@@ -273,14 +273,14 @@ class Withdraw(Message, frozen=True, tag="withdraw"):
 class ReturnShares(Message, frozen=True, tag="return-shares"):
     """The front-end sends nothing more by shares of this `edition` or an earlier one."""
 
-    front_end: Identity
+    frontend: Identity
     edition: Count
 
 
 class Grant(Message, frozen=True):
     """The request goes to this life of this rank. Repeated until the front-end's SendNotice or Withdraw names it."""
 
-    front_end: Identity
+    frontend: Identity
     request: Identity
     rank: RankNumber
     incarnation: Identity
@@ -318,7 +318,7 @@ class Share(Message, frozen=True):
 class Shares(Message, frozen=True):
     """One front-end's shares, in place of those before. `edition`: grows by one after they were given back."""
 
-    front_end: Identity
+    frontend: Identity
     edition: Count
     shares: list[Share] = []
 
@@ -394,7 +394,7 @@ FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | Ran
 # Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
 
 
-class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
+class FrontendHello(Message, frozen=True, tag="front-end-hello"):
     """A front-end says that it is there. The coordinator answers all with Members and LoadView.
 
     `suspension`, `mode`: the highest number it knows (Suspension). `brokered`: its requests wait in the coordinator's
@@ -403,7 +403,7 @@ class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
     """
 
     version: Count
-    front_end: Identity
+    frontend: Identity
     suspension: StampedWave = 0
     mode: SuspendMode = "keep"
     brokered: bool = False
@@ -414,7 +414,7 @@ class FrontEndHello(Message, frozen=True, tag="front-end-hello"):
 class WakeNotice(Message, frozen=True, tag="wake-notice"):
     """The front-end sent a request, stamped `wave`, to `rank` while it believed the ranks paused."""
 
-    front_end: Identity
+    frontend: Identity
     rank: RankNumber
     wave: StampedWave
 
@@ -439,21 +439,21 @@ class SendNotice(Message, frozen=True, tag="send-notice"):
     `told`: how many sends, to whichever rank, this front-end has told of in its life, these included.
     """
 
-    front_end: Identity
+    frontend: Identity
     sends: list[Send]
     told: Count = 0
 
 
-class FrontEndLeaving(Message, frozen=True, tag="front-end-leaving"):
+class FrontendLeaving(Message, frozen=True, tag="front-end-leaving"):
     """This front-end ends in good order."""
 
-    front_end: Identity
+    frontend: Identity
 
 
 OfRequests = SendNotice | Ask | Withdraw | ReturnShares
 """What a front-end says of its requests: by far the most of what it says."""
 
-FromFrontEnd = FrontEndHello | WakeNotice | OfRequests | ControlRequest | ScaleRequest | FrontEndLeaving
+FromFrontend = FrontendHello | WakeNotice | OfRequests | ControlRequest | ScaleRequest | FrontendLeaving
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
@@ -492,7 +492,7 @@ class OnTheWire(Message, frozen=True):
     `last`: the number of the newest of them.
     """
 
-    front_end: Identity
+    frontend: Identity
     last: Count
     requests: Count
     tokens: Count
@@ -529,7 +529,7 @@ class LoadView(Message, frozen=True, tag="load-view"):
     queues: dict[Identity, Count] = {}
 
 
-ToFrontEnd = Members | LoadView | Grants | ControlAnswer
+ToFrontend = Members | LoadView | Grants | ControlAnswer
 
 
 # Coordinator -> ranks (XPUB -> XSUB) -----------------------------------------------------------
@@ -584,10 +584,10 @@ ToRank = Identify | Admit | Form | Suspension | StartDPWave | Scaling
 UNIONS: dict[str, object] = {
     "rank → coordinator": FromRank,
     "coordinator → ranks": ToRank,
-    "front-end → coordinator": FromFrontEnd,
-    "coordinator → front-ends": ToFrontEnd,
-    "front-end → rank": FromFrontEndToRank,
-    "rank → front-end": ToFrontEndFromRank,
+    "front-end → coordinator": FromFrontend,
+    "coordinator → front-ends": ToFrontend,
+    "front-end → rank": FromFrontendToRank,
+    "rank → front-end": ToFrontendFromRank,
 }
 """Direction to its union; the table in `docs/PROTOCOL.md` follows this order."""
 

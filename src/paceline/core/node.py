@@ -66,18 +66,18 @@ Effect = StartRank | KeepRank | StopRank | ToCoordinator
 class Node:
     """One life of one node. `ranks`: those that it starts with, of `size` in the deployment.
 
-    `own_front_ends`, `fixed`: as in NodeHello.
+    `own_frontends`, `fixed`: as in NodeHello.
     """
 
     def __init__(
-        self, identity: int, ranks: Iterable[int], size: int, *, own_front_ends: bool = False, fixed: bool = False
+        self, identity: int, ranks: Iterable[int], size: int, *, own_frontends: bool = False, fixed: bool = False
     ) -> None:
         self.identity = identity
         self.ranks = set(ranks)
         self.scaling = Scaling(0, size, size)
-        self._own_front_ends = own_front_ends
+        self._own_frontends = own_frontends
         self._fixed = fixed
-        self._trial: set[int] = set()
+        self._provisional: set[int] = set()
         self._failed: dict[int, str] = {}
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -90,15 +90,15 @@ class Node:
             case CoordinatorSaid():
                 return []
             case RankEnded(rank, why):
-                if rank not in self._trial:
+                if rank not in self._provisional:
                     return []
                 self._failed[rank] = why[:512]
                 return self._failures()
         raise TypeError(f"node: {type(event).__name__} is not an event of this machine")
 
-    def on_trial(self, rank: int) -> bool:
+    def provisional(self, rank: int) -> bool:
         """Whether the rank has been started and is not yet part of the deployment."""
-        return rank in self._trial
+        return rank in self._provisional
 
     def _on_scaling(self, scaling: Scaling) -> list[Effect]:
         if scaling.number <= self.scaling.number or not plausible(scaling.number, self.scaling.number):
@@ -107,17 +107,17 @@ class Node:
         self.scaling = scaling
         effects: list[Effect] = [StopRank(rank) for rank in sorted(self.ranks) if rank >= scaling.limit]
         self.ranks = {rank for rank in self.ranks if rank < scaling.limit}
-        self._trial &= self.ranks
+        self._provisional &= self.ranks
         for rank, node in scaling.hosts:
             if node == self.identity and rank < scaling.limit and rank not in self.ranks:
                 effects.append(StartRank(rank))
                 self.ranks.add(rank)
-                self._trial.add(rank)
-        for rank in sorted(self._trial):
+                self._provisional.add(rank)
+        for rank in sorted(self._provisional):
             if rank < scaling.size:
                 effects.append(KeepRank(rank))
-                self._trial.discard(rank)
-        self._failed = {rank: why for rank, why in self._failed.items() if rank in self._trial}
+                self._provisional.discard(rank)
+        self._failed = {rank: why for rank, why in self._failed.items() if rank in self._provisional}
         return [*effects, self._hello(), *self._failures()]
 
     def _failures(self) -> list[Effect]:
@@ -128,6 +128,6 @@ class Node:
     def _hello(self) -> Effect:
         return ToCoordinator(
             NodeHello(
-                PROTOCOL_VERSION, self.identity, sorted(self.ranks), self.scaling, self._own_front_ends, self._fixed
+                PROTOCOL_VERSION, self.identity, sorted(self.ranks), self.scaling, self._own_frontends, self._fixed
             )
         )

@@ -100,7 +100,7 @@ class AbortRequests(Message, frozen=True, tag="abort"):
     requests: list[Identity]
 
 
-FromFrontEndToRank = AddRequest | AbortRequests
+FromFrontendToRank = AddRequest | AbortRequests
 
 
 # Rank -> front-end (ROUTER -> DEALER) ---------------------------------------------------------
@@ -133,4 +133,4 @@ class Outputs(Message, frozen=True, tag="outputs"):
     outputs: list[Output]
 
 
-ToFrontEndFromRank = Outputs
+ToFrontendFromRank = Outputs

@@ -14,7 +14,7 @@ from paceline.core.requests import SuspendMode
 MODES: tuple[SuspendMode, ...] = ("keep", "wait", "abort")
 
 
-class Standing:
+class PauseState:
     """The suspension as one party knows it."""
 
     def __init__(self) -> None:

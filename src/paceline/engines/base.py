@@ -166,7 +166,7 @@ class Engine(ABC):
         """The ranks that the next steps run their collectives among. Lockstep engines only.
 
         Called before the first step, and again between steps whenever the group has changed. A step that raises
-        `GenerationEnded` is as if it had not been begun: it is made anew in the next group.
+        `EpochEnded` is as if it had not been begun: it is made anew in the next group.
         """
         return
 

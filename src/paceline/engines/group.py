@@ -40,7 +40,7 @@ def reduced(rows: Sequence[Sequence[int]], reduction: Reduction | Sequence[Reduc
     return [REDUCTIONS[name](column) for name, column in zip(reduction, columns, strict=True)]
 
 
-class GenerationEnded(PacelineError):
+class EpochEnded(PacelineError):
     """A member has left or died, or this one was told to leave: no collective of this generation completes."""
 
 
@@ -71,8 +71,8 @@ class RankGroup(ABC):
     end. `leave` and `waiting` may be called by any thread at any time, `leave` also twice.
     """
 
-    def __init__(self, generation: int, rank: int, members: Sequence[int]) -> None:
-        self.generation = generation
+    def __init__(self, epoch: int, rank: int, members: Sequence[int]) -> None:
+        self.epoch = epoch
         self.rank = rank
         self.members = sorted(members)
 

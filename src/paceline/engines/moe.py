@@ -6,7 +6,7 @@ rank that is missing stops all others, as with a large model on GPUs. Its weight
 the weights and the request alone: not on the number of ranks, on who else is in the batch, or on how the prompt was
 cut into chunks (`moe_arithmetic.py` says how that is reached). Whoever gets another answer has found a mistake.
 
-A step makes its plan, computes, and only then writes down what came of it: `GenerationEnded` out of a collective
+A step makes its plan, computes, and only then writes down what came of it: `EpochEnded` out of a collective
 leaves the engine as it was, and the step is made anew in the next group.
 
 Choosing tokens for the `moe` engine, by the logits, the request's seed and the position, and nothing else.

@@ -63,7 +63,7 @@ from numpy.typing import NDArray
 
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.chat import render_fallback
-from paceline.engines.group import Array, GenerationEnded, RankGroup, Reduction
+from paceline.engines.group import Array, EpochEnded, RankGroup, Reduction
 
 BOS, EOS = 256, 257
 VOCABULARY = 258
@@ -385,7 +385,7 @@ class Alone(RankGroup):
 
     def _check(self) -> None:
         if self._ended:
-            raise GenerationEnded("generation 0 has ended")
+            raise EpochEnded("generation 0 has ended")
 
 
 class Experts:

@@ -3,7 +3,7 @@
 A forward pass with collectives blocks until every rank takes part. When one dies, the others must not wait for
 it: libraries made for training wait for a time-out of minutes, since to them a dead peer and a slow one look
 the same. Here every pair of ranks holds a connection, and whoever waits watches all of them. A peer's end closes
-its connections, so each blocked call raises `GenerationEnded` within milliseconds, whoever it was waiting for;
+its connections, so each blocked call raises `EpochEnded` within milliseconds, whoever it was waiting for;
 whoever raises closes its own, which tells the rest. A slow peer keeps its connections and is waited for.
 
 Small values are reduced through the first member (two short messages a member: on few cores that beats every
@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from paceline.engines.group import MAX_REDUCED, Array, GenerationEnded, RankGroup, Reduction, Waiting, reduced
+from paceline.engines.group import MAX_REDUCED, Array, EpochEnded, RankGroup, Reduction, Waiting, reduced
 
 MAX_PAYLOAD_BYTES = 1 << 30
 """For one member in one collective."""
@@ -77,8 +77,8 @@ HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 class SocketGroup(RankGroup):
     """A group over one stream socket for each pair of members. `group_link.form_group` makes one."""
 
-    def __init__(self, generation: int, rank: int, links: Mapping[int, socket.socket]) -> None:
-        super().__init__(generation, rank, [rank, *links])
+    def __init__(self, epoch: int, rank: int, links: Mapping[int, socket.socket]) -> None:
+        super().__init__(epoch, rank, [rank, *links])
         self._links = dict(links)
         self._peers = [member for member in self.members if member != rank]
         self._number = 0
@@ -187,7 +187,7 @@ class SocketGroup(RankGroup):
     ) -> dict[int, bytes]:  # fmt: skip
         """Send a payload to each of `outgoing` and get one from each of `incoming`, all at a time."""
         if self._ended:
-            raise GenerationEnded(f"generation {self.generation} has ended")
+            raise EpochEnded(f"generation {self.epoch} has ended")
         transfer = _Transfer(kind, self._number, outgoing, incoming, urging)
         for peer in list(transfer.sending):
             self._guard(transfer.send, peer)
@@ -232,11 +232,11 @@ class SocketGroup(RankGroup):
         except _Confused as error:
             raise self._end(f"rank {peer}: {error}") from None
 
-    def _end(self, why: str) -> GenerationEnded:
+    def _end(self, why: str) -> EpochEnded:
         if self._ended:
             why = "this rank was told to leave"
         self.leave()
-        return GenerationEnded(f"generation {self.generation} has ended: {why}")
+        return EpochEnded(f"generation {self.epoch} has ended: {why}")
 
 
 class _Confused(Exception):

@@ -28,10 +28,10 @@ import zmq
 from paceline.core import codec
 from paceline.core.coordinator.events import (
     Event,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndsSaid,
-    FrontEndSubscribed,
+    FrontendGone,
+    FrontendSaid,
+    FrontendsSaid,
+    FrontendSubscribed,
     NodeGone,
     Note,
     RankGone,
@@ -39,15 +39,15 @@ from paceline.core.coordinator.events import (
     RanksReported,
     RankSubscribed,
     Tick,
-    ToFrontEnds,
+    ToFrontends,
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.messages import FromFrontEnd, FromRank, NodeHello, OfRequests, RankFailed, RankReport
+from paceline.core.messages import FromFrontend, FromRank, NodeHello, OfRequests, RankFailed, RankReport
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, SocketFolder, Wakeup, new_identity
+from paceline.net.links import BadFrames, SocketFolder, new_identity
 from paceline.net.sockets import bound_address, giving_up_after, open_socket, tcp_address
-from paceline.process.spawn import SpareMemory, spawn, stop
+from paceline.process.spawn import MallocTrim, Wakeup, spawn, stop
 
 if TYPE_CHECKING:
     from paceline.config import ParallelConfig
@@ -72,10 +72,10 @@ class RankInbox:
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], garbage: Garbage, handle: Callable[[Event], None], *, every_report: bool
+        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None], *, every_report: bool
     ) -> None:
         self._socket = socket
-        self._garbage = garbage
+        self._bad_frames = bad_frames
         self._handle = handle
         self._every_report = every_report
         self._decoder = codec.from_rank()
@@ -93,7 +93,7 @@ class RankInbox:
                 break
             if self._socket.getsockopt(zmq.RCVMORE):
                 frames = 1 + len(self._socket.recv_multipart())
-                self._garbage.add("frames", f"{frames} frames in place of one")
+                self._bad_frames.add("frames", f"{frames} frames in place of one")
                 continue
             whose = codec.whose_report(frame)
             if whose is None:
@@ -121,7 +121,7 @@ class RankInbox:
     def _said(self, frame: bytes) -> None:
         message = self._decoded(frame)
         if isinstance(message, NodeHello | RankFailed) and message.node not in self.nodes:
-            self._garbage.add("no-presence", f"node {message.node} has not subscribed its presence")
+            self._bad_frames.add("no-presence", f"node {message.node} has not subscribed its presence")
         elif message is not None:
             self._handle(RankSaid(message))
 
@@ -129,7 +129,7 @@ class RankInbox:
         try:
             return self._decoder.decode(frame)
         except codec.BadMessage as error:
-            self._garbage.add(error.kind, error.detail)
+            self._bad_frames.add(error.kind, error.detail)
             return None
 
 
@@ -152,18 +152,18 @@ def views_queued(ranks: int) -> int:
     return max(LEAST_QUEUED, min(MOST_QUEUED, QUEUED_BYTES // (ranks * VIEW_BYTES_A_RANK)))
 
 
-class FrontEndInbox:
+class FrontendInbox:
     """The coordinator's end of the front-ends' sockets. `handle`: the machine's door.
 
     What a front-end has said is kept until its presence ends. So only those are heard whose presence has appeared: of
     any other nobody would ever learn that it has gone, and ids that somebody invents would be kept for ever.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], garbage: Garbage, handle: Callable[[Event], None]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None]) -> None:
         self._socket = socket
-        self._garbage = garbage
+        self._bad_frames = bad_frames
         self._handle = handle
-        self._decoder = codec.from_front_end()
+        self._decoder = codec.from_frontend()
         self._of_requests: list[OfRequests] = []
         self._present: set[int] = set()
 
@@ -175,47 +175,47 @@ class FrontEndInbox:
             except zmq.Again:
                 break
             if len(frames) != 1 or not frames[0]:
-                self._garbage.add("frames", f"{len(frames)} frames in place of one")
+                self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
             elif frames[0][0] in (0, 1):
                 self._on_subscription(frames[0])
             else:
                 message = self._decoded(frames[0])
                 if message is None:
                     continue
-                if message.front_end not in self._present:
-                    self._garbage.add("no-presence", f"front-end {message.front_end} has not subscribed its presence")
+                if message.frontend not in self._present:
+                    self._bad_frames.add("no-presence", f"front-end {message.frontend} has not subscribed its presence")
                 elif isinstance(message, OfRequests):
                     self._of_requests.append(message)
                 else:
                     self._flush()
-                    self._handle(FrontEndSaid(message))
+                    self._handle(FrontendSaid(message))
         self._flush()
 
     def _flush(self) -> None:
         """Everything is heard in its place."""
         if self._of_requests:
             messages, self._of_requests = self._of_requests, []
-            self._handle(FrontEndsSaid(messages))
+            self._handle(FrontendsSaid(messages))
 
     def _on_subscription(self, frame: bytes) -> None:
         self._flush()
-        front_end = codec.read_front_end_topic(frame[1:])
+        frontend = codec.read_frontend_topic(frame[1:])
         if frame[0] == 1:
-            if front_end is not None and len(self._present) >= MAX_PRESENT:
-                self._garbage.add("too-many", f"{MAX_PRESENT} front-ends are there")
+            if frontend is not None and len(self._present) >= MAX_PRESENT:
+                self._bad_frames.add("too-many", f"{MAX_PRESENT} front-ends are there")
                 return
-            if front_end is not None:
-                self._present.add(front_end)
-            self._handle(FrontEndSubscribed())
-        elif front_end is not None:
-            self._present.discard(front_end)
-            self._handle(FrontEndGone(front_end))
+            if frontend is not None:
+                self._present.add(frontend)
+            self._handle(FrontendSubscribed())
+        elif frontend is not None:
+            self._present.discard(frontend)
+            self._handle(FrontendGone(frontend))
 
-    def _decoded(self, frame: bytes) -> FromFrontEnd | None:
+    def _decoded(self, frame: bytes) -> FromFrontend | None:
         try:
             return self._decoder.decode(frame)
         except codec.BadMessage as error:
-            self._garbage.add(error.kind, error.detail)
+            self._bad_frames.add(error.kind, error.detail)
             return None
 
 
@@ -331,11 +331,11 @@ class DPCoordinatorProc:
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._garbage_front = Garbage(logger, "the front-ends' socket")
-        self._garbage_back = Garbage(logger, "the ranks' socket")
+        self._bad_from_frontends = BadFrames(logger, "the front-ends' socket")
+        self._bad_from_ranks = BadFrames(logger, "the ranks' socket")
         self._stopping = False
         self._wakeup = Wakeup()
-        self._spare = SpareMemory()
+        self._malloc_trim = MallocTrim()
 
     @staticmethod
     def run_coordinator(
@@ -376,10 +376,10 @@ class DPCoordinatorProc:
         limit = codec.MAX_CONTROL_BYTES
         queued = {zmq.SNDHWM: views_queued(self._engine_count)}
         self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit, options=queued)
-        self._front_inbox = FrontEndInbox(self._front, self._garbage_front, self._handle)
+        self._front_inbox = FrontendInbox(self._front, self._bad_from_frontends, self._handle)
         kept = reports_kept(self._engine_count)
         self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
-        self._inbox = RankInbox(self._back_in, self._garbage_back, self._handle, every_report=self._machine.lockstep)
+        self._inbox = RankInbox(self._back_in, self._bad_from_ranks, self._handle, every_report=self._machine.lockstep)
         patience = self._patience
         self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit, options=patience)
         return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
@@ -405,7 +405,7 @@ class DPCoordinatorProc:
         while not self._stopping:
             ready = dict(poller.poll(0))
             if not ready and (now := time.monotonic()) < self._machine.deadline:
-                self._spare.look(now)
+                self._malloc_trim.look(now)
                 # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
                 select.select(files, (), (), max(0.0, self._machine.deadline - time.monotonic()))
                 ready = dict(poller.poll(0))
@@ -421,8 +421,8 @@ class DPCoordinatorProc:
 
     def statistics(self) -> dict[str, object]:
         """The machine's figures and the garbage seen."""
-        garbage = {"front_ends": dict(self._garbage_front.counts), "ranks": dict(self._garbage_back.counts)}
-        return self._machine.statistics() | {"garbage": garbage}
+        bad_frames = {"front_ends": dict(self._bad_from_frontends.counts), "ranks": dict(self._bad_from_ranks.counts)}
+        return self._machine.statistics() | {"garbage": bad_frames}
 
     def _read_subscriptions(self) -> None:
         for _ in range(MESSAGES_A_TURN):
@@ -446,12 +446,12 @@ class DPCoordinatorProc:
                 self._inbox.nodes.discard(node)
                 self._handle(NodeGone(node))
         else:
-            self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
+            self._bad_from_ranks.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
     def _handle(self, event: Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):
             match effect:
-                case ToFrontEnds(message):
+                case ToFrontends(message):
                     self._front.send(codec.encode(message), zmq.NOBLOCK)
                 case ToRanks(message):
                     self._back_out.send(codec.encode(message), zmq.NOBLOCK)

@@ -34,7 +34,7 @@ from msgspec import Struct
 from paceline.core.messages import GroupMember
 from paceline.core.rank.events import Agree, Agreed, Waited
 from paceline.core.rank.prefill_quota import REDUCTIONS, integers, outcome
-from paceline.engines.group import GenerationEnded, RankGroup, Waiting
+from paceline.engines.group import EpochEnded, RankGroup, Waiting
 from paceline.errors import StartupError
 from paceline.net.collective import SocketGroup
 
@@ -54,11 +54,11 @@ def packed(greeting: Greeting) -> bytes:
 
 def read_greeting(data: bytes | bytearray) -> Greeting | None:
     """A whole greeting; None for anything else of that length."""
-    magic, generation, rank, peer = GREETING.unpack(data)
-    return (generation, rank, peer) if magic == MAGIC else None
+    magic, epoch, rank, peer = GREETING.unpack(data)
+    return (epoch, rank, peer) if magic == MAGIC else None
 
 
-class _Knock(Struct):
+class _Handshake(Struct):
     """One connection: what has come of its greeting, and the first one, once that was answered."""
 
     link: socket.socket
@@ -66,41 +66,41 @@ class _Knock(Struct):
     answered: Greeting | None = None
 
 
-class Doorway:
-    """The listening socket of one rank while it forms `generation`; those in `later` are to come.
+class Handshakes:
+    """The listening socket of one rank while it forms `epoch`; those in `later` are to come.
 
     A peer greets, is answered, and greets again: one that gave up waiting in the queue, and came again on a new
     connection, does not greet again on the old one.
     """
 
-    def __init__(self, listening: socket.socket, generation: int, rank: int, later: Set[int]) -> None:
+    def __init__(self, listening: socket.socket, epoch: int, rank: int, later: Set[int]) -> None:
         self._listening = listening
-        self._generation = generation
+        self._generation = epoch
         self._rank = rank
         self._later = later
-        self._knocks: dict[int, _Knock] = {}
+        self._handshakes: dict[int, _Handshake] = {}
 
     def wait(self, seconds: float) -> dict[int, socket.socket]:
         """Hear whoever says something within this time, at least once; returns the links of those who are members."""
         poller = select.poll()
         poller.register(self._listening, select.POLLIN)
-        for descriptor in self._knocks:
+        for descriptor in self._handshakes:
             poller.register(descriptor, select.POLLIN)
         come: dict[int, socket.socket] = {}
         for descriptor, _ in poller.poll(int(seconds * 1000) + 1):
-            knock = self._knocks.get(descriptor)
-            if knock is None:
+            handshake = self._handshakes.get(descriptor)
+            if handshake is None:
                 self._open()
-            elif (peer := self._hear(knock)) is not None:
+            elif (peer := self._hear(handshake)) is not None:
                 if peer in come:
                     come[peer].close()
-                come[peer] = self._knocks.pop(descriptor).link
+                come[peer] = self._handshakes.pop(descriptor).link
         return come
 
     def close(self) -> None:
         """Nobody else is expected."""
-        for descriptor in list(self._knocks):
-            self._knocks.pop(descriptor).link.close()
+        for descriptor in list(self._handshakes):
+            self._handshakes.pop(descriptor).link.close()
 
     def _open(self) -> None:
         """Let all in who are there."""
@@ -110,38 +110,38 @@ class Doorway:
             except OSError:
                 return
             link.setblocking(False)
-            self._knocks[link.fileno()] = _Knock(link, bytearray())
-            if len(self._knocks) > MOST_WAITING:
-                self._drop(next(iter(self._knocks.values())))
+            self._handshakes[link.fileno()] = _Handshake(link, bytearray())
+            if len(self._handshakes) > MOST_WAITING:
+                self._drop(next(iter(self._handshakes.values())))
 
-    def _hear(self, knock: _Knock) -> int | None:
+    def _hear(self, handshake: _Handshake) -> int | None:
         """Read on; returns the peer whose greeting is complete."""
         try:
-            part = knock.link.recv(GREETING.size - len(knock.data))
-            knock.data += part
-            if part and len(knock.data) < GREETING.size:
+            part = handshake.link.recv(GREETING.size - len(handshake.data))
+            handshake.data += part
+            if part and len(handshake.data) < GREETING.size:
                 return None
-            greeting = read_greeting(knock.data) if part else None
-            if knock.answered is None and greeting is not None and self._expects(greeting):
-                knock.link.sendall(packed((self._generation, self._rank, greeting[1])))
-                knock.answered, knock.data = greeting, bytearray()
+            greeting = read_greeting(handshake.data) if part else None
+            if handshake.answered is None and greeting is not None and self._expects(greeting):
+                handshake.link.sendall(packed((self._generation, self._rank, greeting[1])))
+                handshake.answered, handshake.data = greeting, bytearray()
                 return None
-            if greeting is not None and greeting == knock.answered:
+            if greeting is not None and greeting == handshake.answered:
                 return greeting[1]
         except BlockingIOError:
             return None
         except OSError:
             pass
-        self._drop(knock)
+        self._drop(handshake)
         return None
 
     def _expects(self, greeting: Greeting) -> bool:
-        generation, peer, meant = greeting
-        return generation == self._generation and meant == self._rank and peer in self._later
+        epoch, peer, meant = greeting
+        return epoch == self._generation and meant == self._rank and peer in self._later
 
-    def _drop(self, knock: _Knock) -> None:
-        del self._knocks[knock.link.fileno()]
-        knock.link.close()
+    def _drop(self, handshake: _Handshake) -> None:
+        del self._handshakes[handshake.link.fileno()]
+        handshake.link.close()
 
 
 TRY_AGAIN_S = 0.02
@@ -184,39 +184,39 @@ class GroupListener:
 
 
 def form_group(
-    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SocketGroup:  # fmt: skip
     """A group of sockets; see `connect_members`."""
-    return SocketGroup(generation, rank, connect_members(listener, generation, rank, addresses, timeout_s, cancelled))
+    return SocketGroup(epoch, rank, connect_members(listener, epoch, rank, addresses, timeout_s, cancelled))
 
 
 def connect_members(
-    listener: GroupListener, generation: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
+    listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[int, socket.socket]:  # fmt: skip
-    """Connect with all other members of `generation`; `addresses` has every member's, this rank's included.
+    """Connect with all other members of `epoch`; `addresses` has every member's, this rank's included.
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
     """
     links: dict[int, socket.socket] = {}
     deadline = time.monotonic() + timeout_s
-    doorway = Doorway(listener.socket, generation, rank, {peer for peer in addresses if peer > rank})
+    handshakes = Handshakes(listener.socket, epoch, rank, {peer for peer in addresses if peer > rank})
     try:
         earlier = [peer for peer in sorted(addresses) if peer < rank]
         while len(links) < len(addresses) - 1:
             for peer in earlier:
-                if peer not in links and (link := _connect(addresses[peer], generation, rank, peer)) is not None:
+                if peer not in links and (link := _connect(addresses[peer], epoch, rank, peer)) is not None:
                     links[peer] = link
             if len(links) == len(addresses) - 1:
                 break
             left_s = deadline - time.monotonic()
             if left_s <= 0 or cancelled():
                 missing = ", ".join(str(peer) for peer in sorted(addresses) if peer != rank and peer not in links)
-                raise StartupError(f"generation {generation}: rank {missing} did not come within {timeout_s:g} s")
+                raise StartupError(f"generation {epoch}: rank {missing} did not come within {timeout_s:g} s")
             waits_for_others = any(peer not in links for peer in earlier)
             pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
-            for peer, link in doorway.wait(pause_s).items():
+            for peer, link in handshakes.wait(pause_s).items():
                 _prefer_latency(link)
                 if peer in links:
                     links[peer].close()
@@ -226,11 +226,11 @@ def connect_members(
             link.close()
         raise
     finally:
-        doorway.close()
+        handshakes.close()
     return links
 
 
-def _connect(address: str, generation: int, rank: int, peer: int) -> socket.socket | None:
+def _connect(address: str, epoch: int, rank: int, peer: int) -> socket.socket | None:
     """A connection to a peer that listens, greeted and answered; None where there is none yet."""
     if address.startswith("ipc://"):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -243,10 +243,10 @@ def _connect(address: str, generation: int, rank: int, peer: int) -> socket.sock
         link.settimeout(1.0)
         link.connect(target)  # type: ignore[arg-type]
         _prefer_latency(link)
-        link.sendall(packed((generation, rank, peer)))
+        link.sendall(packed((epoch, rank, peer)))
         # The peer answers when it forms the same generation; until then this connection waits in its queue.
-        if _answer_on(link) == (generation, peer, rank):
-            link.sendall(packed((generation, rank, peer)))
+        if _answer_on(link) == (epoch, peer, rank):
+            link.sendall(packed((epoch, rank, peer)))
             return link
     except OSError:
         pass
@@ -331,7 +331,7 @@ FORM_TIMEOUT_S = 1.0
 """How long a rank waits for its peers. Shorter than the coordinator's patience, which then calls the next one."""
 
 
-class GroupSeat:
+class GroupMembership:
     """The listener that peers connect to, and the group of the current generation, if there is one.
 
     `address`: where to listen, as for `GroupListener`. All but `leave` is called by the engine's thread.
@@ -344,23 +344,23 @@ class GroupSeat:
         self._left = False
         self.address = self._listener.address
 
-    def form(self, generation: int, members: Sequence[GroupMember]) -> RankGroup:
+    def form(self, epoch: int, members: Sequence[GroupMember]) -> RankGroup:
         """Leave the group there was, and form this one. Raises StartupError naming the ranks that did not come."""
         self._close_group()
         addresses = {member.rank: member.address for member in members}
-        self._group = form_group(self._listener, generation, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
+        self._group = form_group(self._listener, epoch, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
         return self._group
 
     def agree(self, agree: Agree) -> Agreed:
         """What all ranks' parts come to. Raises GenerationEnded."""
         if self._group is None:
-            raise GenerationEnded("this rank is in no generation")
+            raise EpochEnded("this rank is in no generation")
         reduced = self._group.all_reduce(integers(agree), REDUCTIONS)
         try:
             return outcome(reduced)
         except ValueError as error:
             self._group.leave()
-            raise GenerationEnded(f"generation {self._group.generation} has ended: {error}") from None
+            raise EpochEnded(f"generation {self._group.epoch} has ended: {error}") from None
 
     def urge(self) -> None:
         """Have all ranks agree soon; any thread may call it."""
@@ -376,13 +376,13 @@ class GroupSeat:
         group = self._group
         return None if group is None else group.waiting()
 
-    def break_off(self, generation: int) -> None:
+    def break_off(self, epoch: int) -> None:
         """End the group that there is for all its members, if it is of an earlier generation; any thread may call it.
 
         A step that is in it is made anew in the next one.
         """
         group = self._group
-        if group is not None and group.generation < generation:
+        if group is not None and group.epoch < epoch:
             group.leave()
 
     def leave(self) -> None:

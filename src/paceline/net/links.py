@@ -19,7 +19,6 @@ import fcntl
 import logging
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections import Counter
@@ -40,7 +39,7 @@ def new_identity(index: int = 0) -> int:
     return time.time_ns() // 1024 * 1024 + index % 512 * 2 + 1
 
 
-class Garbage:
+class BadFrames:
     """What arrived and was no message: counted by kind, the first of each kind logged."""
 
     def __init__(self, logger: logging.Logger, socket_name: str) -> None:
@@ -56,36 +55,6 @@ class Garbage:
             shown = detail[:200].encode("unicode_escape").decode()
             self._logger.warning("dropped a message on %s, %s: %s (further ones are only counted)",
                                  self._socket_name, kind, shown)  # fmt: skip
-
-
-class Wakeup:
-    """A pair of sockets: `set` on one side makes `fileno` readable on the other until `clear`."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-
-    def fileno(self) -> int:
-        """What to poll for reading."""
-        return self._reader.fileno()
-
-    def set(self) -> None:
-        """Make it readable. Never blocks, may be called from anywhere."""
-        # Full means that it is readable already; closed, that nobody polls any more.
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._writer.send(b"\0")
-
-    def clear(self) -> None:
-        """Make it unreadable again; call before looking at what it announced."""
-        with contextlib.suppress(BlockingIOError):
-            while self._reader.recv(4096):
-                pass
-
-    def close(self) -> None:
-        """Close both sides."""
-        self._reader.close()
-        self._writer.close()
 
 
 IPC_PATH_BYTES = 107

@@ -23,8 +23,9 @@ from msgspec import Struct
 from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, Wakeup
+from paceline.net.links import BadFrames
 from paceline.net.sockets import open_socket, tcp_address
+from paceline.process.spawn import Wakeup
 
 logger = logging.getLogger("paceline.supervisor")
 
@@ -49,7 +50,7 @@ class NodeLink:
         self._broadcasts.send(b"\x01")
         self._broadcasts.send(b"\x01" + codec.node_topic(node))
         self._decode = codec.to_rank().decode
-        self._garbage = Garbage(logger, "the coordinator's broadcasts")
+        self._bad_frames = BadFrames(logger, "the coordinator's broadcasts")
         self._thread = threading.Thread(target=self._run, name="node-link", daemon=True)
         self._thread.start()
 
@@ -88,12 +89,12 @@ class NodeLink:
 
     def _read(self, frames: list[bytes]) -> None:
         if len(frames) != 1:
-            self._garbage.add("frames", f"{len(frames)} frames in place of one")
+            self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
             return
         try:
             message = self._decode(frames[0])
         except codec.BadMessage as error:
-            self._garbage.add(error.kind, error.detail)
+            self._bad_frames.add(error.kind, error.detail)
             return
         # All else is for ranks.
         if isinstance(message, Scaling | Identify):
@@ -135,7 +136,7 @@ class Rendezvous:
         self._socket = open_socket(self._context, zmq.ROUTER, bind=tcp_address(host, port), max_bytes=MAX_BYTES)
         # A node that gave up waiting for the answer is no reason to raise.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
-        self._garbage = Garbage(logger, "the rendezvous socket")
+        self._bad_frames = BadFrames(logger, "the rendezvous socket")
         self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
         self._thread.start()
 
@@ -155,7 +156,7 @@ class Rendezvous:
                 frames = self._socket.recv_multipart()
                 question = read_question(frames[-1])
                 if isinstance(question, str):
-                    self._garbage.add("malformed", question)
+                    self._bad_frames.add("malformed", question)
                     continue
                 answer = answer_to(question, self._here, self._dp_size, self._engine)
                 self._socket.send_multipart([frames[0], msgspec.msgpack.encode(answer)], zmq.NOBLOCK)

@@ -44,12 +44,12 @@ from paceline.core.rank.events import (
     Drop,
     DummyStep,
     Effect,
+    EpochEnded,
     Event,
     Formed,
     FormGroup,
-    FrontEndGone,
-    FrontEndSaid,
-    GenerationEnded,
+    FrontendGone,
+    FrontendSaid,
     Leave,
     Loaded,
     Phase,
@@ -57,7 +57,7 @@ from paceline.core.rank.events import (
     Stepped,
     Take,
     ToCoordinator,
-    ToFrontEnd,
+    ToFrontend,
     Turn,
     Urge,
     Wait,
@@ -67,16 +67,17 @@ from paceline.core.rank.prefill_quota import AUTO, OFF
 from paceline.core.rank.requests import Backlog
 from paceline.core.requests import Outputs
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings
-from paceline.engines.group import GenerationEnded as GroupEnded
+from paceline.engines.group import EpochEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.net.group import StallWatch
-from paceline.net.links import Garbage, Wakeup, new_identity
+from paceline.net.links import BadFrames, new_identity
 from paceline.net.sockets import bound_address, open_socket
+from paceline.process.spawn import Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
 
 if TYPE_CHECKING:
-    from paceline.net.group import GroupSeat  # not needed by independent ranks
+    from paceline.net.group import GroupMembership  # not needed by independent ranks
 
 logger = logging.getLogger("paceline.rank")
 
@@ -91,7 +92,7 @@ READS_AGAIN_MS = 20
 """How often who does not read is tried again."""
 
 
-class Carrier:
+class RankTransport:
     """The sockets of one rank.
 
     `bind`: where front-ends reach the rank. `coordinator_input`, `coordinator_output`: the coordinator's
@@ -113,7 +114,7 @@ class Carrier:
         self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
         self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
         self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._front_ends: set[int] = set()
+        self._frontends: set[int] = set()
         self._probes_due: list[float] = []
         self._life = (rank, incarnation)
         self._backlogs: dict[int, Backlog] = {}
@@ -122,8 +123,8 @@ class Carrier:
         self._broadcasts.send(b"\x01")
         self._broadcasts.send(b"\x01" + codec.rank_topic(rank, incarnation))
         self.address = bound_address(self._router)
-        self.garbage_requests = Garbage(logger, "the rank's request socket")
-        self.garbage_broadcasts = Garbage(logger, "the coordinator's broadcasts")
+        self.bad_requests = BadFrames(logger, "the rank's request socket")
+        self.bad_broadcasts = BadFrames(logger, "the coordinator's broadcasts")
         self._decode_request = codec.request().decode
         self._decode_broadcast = codec.to_rank().decode
         self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
@@ -137,9 +138,9 @@ class Carrier:
         self._outbox.append((None, message))
         self._wakeup.set()
 
-    def send_front_end(self, front_end: int, message: Outputs) -> None:
+    def send_frontend(self, frontend: int, message: Outputs) -> None:
         """Likewise, to one front-end."""
-        self._outbox.append((front_end, message))
+        self._outbox.append((frontend, message))
         self._wakeup.set()
 
     def close(self) -> None:
@@ -190,13 +191,13 @@ class Carrier:
                 self._send_late()
             elif to in self._backlogs:
                 self._backlogs[to].add(message)
-            elif not self._send_front_end(to, codec.encode(message)):
+            elif not self._send_frontend(to, codec.encode(message)):
                 logger.warning("front-end %d does not read: what it gets is kept for it", to)
                 self._backlogs[to] = Backlog(*self._life)
                 self._backlogs[to].add(message)
         self._send_late()
         for to, backlog in list(self._backlogs.items()):
-            while len(backlog) and self._send_front_end(to, codec.encode(backlog.first())):
+            while len(backlog) and self._send_frontend(to, codec.encode(backlog.first())):
                 backlog.sent()
             if not len(backlog):
                 del self._backlogs[to]
@@ -212,7 +213,7 @@ class Carrier:
                 return
             del self._late[kind]
 
-    def _send_front_end(self, to: int, frame: bytes) -> bool:
+    def _send_frontend(self, to: int, frame: bytes) -> bool:
         """Send to a front-end; whether it is dealt with: sent, or to nobody, since the front-end has gone."""
         try:
             self._router.send_multipart([to.to_bytes(8, "little"), frame], zmq.NOBLOCK)
@@ -223,8 +224,8 @@ class Carrier:
                 raise
             if to in self._backlogs:
                 self._backlogs[to].clear()
-            self._front_ends.discard(to)
-            self.inbox.put(FrontEndGone(to))
+            self._frontends.discard(to)
+            self.inbox.put(FrontendGone(to))
         return True
 
     # Front-ends that have died ------------------------------------------------------------------
@@ -246,8 +247,8 @@ class Carrier:
 
     def _probe(self) -> None:
         self._probes_due.pop(0)
-        for front_end in list(self._front_ends):
-            self._send_front_end(front_end, self._nothing)
+        for frontend in list(self._frontends):
+            self._send_frontend(frontend, self._nothing)
 
     # In -----------------------------------------------------------------------------------------
 
@@ -258,12 +259,12 @@ class Carrier:
             except zmq.Again:
                 return
             if len(frames) != 1:
-                self.garbage_broadcasts.add("frames", f"{len(frames)} frames in place of one")
+                self.bad_broadcasts.add("frames", f"{len(frames)} frames in place of one")
                 continue
             try:
                 self.on_broadcast(self._decode_broadcast(frames[0]))
             except codec.BadMessage as error:
-                self.garbage_broadcasts.add(error.kind, error.detail)
+                self.bad_broadcasts.add(error.kind, error.detail)
 
     def _read_requests(self) -> None:
         for _ in range(MESSAGES_A_TURN):
@@ -272,18 +273,18 @@ class Carrier:
             except zmq.Again:
                 return
             # A peer that set no routing id of ours is given one of five bytes that begins with zero.
-            front_end = int.from_bytes(frames[0], "little")
-            if len(frames) != 2 or len(frames[0]) != 8 or front_end >= 2**63:
+            frontend = int.from_bytes(frames[0], "little")
+            if len(frames) != 2 or len(frames[0]) != 8 or frontend >= 2**63:
                 kind = "frames" if len(frames) != 2 else "identity"
-                self.garbage_requests.add(kind, f"{len(frames)} frames from {frames[0]!r}")
+                self.bad_requests.add(kind, f"{len(frames)} frames from {frames[0]!r}")
                 continue
             try:
                 message = self._decode_request(frames[1])
             except codec.BadMessage as error:
-                self.garbage_requests.add(error.kind, error.detail)
+                self.bad_requests.add(error.kind, error.detail)
                 continue
-            self._front_ends.add(front_end)
-            self.inbox.put(FrontEndSaid(front_end, message))
+            self._frontends.add(frontend)
+            self.inbox.put(FrontendSaid(frontend, message))
 
 
 SWITCH_INTERVAL_S = 0.0005
@@ -294,8 +295,8 @@ class EngineRank:
     """Drives one engine as one rank, until stopped.
 
     `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`.
-    `carrier`: the sockets. `seat`: for lockstep engines, its place among its peers; `stall_timeout_s`: how long it
-    waits for them before it says so.
+    `transport`: the sockets. `membership`: for lockstep engines, its place among its peers; `stall_timeout_s`: how
+    long it waits for them before it says so.
     `on_ready`: called once, when the rank takes requests.
     """
 
@@ -303,33 +304,33 @@ class EngineRank:
         self,
         engine: Engine,
         machine: Rank,
-        carrier: Carrier,
-        seat: GroupSeat | None = None,
+        transport: RankTransport,
+        membership: GroupMembership | None = None,
         stall_timeout_s: float = 30.0,
         on_ready: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._machine = machine
-        self._carrier = carrier
-        self._seat = seat
-        self._watch = None if seat is None else StallWatch(stall_timeout_s, seat.waiting, self._decide)
+        self._transport = transport
+        self._membership = membership
+        self._watch = None if membership is None else StallWatch(stall_timeout_s, membership.waiting, self._decide)
         self._on_ready = on_ready
         self._stopping = False
         # The machine is called by both threads: for the blink of a decision, never while a step computes.
         self._deciding = threading.Lock()
-        carrier.on_broadcast = self._on_broadcast
+        transport.on_broadcast = self._on_broadcast
 
     def stop(self) -> None:
         """Make `run` return after the step it is in. Safe in a signal handler."""
         self._stopping = True
-        if self._seat is not None:
+        if self._membership is not None:
             # The step may wait for peers that have stopped already, or never start.
-            self._seat.leave()
-        self._carrier.inbox.put(None)
+            self._membership.leave()
+        self._transport.inbox.put(None)
 
     def run(self) -> None:
         """Join the deployment and serve until `stop`. Raises EngineError where the engine fails."""
-        self._carrier.start()
+        self._transport.start()
         if self._watch is not None:
             self._watch.start()
         self._feed(Loaded())
@@ -338,9 +339,9 @@ class EngineRank:
                 pass
             self._feed(Turn(self._engine.load(), self._engine.has_work()))
         self._feed(Leave())
-        self._carrier.close()
-        if self._seat is not None:
-            self._seat.close()
+        self._transport.close()
+        if self._membership is not None:
+            self._membership.close()
         if self._watch is not None:
             self._watch.stop()
         self._engine.close()
@@ -348,7 +349,7 @@ class EngineRank:
     def _take_in(self, block_s: float | None) -> bool:
         """Handle one thing that arrived, waiting for it up to `block_s` (None: for ever). Returns whether one did."""
         try:
-            event = self._carrier.inbox.get(block_s != 0.0, block_s)
+            event = self._transport.inbox.get(block_s != 0.0, block_s)
         except queue.Empty:
             return False
         if event is not None:
@@ -371,13 +372,13 @@ class EngineRank:
 
     def _send(self, effect: Effect) -> bool:
         match effect:
-            case ToFrontEnd(front_end, outputs):
-                self._carrier.send_front_end(front_end, outputs)
+            case ToFrontend(frontend, outputs):
+                self._transport.send_frontend(frontend, outputs)
             case ToCoordinator(message):
-                self._carrier.send_coordinator(message)
+                self._transport.send_coordinator(message)
             case Urge():
-                if self._seat is not None:
-                    self._seat.urge()
+                if self._membership is not None:
+                    self._membership.urge()
             case _:
                 return False
         return True
@@ -385,14 +386,14 @@ class EngineRank:
     def _on_broadcast(self, message: ToRank) -> None:
         """In the carrier's thread."""
         if not isinstance(message, IN_MID_STEP):
-            if isinstance(message, Form) and self._seat is not None:
+            if isinstance(message, Form) and self._membership is not None:
                 # Its members may wait in a collective for one that is stopped, or cut off, and not of the new group.
-                self._seat.break_off(message.generation)
-            self._carrier.inbox.put(CoordinatorSaid(message))
+                self._membership.break_off(message.generation)
+            self._transport.inbox.put(CoordinatorSaid(message))
             return
         self._decide(CoordinatorSaid(message))
         # What it changed may be work for the engine's thread, if that sleeps.
-        self._carrier.inbox.put(None)
+        self._transport.inbox.put(None)
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -418,34 +419,34 @@ class EngineRank:
                 self._form(effect)
 
     def _form(self, wanted: FormGroup) -> None:
-        seat = self._seated()
+        membership = self._member()
         try:
-            group = seat.form(wanted.generation, wanted.members)
+            group = membership.form(wanted.epoch, wanted.members)
         except StartupError as error:
             logger.warning("rank %d: %s", self._machine.rank, error)
-            self._feed(GenerationEnded())
+            self._feed(EpochEnded())
             return
         self._engine.join(group)
-        self._feed(Formed(wanted.generation))
+        self._feed(Formed(wanted.epoch))
 
     def _agree(self, agree: Agree) -> None:
-        seat = self._seated()
+        membership = self._member()
         try:
-            agreed = seat.agree(agree)
+            agreed = membership.agree(agree)
         except GroupEnded as error:
             self._ended(error)
             return
         self._feed(agreed)
 
-    def _seated(self) -> GroupSeat:
-        if self._seat is None:
+    def _member(self) -> GroupMembership:
+        if self._membership is None:
             raise EngineError(f"rank {self._machine.rank}: a lockstep engine without a group")
-        return self._seat
+        return self._membership
 
     def _ended(self, error: GroupEnded) -> None:
         if not self._stopping:
             logger.warning("rank %d: %s", self._machine.rank, error)
-        self._feed(GenerationEnded())
+        self._feed(EpochEnded())
 
     def _step(self) -> None:
         begin = time.monotonic()
@@ -468,7 +469,7 @@ class EngineRank:
         self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
 
     def _urged(self) -> bool:
-        return self._seat is not None and self._seat.urged()
+        return self._membership is not None and self._membership.urged()
 
 
 class RankSettings(Struct, frozen=True):
@@ -522,15 +523,19 @@ def _make(settings: RankSettings, status: Connection) -> EngineRank:
     number = settings.settings.rank
     engine = engine_class.create(settings.settings, lambda what, share: status.send(Progressed(what, share)))
     incarnation = new_identity()
-    carrier = Carrier(number, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output)
-    seat = None
+    transport = RankTransport(
+        number, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output
+    )
+    membership = None
     if engine_class.lockstep:
-        from paceline.net.group import GroupSeat
+        from paceline.net.group import GroupMembership
 
-        seat = GroupSeat(number, settings.group_bind)
+        membership = GroupMembership(number, settings.group_bind)
     machine = Rank(
-        number, incarnation, carrier.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
-        sync_interval=settings.sync_interval, group_address=seat.address if seat is not None else "",
+        number, incarnation, transport.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
+        sync_interval=settings.sync_interval, group_address=membership.address if membership is not None else "",
         prefill_quota=settings.prefill_quota if engine_class.lockstep else OFF,
     )  # fmt: skip
-    return EngineRank(engine, machine, carrier, seat, settings.stall_timeout_s, on_ready=lambda: status.send(Ready()))
+    return EngineRank(
+        engine, machine, transport, membership, settings.stall_timeout_s, on_ready=lambda: status.send(Ready())
+    )

@@ -27,7 +27,7 @@ StartRankProcess = Callable[[int, Callable[[str], None]], None]
 """Starts a rank's process in the supervisor; the callable is told why it ended, until the rank is kept."""
 
 
-class NodeKeeper:
+class NodeRanks:
     """One node's ranks, from when it serves. `on_scaling`: called when the machine has heard of a change."""
 
     def __init__(

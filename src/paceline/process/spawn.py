@@ -19,6 +19,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -121,7 +122,7 @@ GROWN_BYTES = 4 << 20
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-class SpareMemory:
+class MallocTrim:
     """The free memory of this process. Its owner looks whenever it has nothing to do."""
 
     def __init__(self) -> None:
@@ -152,3 +153,33 @@ def resident_bytes() -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return 0
+
+
+class Wakeup:
+    """A pair of sockets: `set` on one side makes `fileno` readable on the other until `clear`."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+
+    def fileno(self) -> int:
+        """What to poll for reading."""
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        """Make it readable. Never blocks, may be called from anywhere."""
+        # Full means that it is readable already; closed, that nobody polls any more.
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        """Make it unreadable again; call before looking at what it announced."""
+        with contextlib.suppress(BlockingIOError):
+            while self._reader.recv(4096):
+                pass
+
+    def close(self) -> None:
+        """Close both sides."""
+        self._reader.close()
+        self._writer.close()

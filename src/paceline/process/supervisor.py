@@ -34,8 +34,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from paceline.errors import StartupError
-from paceline.net.links import Wakeup
-from paceline.process.spawn import spawn, stop
+from paceline.process.spawn import Wakeup, spawn, stop
 
 
 class Progressed(Struct, frozen=True):
@@ -114,7 +113,7 @@ class Child:
         self.due: float | None = None
         """When it is started again, on the monotonic clock; None while it runs, and where it is given up."""
         self.given_up = False
-        self.on_trial: Callable[[str], None] | None = None
+        self.provisional: Callable[[str], None] | None = None
         """Told why it has ended, in place of starting it again."""
         self._target = target
         self._settings = settings
@@ -250,24 +249,24 @@ class Supervisor:
 
     def add(
         self, name: str, kind: str, target: Callable[..., None], settings: Settings, *, drains: bool = False,
-        max_restarts: int | None = None, on_trial: Callable[[str], None] | None = None,
+        max_restarts: int | None = None, provisional: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         """Start a child that runs `target(settings=…, status=pipe)` and says on the pipe when it is ready.
 
         `kind`: the node ends when all children of one kind are given up. `drains`: it finishes its work on SIGTERM,
-        and is told first. `max_restarts`: in a row, None for any number. `on_trial`: until `keep` is called it is not
-        started again at all; this is told why it has ended.
+        and is told first. `max_restarts`: in a row, None for any number. `provisional`: until `keep` is called it is
+        not started again at all; this is told why it has ended.
         """
         restarts = Restarts(max_restarts)
         child = Child(name, kind, target, settings, restarts, drains=drains, log_level=self._log_level)
-        child.on_trial = on_trial
+        child.provisional = provisional
         self._children[name] = child
 
     def keep(self, name: str) -> None:
         """From here on this child is started again like the others."""
         child = self._children.get(name)
         if child is not None:
-            child.on_trial, child.given_up = None, False
+            child.provisional, child.given_up = None, False
 
     def remove(self, name: str) -> None:
         """Have a child end, for good."""
@@ -341,10 +340,10 @@ class Supervisor:
         for child in list(self._children.values()):
             if child.given_up or child.process.is_alive():
                 continue
-            if child.on_trial is not None:
+            if child.provisional is not None:
                 child.given_up = True
                 logger.warning("%s ended (%s) before it was part of the deployment", child.name, child.why())
-                child.on_trial(child.why())
+                child.provisional(child.why())
                 continue
             if child.due is None:
                 self._note_end(child)
@@ -381,7 +380,7 @@ class Supervisor:
 
     def _lost_kind(self) -> str | None:
         """Of which kind no child is left that lives or will, if there is one."""
-        left = {child.kind for child in self._children.values() if not child.given_up or child.on_trial is not None}
+        left = {child.kind for child in self._children.values() if not child.given_up or child.provisional is not None}
         return next((child.kind for child in self._children.values() if child.kind not in left), None)
 
     def _restart_ended(self) -> float | None:

@@ -41,11 +41,11 @@ from paceline.core.frontend.events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import FrontEndLeaving
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import FrontendLeaving
 from paceline.core.requests import AddRequest, ControlAction, Output, SamplingParams
 from paceline.errors import StartupError
-from paceline.net.links import Garbage, LinkMonitor
+from paceline.net.links import BadFrames, LinkMonitor
 from paceline.net.sockets import giving_up_after, open_socket
 from paceline.server.delivery import Sink
 from paceline.server.errors import Refused
@@ -65,16 +65,16 @@ class Client:
     rank's process may be silent before its requests go on elsewhere, 0 for ever.
     """
 
-    def __init__(self, machine: FrontEnd, coordinator: str, rank_timeout_s: float = 0.0) -> None:
+    def __init__(self, machine: Frontend, coordinator: str, rank_timeout_s: float = 0.0) -> None:
         self.machine = machine
         self._loop = asyncio.get_running_loop()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sinks: dict[int, Sink] = {}
         self._next_request = 1
         self._decode_outputs = codec.outputs().decode
-        self._decode_coordinator = codec.to_front_end().decode
-        self.garbage_ranks = Garbage(logger, "a rank's outputs")
-        self.garbage_coordinator = Garbage(logger, "the coordinator's broadcasts")
+        self._decode_coordinator = codec.to_frontend().decode
+        self.garbage_ranks = BadFrames(logger, "a rank's outputs")
+        self.garbage_coordinator = BadFrames(logger, "the coordinator's broadcasts")
         self._ranks: dict[int, zmq.Socket[bytes]] = {}
         self._monitors: dict[int, LinkMonitor] = {}
         self._patience = giving_up_after(rank_timeout_s)
@@ -86,7 +86,7 @@ class Client:
         self._coordinator = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
         self._watch(self._coordinator, self._on_coordinator_frames)
         self._coordinator.send(b"\x01")
-        self._coordinator.send(b"\x01" + codec.front_end_topic(machine.identity))
+        self._coordinator.send(b"\x01" + codec.frontend_topic(machine.identity))
         self._feed(Connected())
 
     # Requests -----------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ class Client:
         """Say good-bye and close all sockets."""
         if self._timer is not None:
             self._timer.cancel()
-        self._perform(ToCoordinator(FrontEndLeaving(self.machine.identity)))
+        self._perform(ToCoordinator(FrontendLeaving(self.machine.identity)))
         for rank in list(self._ranks):
             self._disconnect(rank)
         self._loop.remove_reader(self._coordinator.fileno())

@@ -21,7 +21,7 @@ import uvicorn
 import uvloop
 from msgspec import Struct
 
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine, find_policy
 from paceline.errors import StartupError
@@ -39,13 +39,13 @@ CUT_OFF_S = 1.0
 """What answers that were cut off get to tell their clients."""
 
 
-class FrontEndSettings(Struct, frozen=True):
+class FrontendSettings(Struct, frozen=True):
     """What one front-end's process needs to know.
 
     `index` of `count`: which of the front-ends that balance over the same ranks it is. `ranks`: those ranks, None for
     all; `awaited`: those that there are now. `node`: where it runs, as the coordinator knows it.
     `most_ranks`: what it may scale to. `rank_timeout_s`: how long a rank may be silent, 0 for ever.
-    `brokered`: whether requests wait in the coordinator's queue.
+    `late_binding`: whether requests wait in the coordinator's queue.
     `first_life`: it serves when all of its ranks are ready; a later one, when any is.
     """
 
@@ -65,13 +65,13 @@ class FrontEndSettings(Struct, frozen=True):
     drain_timeout_s: float
     first_life: bool = True
     rank_timeout_s: float = 0.0
-    brokered: bool = False
+    late_binding: bool = False
     node: int = 0
     most_ranks: int = 65_536
     most_losses: int = 3
 
 
-def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
+def run_frontend(settings: FrontendSettings, status: Connection) -> None:
     """Serve until SIGTERM and drained."""
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -81,21 +81,21 @@ def run_front_end(settings: FrontEndSettings, status: Connection) -> None:
         raise SystemExit(1) from None
 
 
-async def _serve(settings: FrontEndSettings, status: Connection) -> None:
+async def _serve(settings: FrontendSettings, status: Connection) -> None:
     engine_class = find_engine(settings.engine)
     tokenizer = engine_class.tokenizer(settings.settings)
     limit = min(tokenizer.max_model_len, settings.settings.kv_cache_tokens or tokenizer.max_model_len)
     models = Models(settings.served_model_name or tokenizer.model_name, tokenizer, limit)
-    machine = FrontEnd(
+    machine = Frontend(
         new_identity(settings.index),
         find_policy(settings.routing)(settings.index, settings.count),
         ranks=settings.ranks,
         max_waiting=settings.max_waiting,
-        share_sends=settings.count > 1,
+        relay_sends=settings.count > 1,
         lockstep=engine_class.lockstep,
         routing=settings.routing,
         resumes=engine_class.resumes,
-        brokered=settings.brokered,
+        late_binding=settings.late_binding,
         node=settings.node,
         most_losses=settings.most_losses,
     )
@@ -196,7 +196,7 @@ def reserve_port(host: str, port: int) -> socket.socket:
     return shared_socket(host, port)
 
 
-def _uvicorn_config(api: Api, settings: FrontEndSettings) -> uvicorn.Config:
+def _uvicorn_config(api: Api, settings: FrontendSettings) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(api),
         http=HttpConnection,

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from paceline.core.frontend.events import Refuse
 from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.requests import AddRequest, Output
 from paceline.simulate.world import Violation
 
@@ -132,9 +132,9 @@ class Answers(dict[int, Answer]):
         if answer.lost_at >= 0 and answer.losses < MOST_LOSSES and not patient:
             self._broken(f"request {refusal.request} is lost, after {answer.losses} of its ranks: {refusal.text}")
 
-    def none_lost(self, machine: FrontEnd) -> None:
+    def none_lost(self, machine: Frontend) -> None:
         """All that have not ended are with a rank, or wait for one, as the machine's books say."""
-        known = machine.in_flight() + len(machine.held())
+        known = machine.in_flight() + len(machine.waiting_for_grant())
         if known != self.open:
             self._broken(f"{self.open} requests have not ended, and the front-end knows {known}")
 

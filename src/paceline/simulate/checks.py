@@ -24,7 +24,7 @@ from paceline.core.messages import (
     RankView,
     StartDPWave,
     SuspensionState,
-    ToFrontEnd,
+    ToFrontend,
     ToRank,
 )
 from paceline.core.rank import events as rank_events
@@ -32,7 +32,7 @@ from paceline.core.rank.events import Phase
 from paceline.core.rank.prefill_quota import PATIENCE
 from paceline.core.requests import AddRequest
 from paceline.simulate.coordinator_party import NAME as COORDINATOR, CoordinatorParty
-from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.frontend_party import FrontendParty
 from paceline.simulate.rank_party import RankParty
 from paceline.simulate.world import Violation
 
@@ -61,13 +61,13 @@ class Checks:
 
     def __init__(self) -> None:
         self._rank_waves: dict[int, int] = {}
-        self._front_end_waves: dict[int, int] = {}
+        self._frontend_waves: dict[int, int] = {}
         self._coordinator_waves: dict[int, int] = {}
         self._reports: dict[int, set[int]] = {}
         self._known: dict[int, dict[int, _Known]] = {}
         self._views: dict[int, tuple[int, int]] = {}
         self._ranks: Mapping[int, RankParty] = {}
-        self._front_ends: Mapping[int, FrontEndParty] = {}
+        self._frontends: Mapping[int, FrontendParty] = {}
         self._sent: set[tuple[int, int]] = set()
         self._barred: dict[int, int] = {}
         self._settled = 0
@@ -75,9 +75,9 @@ class Checks:
         self._resumed = 0
         self._size = 0
 
-    def watch(self, ranks: Mapping[int, RankParty], front_ends: Mapping[int, FrontEndParty]) -> None:
+    def watch(self, ranks: Mapping[int, RankParty], frontends: Mapping[int, FrontendParty]) -> None:
         """The ranks and front-ends by number, as they are at any time."""
-        self._ranks, self._front_ends = ranks, front_ends
+        self._ranks, self._frontends = ranks, frontends
 
     # Ranks --------------------------------------------------------------------------------------
 
@@ -98,8 +98,8 @@ class Checks:
             raise Violation(f"{party.name} reports {said} and has {load}", party.name)
         taken = report.taken
         if party.gone:
-            taken = {front_end: count for front_end, count in taken.items() if front_end not in party.gone}
-        if taken != {front_end: count for front_end, count in party.taken.items() if front_end not in party.gone}:
+            taken = {frontend: count for frontend, count in taken.items() if frontend not in party.gone}
+        if taken != {frontend: count for frontend, count in party.taken.items() if frontend not in party.gone}:
             raise Violation(f"{party.name} reports taken {report.taken}, arrived: {party.taken}", party.name)
         self._reports.setdefault(report.incarnation, set()).add(_key(report))
 
@@ -155,7 +155,7 @@ class Checks:
 
     # The coordinator ----------------------------------------------------------------------------
 
-    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
+    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontend) -> None:
         """The waves that one coordinator speaks of never go down; its views show what ranks have reported."""
         if isinstance(message, StartDPWave | Admit | Form | Members | LoadView):
             identity, wave = party.machine.identity, message.wave
@@ -173,17 +173,17 @@ class Checks:
 
     def coordinator(self, party: CoordinatorParty) -> None:
         """What is queued waits at its front-end, once the front-end's word of the contrary has come."""
-        descriptors = list(party.machine.broker.descriptors())
+        descriptors = list(party.machine.dispatcher.descriptors())
         if not descriptors:
             return
-        known = {one.machine.identity: one for one in self._front_ends.values()}
+        known = {one.machine.identity: one for one in self._frontends.values()}
         for identity, request in descriptors:
-            front_end = known.get(identity)
-            if front_end is None or not front_end.alive or not front_end.to_coordinator.idle:
+            frontend = known.get(identity)
+            if frontend is None or not frontend.alive or not frontend.to_coordinator.idle:
                 continue
-            if not front_end.to_coordinator.lost and request not in front_end.machine.held():
-                text = f"request {request} of {front_end.name} is queued and does not wait there"
-                raise Violation(text, front_end.name, COORDINATOR)
+            if not frontend.to_coordinator.lost and request not in frontend.machine.waiting_for_grant():
+                text = f"request {request} of {frontend.name} is queued and does not wait there"
+                raise Violation(text, frontend.name, COORDINATOR)
 
     def _suspension(self, state: SuspensionState) -> None:
         """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
@@ -197,7 +197,7 @@ class Checks:
                 text = f"suspension {state.number} is called settled; {party.name} knows {known}, held: {held}"
                 raise Violation(text, COORDINATOR, party.name)
 
-    def controlled(self, party: FrontEndParty, answer: frontend_events.Controlled) -> None:
+    def controlled(self, party: FrontendParty, answer: frontend_events.Controlled) -> None:
         """A call returns when every rank knows what it asked for, or when somebody has asked for the contrary."""
         if answer.superseded:
             return
@@ -210,16 +210,16 @@ class Checks:
 
     # Front-ends ---------------------------------------------------------------------------------
 
-    def connected(self, party: FrontEndParty, member: Member) -> None:
+    def connected(self, party: FrontendParty, member: Member) -> None:
         """A front-end begins to send to a life of a rank."""
         self._known.setdefault(party.machine.identity, {})[member.rank] = _Known(member.incarnation)
 
-    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+    def reconnected(self, party: FrontendParty, rank: int) -> None:
         """A connection is there again: of what was sent before nothing is there, or will not be in a moment."""
         known = self._known[party.machine.identity][rank]
         known.taken = len(known.tokens_after) - 1
 
-    def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
+    def sent(self, party: FrontendParty, rank: int, request: AddRequest) -> None:
         """Sends to one life are numbered 1, 2, 3, …, and no request is sent twice."""
         if (party.machine.identity, request.request) in self._sent:
             raise Violation(f"{party.name} sends request {request.request} twice", party.name, f"rank {rank}")
@@ -230,13 +230,13 @@ class Checks:
             raise Violation(text, party.name, f"rank {rank}")
         known.tokens_after.append(known.tokens_after[-1] + request.tokens)
 
-    def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
+    def frontend(self, party: FrontendParty, event: frontend_events.Event) -> None:
         """Its wave never goes down, and it believes what was reported and what it has sent since, no more, no less."""
         machine = party.machine
-        before = self._front_end_waves.get(machine.identity, 0)
+        before = self._frontend_waves.get(machine.identity, 0)
         if machine.wave < before:
             raise Violation(f"{party.name}: its wave went down from {before} to {machine.wave}", party.name)
-        self._front_end_waves[machine.identity] = machine.wave
+        self._frontend_waves[machine.identity] = machine.wave
         known = self._known.get(machine.identity, {})
         match event:
             case frontend_events.CoordinatorSaid(LoadView() as view):
@@ -264,7 +264,7 @@ class Checks:
                 link.step, link.load = entry.step, entry.load
                 link.taken = max(link.taken, entry.taken.get(identity, 0))
 
-    def _believes(self, party: FrontEndParty, known: Mapping[int, _Known], ranks: Sequence[int]) -> None:
+    def _believes(self, party: FrontendParty, known: Mapping[int, _Known], ranks: Sequence[int]) -> None:
         for rank in ranks:
             believed, expected = party.machine.believed(rank), known[rank].expected()
             if believed != expected:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.messages import StartDPWave, ToFrontEnd, ToRank
+from paceline.core.messages import StartDPWave, ToFrontend, ToRank
 from paceline.simulate.alarm import Alarm
 from paceline.simulate.world import World
 
@@ -18,7 +18,7 @@ NAME = "coordinator"
 class CoordinatorChecks(Protocol):
     """What watches the coordinator."""
 
-    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontEnd) -> None:
+    def broadcast(self, party: CoordinatorParty, message: ToRank | ToFrontend) -> None:
         """The coordinator says this to all."""
 
     def coordinator(self, party: CoordinatorParty) -> None:
@@ -26,11 +26,11 @@ class CoordinatorChecks(Protocol):
 
 
 class CoordinatorParty:
-    """The coordinator's process. `to_ranks`, `to_front_ends`: put a broadcast on every receiver's link."""
+    """The coordinator's process. `to_ranks`, `to_frontends`: put a broadcast on every receiver's link."""
 
     def __init__(
         self, world: World, machine: Coordinator, checks: CoordinatorChecks, to_ranks: Callable[[ToRank], None],
-        to_front_ends: Callable[[ToFrontEnd], None],
+        to_frontends: Callable[[ToFrontend], None],
     ) -> None:  # fmt: skip
         self.world, self.machine = world, machine
         self.alive = True
@@ -39,7 +39,7 @@ class CoordinatorParty:
         self.wakes_repeated = 0
         self._checks = checks
         self._to_ranks = to_ranks
-        self._to_front_ends = to_front_ends
+        self._to_frontends = to_frontends
         self._alarm = Alarm(world, machine, lambda: self.feed(coordinator.Tick()), lambda: self.alive)
 
     def kill(self) -> None:
@@ -58,14 +58,14 @@ class CoordinatorParty:
                     self._count(to_ranks)
                     self._checks.broadcast(self, to_ranks)
                     self._to_ranks(to_ranks)
-                case coordinator.ToFrontEnds(to_front_ends):
-                    self._count(to_front_ends)
-                    self._checks.broadcast(self, to_front_ends)
-                    self._to_front_ends(to_front_ends)
+                case coordinator.ToFrontends(to_frontends):
+                    self._count(to_frontends)
+                    self._checks.broadcast(self, to_frontends)
+                    self._to_frontends(to_frontends)
         self._checks.coordinator(self)
         self._alarm.set()
 
-    def _count(self, message: ToRank | ToFrontEnd) -> None:
+    def _count(self, message: ToRank | ToFrontend) -> None:
         self.sent[type(message).__name__] += 1
         if isinstance(message, StartDPWave):
             self.wakes_repeated += message.wave == self.last_wake

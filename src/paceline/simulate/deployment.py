@@ -11,8 +11,8 @@ from paceline.core import codec
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import Member, ToFrontEnd, ToRank
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import Member, ToFrontend, ToRank
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Rank
 from paceline.core.routing.least import LeastLoad
@@ -20,7 +20,7 @@ from paceline.simulate.checks import Checks
 from paceline.simulate.collectives import Groups
 from paceline.simulate.coordinator_party import CoordinatorParty
 from paceline.simulate.engine import VirtualEngine
-from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.frontend_party import FrontendParty
 from paceline.simulate.network import Link
 from paceline.simulate.rank_party import RankParty
 from paceline.simulate.shape import Shape as Shape
@@ -45,12 +45,12 @@ class Deployment:
         self.coordinator: CoordinatorParty | None = None
         self.coordinators: list[CoordinatorParty] = []
         self.ranks: dict[int, RankParty] = {}
-        self.front_ends: dict[int, FrontEndParty] = {}
-        self.checks.watch(self.ranks, self.front_ends)
-        self.retired: list[FrontEndParty] = []
+        self.frontends: dict[int, FrontendParty] = {}
+        self.checks.watch(self.ranks, self.frontends)
+        self.retired: list[FrontendParty] = []
         """Front-ends that have died, with what their clients got."""
         self._links: list[Link] = []
-        self._backs: dict[tuple[int, int], tuple[FrontEndParty, Link]] = {}
+        self._backs: dict[tuple[int, int], tuple[FrontendParty, Link]] = {}
         self._severed: set[tuple[int, int]] = set()
         self._lives = itertools.count(1)
         self._connecting = self.seeds.stream("connecting")
@@ -58,8 +58,8 @@ class Deployment:
     def start(self) -> Deployment:
         """Begin a coordinator, all front-ends and all ranks."""
         self.start_coordinator()
-        for index in range(self.shape.front_ends):
-            self.start_front_end(index)
+        for index in range(self.shape.frontends):
+            self.start_frontend(index)
         for number in range(self.shape.ranks):
             self.start_rank(number)
         return self
@@ -73,12 +73,12 @@ class Deployment:
             self.size(), next(self._lives), 0.0 if shape.external else shape.interval_s, lockstep=shape.lockstep,
             publish_loads=not shape.external, fresh=not self.coordinators, without=self.without,
         )  # fmt: skip
-        party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_front_ends)
+        party = CoordinatorParty(self.world, machine, self.checks, self._to_ranks, self._to_frontends)
         self.coordinator = party
         self.coordinators.append(party)
         party.feed(coordinator.Tick())
-        for front_end in self.front_ends.values():
-            self._connect_front_end(front_end)
+        for frontend in self.frontends.values():
+            self._connect_frontend(frontend)
         for rank in self.ranks.values():
             self._connect_rank(rank)
         return party
@@ -88,7 +88,7 @@ class Deployment:
         if self.coordinator is not None:
             self.coordinator.kill()
         self.coordinator = None
-        parties: list[RankParty | FrontEndParty] = [*self.ranks.values(), *self.front_ends.values()]
+        parties: list[RankParty | FrontendParty] = [*self.ranks.values(), *self.frontends.values()]
         for party in parties:
             party.connected = False
             party.to_coordinator.cut()
@@ -124,8 +124,8 @@ class Deployment:
         if party.connected:
             gone, life = coordinator.RankGone(number, party.machine.incarnation), self.coordinator
             self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(life, gone))
-        for front_end in self.front_ends.values():
-            down = partial(front_end.link_down, number, party.machine.incarnation)
+        for frontend in self.frontends.values():
+            down = partial(frontend.link_down, number, party.machine.incarnation)
             self.world.after(self.shape.links.draw(self._connecting), down)
 
     def cut_link(self, number: int, index: int, *, severed: bool) -> Callable[[], None] | None:
@@ -134,11 +134,11 @@ class Deployment:
         `severed`: what was on its way is lost, and the rank finds the front-end gone when it sends; else it comes
         late, as when the rank's process was stopped and goes on.
         """
-        rank, front_end = self.ranks[number], self.front_ends[index]
-        life, identity = rank.machine.incarnation, front_end.machine.identity
-        if not rank.alive or not front_end.alive or front_end.lives.get(number) != life:
+        rank, frontend = self.ranks[number], self.frontends[index]
+        life, identity = rank.machine.incarnation, frontend.machine.identity
+        if not rank.alive or not frontend.alive or frontend.lives.get(number) != life:
             return None
-        links = [link for link in (front_end.to_ranks.get(number), self._back(rank, identity)) if link is not None]
+        links = [link for link in (frontend.to_ranks.get(number), self._back(rank, identity)) if link is not None]
         for link in links:
             if severed:
                 link.cut()
@@ -146,44 +146,44 @@ class Deployment:
         if severed:
             rank.gone.add(identity)
             self._severed.add((identity, life))
-        front_end.link_down(number, life)
+        frontend.link_down(number, life)
 
         def up() -> None:
             self._severed.discard((identity, life))
             if rank.alive:
-                front_end.link_up(number, life)
+                frontend.link_up(number, life)
             for link in links:
                 link.release()
 
         return up
 
-    def start_front_end(self, index: int) -> FrontEndParty:
+    def start_frontend(self, index: int) -> FrontendParty:
         """A new life of a front-end."""
         shape = self.shape
-        machine = FrontEnd(
-            1_000_000 + next(self._lives), LeastLoad(index, shape.front_ends),
+        machine = Frontend(
+            1_000_000 + next(self._lives), LeastLoad(index, shape.frontends),
             ranks=frozenset({index}) if shape.external else None,
-            share_sends=shape.front_ends > 1 and not shape.external, lockstep=shape.lockstep,
-            brokered=shape.brokered, resumes=True, without=self.without,
+            relay_sends=shape.frontends > 1 and not shape.external, lockstep=shape.lockstep,
+            late_binding=shape.late_binding, resumes=True, without=self.without,
         )  # fmt: skip
-        party = FrontEndParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
-        party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_front_end(), self._from_front_end)
+        party = FrontendParty(self.world, f"front-end {index}", machine, self.checks, self._dial)
+        party.to_coordinator = self._link(f"{party.name} to coordinator", codec.from_frontend(), self._from_frontend)
         party.to_coordinator.loss = self.loss
-        party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_front_end(), party.hear)
+        party.broadcasts = self._link(f"coordinator to {party.name}", codec.to_frontend(), party.hear)
         party.to_coordinator.hold()
-        self.front_ends[index] = party
-        self._connect_front_end(party)
+        self.frontends[index] = party
+        self._connect_frontend(party)
         party.feed(frontend_events.Connected())
         return party
 
-    def crash_front_end(self, index: int) -> None:
+    def crash_frontend(self, index: int) -> None:
         """The front-end's process is gone; the coordinator sees its connection end, ranks when they next send to it."""
-        party = self.front_ends[index]
+        party = self.frontends[index]
         self.world.journal.record(self.world.now, party.name, "crashes")
         party.kill()
         party.broadcasts.close()
         self.retired.append(party)
-        gone = coordinator.FrontEndGone(party.machine.identity)
+        gone = coordinator.FrontendGone(party.machine.identity)
         self.world.after(self.shape.links.draw(self._connecting), lambda: self._tell(self.coordinator, gone))
 
     def lose_no_more(self) -> None:
@@ -197,7 +197,7 @@ class Deployment:
     def ready(self, limit_s: float = 30.0) -> Deployment:
         """Run until every front-end knows every rank that it serves."""
         each = 1 if self.shape.external else self.size()
-        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.front_ends.values())  # noqa: E731
+        known = lambda: all(len(f.machine.ready_ranks()) == each for f in self.frontends.values())  # noqa: E731
         self.world.run_until(known, limit_s, "that every front-end knows every rank")
         return self
 
@@ -213,15 +213,15 @@ class Deployment:
         """A rank that has died is started again."""
         self.start_rank(number)
 
-    def living_front_end(self, index: int) -> FrontEndParty | None:
+    def living_frontend(self, index: int) -> FrontendParty | None:
         """This front-end, or the next one that lives; None where none does."""
-        count = len(self.front_ends)
-        parties = [self.front_ends[(index + further) % count] for further in range(count)]
+        count = len(self.frontends)
+        parties = [self.frontends[(index + further) % count] for further in range(count)]
         return next((party for party in parties if party.alive), None)
 
     def controlled(self) -> bool:
         """Whether no operator waits."""
-        return all(call.over for front_end in self.front_ends.values() for call in front_end.calls.values())
+        return all(call.over for frontend in self.frontends.values() for call in frontend.calls.values())
 
     def finish(self, limit_s: float = 30.0) -> float:
         """Run until every request is answered; returns how many seconds that took."""
@@ -229,7 +229,7 @@ class Deployment:
 
     def finished(self) -> bool:
         """Whether no client waits."""
-        return all(front_end.finished() for front_end in self.front_ends.values())
+        return all(frontend.finished() for frontend in self.frontends.values())
 
     # Connections --------------------------------------------------------------------------------
 
@@ -247,7 +247,7 @@ class Deployment:
         self.world.after(self._draw_connecting(), subscribe)
         self.world.after(self._draw_connecting(), partial(self._release, party.to_coordinator, life))
 
-    def _connect_front_end(self, party: FrontEndParty) -> None:
+    def _connect_frontend(self, party: FrontendParty) -> None:
         life = self.coordinator
         if life is None:
             return
@@ -255,7 +255,7 @@ class Deployment:
         def subscribe() -> None:
             if party.alive and life is self.coordinator and not party.connected:
                 party.connected = True
-                life.feed(coordinator.FrontEndSubscribed())
+                life.feed(coordinator.FrontendSubscribed())
                 party.to_coordinator.release()
 
         self.world.after(self._draw_connecting(), subscribe)
@@ -264,33 +264,33 @@ class Deployment:
         if life is self.coordinator:
             link.release()
 
-    def _dial(self, front_end: FrontEndParty, member: Member) -> Link:
-        self.checks.connected(front_end, member)
-        identity, number = front_end.machine.identity, member.rank
-        name = f"{front_end.name} to rank {number}"
+    def _dial(self, frontend: FrontendParty, member: Member) -> Link:
+        self.checks.connected(frontend, member)
+        identity, number = frontend.machine.identity, member.rank
+        name = f"{frontend.name} to rank {number}"
 
         def deliver(message: Any) -> None:
             target = self.ranks[number]
             if target.alive and target.machine.address == member.address:
-                target.arrive(rank_events.FrontEndSaid(identity, message))
+                target.arrive(rank_events.FrontendSaid(identity, message))
 
         life = self.ranks[number].machine.incarnation
         if (identity, life) not in self._backs:
-            back = self._link(f"rank {number} to {front_end.name}", codec.outputs(), partial(_outputs, front_end))
-            self._backs[identity, life] = (front_end, back)
+            back = self._link(f"rank {number} to {frontend.name}", codec.outputs(), partial(_outputs, frontend))
+            self._backs[identity, life] = (frontend, back)
         return self._link(name, codec.request(), deliver)
 
     def _back(self, rank: RankParty, identity: int) -> Link | None:
         """The way back to a front-end; a life that answers at its predecessor's address has the same one."""
-        front_end, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
-        if front_end is None:
-            front_end = next((f for f in self.front_ends.values() if f.machine.identity == identity), None)
-            if front_end is None:
+        frontend, link = self._backs.get((identity, rank.machine.incarnation), (None, None))
+        if frontend is None:
+            frontend = next((f for f in self.frontends.values() if f.machine.identity == identity), None)
+            if frontend is None:
                 return None
-            link = self._link(f"{rank.name} to {front_end.name}", codec.outputs(), partial(_outputs, front_end))
-            self._backs[identity, rank.machine.incarnation] = (front_end, link)
+            link = self._link(f"{rank.name} to {frontend.name}", codec.outputs(), partial(_outputs, frontend))
+            self._backs[identity, rank.machine.incarnation] = (frontend, link)
         severed = (identity, rank.machine.incarnation) in self._severed
-        return link if front_end.alive and not severed else None
+        return link if frontend.alive and not severed else None
 
     def _link(self, name: str, decoder: codec.Decoder[Any], deliver: Callable[[Any], None]) -> Link:
         decoder_used = decoder if self.shape.encode else None
@@ -307,8 +307,8 @@ class Deployment:
     def _from_rank(self, message: Any) -> None:
         self._tell(self.coordinator, coordinator.RankSaid(message))
 
-    def _from_front_end(self, message: Any) -> None:
-        self._tell(self.coordinator, coordinator.FrontEndSaid(message))
+    def _from_frontend(self, message: Any) -> None:
+        self._tell(self.coordinator, coordinator.FrontendSaid(message))
 
     def _tell(self, life: CoordinatorParty | None, event: coordinator.Event) -> None:
         if life is not None:
@@ -320,12 +320,12 @@ class Deployment:
                 rank.broadcasts.loss = self.loss
                 rank.broadcasts.send(message)
 
-    def _to_front_ends(self, message: ToFrontEnd) -> None:
-        for front_end in self.front_ends.values():
-            if front_end.connected and front_end.alive:
-                front_end.broadcasts.loss = self.loss
-                front_end.broadcasts.send(message)
+    def _to_frontends(self, message: ToFrontend) -> None:
+        for frontend in self.frontends.values():
+            if frontend.connected and frontend.alive:
+                frontend.broadcasts.loss = self.loss
+                frontend.broadcasts.send(message)
 
 
-def _outputs(front_end: FrontEndParty, message: Any) -> None:
-    front_end.feed(frontend_events.RankSaid(message))
+def _outputs(frontend: FrontendParty, message: Any) -> None:
+    frontend.feed(frontend_events.RankSaid(message))

@@ -43,7 +43,7 @@ class ControlCall(Struct, frozen=True):
     """An operator's call: when (seconds), at which front-end, what."""
 
     at: float
-    front_end: int
+    frontend: int
     action: ControlAction
 
 
@@ -51,24 +51,24 @@ class ScaleCall(Struct, frozen=True):
     """An operator's call for another size: when (seconds), at which front-end, how many ranks."""
 
     at: float
-    front_end: int
+    frontend: int
     size: int
 
 
 def draw_scales(
-    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, front_ends: int
+    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, frontends: int
 ) -> list[ScaleCall]:  # fmt: skip
     """So many a second, at any moment: by an eighth of the ranks more or fewer, at most."""
     calls: list[ScaleCall] = []
     at, most = begin_s + stream.expovariate(per_second), max(1, ranks // 8)
     while at < begin_s + duration_s:
-        calls.append(ScaleCall(at, stream.randrange(front_ends), max(1, ranks + stream.randint(-most, most))))
+        calls.append(ScaleCall(at, stream.randrange(frontends), max(1, ranks + stream.randint(-most, most))))
         at += stream.expovariate(per_second)
     return calls
 
 
 def draw_calls(
-    stream: random.Random, suspensions: int, begin_s: float, duration_s: float, front_ends: int
+    stream: random.Random, suspensions: int, begin_s: float, duration_s: float, frontends: int
 ) -> list[ControlCall]:
     """So many suspensions, each with a resume: some asked for twice at once, some crossing others."""
     calls: list[ControlCall] = []
@@ -77,23 +77,23 @@ def draw_calls(
         end = at + stream.choice((0.0, 0.001, 0.02, 0.3, 1.0)) * (0.5 + stream.random())
         for when, what in ((at, action), (end, "resume")):
             for _ in range(stream.choice((1, 1, 2))):
-                calls.append(ControlCall(when + stream.random() * 0.005, stream.randrange(front_ends), what))
+                calls.append(ControlCall(when + stream.random() * 0.005, stream.randrange(frontends), what))
     return sorted(calls, key=lambda call: call.at)
 
 
 def draw_faults(
     stream: random.Random, *, crashes: int, troubles: int, begin_s: float, duration_s: float, ranks: int,
-    front_ends: int, ranks_may_die: bool,
+    frontends: int, ranks_may_die: bool,
 ) -> list[Fault]:  # fmt: skip
     """So many crashes and so many lesser troubles between `begin_s` and `begin_s + duration_s`."""
     kinds = [kind for kind in CRASHES if kind != "rank-crash" or ranks_may_die]
-    faults = [_draw(stream, stream.choice(kinds), ranks, front_ends, begin_s, duration_s) for _ in range(crashes)]
-    faults += [_draw(stream, stream.choice(TROUBLES), ranks, front_ends, begin_s, duration_s) for _ in range(troubles)]
+    faults = [_draw(stream, stream.choice(kinds), ranks, frontends, begin_s, duration_s) for _ in range(crashes)]
+    faults += [_draw(stream, stream.choice(TROUBLES), ranks, frontends, begin_s, duration_s) for _ in range(troubles)]
     return sorted(faults, key=lambda fault: fault.at)
 
 
 def draw_steady(
-    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, front_ends: int,
+    stream: random.Random, per_second: float, *, begin_s: float, duration_s: float, ranks: int, frontends: int,
     lockstep: bool,
 ) -> tuple[list[Fault], list[ControlCall]]:  # fmt: skip
     """So many a second all the time, each at any moment: of every kind alike, a suspension with its resume included."""
@@ -105,18 +105,18 @@ def draw_steady(
         # One more than there are kinds: a suspension.
         chosen = stream.randrange(len(kinds) + 1)
         if chosen == len(kinds):
-            calls += draw_calls(stream, 1, at, 0.0, front_ends)
+            calls += draw_calls(stream, 1, at, 0.0, frontends)
         else:
-            fault = _draw(stream, kinds[chosen], ranks, front_ends, at, 0.0)
+            fault = _draw(stream, kinds[chosen], ranks, frontends, at, 0.0)
             faults.append(replace(fault, aimed=fault.kind in ("rank-crash", "link-down") and stream.random() < 0.7))
         at += stream.expovariate(per_second)
     return faults, sorted(calls, key=lambda call: call.at)
 
 
 def _draw(
-    stream: random.Random, kind: FaultKind, ranks: int, front_ends: int, begin_s: float, duration_s: float
+    stream: random.Random, kind: FaultKind, ranks: int, frontends: int, begin_s: float, duration_s: float
 ) -> Fault:
-    party = stream.randrange(front_ends if kind == "front-end-crash" else ranks)
+    party = stream.randrange(frontends if kind == "front-end-crash" else ranks)
     at, seconds = begin_s + stream.random() * duration_s, stream.choice((0.3, 0.5, 1.0, 2.0)) + stream.random() * 0.2
     return Fault(at, kind, party, seconds, stream.choice((2.0, 5.0, 20.0)))
 
@@ -146,18 +146,18 @@ class Mishaps:
             self._deployment.world.at(call.at, lambda call=call: self._scale(call))  # type: ignore[misc]
 
     def _scale(self, call: ScaleCall) -> None:
-        front_end = self._deployment.living_front_end(call.front_end)
-        if front_end is not None:
-            known = front_end.machine.scaling
+        frontend = self._deployment.living_frontend(call.frontend)
+        if frontend is not None:
+            known = frontend.machine.scaling
             size = self._deployment.size() if known is None else known.size
             self.happened["scale up" if call.size > size else "scale down"] += call.size != size
-            front_end.scale(call.size)
+            frontend.scale(call.size)
 
     def _call(self, call: ControlCall) -> None:
-        front_end = self._deployment.living_front_end(call.front_end)
-        if front_end is not None:
+        frontend = self._deployment.living_frontend(call.frontend)
+        if frontend is not None:
             self.happened["resume" if call.action == "resume" else f"suspend ({call.action})"] += 1
-            front_end.control(call.action)
+            frontend.control(call.action)
 
     def over(self) -> bool:
         """Whether everybody is up."""
@@ -194,7 +194,7 @@ class Mishaps:
             case "rank-crash":
                 deployment.crash_rank(number)
             case "front-end-crash":
-                deployment.crash_front_end(number)
+                deployment.crash_frontend(number)
             case "slow-rank":
                 deployment.ranks[number].engine.slowness = fault.factor
             case "cut-off":
@@ -202,7 +202,7 @@ class Mishaps:
             case "unheard":
                 deployment.ranks[number].to_coordinator.hold()
             case "link-down":
-                index, severed = int(fault.at * 1000) % len(deployment.front_ends), fault.factor > 2.0
+                index, severed = int(fault.at * 1000) % len(deployment.frontends), fault.factor > 2.0
                 mend = deployment.cut_link(number, index, severed=severed)
                 if mend is None:
                     return False
@@ -222,7 +222,7 @@ class Mishaps:
             case "rank-crash":
                 deployment.revive_rank(number)
             case "front-end-crash":
-                deployment.start_front_end(number)
+                deployment.start_frontend(number)
             case "slow-rank":
                 deployment.ranks[number].engine.slowness = 1.0
             case "cut-off":

@@ -131,12 +131,12 @@ class RankParty:
 
     def _count(self, event: rank_events.Event) -> None:
         match event:
-            case rank_events.FrontEndSaid(front_end, AddRequest(incarnation=incarnation)):
+            case rank_events.FrontendSaid(frontend, AddRequest(incarnation=incarnation)):
                 if incarnation == self.machine.incarnation:
-                    self.taken[front_end] = self.taken.get(front_end, 0) + 1
-            case rank_events.FrontEndGone(front_end):
-                self.taken.pop(front_end, None)
-                self.gone.add(front_end)
+                    self.taken[frontend] = self.taken.get(frontend, 0) + 1
+            case rank_events.FrontendGone(frontend):
+                self.taken.pop(frontend, None)
+                self.gone.add(frontend)
 
     def _feed(self, event: rank_events.Event) -> None:
         effects = self.machine.handle(event, self.world.now)
@@ -147,8 +147,8 @@ class RankParty:
 
     def _perform(self, effect: rank_events.Effect) -> None:
         match effect:
-            case rank_events.ToFrontEnd(front_end, outputs):
-                self._send_outputs(front_end, outputs)
+            case rank_events.ToFrontend(frontend, outputs):
+                self._send_outputs(frontend, outputs)
             case rank_events.ToCoordinator(message):
                 if isinstance(message, RankReport):
                     self._checks.reported(self, message)
@@ -171,10 +171,10 @@ class RankParty:
             case rank_events.Wait(until) if until is not None:
                 self.world.at(until, self._arrange_turn)
 
-    def _send_outputs(self, front_end: int, outputs: Outputs) -> None:
-        link = self._back(self, front_end)
+    def _send_outputs(self, frontend: int, outputs: Outputs) -> None:
+        link = self._back(self, frontend)
         if link is None:
-            self.arrive(rank_events.FrontEndGone(front_end))
+            self.arrive(rank_events.FrontendGone(frontend))
         else:
             link.send(outputs)
 
@@ -234,7 +234,7 @@ class RankParty:
         if not self.alive:
             return
         self._busy = False
-        self._feed(rank_events.GenerationEnded())
+        self._feed(rank_events.EpochEnded())
         self._go_on()
 
     def _go_on(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.simulate.coordinator_party import NAME as COORDINATOR
 from paceline.simulate.deployment import Deployment
-from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.frontend_party import FrontendParty
 from paceline.simulate.world import Violation
 
 PAUSE_LIMIT_S = 60.0
@@ -23,20 +23,20 @@ def check_rest(deployment: Deployment) -> None:
     waves = {party.name: party.machine.wave for party in ranks.values()}
     if deployment.shape.lockstep and len(set(waves.values())) > 1:
         raise Violation(f"at rest the ranks' waves differ: {waves}", *waves, COORDINATOR)
-    for front_end in deployment.front_ends.values():
-        _check_front_end(deployment, front_end)
+    for frontend in deployment.frontends.values():
+        _check_frontend(deployment, frontend)
     coordinator = deployment.coordinator
-    if coordinator is not None and (left := list(coordinator.machine.broker.descriptors())):
+    if coordinator is not None and (left := list(coordinator.machine.dispatcher.descriptors())):
         raise Violation(f"at rest there are still descriptors in the queue: {left}", COORDINATOR)
     begin = world.journal.events
     world.run_for(IDLE_S)
     events = world.journal.events - begin
-    allowed = IDLE_EVENTS_A_PARTY * (len(deployment.front_ends) + 1)
+    allowed = IDLE_EVENTS_A_PARTY * (len(deployment.frontends) + 1)
     if events > allowed:
         raise Violation(f"at rest {events} events happen in {IDLE_S:g} s, {allowed} may")
 
 
-def _check_front_end(deployment: Deployment, party: FrontEndParty) -> None:
+def _check_frontend(deployment: Deployment, party: FrontendParty) -> None:
     machine = party.machine
     if deployment.shape.lockstep:
         wave = max(rank.machine.wave for rank in deployment.present().values())

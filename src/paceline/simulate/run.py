@@ -17,7 +17,7 @@ from paceline.simulate.answers import Answer
 from paceline.simulate.checks import Checks
 from paceline.simulate.deployment import Deployment
 from paceline.simulate.faults import Mishaps, draw_calls, draw_faults, draw_scales, draw_steady
-from paceline.simulate.front_end_party import FrontEndParty
+from paceline.simulate.frontend_party import FrontendParty
 from paceline.simulate.network import Delays
 from paceline.simulate.rest import check_rest
 from paceline.simulate.scaled_deployment import ScaledDeployment
@@ -40,13 +40,13 @@ class Options(Struct, frozen=True):
 
     `requests`: how many arrive within `duration` (seconds). `losses`: the share of broadcasts and notices lost.
     `crashes`: of any party. `suspensions`: each with its resume. `lockstep`: else independent. `encode`: whether
-    messages travel as bytes. `brokered`: whether requests wait in the coordinator's queue. `faults_per_second`: of
+    messages travel as bytes. `late_binding`: whether requests wait in the coordinator's queue. `faults_per_second`: of
     every kind, suspensions included, all the time; then `crashes` and `suspensions` are those beside, by default none.
     """
 
     seed: int
     ranks: int | None = None
-    front_ends: int | None = None
+    frontends: int | None = None
     requests: int | None = None
     losses: float | None = None
     crashes: int | None = None
@@ -54,7 +54,7 @@ class Options(Struct, frozen=True):
     duration: float | None = None
     lockstep: bool | None = None
     encode: bool = True
-    brokered: bool | None = None
+    late_binding: bool | None = None
     faults_per_second: float | None = None
 
 
@@ -154,7 +154,7 @@ class Run:
     def _shape(self) -> Shape:
         options, stream = self.options, self.seeds.stream("shape")
         return Shape(
-            ranks=options.ranks or 1, front_ends=options.front_ends or 1, lockstep=bool(options.lockstep),
+            ranks=options.ranks or 1, frontends=options.frontends or 1, lockstep=bool(options.lockstep),
             sync_interval=stream.choice((1, 4, 16)),
             grouped=stream.random() < 0.7 or options.faults_per_second is not None,
             costs=CostModel(step_ms=stream.choice((2.0, 6.0, 20.0))),
@@ -162,7 +162,7 @@ class Run:
             links=Delays(stream.choice((0.00005, 0.0003, 0.002)), 0.5, stream.choice((0.0, 0.002, 0.02)), 0.1),
             connecting=Delays(0.005, 1.0, 0.1, 0.3),
             encode=options.encode, loss=options.losses or 0.0,
-            same_address=stream.random() < 0.5, scatter=True, brokered=bool(options.brokered),
+            same_address=stream.random() < 0.5, scatter=True, late_binding=bool(options.late_binding),
             prefill_quota=self._quota(),
         )  # fmt: skip
 
@@ -196,7 +196,7 @@ class Run:
         wanted = "that every call to suspend or resume is answered"
         deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
         if self.options.suspensions or self.options.faults_per_second:
-            deployment.front_ends[0].control("resume")
+            deployment.frontends[0].control("resume")
             deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)
 
     def _schedule_faults(self, begin_s: float, duration_s: float) -> None:
@@ -204,45 +204,45 @@ class Run:
         troubles = crashes + (self.options.faults_per_second is None)
         faults = draw_faults(
             self.seeds.stream("faults"), crashes=crashes, troubles=troubles, begin_s=begin_s, duration_s=duration_s,
-            ranks=shape.ranks, front_ends=shape.front_ends, ranks_may_die=not shape.lockstep or shape.grouped,
+            ranks=shape.ranks, frontends=shape.frontends, ranks_may_die=not shape.lockstep or shape.grouped,
         )  # fmt: skip
         self.mishaps.schedule(faults)
         stream, suspensions = self.seeds.stream("suspensions"), self.options.suspensions or 0
-        self.mishaps.schedule_calls(draw_calls(stream, suspensions, begin_s, duration_s, shape.front_ends))
+        self.mishaps.schedule_calls(draw_calls(stream, suspensions, begin_s, duration_s, shape.frontends))
         if self.options.faults_per_second:
             faults, calls = draw_steady(
                 self.seeds.stream("steady faults"), self.options.faults_per_second, begin_s=begin_s,
-                duration_s=duration_s, ranks=shape.ranks, front_ends=shape.front_ends, lockstep=shape.lockstep,
+                duration_s=duration_s, ranks=shape.ranks, frontends=shape.frontends, lockstep=shape.lockstep,
             )  # fmt: skip
             self.mishaps.schedule(faults)
             self.mishaps.schedule_calls(calls)
             self.mishaps.schedule_scales(
                 draw_scales(
                     self.seeds.stream("scales"), self.options.faults_per_second / SCALES, begin_s=begin_s,
-                    duration_s=duration_s, ranks=shape.ranks, front_ends=shape.front_ends,
+                    duration_s=duration_s, ranks=shape.ranks, frontends=shape.frontends,
                 )
             )  # fmt: skip
 
     def _arrivals(self) -> list[Arrival]:
         options, shape = self.options, self.deployment.shape
         stream = self.seeds.stream("workload")
-        return drawn(stream, options.requests or 0, options.duration or 0.0, shape.ranks, shape.front_ends)
+        return drawn(stream, options.requests or 0, options.duration or 0.0, shape.ranks, shape.frontends)
 
     def _submission(self, arrival: Arrival) -> Callable[[], None]:
         def submit() -> None:
-            front_end = self.deployment.living_front_end(arrival.front_end)
-            if front_end is None:
+            frontend = self.deployment.living_frontend(arrival.frontend)
+            if frontend is None:
                 return
-            request = front_end.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
+            request = frontend.submit(arrival.prompt_tokens, arrival.answer_tokens, arrival.rank)
             if arrival.patience_s is not None:
-                self.deployment.world.after(arrival.patience_s, lambda: front_end.abandon(request))
+                self.deployment.world.after(arrival.patience_s, lambda: frontend.abandon(request))
 
         return submit
 
     def _outcome(self, verdict: str, event: int, history: list[str], real_s: float) -> Outcome:
         deployment = self.deployment
-        front_ends: list[FrontEndParty] = [*deployment.retired, *deployment.front_ends.values()]
-        answers: list[Answer] = [answer for party in dict.fromkeys(front_ends) for answer in party.answers.values()]
+        frontends: list[FrontendParty] = [*deployment.retired, *deployment.frontends.values()]
+        answers: list[Answer] = [answer for party in dict.fromkeys(frontends) for answer in party.answers.values()]
         waits = [answer.first - answer.asked for answer in answers if answer.first >= 0]
         lives = deployment.coordinators
         return Outcome(
@@ -250,7 +250,7 @@ class Run:
             real_s=real_s, requests=len(answers),
             finished=sum(answer.finish_reason is not None for answer in answers),
             aborted=sum(answer.abandoned for answer in answers),
-            moved=sum(party.answers.moved for party in dict.fromkeys(front_ends)),
+            moved=sum(party.answers.moved for party in dict.fromkeys(frontends)),
             refused=dict(Counter(answer.refused for answer in answers if answer.refused is not None)),
             waves=max((party.machine.wave for party in deployment.ranks.values()), default=0),
             wakes=sum(life.sent["StartDPWave"] for life in lives),

@@ -40,10 +40,10 @@ class ScaledDeployment(Deployment):
 
     def settled(self) -> bool:
         """Whether nobody waits for a change, and all know the same size."""
-        machines = [party.machine for party in self.front_ends.values()]
+        machines = [party.machine for party in self.frontends.values()]
         sizes = {machine.scaling.size for machine in machines if machine.scaling is not None}
         under_way = any(machine.scaling is not None and machine.scaling.under_way for machine in machines)
-        asked = any(party.scale_calls for party in self.front_ends.values())
+        asked = any(party.scale_calls for party in self.frontends.values())
         return not under_way and not asked and sizes <= {self.size()} and not self.node.machine.scaling.under_way
 
     def start_coordinator(self) -> CoordinatorParty:
@@ -69,12 +69,12 @@ class ScaledDeployment(Deployment):
     def crash_rank(self, number: int) -> None:
         """Likewise; one that is to join is not started again, and the node says so."""
         super().crash_rank(number)
-        if self.node.machine.on_trial(number):
+        if self.node.machine.provisional(number):
             self.node.feed(RankEnded(number, "it died"))
 
     def revive_rank(self, number: int) -> None:
         """A rank that has died is started again, if it is still of the deployment, and did not die on trial."""
-        if number in self.node.machine.ranks and not self.node.machine.on_trial(number):
+        if number in self.node.machine.ranks and not self.node.machine.provisional(number):
             self._begin(number)
 
     def start_loading(self, number: int) -> None:

@@ -16,11 +16,11 @@ class Shape(Struct, frozen=True):
     rank's death is theirs to deal with. `connecting`: how long a connection takes to come up. `encode`: whether
     messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and of front-ends' notices, that get
     lost. `same_address`: whether a rank's next life is reached where the last one was. `scatter`: whether ranks leave
-    a collective a little apart. `brokered`: whether front-ends' requests wait in the coordinator's queue.
+    a collective a little apart. `late_binding`: whether front-ends' requests wait in the coordinator's queue.
     """
 
     ranks: int = 2
-    front_ends: int = 1
+    frontends: int = 1
     lockstep: bool = True
     grouped: bool = True
     external: bool = False
@@ -36,4 +36,4 @@ class Shape(Struct, frozen=True):
     loss: float = 0.0
     same_address: bool = False
     scatter: bool = False
-    brokered: bool = False
+    late_binding: bool = False

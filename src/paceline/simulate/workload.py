@@ -18,14 +18,14 @@ class Arrival(Struct, frozen=True):
     """
 
     at: float
-    front_end: int
+    frontend: int
     prompt_tokens: int
     answer_tokens: int
     rank: int | None = None
     patience_s: float | None = None
 
 
-def drawn(stream: random.Random, requests: int, duration_s: float, ranks: int, front_ends: int) -> list[Arrival]:
+def drawn(stream: random.Random, requests: int, duration_s: float, ranks: int, frontends: int) -> list[Arrival]:
     """`requests` arrivals within `duration_s`: singles, bursts and quiet times between, so that waves begin and end."""
     arrivals: list[Arrival] = []
     while len(arrivals) < requests:
@@ -33,14 +33,14 @@ def drawn(stream: random.Random, requests: int, duration_s: float, ranks: int, f
         burst = stream.choice((1, 1, 1, 2, 4, 8, 16))
         width_s = stream.choice((0.0, 0.002, 0.05, 0.5))
         for _ in range(min(burst, requests - len(arrivals))):
-            arrivals.append(_arrival(stream, at + stream.random() * width_s, ranks, front_ends))
+            arrivals.append(_arrival(stream, at + stream.random() * width_s, ranks, frontends))
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
 
-def _arrival(stream: random.Random, at: float, ranks: int, front_ends: int) -> Arrival:
+def _arrival(stream: random.Random, at: float, ranks: int, frontends: int) -> Arrival:
     return Arrival(
         at,
-        stream.randrange(front_ends),
+        stream.randrange(frontends),
         _size(stream, 120, 1.2, MAX_PROMPT_TOKENS),
         _size(stream, 12, 1.0, MAX_ANSWER_TOKENS),
         stream.randrange(ranks) if stream.random() < 0.2 else None,

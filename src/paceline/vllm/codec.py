@@ -84,7 +84,7 @@ class Scale(Struct, frozen=True):
 
 
 _rank_decoder = msgspec.msgpack.Decoder(RankMessage)
-_front_end_decoder = msgspec.msgpack.Decoder(Any)
+_frontend_decoder = msgspec.msgpack.Decoder(Any)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -98,9 +98,9 @@ def read_rank(frame: bytes) -> RankMessage:
     return message
 
 
-def read_front_end(frame: bytes) -> Notice | Scale:
+def read_frontend(frame: bytes) -> Notice | Scale:
     """A front-end's message. Raises BadMessage of kind `too-large`, `malformed` or `value`."""
-    said = _decode(_front_end_decoder, frame)
+    said = _decode(_frontend_decoder, frame)
     if not isinstance(said, list) or len(said) != 2:
         raise BadMessage("malformed", "not a pair")
     first, second = said

@@ -28,16 +28,16 @@ from msgspec import Struct
 
 from paceline.core.codec import BadMessage
 from paceline.core.coordinator.events import Note
-from paceline.net.links import Garbage, Wakeup, new_identity
+from paceline.net.links import BadFrames, new_identity
 from paceline.process.log import set_up_log
-from paceline.process.spawn import SpareMemory
+from paceline.process.spawn import MallocTrim, Wakeup
 from paceline.vllm import codec
 from paceline.vllm.codec import Notice, RankMessage, VllmDialect
 from paceline.vllm.main import VllmSockets
 from paceline.vllm.translation import (
     Event,
-    FrontEndSaid,
-    FrontEndSubscribed,
+    FrontendSaid,
+    FrontendSubscribed,
     Greet,
     Memory,
     RankSaid,
@@ -114,12 +114,12 @@ class VllmProcess:
             lockstep=settings.lockstep, publish_loads=settings.publish_loads, restarted=settings.restarted,
             stall_s=settings.stall_s,
         )  # fmt: skip
-        self._garbage_front = Garbage(logger, "the front-ends' socket")
-        self._garbage_back = Garbage(logger, "the ranks' socket")
+        self._bad_from_frontends = BadFrames(logger, "the front-ends' socket")
+        self._bad_from_ranks = BadFrames(logger, "the ranks' socket")
         self._ranks_wait_until = float("-inf")
         self._stopping = False
         self._wakeup = Wakeup()
-        self._spare = SpareMemory()
+        self._malloc_trim = MallocTrim()
 
     def stop(self) -> None:
         """Make `run` return. Safe in a signal handler."""
@@ -128,8 +128,8 @@ class VllmProcess:
 
     def run(self) -> None:
         """Serve until stopped, or until the keeper is gone."""
-        keeper, front, ranks = self._channel.fileno(), self._front.fd, self._back_in.fd
-        urgent: list[Any] = [front, self._back_out.fd, self._wakeup.fileno(), keeper]
+        watchdog, front, ranks = self._channel.fileno(), self._front.fd, self._back_in.fd
+        urgent: list[Any] = [front, self._back_out.fd, self._wakeup.fileno(), watchdog]
         all_of_them = [*urgent, ranks]
         ready: list[Any] = []
         self._handle(Tick())
@@ -138,10 +138,10 @@ class VllmProcess:
             busy = False
             if front in ready or _has_message(self._front):
                 busy = True
-                self._read(self._front, self._on_front_end_frame, self._garbage_front)
+                self._read(self._front, self._on_frontend_frame, self._bad_from_frontends)
             if _has_message(self._back_out):
                 busy = True
-                self._read(self._back_out, self._on_rank_subscription, self._garbage_back)
+                self._read(self._back_out, self._on_rank_subscription, self._bad_from_ranks)
             now = time.monotonic()
             ranks_wait = now < self._ranks_wait_until
             if not ranks_wait and _has_message(self._back_in):
@@ -152,36 +152,36 @@ class VllmProcess:
                 self._handle(Tick())
                 continue
             if not busy:
-                self._spare.look(now)
+                self._malloc_trim.look(now)
             until = min(deadline, self._ranks_wait_until) if ranks_wait else deadline
             # ZeroMQ's own poll knows whole milliseconds, too coarse for what is due in this protocol.
             files = urgent if ranks_wait else all_of_them
             ready, _, _ = select.select(files, (), (), 0 if busy else min(max(until - now, 0), 3600.0))
-            if keeper in ready:
-                self._on_keeper()
+            if watchdog in ready:
+                self._on_watchdog()
         self._wakeup.close()
         self._sockets.close()
 
     def statistics(self) -> dict[str, object]:
         """The machine's figures and the garbage seen."""
-        garbage = {"front_ends": dict(self._garbage_front.counts), "ranks": dict(self._garbage_back.counts)}
-        return self._translation.statistics() | {"garbage": garbage}
+        bad_frames = {"front_ends": dict(self._bad_from_frontends.counts), "ranks": dict(self._bad_from_ranks.counts)}
+        return self._translation.statistics() | {"garbage": bad_frames}
 
-    def _on_keeper(self) -> None:
+    def _on_watchdog(self) -> None:
         """The keeper asks how things stand, or is gone."""
         if self._channel.recv(1):
             say(self._channel, Said(status=Status(self.statistics(), self._translation.loads())))
         else:
             self._stopping = True
 
-    def _read(self, endpoint: zmq.Socket[bytes], take: Callable[[bytes], None], garbage: Garbage) -> None:
+    def _read(self, endpoint: zmq.Socket[bytes], take: Callable[[bytes], None], bad_frames: BadFrames) -> None:
         for _ in range(MESSAGES_A_TURN):
             try:
                 frame = endpoint.recv(NOBLOCK)
             except zmq.Again:
                 return
             if endpoint.getsockopt(zmq.RCVMORE):
-                _leave_out(endpoint, garbage)
+                _leave_out(endpoint, bad_frames)
             else:
                 take(frame)
 
@@ -201,7 +201,7 @@ class VllmProcess:
             if whose is not None:
                 last[whose] = frame
             elif self._back_in.getsockopt(zmq.RCVMORE):
-                _leave_out(self._back_in, self._garbage_back)
+                _leave_out(self._back_in, self._bad_from_ranks)
             else:
                 # What else a rank says is heard in its place.
                 self._reported(last.values())
@@ -222,7 +222,7 @@ class VllmProcess:
         try:
             return codec.read_rank(frame)
         except BadMessage as error:
-            self._garbage_back.add(error.kind, error.detail)
+            self._bad_from_ranks.add(error.kind, error.detail)
             return None
 
     def _on_rank_subscription(self, frame: bytes) -> None:
@@ -232,23 +232,23 @@ class VllmProcess:
         elif frame == b"\x00":
             self._handle(RankUnsubscribed())
         else:
-            self._garbage_back.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
+            self._bad_from_ranks.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
-    def _on_front_end_frame(self, frame: bytes) -> None:
+    def _on_frontend_frame(self, frame: bytes) -> None:
         kind = frame[:1]
         if kind == b"\x01":
-            self._handle(FrontEndSubscribed())
+            self._handle(FrontendSubscribed())
         elif kind != b"\x00":
             try:
-                message = codec.read_front_end(frame)
+                message = codec.read_frontend(frame)
             except BadMessage as error:
-                self._garbage_front.add(error.kind, error.detail)
+                self._bad_from_frontends.add(error.kind, error.detail)
                 return
             sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
             if sent is not None:
                 self._wake(sent)
                 time.sleep(REST_S)
-            self._handle(FrontEndSaid(message), sent)
+            self._handle(FrontendSaid(message), sent)
 
     def _wake(self, wake: Wake) -> None:
         kind, what = codec.wake(wake.wave, wake.exclude)
@@ -276,9 +276,9 @@ def _has_message(endpoint: zmq.Socket[bytes]) -> bool:
     return bool(int(endpoint.getsockopt(zmq.EVENTS)) & POLLIN)
 
 
-def _leave_out(endpoint: zmq.Socket[bytes], garbage: Garbage) -> None:
+def _leave_out(endpoint: zmq.Socket[bytes], bad_frames: BadFrames) -> None:
     """The frames that follow one, where one is a message."""
-    garbage.add("frames", f"{1 + len(endpoint.recv_multipart())} frames in place of one")
+    bad_frames.add("frames", f"{1 + len(endpoint.recv_multipart())} frames in place of one")
 
 
 def say(channel: socket.socket, said: Said) -> None:

@@ -77,17 +77,17 @@ class RankUnsubscribed(Struct, frozen=True):
     """A rank's connection has ended."""
 
 
-class FrontEndSaid(Struct, frozen=True):
+class FrontendSaid(Struct, frozen=True):
     """A message from a front-end."""
 
     message: Notice | Scale
 
 
-class FrontEndSubscribed(Struct, frozen=True):
+class FrontendSubscribed(Struct, frozen=True):
     """A front-end listens."""
 
 
-Event = RankSaid | RanksReported | RankSubscribed | RankUnsubscribed | FrontEndSaid | FrontEndSubscribed | Tick
+Event = RankSaid | RanksReported | RankSubscribed | RankUnsubscribed | FrontendSaid | FrontendSubscribed | Tick
 
 # Effects --------------------------------------------------------------------------------------
 
@@ -262,12 +262,12 @@ class VllmTranslation:
                 self._on_subscribed(now, effects)
             case RankUnsubscribed():
                 self._subscribed = max(0, self._subscribed - 1)
-            case FrontEndSaid(Notice() as notice):
+            case FrontendSaid(Notice() as notice):
                 self._on_notice(notice, now, effects)
-            case FrontEndSaid(Scale(size)):
+            case FrontendSaid(Scale(size)):
                 self._on_scale(size, now, effects)
-            case FrontEndSubscribed():
-                self._tell(machine_events.FrontEndSubscribed(), now, effects)
+            case FrontendSubscribed():
+                self._tell(machine_events.FrontendSubscribed(), now, effects)
             case Tick():
                 self._tell(event, now, effects)
         if self._answers.settle(now):
@@ -311,7 +311,7 @@ class VllmTranslation:
         for word in self._words.hellos(self._memory.wave):
             # Nothing that this brings is worth sending: one view follows, when all are in.
             self._coordinator.handle(machine_events.RankSaid(word), now)
-        self._tell(machine_events.FrontEndSubscribed(), now, effects)
+        self._tell(machine_events.FrontendSubscribed(), now, effects)
 
     def _on_rank(self, message: RankMessage, now: float, effects: list[Effect]) -> None:
         rank = message.engine_index
@@ -363,13 +363,13 @@ class VllmTranslation:
             self._owes_wake = False
             nobody = self._memory.size
             notice = WakeNotice(0, nobody, self._memory.wave)
-            self._tell(machine_events.FrontEndSaid(notice), now, effects)
+            self._tell(machine_events.FrontendSaid(notice), now, effects)
 
     # Front-ends -------------------------------------------------------------------------------
 
     def _on_notice(self, notice: Notice, now: float, effects: list[Effect]) -> None:
         rank = self._memory.size if notice.rank is None else notice.rank
-        told = machine_events.FrontEndSaid(WakeNotice(0, rank, notice.wave))
+        told = machine_events.FrontendSaid(WakeNotice(0, rank, notice.wave))
         # A wake that leaves somebody out is sent at once or not at all, so it is this notice's.
         self._tell(told, now, effects, notice.exclude)
 
@@ -402,7 +402,7 @@ class VllmTranslation:
                         left_out = None
                     self._answers.woken(wave, now)
                     effects.append(Wake(wave, left_out if left_out is None or exclude is None else exclude))
-                case machine_events.ToFrontEnds(LoadView() as view):
+                case machine_events.ToFrontends(LoadView() as view):
                     self._published_at = now
                     self._remember(Memory(memory.size, view.wave, view.running, memory.greeted), effects)
                     effects.append(View(self._counts(view, now), view.wave, view.running))

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
+from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, LoadTable, PublishClock
 from paceline.core.load import Load
 from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
 from tests.core.harness import find, one
@@ -20,148 +20,148 @@ def report(rank: int, step: int, waiting: int = 0, incarnation: int | None = Non
     return RankReport(rank, incarnation or 10 + rank, step, 0, False, Load(waiting), by_identity)
 
 
-def view(board: Board, rank: int) -> RankView:
-    return one(find(board.views(MEMBERS), RankView, rank=rank))
+def view(load_table: LoadTable, rank: int) -> RankView:
+    return one(find(load_table.views(MEMBERS), RankView, rank=rank))
 
 
 def test_the_latest_report_of_each_rank_is_shown() -> None:
-    board = Board()
-    assert board.report(report(0, 1, waiting=5))
-    assert board.report(report(1, 900, waiting=6))
-    assert board.report(report(0, 2, waiting=7, f100=3))
-    shown = view(board, 0)
-    assert (shown.step, shown.load.waiting, shown.taken) == (2, 7, {FIRST: 3})
-    assert view(board, 1).load.waiting == 6
+    load_table = LoadTable()
+    assert load_table.report(report(0, 1, waiting=5))
+    assert load_table.report(report(1, 900, waiting=6))
+    assert load_table.report(report(0, 2, waiting=7, f100=3))
+    header = view(load_table, 0)
+    assert (header.step, header.load.waiting, header.taken) == (2, 7, {FIRST: 3})
+    assert view(load_table, 1).load.waiting == 6
 
 
 def test_a_step_never_goes_back_within_a_life_and_ranks_do_not_concern_one_another() -> None:
-    board = Board()
-    board.report(report(0, 50, waiting=1))
-    assert not board.report(report(0, 49, waiting=2))
-    assert view(board, 0).load.waiting == 1
+    load_table = LoadTable()
+    load_table.report(report(0, 50, waiting=1))
+    assert not load_table.report(report(0, 49, waiting=2))
+    assert view(load_table, 0).load.waiting == 1
     # Before and after a step there may be two reports of the same one.
-    assert board.report(report(0, 50, waiting=3))
-    assert board.report(report(1, 1, waiting=4))
-    assert (view(board, 0).load.waiting, view(board, 1).load.waiting) == (3, 4)
+    assert load_table.report(report(0, 50, waiting=3))
+    assert load_table.report(report(1, 1, waiting=4))
+    assert (view(load_table, 0).load.waiting, view(load_table, 1).load.waiting) == (3, 4)
 
 
 def test_a_new_life_begins_its_steps_anew() -> None:
-    board = Board()
-    board.report(report(0, 50))
-    assert board.report(report(0, 1, waiting=2, incarnation=99))
-    assert one(board.views([Member(0, 99, "a")])).load.waiting == 2
+    load_table = LoadTable()
+    load_table.report(report(0, 50))
+    assert load_table.report(report(0, 1, waiting=2, incarnation=99))
+    assert one(load_table.views([Member(0, 99, "a")])).load.waiting == 2
 
 
 def test_what_an_old_life_reported_is_not_shown_for_the_new_one() -> None:
-    board = Board()
-    board.report(report(0, 50, waiting=9))
-    assert not find(board.views([Member(0, 99, "a")]), RankView, load=Load(9))
+    load_table = LoadTable()
+    load_table.report(report(0, 50, waiting=9))
+    assert not find(load_table.views([Member(0, 99, "a")]), RankView, load=Load(9))
 
 
 def test_only_ready_ranks_are_shown_in_their_order() -> None:
-    board = Board()
+    load_table = LoadTable()
     for rank in (2, 1, 0):
-        board.report(report(rank, 1))
-    assert [entry.rank for entry in board.views(MEMBERS)] == [0, 1]
+        load_table.report(report(rank, 1))
+    assert [entry.rank for entry in load_table.views(MEMBERS)] == [0, 1]
 
 
 def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
-    board = Board()
-    board.report(report(0, 1))
+    load_table = LoadTable()
+    load_table.report(report(0, 1))
     for number, tokens in ((1, 10), (2, 20)):
-        board.sent(FIRST, Send(0, 10, number, tokens))
-    board.sent(SECOND, Send(0, 10, 1, 5))
-    assert view(board, 0).on_the_wire == [OnTheWire(FIRST, 2, 2, 30), OnTheWire(SECOND, 1, 1, 5)]
-    board.report(report(0, 2, f100=1))
-    assert find(view(board, 0).on_the_wire, OnTheWire, front_end=FIRST, requests=1, tokens=20)
-    board.report(report(0, 3, f100=2, f200=1))
-    assert view(board, 0).on_the_wire == []
+        load_table.sent(FIRST, Send(0, 10, number, tokens))
+    load_table.sent(SECOND, Send(0, 10, 1, 5))
+    assert view(load_table, 0).on_the_wire == [OnTheWire(FIRST, 2, 2, 30), OnTheWire(SECOND, 1, 1, 5)]
+    load_table.report(report(0, 2, f100=1))
+    assert find(view(load_table, 0).on_the_wire, OnTheWire, frontend=FIRST, requests=1, tokens=20)
+    load_table.report(report(0, 3, f100=2, f200=1))
+    assert view(load_table, 0).on_the_wire == []
 
 
 def test_a_send_that_was_taken_before_word_of_it_came_is_not_on_the_wire() -> None:
-    board = Board()
-    board.report(report(0, 1, f100=2))
-    board.sent(FIRST, Send(0, 10, 2, 10))
-    assert view(board, 0).on_the_wire == []
-    board.sent(FIRST, Send(0, 10, 3, 10))
-    assert find(view(board, 0).on_the_wire, OnTheWire, requests=1)
+    load_table = LoadTable()
+    load_table.report(report(0, 1, f100=2))
+    load_table.sent(FIRST, Send(0, 10, 2, 10))
+    assert view(load_table, 0).on_the_wire == []
+    load_table.sent(FIRST, Send(0, 10, 3, 10))
+    assert find(view(load_table, 0).on_the_wire, OnTheWire, requests=1)
 
 
 def test_a_send_to_another_life_is_not_measured_by_this_ones_report() -> None:
-    board = Board()
-    board.report(report(0, 1, f100=9))
-    board.sent(FIRST, Send(0, 99, 1, 10))
-    board.report(report(0, 1, incarnation=99))
-    assert find(one(board.views([Member(0, 99, "a")])).on_the_wire, OnTheWire, requests=1)
+    load_table = LoadTable()
+    load_table.report(report(0, 1, f100=9))
+    load_table.sent(FIRST, Send(0, 99, 1, 10))
+    load_table.report(report(0, 1, incarnation=99))
+    assert find(one(load_table.views([Member(0, 99, "a")])).on_the_wire, OnTheWire, requests=1)
 
 
 def test_who_is_gone_is_forgotten() -> None:
-    board = Board()
+    load_table = LoadTable()
     for rank in (0, 1):
-        board.report(report(rank, 1, waiting=3))
-        for front_end in (FIRST, SECOND):
-            board.sent(front_end, Send(rank, 10 + rank, 1, 10))
-    board.forget_front_end(FIRST)
-    assert [wire.front_end for wire in view(board, 0).on_the_wire] == [SECOND]
-    board.forget_rank(0)
-    assert not find(board.views(MEMBERS), RankView, rank=0, load=Load(3))
-    assert view(board, 1).load.waiting == 3
-    assert [wire.front_end for wire in view(board, 1).on_the_wire] == [SECOND]
-    board.report(report(0, 1))
-    assert view(board, 0).on_the_wire == []
+        load_table.report(report(rank, 1, waiting=3))
+        for frontend in (FIRST, SECOND):
+            load_table.sent(frontend, Send(rank, 10 + rank, 1, 10))
+    load_table.forget_frontend(FIRST)
+    assert [unacked.frontend for unacked in view(load_table, 0).on_the_wire] == [SECOND]
+    load_table.forget_rank(0)
+    assert not find(load_table.views(MEMBERS), RankView, rank=0, load=Load(3))
+    assert view(load_table, 1).load.waiting == 3
+    assert [unacked.frontend for unacked in view(load_table, 1).on_the_wire] == [SECOND]
+    load_table.report(report(0, 1))
+    assert view(load_table, 0).on_the_wire == []
 
 
 def test_one_step_is_that_of_all_ready_ranks_that_have_reported() -> None:
-    board = Board()
-    assert board.one_step(MEMBERS)
-    board.report(report(0, 5))
-    assert board.one_step(MEMBERS)
-    board.report(report(1, 4))
-    assert not board.one_step(MEMBERS)
-    assert board.one_step(MEMBERS[:1])
-    board.report(report(1, 5))
-    assert board.one_step(MEMBERS)
+    load_table = LoadTable()
+    assert load_table.one_step(MEMBERS)
+    load_table.report(report(0, 5))
+    assert load_table.one_step(MEMBERS)
+    load_table.report(report(1, 4))
+    assert not load_table.one_step(MEMBERS)
+    assert load_table.one_step(MEMBERS[:1])
+    load_table.report(report(1, 5))
+    assert load_table.one_step(MEMBERS)
 
 
 def test_one_step_follows_every_report_and_every_change_of_the_members() -> None:
-    chance, board = random.Random(3), Board()
+    chance, load_table = random.Random(3), LoadTable()
     members = [Member(rank, 10 + rank, "a") for rank in range(4)]
     steps: dict[int, int] = {}
     for _ in range(3000):
         rank = chance.randrange(4)
         if chance.random() < 0.03:
-            board.forget_rank(rank)
+            load_table.forget_rank(rank)
             steps.pop(rank, None)
         elif chance.random() < 0.03:
             members = [Member(rank, 10 + rank, "a") for rank in range(4) if chance.random() < 0.8]
         else:
             steps[rank] = max(steps.get(rank, 0) + chance.randrange(2), max(steps.values(), default=0) - 1)
-            assert board.report(report(rank, steps[rank]))
-        shown = {steps[member.rank] for member in members if member.rank in steps}
-        assert board.one_step(members) == (len(shown) <= 1)
+            assert load_table.report(report(rank, steps[rank]))
+        header = {steps[member.rank] for member in members if member.rank in steps}
+        assert load_table.one_step(members) == (len(header) <= 1)
 
 
 def test_who_was_behind_in_a_view_is_not_waited_for_until_it_reports() -> None:
     members = [Member(rank, 10 + rank, "a") for rank in range(3)]
-    board = Board()
+    load_table = LoadTable()
     for rank in range(3):
-        board.report(report(rank, 5))
-    board.report(report(0, 6))
-    board.report(report(1, 6))
-    assert not board.one_step(members)
-    board.pass_over()
+        load_table.report(report(rank, 5))
+    load_table.report(report(0, 6))
+    load_table.report(report(1, 6))
+    assert not load_table.one_step(members)
+    load_table.pass_over()
     # Rank 2 has nothing to say; the other two are waited for as ever.
-    board.report(report(0, 7))
-    assert not board.one_step(members)
-    board.report(report(1, 7))
-    assert board.one_step(members)
-    board.pass_over()
-    board.report(report(2, 7))
-    board.report(report(0, 8))
-    board.report(report(1, 8))
-    assert not board.one_step(members)
-    board.report(report(2, 8))
-    assert board.one_step(members)
+    load_table.report(report(0, 7))
+    assert not load_table.one_step(members)
+    load_table.report(report(1, 7))
+    assert load_table.one_step(members)
+    load_table.pass_over()
+    load_table.report(report(2, 7))
+    load_table.report(report(0, 8))
+    load_table.report(report(1, 8))
+    assert not load_table.one_step(members)
+    load_table.report(report(2, 8))
+    assert load_table.one_step(members)
 
 
 # The clock ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from paceline.core.coordinator.pause import ANSWERS_KEPT, Calls, GroupSuspension
+from paceline.core.coordinator.pause import ANSWERS_KEPT, Calls, PauseTransaction
 from paceline.core.messages import ControlRequest
 from paceline.core.requests import ControlAction
 
@@ -13,16 +13,16 @@ class Desk:
     """Calls, and the suspension that they are about."""
 
     def __init__(self, number: int = 0) -> None:
-        self.calls, self.suspension = Calls(), GroupSuspension()
+        self.calls, self.suspension = Calls(), PauseTransaction()
         self.suspension.known(number, "keep", 0.0)
 
     @property
     def number(self) -> int:
         return self.suspension.standing.number
 
-    def ask(self, front_end: int, call: int, action: ControlAction, answered: int = 0) -> list[tuple[int, int, int]]:
+    def ask(self, frontend: int, call: int, action: ControlAction, answered: int = 0) -> list[tuple[int, int, int]]:
         """One request, and the answers that are given at once."""
-        self.calls.request(ControlRequest(front_end, call, action, answered))
+        self.calls.request(ControlRequest(frontend, call, action, answered))
         return self.serve()
 
     def serve(self) -> list[tuple[int, int, int]]:
@@ -71,11 +71,11 @@ def test_a_call_whose_number_nobody_knows_any_more_is_asked_anew() -> None:
     assert desk.ask(FIRST, 1, "keep", answered=5) == [(FIRST, 1, 3)]
 
 
-def test_a_front_end_that_is_gone_is_forgotten_and_what_it_asked_for_stays() -> None:
+def test_a_frontend_that_is_gone_is_forgotten_and_what_it_asked_for_stays() -> None:
     desk = Desk()
     desk.ask(FIRST, 1, "keep")
     desk.ask(SECOND, 1, "keep")
-    desk.calls.forget_front_end(FIRST)
+    desk.calls.forget_frontend(FIRST)
     assert desk.number == 1
     desk.ask(SECOND, 2, "resume")
     assert desk.ask(SECOND, 1, "keep") == [(SECOND, 1, 1)]

@@ -5,28 +5,26 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core.coordinator.epoch import FORM_TIMEOUT_S, LOST_S, SILENT_S, Generations, Position
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
+from paceline.core.coordinator.epoch import FORM_TIMEOUT_S, LOST_S, SILENT_S, Epochs, Position
 from paceline.core.messages import GroupMember
+from paceline.core.retry import FIRST_S, LONGEST_S
 
 
-def hear(
-    found: Generations, rank: int, generation: int = 0, life: int | None = None, now: float = 0.0, told: int = 0
-) -> None:
+def hear(found: Epochs, rank: int, epoch: int = 0, life: int | None = None, now: float = 0.0, told: int = 0) -> None:
     life = 10 + rank if life is None else life
-    found.heard(rank, Position(life, f"group {life}", generation, max(told, generation)), now)
+    found.heard(rank, Position(life, f"group {life}", epoch, max(told, epoch)), now)
 
 
-def formed(number: int = 1, size: int = 2) -> Generations:
+def formed(number: int = 1, size: int = 2) -> Epochs:
     """All ranks have said that they are members."""
-    found = Generations(size)
+    found = Epochs(size)
     for rank in range(size):
         hear(found, rank, number)
     return found
 
 
 def test_nothing_is_formed_before_every_rank_is_known() -> None:
-    found = Generations(3)
+    found = Epochs(3)
     hear(found, 0)
     hear(found, 2)
     assert (found.number, found.due, found.form(0.0)) == (0, None, None)
@@ -35,20 +33,20 @@ def test_nothing_is_formed_before_every_rank_is_known() -> None:
 
 
 def test_it_is_told_again_until_every_member_has_said_that_it_is_one() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     hear(found, 0)
     hear(found, 1)
     assert found.form(0.0) is not None
-    assert found.form(FIRST_REPEAT_S / 2) is None
+    assert found.form(FIRST_S / 2) is None
     hear(found, 0, 1)
-    assert found.form(FIRST_REPEAT_S) is not None
+    assert found.form(FIRST_S) is not None
     hear(found, 1, 1)
     assert found.due is None
     assert found.form(99.0) is None
 
 
 def test_repeats_become_rarer() -> None:
-    found = Generations(1)
+    found = Epochs(1)
     hear(found, 0)
     now, gaps = 0.0, []
     while now < 1.6:
@@ -56,8 +54,8 @@ def test_repeats_become_rarer() -> None:
         assert found.due is not None
         gaps.append(found.due - now)
         now = found.due
-    assert gaps[0] == pytest.approx(FIRST_REPEAT_S)
-    assert gaps[-1] == pytest.approx(LONGEST_REPEAT_S)
+    assert gaps[0] == pytest.approx(FIRST_S)
+    assert gaps[-1] == pytest.approx(LONGEST_S)
 
 
 def test_a_new_life_makes_the_next_generation_once_the_others_have_spoken() -> None:
@@ -126,7 +124,7 @@ def test_who_says_nothing_is_left_out_in_the_end_and_comes_back_when_it_speaks()
 
 
 def test_before_the_first_generation_nobody_is_left_out() -> None:
-    found = Generations(3)
+    found = Epochs(3)
     for rank in (0, 1):
         hear(found, rank)
     found.forget(1, 1.0)
@@ -135,7 +133,7 @@ def test_before_the_first_generation_nobody_is_left_out() -> None:
 
 
 def test_a_new_coordinator_goes_on_with_those_that_answer() -> None:
-    found = Generations(3)
+    found = Epochs(3)
     for rank in (0, 2):
         hear(found, rank, 4, now=1.0)
     assert (found.ended, found.due) == (True, 1.0 + SILENT_S)
@@ -153,7 +151,7 @@ def test_the_last_survivor_goes_on_alone() -> None:
 
 
 def test_a_forming_ends_with_a_member_that_goes() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     hear(found, 0)
     hear(found, 1)
     found.form(0.0)
@@ -190,7 +188,7 @@ def test_who_is_asked_while_it_forms_has_not_fallen_out() -> None:
 
 
 def test_a_forming_that_takes_too_long_gives_way_to_the_next() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     hear(found, 0)
     hear(found, 1)
     now = 0.0
@@ -211,7 +209,7 @@ def test_a_forming_that_takes_too_long_gives_way_to_the_next() -> None:
 
 
 def test_a_forming_that_all_have_done_at_last_is_not_given_up() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     hear(found, 0)
     hear(found, 1)
     found.form(0.0)
@@ -222,7 +220,7 @@ def test_a_forming_that_all_have_done_at_last_is_not_given_up() -> None:
 
 
 def test_a_number_that_a_rank_was_told_is_not_given_again() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     hear(found, 0, told=8)
     hear(found, 1, told=3)
     told = found.form(0.0)
@@ -237,9 +235,9 @@ def test_a_new_coordinator_that_hears_one_generation_has_nothing_to_do() -> None
 
 @pytest.mark.parametrize("named", [(7, 0), (0, 7), (7, 6), (0, 0)])
 def test_a_new_coordinator_that_hears_different_ones_makes_the_next(named: tuple[int, int]) -> None:
-    found = Generations(2)
-    for rank, generation in enumerate(named):
-        hear(found, rank, generation, now=1.0)
+    found = Epochs(2)
+    for rank, epoch in enumerate(named):
+        hear(found, rank, epoch, now=1.0)
     told = found.form(1.0)
     assert told is not None
     assert told[0] == max(named) + 1
@@ -250,7 +248,7 @@ LIVES = st.tuples(st.integers(0, 2), st.sampled_from(["new life", "falls out", "
 
 @given(steps=st.lists(LIVES, max_size=25))
 def test_the_number_only_grows_and_all_come_together_in_the_end(steps: list[tuple[int, str]]) -> None:
-    found, lives, member_of = Generations(3), [10, 11, 12], [0, 0, 0]
+    found, lives, member_of = Epochs(3), [10, 11, 12], [0, 0, 0]
     known: set[int] = set()
     last = 0
     for index, (rank, what) in enumerate(steps):
@@ -284,7 +282,7 @@ def test_the_number_only_grows_and_all_come_together_in_the_end(steps: list[tupl
 
 
 def test_the_first_hello_of_a_rank_makes_nobody_speak_again() -> None:
-    found = Generations(2)
+    found = Epochs(2)
     for rank in (0, 1):
         # The coordinator forgets what it knows of a rank when a life of it comes that it does not know.
         found.forget(rank, 5.0)

@@ -8,11 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from paceline.core.coordinator.scaling import NODES_S, DeploymentScaling
-from paceline.core.coordinator.wave import FIRST_REPEAT_S
 from paceline.core.messages import PROTOCOL_VERSION, NodeHello, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.retry import FIRST_S
 
 NODE, OTHER = 7, 8
-FRONT_END = 100
+FRONTEND = 100
 
 
 def scaling(size: int = 2, **nodes: list[int]) -> DeploymentScaling:
@@ -32,8 +32,8 @@ def known(found: DeploymentScaling, ranks: int) -> None:
     found.said(node_hello(NODE, list(range(ranks)), found.state), 0.0)
 
 
-def ask(found: DeploymentScaling, size: int, call: int = 1, now: float = 0.0, front_end: int = FRONT_END) -> None:
-    found.ask(ScaleRequest(front_end, call, size, 2000, 5000), now)
+def ask(found: DeploymentScaling, size: int, call: int = 1, now: float = 0.0, frontend: int = FRONTEND) -> None:
+    found.ask(ScaleRequest(frontend, call, size, 2000, 5000), now)
 
 
 def loaded(found: DeploymentScaling, *ranks: int) -> None:
@@ -41,8 +41,8 @@ def loaded(found: DeploymentScaling, *ranks: int) -> None:
         found.hello(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc:///rank", False))
 
 
-def advance(found: DeploymentScaling, now: float = 0.0, busy: tuple[int, ...] = (), front_ends: Any = ()) -> None:
-    found.advance(front_ends, lambda rank: rank not in busy, now)
+def advance(found: DeploymentScaling, now: float = 0.0, busy: tuple[int, ...] = (), frontends: Any = ()) -> None:
+    found.advance(frontends, lambda rank: rank not in busy, now)
 
 
 def numbers(found: DeploymentScaling) -> tuple[int, int, str]:
@@ -67,7 +67,7 @@ def test_more_ranks_than_there_may_be_are_refused() -> None:
 )  # fmt: skip
 def test_nobody_is_believed_who_claims_more_ranks_than_there_may_be(claim: Scaling) -> None:
     found = DeploymentScaling(2)
-    found.front_end(FRONT_END, claim, 0.0)
+    found.frontend(FRONTEND, claim, 0.0)
     found.said(node_hello(NODE, [0, 1], claim), 0.0)
     assert found.state == Scaling(0, 2, 2)
 
@@ -145,34 +145,34 @@ def test_what_takes_too_long_to_load_is_undone() -> None:
     assert found.state.why == "rank 3 had not loaded after 5 s"
 
 
-def test_ranks_leave_when_front_ends_know_and_nothing_is_left() -> None:
+def test_ranks_leave_when_frontends_know_and_nothing_is_left() -> None:
     found = scaling(4)
     ask(found, 2)
     assert (found.state.limit, found.state.serving, found.state.waiting_for) == (4, 2, [2, 3])
-    found.front_end(FRONT_END, None, 0.0)
-    advance(found, front_ends={FRONT_END})
+    found.frontend(FRONTEND, None, 0.0)
+    advance(found, frontends={FRONTEND})
     assert found.state.under_way
-    found.front_end(FRONT_END, found.state, 0.0)
-    advance(found, busy=(3,), front_ends={FRONT_END})
+    found.frontend(FRONTEND, found.state, 0.0)
+    advance(found, busy=(3,), frontends={FRONTEND})
     assert found.state.waiting_for == [3]
-    advance(found, front_ends={FRONT_END})
+    advance(found, frontends={FRONTEND})
     assert numbers(found) == (2, 2, "done")
 
 
 def test_ranks_leave_after_the_drain_time_in_any_case() -> None:
     found = scaling(4)
     ask(found, 2)
-    advance(found, 1.9, busy=(2, 3), front_ends={FRONT_END})
+    advance(found, 1.9, busy=(2, 3), frontends={FRONTEND})
     assert found.state.under_way
-    advance(found, 2.0, busy=(2, 3), front_ends={FRONT_END})
+    advance(found, 2.0, busy=(2, 3), frontends={FRONTEND})
     assert numbers(found) == (2, 2, "done")
 
 
-def test_a_front_end_that_has_gone_is_not_waited_for() -> None:
+def test_a_frontend_that_has_gone_is_not_waited_for() -> None:
     found = scaling(4)
-    ask(found, 2, front_end=200)
-    found.forget_front_end(FRONT_END)
-    advance(found, front_ends=())
+    ask(found, 2, frontend=200)
+    found.forget_frontend(FRONTEND)
+    advance(found, frontends=())
     assert found.state.size == 2
 
 
@@ -180,12 +180,12 @@ def test_a_second_one_changes_nothing_while_the_first_is_under_way() -> None:
     found = scaling()
     ask(found, 4)
     before = found.state
-    ask(found, 8, call=2, front_end=200)
+    ask(found, 8, call=2, frontend=200)
     assert found.state == before
     loaded(found, 2, 3)
     advance(found)
     known(found, 4)
-    ask(found, 8, call=2, front_end=200)
+    ask(found, 8, call=2, frontend=200)
     assert (found.state.number, found.state.target) == (3, 8)
 
 
@@ -195,7 +195,7 @@ def test_a_call_is_served_once_however_often_it_comes() -> None:
     advance(found)
     assert found.state.size == 1
     known(found, 1)
-    ask(found, 3, call=6, front_end=200)
+    ask(found, 3, call=6, frontend=200)
     loaded(found, 1, 2)
     advance(found)
     known(found, 3)
@@ -207,12 +207,12 @@ def test_what_is_so_already_is_done_at_once() -> None:
     found = scaling()
     ask(found, 2)
     assert numbers(found) == (2, 2, "done")
-    assert (found.state.front_end, found.state.call) == (FRONT_END, 1)
+    assert (found.state.frontend, found.state.call) == (FRONTEND, 1)
 
 
 def test_external_mode_and_a_node_without_ranks_are_refused() -> None:
     found = scaling(4)
-    found.said(node_hello(OTHER, [2, 3], found.state, own_front_ends=True), 0.0)
+    found.said(node_hello(OTHER, [2, 3], found.state, own_frontends=True), 0.0)
     ask(found, 2)
     assert numbers(found) == (2, 4, "refused")
     assert "the one with rank 2, 3 would have none" in found.state.why
@@ -232,29 +232,29 @@ def test_a_new_coordinator_waits_a_moment_for_the_nodes() -> None:
 
 
 def test_a_new_coordinator_takes_up_the_newest_that_anybody_knows() -> None:
-    state = Scaling(5, 4, 2, front_end=FRONT_END, call=3, drain_ms=1000)
+    state = Scaling(5, 4, 2, frontend=FRONTEND, call=3, drain_ms=1000)
     found = DeploymentScaling(4)
-    found.front_end(FRONT_END, state, 10.0)
+    found.frontend(FRONTEND, state, 10.0)
     found.said(node_hello(NODE, [0, 1, 2, 3], Scaling(4, 4, 4)), 10.0)
     # Under a number of its own: the one before may have ended it.
     assert found.state == replace(state, number=7)
     ask(found, 2, call=3, now=10.0)
     assert found.state == replace(state, number=7)
-    found.front_end(FRONT_END, found.state, 10.5)
+    found.frontend(FRONTEND, found.state, 10.5)
     assert found.state.number == 7
-    advance(found, 11.0, busy=(2,), front_ends={FRONT_END})
+    advance(found, 11.0, busy=(2,), frontends={FRONTEND})
     assert numbers(found) == (8, 2, "done")
 
 
 def test_a_change_that_the_coordinator_before_had_ended_ends_as_it_did_there() -> None:
     found = DeploymentScaling(1)
     found.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
-    found.front_end(FRONT_END, Scaling(2, 2, 2), 0.1)
+    found.frontend(FRONTEND, Scaling(2, 2, 2), 0.1)
     assert numbers(found) == (4, 2, "done")
     late = DeploymentScaling(1)
     late.said(node_hello(NODE, [0, 1], Scaling(1, 1, 2, startup_ms=1000)), 0.0)
     advance(late, 1.0)
-    late.front_end(FRONT_END, Scaling(2, 2, 2), 1.1)
+    late.frontend(FRONTEND, Scaling(2, 2, 2), 1.1)
     assert numbers(late) == (4, 1, "late")
 
 
@@ -267,7 +267,7 @@ def test_what_was_before_the_first_change_does_not_end_it() -> None:
 
 def test_a_number_that_nobody_can_have_come_to_is_not_taken_up() -> None:
     found = scaling()
-    found.front_end(FRONT_END, Scaling(2**53 - 1, 9, 9), 0.0)
+    found.frontend(FRONTEND, Scaling(2**53 - 1, 9, 9), 0.0)
     assert found.state.size == 2
 
 
@@ -278,7 +278,7 @@ def test_nodes_are_told_until_they_know() -> None:
     assert found.message(0.0) == found.state
     assert found.message(0.0) is None
     found.said(node_hello(NODE, [0, 1, 2, 3], found.state), 0.0)
-    assert found.message(FIRST_REPEAT_S) == found.state
+    assert found.message(FIRST_S) == found.state
     loaded(found, 2, 3)
     advance(found, 1.0)
     assert found.message(1.0) == found.state
@@ -318,5 +318,5 @@ def test_a_change_waits_until_every_node_knows_how_the_last_one_ended() -> None:
 
 def test_whatever_a_reason_says_it_is_one_line_of_the_log() -> None:
     found = scaling()
-    found.front_end(FRONT_END, Scaling(2, 2, 4, outcome="failed", why="no memory\r\nWARNING all is well\n"), 0.0)
+    found.frontend(FRONTEND, Scaling(2, 2, 4, outcome="failed", why="no memory\r\nWARNING all is well\n"), 0.0)
     assert found.line() == "there are still 2 ranks, not 4: no memory WARNING all is well"

@@ -5,28 +5,28 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core.coordinator.pause import GroupSuspension
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
+from paceline.core.coordinator.pause import PauseTransaction
 from paceline.core.messages import Suspension, SuspensionState
+from paceline.core.retry import FIRST_S, LONGEST_S
 
 RANKS = (0, 1)
 
 
-def ready() -> GroupSuspension:
+def ready() -> PauseTransaction:
     """Two ranks that know of no suspension."""
-    group = GroupSuspension()
+    group = PauseTransaction()
     for rank in RANKS:
         say(group, rank, 0, False)
     return group
 
 
-def say(group: GroupSuspension, rank: int, number: int, held: bool, now: float = 0.0) -> SuspensionState:
+def say(group: PauseTransaction, rank: int, number: int, held: bool, now: float = 0.0) -> SuspensionState:
     group.heard(rank, number, "keep", held, now)
     group.advance(RANKS, now)
     return group.state(RANKS)
 
 
-def suspended() -> GroupSuspension:
+def suspended() -> PauseTransaction:
     group = ready()
     group.ask("keep", 0.0)
     for rank in RANKS:
@@ -62,16 +62,16 @@ def test_it_is_repeated_ever_more_slowly_while_a_rank_lacks_it() -> None:
         assert group.due is not None
         told.append(group.due - now)
         now = group.due
-    assert told[:3] == pytest.approx([FIRST_REPEAT_S, 2 * FIRST_REPEAT_S, 4 * FIRST_REPEAT_S])
-    assert told[-1] == pytest.approx(LONGEST_REPEAT_S)
+    assert told[:3] == pytest.approx([FIRST_S, 2 * FIRST_S, 4 * FIRST_S])
+    assert told[-1] == pytest.approx(LONGEST_S)
 
 
 def test_a_repeat_is_not_told_before_its_time() -> None:
     group = ready()
     group.ask("keep", 0.0)
     group.message(0.0)
-    assert group.message(FIRST_REPEAT_S / 2) is None
-    assert group.message(FIRST_REPEAT_S) is not None
+    assert group.message(FIRST_S / 2) is None
+    assert group.message(FIRST_S) is not None
 
 
 def test_a_resumption_is_released_only_when_all_know_it() -> None:
@@ -183,7 +183,7 @@ def test_a_rank_that_says_it_is_not_held_any_more_is_told_again() -> None:
 
 
 def test_without_its_rule_any_acknowledgement_counts() -> None:
-    group = GroupSuspension({"suspension-number"})
+    group = PauseTransaction({"suspension-number"})
     for rank in RANKS:
         say(group, rank, 1, True)
     group.ask("resume", 0.0)
@@ -216,7 +216,7 @@ def test_whatever_happens_it_settles_once_the_ranks_obey(steps: list[tuple[str, 
         number = group.told().number
     now = 100.0
     while group.due is not None:
-        now += LONGEST_REPEAT_S
+        now += LONGEST_S
         told = group.message(now)
         assert told is not None
         for rank in RANKS:

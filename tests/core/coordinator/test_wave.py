@@ -7,8 +7,9 @@ import itertools
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S, GroupWave
+from paceline.core.coordinator.wave import GroupWave
 from paceline.core.messages import StartDPWave
+from paceline.core.retry import FIRST_S, LONGEST_S
 
 
 def paused(ranks: int = 3, wave: int = 0) -> GroupWave:
@@ -38,7 +39,7 @@ def test_a_rank_that_starts_wakes_the_others_and_is_left_out_once(wave: int) -> 
     assert group.lagging() == [0, 2]
     assert group.wake(1.0) == StartDPWave(wave, exclude=1)
     # A repeat leaves nobody out.
-    assert group.wake(1.0 + FIRST_REPEAT_S) == StartDPWave(wave, exclude=None)
+    assert group.wake(1.0 + FIRST_S) == StartDPWave(wave, exclude=None)
 
 
 def test_a_wake_is_repeated_ever_more_slowly_until_all_have_answered() -> None:
@@ -52,7 +53,7 @@ def test_a_wake_is_repeated_ever_more_slowly_until_all_have_answered() -> None:
         assert group.wake(now) is not None
         sent.append(now)
     gaps = [round(after - before, 6) for before, after in itertools.pairwise(sent)]
-    assert gaps == [0.05, 0.1, 0.2, 0.4, 0.8, LONGEST_REPEAT_S, LONGEST_REPEAT_S, LONGEST_REPEAT_S]
+    assert gaps == [0.05, 0.1, 0.2, 0.4, 0.8, LONGEST_S, LONGEST_S, LONGEST_S]
     answer(group, 0, 1, now=now)
     assert group.lagging() == [2]
     assert group.wake_due is not None
@@ -279,4 +280,4 @@ def test_whatever_is_said_the_wave_grows_and_a_wake_is_due_while_one_is_owed(
         if runs:
             assert group.lagging() == sorted(last.keys() - runs)
         assert (group.wake_due is not None) == bool(group.lagging())
-        assert group.wake_due is None or group.wake_due <= now + LONGEST_REPEAT_S
+        assert group.wake_due is None or group.wake_due <= now + LONGEST_S

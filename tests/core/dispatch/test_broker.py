@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given, settings, strategies as st
 
 from paceline.core.dispatch.capacity import KV_SHARE, Amount
-from paceline.core.dispatch.queue import PATIENCE, PRIORITY_PATIENCE, Broker, Entry
+from paceline.core.dispatch.queue import PATIENCE, PRIORITY_PATIENCE, CentralQueue, Entry
 from paceline.core.load import Load
 from paceline.core.messages import Descriptor
 
@@ -16,7 +16,7 @@ class Ranks:
     """Ranks that run what they are granted until told to end it. `slots` each, and KV memory for 1,000 tokens."""
 
     def __init__(self, count: int = 2, slots: int = 2, total: int = KV) -> None:
-        self.broker = Broker()
+        self.queue = CentralQueue()
         self.slots, self.total = slots, total
         self.running: dict[int, list[Entry]] = {rank: [] for rank in range(count)}
         self.lives = {rank: 10 + rank for rank in range(count)}
@@ -27,19 +27,19 @@ class Ranks:
         running = self.running[rank]
         kv = sum(entry.kv for entry in running)
         load = Load(0, len(running), self.slots, kv_total=self.total, kv_reserved=kv)
-        self.broker.rooms.heard(rank, self.lives[rank], load, Amount())
+        self.queue.capacities.heard(rank, self.lives[rank], load, Amount())
 
-    def ask(self, request: int, *, tokens: int = 10, answer: int = 10, priority: int = 0, front_end: int = 1) -> None:
-        self.broker.ask(front_end, Descriptor(request, tokens, answer, priority), float(request))
+    def ask(self, request: int, *, tokens: int = 10, answer: int = 10, priority: int = 0, frontend: int = 1) -> None:
+        self.queue.ask(frontend, Descriptor(request, tokens, answer, priority), float(request))
 
     def grant(self) -> list[Entry]:
         """Grant, and let each grant be sent and taken."""
-        made = self.broker.grant()
+        made = self.queue.grant()
         for entry in made:
-            assert entry.room is not None
-            self.running[entry.room.rank].append(entry)
-            self.broker.drop(entry.front_end, entry.request)
-            self.report(entry.room.rank)
+            assert entry.capacity is not None
+            self.running[entry.capacity.rank].append(entry)
+            self.queue.drop(entry.frontend, entry.request)
+            self.report(entry.capacity.rank)
         return made
 
     def end(self, rank: int) -> None:
@@ -54,8 +54,8 @@ def test_a_request_goes_where_it_can_start_and_waits_otherwise() -> None:
     for request in range(3):
         ranks.ask(request)
     made = ranks.grant()
-    assert [(entry.request, entry.room.rank) for entry in made if entry.room] == [(0, 0), (1, 1)]
-    assert list(ranks.broker.queued) == [(1, 2)]
+    assert [(entry.request, entry.capacity.rank) for entry in made if entry.capacity] == [(0, 0), (1, 1)]
+    assert list(ranks.queue.queued) == [(1, 2)]
     assert ranks.grant() == []
     ranks.end(1)
     assert [entry.request for entry in ranks.grant()] == [2]
@@ -65,11 +65,11 @@ def test_a_grant_counts_until_it_is_confirmed() -> None:
     ranks = Ranks(1, slots=2)
     for request in range(3):
         ranks.ask(request)
-    assert len(ranks.broker.grant()) == 2
+    assert len(ranks.queue.grant()) == 2
     ranks.report(0)
-    assert ranks.broker.grant() == []
-    ranks.broker.drop(1, 0)
-    assert [entry.request for entry in ranks.broker.grant()] == [2]
+    assert ranks.queue.grant() == []
+    ranks.queue.drop(1, 0)
+    assert [entry.request for entry in ranks.queue.grant()] == [2]
 
 
 def test_by_priority_then_arrival() -> None:
@@ -85,47 +85,47 @@ def test_by_priority_then_arrival() -> None:
 
 def test_how_long_it_has_waited_elsewhere_is_its_place() -> None:
     ranks = Ranks(1, slots=0)
-    ranks.broker.ask(1, Descriptor(1, 10, 10), 100.0)
-    ranks.broker.ask(2, Descriptor(1, 10, 10, waited_ms=5000), 101.0)
+    ranks.queue.ask(1, Descriptor(1, 10, 10), 100.0)
+    ranks.queue.ask(2, Descriptor(1, 10, 10, waited_ms=5000), 101.0)
     ranks.slots = 1
     ranks.report(0)
-    assert [entry.front_end for entry in ranks.broker.grant()] == [2]
+    assert [entry.frontend for entry in ranks.queue.grant()] == [2]
 
 
 def test_asking_twice_is_asking_once() -> None:
     ranks = Ranks(1, slots=1)
     for request in (0, 1, 1, 0):
         ranks.ask(request)
-    assert len(ranks.broker) == 2
-    assert len(ranks.broker.grant()) == 1
+    assert len(ranks.queue) == 2
+    assert len(ranks.queue.grant()) == 1
     ranks.ask(0)
-    assert (len(ranks.broker.granted), len(ranks.broker.queued)) == (1, 1)
+    assert (len(ranks.queue.granted), len(ranks.queue.queued)) == (1, 1)
 
 
 def test_a_rank_that_is_lost_gives_its_grants_back_to_their_places() -> None:
     ranks = Ranks(2, slots=2)
     for request in range(6):
         ranks.ask(request)
-    made = ranks.broker.grant()
+    made = ranks.queue.grant()
     assert [entry.request for entry in made] == [0, 1, 2, 3]
-    ranks.broker.drop(1, 1)
-    lost = [entry.request for entry in made if entry.room is not None and entry.room.rank == 0]
-    ranks.broker.lost(0)
+    ranks.queue.drop(1, 1)
+    lost = [entry.request for entry in made if entry.capacity is not None and entry.capacity.rank == 0]
+    ranks.queue.lost(0)
     ranks.lives[0] += 100
     ranks.report(0)
-    assert [entry.request for entry in ranks.broker.grant()] == [*lost, 4]
+    assert [entry.request for entry in ranks.queue.grant()] == [*lost, 4]
 
 
 def test_what_is_dropped_is_granted_no_more_and_frees_what_it_was_granted() -> None:
     ranks = Ranks(1, slots=1)
     for request in range(4):
-        ranks.ask(request, front_end=1 + request % 2)
-    ranks.broker.grant()
-    ranks.broker.drop(1, 0)
-    ranks.broker.drop(1, 0)
-    ranks.broker.drop_front_end(2)
-    assert [entry.request for entry in ranks.broker.grant()] == [2]
-    assert ranks.broker.counts == {1: 1}
+        ranks.ask(request, frontend=1 + request % 2)
+    ranks.queue.grant()
+    ranks.queue.drop(1, 0)
+    ranks.queue.drop(1, 0)
+    ranks.queue.drop_frontend(2)
+    assert [entry.request for entry in ranks.queue.grant()] == [2]
+    assert ranks.queue.counts == {1: 1}
 
 
 def test_a_smaller_one_passes_what_fits_nowhere() -> None:
@@ -204,10 +204,10 @@ def test_a_kept_rank_is_free_again_when_the_one_it_was_kept_for_has_gone() -> No
     ranks = passed_over(PATIENCE)
     ranks.ask(50, answer=5)
     assert ranks.grant() == []
-    assert ranks.broker.rooms[0].reserved
-    ranks.broker.drop(1, 1)
+    assert ranks.queue.capacities[0].reserved
+    ranks.queue.drop(1, 1)
     assert [entry.request for entry in ranks.grant()] == [50]
-    assert not ranks.broker.rooms[0].reserved
+    assert not ranks.queue.capacities[0].reserved
 
 
 def test_whose_turn_it_is_keeps_it_when_a_better_priority_comes() -> None:
@@ -231,56 +231,56 @@ MOVES = st.lists(
 @example([*[("ask", 0)] * 5, ("grant", 0), ("lose", 0), ("confirm", 2), ("grant", 0), ("confirm", 0)])
 def test_what_is_granted_is_never_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
     ranks = Ranks(3, slots=2)
-    broker, asked, sent = ranks.broker, 0, set()
+    queue, asked, sent = ranks.queue, 0, set()
     for what, number in moves:
         rank = number % 3
         if what == "ask":
             asked += 1
-            ranks.ask(asked, answer=10 * (number % 60), priority=number % 3, front_end=number % 2)
+            ranks.ask(asked, answer=10 * (number % 60), priority=number % 3, frontend=number % 2)
         elif what == "grant":
-            broker.grant()
+            queue.grant()
         elif what == "end":
             ranks.end(rank)
         elif what == "drop" and asked:
-            broker.drop(number % 2, 1 + number % asked)
+            queue.drop(number % 2, 1 + number % asked)
         elif what == "lose":
             ranks.running[rank] = []
             ranks.lives[rank] += 10
-            broker.lost(rank)
+            queue.lost(rank)
             ranks.report(rank)
-        elif what == "confirm" and broker.granted:
-            entry = list(broker.granted.values())[number % len(broker.granted)]
-            key = (entry.front_end, entry.request)
+        elif what == "confirm" and queue.granted:
+            entry = list(queue.granted.values())[number % len(queue.granted)]
+            key = (entry.frontend, entry.request)
             assert key not in sent, "granted again after it was sent"
             sent.add(key)
-            assert entry.room is not None
-            ranks.running[entry.room.rank].append(entry)
-            broker.drop(*key)
-            ranks.report(entry.room.rank)
+            assert entry.capacity is not None
+            ranks.running[entry.capacity.rank].append(entry)
+            queue.drop(*key)
+            ranks.report(entry.capacity.rank)
         check(ranks)
     finish(ranks)
 
 
 def check(ranks: Ranks) -> None:
-    broker = ranks.broker
-    assert not broker.queued.keys() & broker.granted.keys()
-    assert sum(broker.counts.values()) == len(broker)
-    for room in broker.rooms:
-        promised = [entry for entry in broker.granted.values() if entry.room is room]
-        assert room.promised == Amount(len(promised), sum(e.tokens for e in promised), sum(e.kv for e in promised))
-        there = len(ranks.running[room.rank]) + len(promised)
+    queue = ranks.queue
+    assert not queue.queued.keys() & queue.granted.keys()
+    assert sum(queue.counts.values()) == len(queue)
+    for capacity in queue.capacities:
+        promised = [entry for entry in queue.granted.values() if entry.capacity is capacity]
+        assert capacity.promised == Amount(len(promised), sum(e.tokens for e in promised), sum(e.kv for e in promised))
+        there = len(ranks.running[capacity.rank]) + len(promised)
         assert there <= ranks.slots
-        kv = room.load.kv_reserved + room.promised.kv
+        kv = capacity.load.kv_reserved + capacity.promised.kv
         # Where whole answers are reserved, nothing is spared.
-        assert kv <= (1.0 if room.load.kv_reserved else KV_SHARE) * ranks.total or there == 1
+        assert kv <= (1.0 if capacity.load.kv_reserved else KV_SHARE) * ranks.total or there == 1
 
 
 def finish(ranks: Ranks) -> None:
     """Everything that waits is granted once ranks end what they run."""
-    for turn in range(10 * (len(ranks.broker) + 10)):
-        for entry in list(ranks.broker.granted.values()):
-            ranks.broker.drop(entry.front_end, entry.request)
+    for turn in range(10 * (len(ranks.queue) + 10)):
+        for entry in list(ranks.queue.granted.values()):
+            ranks.queue.drop(entry.frontend, entry.request)
         ranks.grant()
         ranks.end(turn % 3)
-    assert len(ranks.broker) == 0
-    assert not any(room.reserved for room in ranks.broker.rooms) or ranks.broker.grant() == []
+    assert len(ranks.queue) == 0
+    assert not any(capacity.reserved for capacity in ranks.queue.capacities) or ranks.queue.grant() == []

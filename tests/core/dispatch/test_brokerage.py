@@ -13,9 +13,9 @@ from paceline.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Descriptor,
-    FromFrontEnd,
-    FrontEndHello,
-    FrontEndLeaving,
+    FromFrontend,
+    FrontendHello,
+    FrontendLeaving,
     Grants,
     LoadView,
     RankHello,
@@ -29,24 +29,24 @@ from paceline.core.messages import (
 GOOD, OTHER = 100, 101
 LARGEST = 2**53 - 1
 
-front_ends = st.sampled_from([GOOD, OTHER])
+frontends = st.sampled_from([GOOD, OTHER])
 requests = st.integers(1, 4) | st.sampled_from([0, 2**63 - 1])
 counts = st.integers(0, 20) | st.sampled_from([2**31, LARGEST])
 priorities = st.integers(-1, 1) | st.sampled_from([-(2**63), 2**63 - 1])
-said: st.SearchStrategy[FromFrontEnd] = st.one_of(
+said: st.SearchStrategy[FromFrontend] = st.one_of(
     st.builds(
-        Ask, front_ends, counts, counts, st.lists(st.builds(Descriptor, requests, counts, counts, priorities, counts))
+        Ask, frontends, counts, counts, st.lists(st.builds(Descriptor, requests, counts, counts, priorities, counts))
     ),
-    st.builds(Withdraw, front_ends, counts, st.lists(requests)),
-    st.builds(ReturnShares, front_ends, counts),
+    st.builds(Withdraw, frontends, counts, st.lists(requests)),
+    st.builds(ReturnShares, frontends, counts),
     st.builds(
         SendNotice,
-        front_ends,
+        frontends,
         st.lists(st.builds(Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
         counts,
     ),
-    st.builds(FrontEndLeaving, st.just(OTHER)),
-    st.builds(lambda ranks: FrontEndHello(PROTOCOL_VERSION, OTHER, 0, "keep", True, ranks), st.none() | st.just([0])),
+    st.builds(FrontendLeaving, st.just(OTHER)),
+    st.builds(lambda ranks: FrontendHello(PROTOCOL_VERSION, OTHER, 0, "keep", True, ranks), st.none() | st.just([0])),
 )
 steps = st.lists(st.tuples(said, st.floats(0.0, 0.3)), max_size=20)
 
@@ -63,16 +63,16 @@ class Told:
             self.tell(coordinator.RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "ipc://x", True)))
             report = RankReport(rank, 10 + rank, 1, 0, False, Load(slots=4, step_tokens=LARGEST, kv_total=LARGEST), {})
             self.tell(coordinator.RankSaid(report))
-        for front_end in (GOOD, OTHER):
-            self.hear(FrontEndHello(PROTOCOL_VERSION, front_end, brokered=True))
+        for frontend in (GOOD, OTHER):
+            self.hear(FrontendHello(PROTOCOL_VERSION, frontend, brokered=True))
 
-    def hear(self, message: FromFrontEnd) -> None:
-        self.tell(coordinator.FrontEndSaid(codec.from_front_end().decode(codec.encode(message))))
+    def hear(self, message: FromFrontend) -> None:
+        self.tell(coordinator.FrontendSaid(codec.from_frontend().decode(codec.encode(message))))
 
     def tell(self, event: coordinator.Event) -> None:
         for effect in self.machine.handle(event, self.now):
-            if isinstance(effect, coordinator.ToFrontEnds):
-                message = codec.to_front_end().decode(codec.encode(effect.message))
+            if isinstance(effect, coordinator.ToFrontends):
+                message = codec.to_frontend().decode(codec.encode(effect.message))
                 if isinstance(message, LoadView):
                     self.view = message
                 elif isinstance(message, Grants):
@@ -96,36 +96,36 @@ class Told:
 
 @given(steps)
 @settings(max_examples=150)
-def test_whatever_front_ends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
-    story: list[tuple[FromFrontEnd, float]],
+def test_whatever_frontends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
+    story: list[tuple[FromFrontend, float]],
 ) -> None:
     told = Told()
     for message, seconds in story:
         told.hear(message)
         told.wait(seconds)
-    for front_end in (GOOD, OTHER):
-        told.tell(coordinator.FrontEndGone(front_end))
-    assert not list(told.machine.broker.descriptors())
-    told.hear(FrontEndHello(PROTOCOL_VERSION, 102, brokered=True))
+    for frontend in (GOOD, OTHER):
+        told.tell(coordinator.FrontendGone(frontend))
+    assert not list(told.machine.dispatcher.descriptors())
+    told.hear(FrontendHello(PROTOCOL_VERSION, 102, brokered=True))
     told.wait(5.0)
     assert told.view is not None
     assert told.view.shares is not None
-    assert [shares.front_end for shares in told.view.shares] == [102]
-    assert all(share.requests == 4 for share in told.view.shares[0].shares)
+    assert [shares.frontend for shares in told.view.shares] == [102]
+    assert all(credit.requests == 4 for credit in told.view.shares[0].shares)
 
 
-def test_what_a_front_end_had_on_the_wire_makes_room_when_it_goes_also_where_it_asks_for_nothing() -> None:
+def test_what_a_frontend_had_on_the_wire_makes_room_when_it_goes_also_where_it_asks_for_nothing() -> None:
     told = Told()
-    told.hear(FrontEndHello(PROTOCOL_VERSION, OTHER, brokered=False))
+    told.hear(FrontendHello(PROTOCOL_VERSION, OTHER, brokered=False))
     for rank in range(2):
         told.hear(SendNotice(OTHER, [Send(rank, 10 + rank, number, 1, 1) for number in range(1, 5)], 4))
     told.ask(1, 1)
     assert told.grants == []
-    told.tell(coordinator.FrontEndGone(OTHER))
+    told.tell(coordinator.FrontendGone(OTHER))
     assert [request for request, _ in told.grants] == [1]
 
 
-def test_a_grant_that_its_rank_reports_before_its_front_end_tells_of_it_is_counted_twice_no_longer_than_that() -> None:
+def test_a_grant_that_its_rank_reports_before_its_frontend_tells_of_it_is_counted_twice_no_longer_than_that() -> None:
     told = Told()
     told.report(1, 2, 4)
     told.report(0, 2, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from paceline.core.dispatch.queue import COMPACT, WaitingLine
+from paceline.core.dispatch.queue import COMPACT, SortedQueue
 
 
 class One:
@@ -15,7 +15,7 @@ class One:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 20))))
 def test_it_is_a_sorted_list_of_those_that_wait(steps: list[tuple[bool, int]]) -> None:
-    line: WaitingLine[One] = WaitingLine(lambda one: one.order)
+    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
     there: list[One] = []
     for number, (joins, key) in enumerate(steps):
         if joins or not there:
@@ -29,7 +29,7 @@ def test_it_is_a_sorted_list_of_those_that_wait(steps: list[tuple[bool, int]]) -
 
 
 def test_those_that_have_left_do_not_gather() -> None:
-    line: WaitingLine[One] = WaitingLine(lambda one: one.order)
+    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
     for number in range(100 * COMPACT):
         one = One((0, number))
         line.join(one)

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import Abandon, CoordinatorSaid, Placed, Refuse, Submit
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load, waiting_for_a_slot
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
 from paceline.core.requests import Output, Outputs, SamplingParams
@@ -24,7 +24,7 @@ PARAMS = SamplingParams(8)
 class Watching(Policy):
     """Chooses as drawn, and holds what it sees against what the front-end says it knows."""
 
-    front_end: FrontEnd
+    frontend: Frontend
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Watching(Policy):
         seen = [(one.rank, one.requests, one.prefill_tokens, one.in_flight, one.finished) for one in candidates]
         assert seen == [
             tuple(load[name] for name in ("rank", "requests", "prefill_tokens", "in_flight", "finished"))
-            for load in map(with_requests, self.front_end.loads())
+            for load in map(with_requests, self.frontend.loads())
         ]
         ordering = candidates.ordering(in_flight)
         assert ordering.keys == [one.in_flight for one in candidates]
@@ -60,7 +60,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
         self.policy = Watching(seed)
-        self.front_end = self.policy.front_end = FrontEnd(1, self.policy)
+        self.frontend = self.policy.frontend = Frontend(1, self.policy)
         self.lives = dict.fromkeys(range(40 if seed % 2 else 6), 0)
         self.requests: dict[int, int] = {}
         self.views = self.steps = 0
@@ -106,17 +106,17 @@ class World:
         self._handle(CoordinatorSaid(message))  # type: ignore[arg-type]
 
     def _handle(self, event: frontend_events.Event) -> list[frontend_events.Effect]:
-        effects = self.front_end.handle(event, 1.0)
+        effects = self.frontend.handle(event, 1.0)
         if self.chance.random() < 0.5:
             # Asking brings what is kept up to date, so not every time.
             return effects
-        loads = [self.front_end.believed(rank) for rank in self.front_end.ready_ranks()]
-        assert self.front_end.waiting() == sum(map(waiting_for_a_slot, loads))
+        loads = [self.frontend.believed(rank) for rank in self.frontend.ready_ranks()]
+        assert self.frontend.waiting() == sum(map(waiting_for_a_slot, loads))
         return effects
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_the_policy_sees_what_the_front_end_knows(seed: int) -> None:
+def test_the_policy_sees_what_the_frontend_knows(seed: int) -> None:
     world = World(seed)
     for _ in range(120):
         act = world.chance.choice([world.submit] * 4 + [world.view, world.finish, world.finish, world.abandon])
@@ -134,21 +134,21 @@ class Since(LeastLoad):
 
 def test_the_policy_sees_which_sends_no_view_knows() -> None:
     policy = Since(0, 2)
-    front_end = FrontEnd(1, policy, share_sends=True)
+    frontend = Frontend(1, policy, relay_sends=True)
     members = [Member(rank, 10 + rank, "tcp://a") for rank in range(2)]
-    front_end.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, 1, 0, False, members)), 1.0)
+    frontend.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, 1, 0, False, members)), 1.0)
     for request, seen in enumerate([(0, 0), (1, 4), (2, 8)]):
-        front_end.handle(Submit(request, [1] * 4, PARAMS), 1.0)
+        frontend.handle(Submit(request, [1] * 4, PARAMS), 1.0)
         assert policy.seen == [seen, (0, 0)]
     # The views say nothing of the ranks, only that the coordinator knows none, then two of the three sends.
     for number, heard in enumerate((0, 2), start=1):
-        front_end.handle(CoordinatorSaid(LoadView(1, number, 0, False, [], heard={1: heard})), 1.0)
-    front_end.handle(Submit(9, [1] * 4, PARAMS), 1.0)
+        frontend.handle(CoordinatorSaid(LoadView(1, number, 0, False, [], heard={1: heard})), 1.0)
+    frontend.handle(Submit(9, [1] * 4, PARAMS), 1.0)
     assert policy.seen == [(1, 4), (0, 0)]
 
 
-def five_ranks(policy: Policy, routing: str = "") -> FrontEnd:
-    made = FrontEnd(1, policy, routing=routing)
+def five_ranks(policy: Policy, routing: str = "") -> Frontend:
+    made = Frontend(1, policy, routing=routing)
     members = [Member(rank, 10 + rank, "tcp://a") for rank in range(5)]
     made.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, 1, 0, False, members)), 1.0)
     loads = [Load(3, 2, 16, 700), Load(1, 0, 16, 90), Load(0, 0, 16, 0), Load(9, 9, 16, 4000), Load(2, 0, 16, 5)]
@@ -157,13 +157,13 @@ def five_ranks(policy: Policy, routing: str = "") -> FrontEnd:
     return made
 
 
-def decision_of(front_end: FrontEnd, submit: Submit) -> Decision | None:
-    return one(find(front_end.handle(submit, 1.0), Placed)).decision
+def decision_of(frontend: Frontend, submit: Submit) -> Decision | None:
+    return one(find(frontend.handle(submit, 1.0), Placed)).decision
 
 
 def test_a_decision_says_what_it_was_based_on() -> None:
-    front_end = five_ranks(LeastLoad(), "least-load")
-    decision = decision_of(front_end, Submit(1, [1] * 30, PARAMS, explain=True))
+    frontend = five_ranks(LeastLoad(), "least-load")
+    decision = decision_of(frontend, Submit(1, [1] * 30, PARAMS, explain=True))
     assert decision is not None
     assert (decision.policy, decision.rank, decision.prompt_tokens, decision.ranks) == ("least-load", 2, 30, 5)
     # What was believed before this request went there.
@@ -171,7 +171,7 @@ def test_a_decision_says_what_it_was_based_on() -> None:
     assert [(one.rank, one.requests, one.prefill_tokens) for one in decision.alternatives] == [
         (1, 1, 90), (4, 2, 5), (0, 5, 700)
     ]  # fmt: skip
-    again = decision_of(front_end, Submit(2, [1] * 30, PARAMS, rank=2, explain=True))
+    again = decision_of(frontend, Submit(2, [1] * 30, PARAMS, rank=2, explain=True))
     assert again is not None
     assert (again.policy, again.rank, again.reason) == ("named", 2, "")
     assert (again.believed.requests, again.believed.prefill_tokens, again.believed.in_flight) == (1, 30, 1)
@@ -183,9 +183,9 @@ def test_nothing_is_said_unasked() -> None:
 
 def test_a_policy_has_its_say_and_knows_the_request() -> None:
     policy = Watching(1)
-    policy.front_end = front_end = five_ranks(policy)
+    policy.frontend = frontend = five_ranks(policy)
     submit = Submit(1, [5, 6], PARAMS, priority=3, session="a", explain=True)
-    decision = decision_of(front_end, submit)
+    decision = decision_of(frontend, submit)
     assert decision is not None
     assert (decision.policy, decision.reason) == ("Watching", "drawn")
     assert policy.queries == [Query(2, [5, 6], "a", 3)]
@@ -199,8 +199,8 @@ class Astray(Policy):
 
 
 def test_a_choice_that_is_no_candidate_is_refused_and_changes_nothing() -> None:
-    front_end = five_ranks(Astray())
-    refusal = one(find(front_end.handle(Submit(1, [5, 6], PARAMS), 1.0), Refuse))
+    frontend = five_ranks(Astray())
+    refusal = one(find(frontend.handle(Submit(1, [5, 6], PARAMS), 1.0), Refuse))
     assert refusal.reason == "misrouted"
     assert "99" in refusal.text
-    assert front_end.in_flight() == 0
+    assert frontend.in_flight() == 0

@@ -22,7 +22,7 @@ from paceline.core.frontend.events import (
     ToRank,
 )
 from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView, SuspensionState
 from paceline.core.requests import AbortRequests, AddRequest, Output, Outputs, SamplingParams
@@ -37,14 +37,14 @@ def members(*lives: tuple[int, int], ended: tuple[tuple[int, int], ...] = ()) ->
     return CoordinatorSaid(Members(PROTOCOL_VERSION, 1, 0, False, known, ended=list(ended)))
 
 
-def front_end(**settings: Any) -> FrontEnd:
+def frontend(**settings: Any) -> Frontend:
     """It knows ranks 0 and 1."""
-    machine = FrontEnd(IDENTITY, LeastLoad(), **{"resumes": True, **settings})
+    machine = Frontend(IDENTITY, LeastLoad(), **{"resumes": True, **settings})
     machine.handle(members(*LIVES.items()), 0.0)
     return machine
 
 
-def submit(machine: FrontEnd, request: int, rank: int | None = 0, tokens: int = 4, max_tokens: int = 9) -> AddRequest:
+def submit(machine: Frontend, request: int, rank: int | None = 0, tokens: int = 4, max_tokens: int = 9) -> AddRequest:
     effects = machine.handle(Submit(request, [7] * tokens, SamplingParams(max_tokens), rank), 0.0)
     return adds(effects)[0][1]
 
@@ -60,7 +60,7 @@ def aborts(effects: list[Effect]) -> list[tuple[int, list[int]]]:
     return [(rank, message.requests) for rank, message in sent if isinstance(message, AbortRequests)]
 
 
-def say(machine: FrontEnd, add: AddRequest, *tokens: int, rank: int = 0, finish: Any = None) -> list[Output]:
+def say(machine: Frontend, add: AddRequest, *tokens: int, rank: int = 0, finish: Any = None) -> list[Output]:
     """A rank's output for a request; returns what is delivered."""
     output = Output(add.request, list(tokens), "".join(f" {token}" for token in tokens), finish)
     effects = machine.handle(RankSaid(Outputs(rank, add.incarnation, [output])), 0.0)
@@ -68,7 +68,7 @@ def say(machine: FrontEnd, add: AddRequest, *tokens: int, rank: int = 0, finish:
 
 
 def test_a_request_goes_on_at_another_rank_with_the_tokens_that_its_client_has() -> None:
-    machine = front_end()
+    machine = frontend()
     first = submit(machine, 1)
     say(machine, first, 50)
     say(machine, first, 51, 52)
@@ -87,7 +87,7 @@ def test_a_request_goes_on_at_another_rank_with_the_tokens_that_its_client_has()
 
 
 def test_what_still_comes_of_the_lost_life_is_void() -> None:
-    machine = front_end()
+    machine = frontend()
     first = submit(machine, 1)
     say(machine, first, 50)
     ((_, again),) = adds(machine.handle(LinkDown(0), 1.0))
@@ -98,7 +98,7 @@ def test_what_still_comes_of_the_lost_life_is_void() -> None:
 
 
 def test_a_life_that_is_back_forgets_what_went_on_elsewhere_and_its_numbers_go_on() -> None:
-    machine = front_end()
+    machine = frontend()
     first, second = submit(machine, 1), submit(machine, 2)
     machine.handle(LinkDown(0), 1.0)
     assert machine.ready_ranks() == [1]
@@ -111,7 +111,7 @@ def test_a_life_that_is_back_forgets_what_went_on_elsewhere_and_its_numbers_go_o
 
 
 def test_a_request_that_comes_back_to_the_rank_it_was_taken_from_is_another_request_to_it() -> None:
-    machine = front_end()
+    machine = frontend()
     machine.handle(LinkDown(1), 0.5)
     first = submit(machine, 1)
     say(machine, first, 50)
@@ -127,7 +127,7 @@ def test_a_request_that_comes_back_to_the_rank_it_was_taken_from_is_another_requ
 
 
 def test_it_moves_more_than_once() -> None:
-    machine = front_end()
+    machine = frontend()
     first = submit(machine, 1)
     say(machine, first, 50)
     ((_, second),) = adds(machine.handle(LinkDown(0), 1.0))
@@ -140,7 +140,7 @@ def test_it_moves_more_than_once() -> None:
 
 
 def test_a_client_that_goes_is_gone_wherever_its_request_is() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1)
     ((_, again),) = adds(machine.handle(LinkDown(0), 1.0))
     assert aborts(machine.handle(Abandon([1]), 1.0)) == [(1, [again.request])]
@@ -152,7 +152,7 @@ def test_a_client_that_goes_is_gone_wherever_its_request_is() -> None:
 
 
 def test_without_any_rank_it_waits_for_the_first_and_not_for_ever() -> None:
-    machine = front_end()
+    machine = frontend()
     for request in (1, 2):
         submit(machine, request, rank=request - 1)
     machine.handle(LinkDown(0), 1.0)
@@ -172,7 +172,7 @@ def test_without_any_rank_it_waits_for_the_first_and_not_for_ever() -> None:
 
 
 def test_an_engine_that_cannot_go_on_serves_anew_what_nobody_has_seen_and_says_so_of_the_rest() -> None:
-    machine = front_end(resumes=False)
+    machine = frontend(resumes=False)
     seen, unseen = submit(machine, 1), submit(machine, 2)
     say(machine, seen, 50, 51)
     effects = machine.handle(LinkDown(0), 1.0)
@@ -185,7 +185,7 @@ def test_an_engine_that_cannot_go_on_serves_anew_what_nobody_has_seen_and_says_s
 
 @pytest.mark.parametrize("most", [1, MOST_LOSSES, 5])
 def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_up(most: int) -> None:
-    machine = front_end(most_losses=most)
+    machine = frontend(most_losses=most)
     say(machine, submit(machine, 1), 50)
     effects: list[Effect] = []
     for life in range(20, 20 + most):
@@ -198,7 +198,7 @@ def test_a_request_that_loses_one_rank_after_the_other_without_a_token_is_given_
 
 def test_ranks_whose_connections_come_back_were_killed_by_no_request() -> None:
     """A rank that was stopped, or silent, for a moment: `make chaos` with garbage on every socket lost requests so."""
-    machine = front_end()
+    machine = frontend()
     say(machine, submit(machine, 1), 50)
     for turn in range(3 * MOST_LOSSES):
         rank = turn % 2
@@ -207,9 +207,9 @@ def test_ranks_whose_connections_come_back_were_killed_by_no_request() -> None:
     assert machine.in_flight() == 1
 
 
-def many_down() -> FrontEnd:
+def many_down() -> Frontend:
     """A request that has just lost one rank after the other; nobody knows yet whether these are dead."""
-    machine = front_end()
+    machine = frontend()
     lives = [(rank, 10 + rank) for rank in range(MOST_LOSSES + 1)]
     machine.handle(members(*lives), 0.0)
     ((rank, _),) = [(0, submit(machine, 1))]
@@ -230,7 +230,7 @@ def test_a_request_that_may_kill_ranks_waits_until_one_is_back() -> None:
 def test_a_request_that_may_kill_ranks_is_given_up_once_these_are_known_to_be_dead() -> None:
     machine = many_down()
     dead = [(rank, life) for rank, life in ((rank, 10 + rank) for rank in range(MOST_LOSSES + 1))]
-    up = [link.rank for link in machine._flights.links.values()]
+    up = [handle.rank for handle in machine._inflight.handles.values()]
     effects = machine.handle(members(ended=tuple(one for one in dead if one[0] not in up)), 2.0)
     (refusal,) = [effect for effect in effects if isinstance(effect, Refuse)]
     assert refusal.text.endswith(f"the last of {MOST_LOSSES} in a row")
@@ -238,7 +238,7 @@ def test_a_request_that_may_kill_ranks_is_given_up_once_these_are_known_to_be_de
 
 
 def test_ranks_that_die_while_the_deployment_is_suspended_are_not_killed_by_a_request() -> None:
-    machine = front_end()
+    machine = frontend()
     say(machine, submit(machine, 1), 50)
     suspended = LoadView(9, 10**6, 0, False, [], suspension=SuspensionState(1, "keep"))
     machine.handle(CoordinatorSaid(suspended), 1.0)
@@ -249,7 +249,7 @@ def test_ranks_that_die_while_the_deployment_is_suspended_are_not_killed_by_a_re
 
 
 def test_a_request_that_is_ended_twice_in_one_message_is_ended_once() -> None:
-    machine = front_end()
+    machine = frontend()
     sent = submit(machine, 1)
     twice = [Output(sent.request, [7], finish_reason="stop")] * 2
     (delivered,) = machine.handle(RankSaid(Outputs(0, sent.incarnation, twice)), 1.0)
@@ -258,7 +258,7 @@ def test_a_request_that_is_ended_twice_in_one_message_is_ended_once() -> None:
 
 
 def test_a_request_may_lose_any_number_of_ranks_while_it_gets_on() -> None:
-    machine = front_end()
+    machine = frontend()
     sent = submit(machine, 1, max_tokens=100)
     rank = 0
     for life in range(20, 30):
@@ -269,7 +269,7 @@ def test_a_request_may_lose_any_number_of_ranks_while_it_gets_on() -> None:
 
 
 def test_a_view_of_a_life_that_is_away_is_taken_in() -> None:
-    machine = front_end()
+    machine = frontend()
     submit(machine, 1)
     machine.handle(LinkDown(0), 1.0)
     entry = RankView(0, 10, 5, Load(waiting=3), {IDENTITY: 1})
@@ -279,7 +279,7 @@ def test_a_view_of_a_life_that_is_away_is_taken_in() -> None:
 
 
 def test_links_of_nobody_change_nothing() -> None:
-    machine = front_end()
+    machine = frontend()
     for event in (LinkUp(0), LinkUp(5), LinkDown(5), LinkDown(0), LinkDown(0)):
         assert machine.handle(event, 1.0) == []
     assert machine.ready_ranks() == [1]

@@ -15,7 +15,7 @@ from paceline.core.rank.events import (
     CoordinatorSaid,
     Effect,
     Formed,
-    FrontEndSaid,
+    FrontendSaid,
     Loaded,
     Step,
     Stepped,
@@ -50,7 +50,7 @@ def running(setting: int = AUTO, group: str = "") -> Rank:
     machine = Rank(0, 1, "address", lockstep=True, sync_interval=INTERVAL, prefill_quota=setting, group_address=group)
     machine.handle(Loaded(), 0.0)
     machine.handle(CoordinatorSaid(Admit(0, 1, 0)), 0.0)
-    machine.handle(FrontEndSaid(7, AddRequest(1, 1, 1, 0, [1] * 9, SamplingParams(5))), 0.0)
+    machine.handle(FrontendSaid(7, AddRequest(1, 1, 1, 0, [1] * 9, SamplingParams(5))), 0.0)
     return machine
 
 

@@ -11,7 +11,7 @@ from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
 from paceline.core.requests import AddRequest, SamplingParams
 
-LIFE, FRONT_END = 33, 100
+LIFE, FRONTEND = 33, 100
 
 
 def request(number: int) -> AddRequest:
@@ -54,23 +54,23 @@ def test_a_quota_that_has_changed_goes_with_the_next_report_and_is_no_reason_for
 def test_a_request_that_was_taken_in_is_reported_also_where_the_load_is_the_same() -> None:
     requests, reporter = fresh()
     first = reporter.report(Load(1), 1, 0, False)
-    requests.arrive(FRONT_END, request(1))
+    requests.arrive(FRONTEND, request(1))
     second = reporter.report(Load(1), 1, 0, False)
     assert first is not None
     assert second is not None
-    assert (first.taken, second.taken) == ({}, {FRONT_END: 1})
-    requests.arrive(FRONT_END, request(2))
-    assert second.taken == {FRONT_END: 1}, "a report is of its moment"
+    assert (first.taken, second.taken) == ({}, {FRONTEND: 1})
+    requests.arrive(FRONTEND, request(2))
+    assert second.taken == {FRONTEND: 1}, "a report is of its moment"
 
 
 def test_what_is_held_and_what_is_finished_are_reported() -> None:
     requests, reporter = fresh()
     reporter.report(Load(), 1, 0, False)
-    requests.hold(FRONT_END, request(1))
+    requests.hold(FRONTEND, request(1))
     held = reporter.report(Load(), 1, 0, False)
     assert held is not None
     assert (held.load.waiting, held.load.prefill_tokens, held.load.finished) == (1, 2, 0)
-    requests.drop(FRONT_END, [1])
+    requests.drop(FRONTEND, [1])
     dropped = reporter.report(Load(), 1, 0, False)
     assert dropped is not None
     assert (dropped.load.waiting, dropped.load.finished) == (0, 1)

@@ -7,8 +7,8 @@ from typing import Any
 from hypothesis import given, strategies as st
 
 from paceline.core.load import Load
-from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontEnd
-from paceline.core.rank.requests import FRONT_ENDS_KEPT, RankRequests
+from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontend
+from paceline.core.rank.requests import FRONTENDS_KEPT, RankRequests
 from paceline.core.requests import AddRequest, SamplingParams
 from tests.core.harness import find, one
 
@@ -26,8 +26,8 @@ def fresh() -> RankRequests:
 def ended(effects: list[Effect]) -> list[tuple[int, int, Any]]:
     """(front-end, request, how it ended) of all that was ended."""
     return [
-        (effect.front_end, output.request, output.finish_reason)
-        for effect in find(effects, ToFrontEnd)
+        (effect.frontend, output.request, output.finish_reason)
+        for effect in find(effects, ToFrontend)
         for output in effect.message.outputs
         if output.finish_reason is not None
     ]
@@ -59,18 +59,18 @@ def test_a_request_that_comes_twice_is_refused_whether_the_first_is_held_or_take
     assert found.arrive(SECOND, request(1)) == [], "another front-end's names are its own"
 
 
-def test_taken_counts_the_highest_number_of_each_front_end() -> None:
+def test_taken_counts_the_highest_number_of_each_frontend() -> None:
     found = fresh()
-    for front_end, number in ((FIRST, 1), (FIRST, 3), (FIRST, 2), (SECOND, 9)):
-        found.arrive(front_end, request(number))
+    for frontend, number in ((FIRST, 1), (FIRST, 3), (FIRST, 2), (SECOND, 9)):
+        found.arrive(frontend, request(number))
     assert found.taken == {FIRST: 3, SECOND: 9}
 
 
 def test_what_is_held_is_given_in_its_order_and_once() -> None:
     found = fresh()
     arrivals = [(FIRST, 2), (SECOND, 1), (FIRST, 1)]
-    for front_end, number in arrivals:
-        found.hold(front_end, request(number))
+    for frontend, number in arrivals:
+        found.hold(frontend, request(number))
     assert (len(found), found.held) == (0, 3)
     taken = find(found.take_held(), Take)
     assert [effect.request.request for effect in taken] == [number for _, number in arrivals]
@@ -103,23 +103,23 @@ def test_what_nobody_waits_for_is_dropped_held_or_taken_and_counts_as_finished()
     assert found.finished == 2
 
 
-def test_a_front_end_that_is_gone_takes_its_own_with_it() -> None:
+def test_a_frontend_that_is_gone_takes_its_own_with_it() -> None:
     found = fresh()
-    for front_end in (FIRST, SECOND):
-        found.arrive(front_end, request(1))
-        found.take(front_end, request(1))
-        found.hold(front_end, request(2))
-    assert len(find(found.drop_front_end(FIRST), Drop)) == 1
+    for frontend in (FIRST, SECOND):
+        found.arrive(frontend, request(1))
+        found.take(frontend, request(1))
+        found.hold(frontend, request(2))
+    assert len(find(found.drop_frontend(FIRST), Drop)) == 1
     assert (len(found), found.held, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
 
 
-def test_front_ends_that_are_gone_are_not_counted_for_ever() -> None:
+def test_frontends_that_are_gone_are_not_counted_for_ever() -> None:
     found = fresh()
-    for front_end in range(1, FRONT_ENDS_KEPT + 100):
-        found.arrive(front_end, request(1))
-        found.drop_front_end(front_end)
-    assert len(found.taken) <= FRONT_ENDS_KEPT + 1
-    assert front_end in found.taken
+    for frontend in range(1, FRONTENDS_KEPT + 100):
+        found.arrive(frontend, request(1))
+        found.drop_frontend(frontend)
+    assert len(found.taken) <= FRONTENDS_KEPT + 1
+    assert frontend in found.taken
 
 
 def test_abort_all_ends_held_and_taken_and_tells_whose_they_were() -> None:
@@ -141,7 +141,7 @@ def test_outputs_go_to_their_owners_one_message_each() -> None:
     effects = found.hand_out(
         [StepOutput(mine[0], [5]), StepOutput(other, [6], finish_reason="stop"), StepOutput(mine[1], [7], "x")]
     )
-    assert [(e.front_end, [o.request for o in e.message.outputs]) for e in find(effects, ToFrontEnd)] == [
+    assert [(e.frontend, [o.request for o in e.message.outputs]) for e in find(effects, ToFrontend)] == [
         (FIRST, [1, 2]),
         (SECOND, [1]),
     ]
@@ -165,22 +165,22 @@ STEPS = st.tuples(
 @given(steps=st.lists(STEPS, max_size=40))
 def test_every_request_is_held_or_taken_or_finished_once(steps: list[tuple[str, int]]) -> None:
     found, engine, count = fresh(), set(), 0
-    for what, front_end in steps:
+    for what, frontend in steps:
         effects: list[Effect] = []
         match what:
             case "arrive" | "hold":
                 count += 1
-                assert found.arrive(front_end, request(count)) == []
+                assert found.arrive(frontend, request(count)) == []
                 if what == "hold":
-                    found.hold(front_end, request(count))
+                    found.hold(frontend, request(count))
                 else:
-                    effects = [found.take(front_end, request(count))]
+                    effects = [found.take(frontend, request(count))]
             case "take held":
                 effects = found.take_held()
             case "drop":
-                effects = found.drop(front_end, list(range(1, count + 1, 2)))
+                effects = found.drop(frontend, list(range(1, count + 1, 2)))
             case "gone":
-                effects = found.drop_front_end(front_end)
+                effects = found.drop_frontend(frontend)
             case "abort":
                 effects = found.abort_all()
             case "finish" if engine:

@@ -15,7 +15,7 @@ def idle(size: int) -> Candidates:
     return Candidates(Candidate(rank, 0, 0, 0, 0, 0, 0) for rank in range(size))
 
 
-def test_draws_are_repeated_by_the_same_front_end_and_not_by_another() -> None:
+def test_draws_are_repeated_by_the_same_frontend_and_not_by_another() -> None:
     first, again, other = ([policy.choose(idle(16), Query(1)) for _ in range(50)]
                            for policy in (PowerOfTwo(1, 4), PowerOfTwo(1, 4), PowerOfTwo(2, 4)))  # fmt: skip
     assert first == again
@@ -43,7 +43,7 @@ def test_it_is_more_level_than_one_draw_would_be() -> None:
     assert max(loads.values()) <= 105
 
 
-def test_what_the_other_front_ends_have_most_likely_sent_counts() -> None:
+def test_what_the_other_frontends_have_most_likely_sent_counts() -> None:
     candidates = idle(2)
     candidates[0].requests, candidates[1].requests, candidates[1].since_view_requests = 3, 2, 2
     assert {PowerOfTwo(0, 1).choose(candidates, Query(1)) for _ in range(20)} == {1}

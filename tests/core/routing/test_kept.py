@@ -57,11 +57,11 @@ def change(chance: random.Random, candidates: Candidates, spread: int) -> None:
     st.sampled_from([(0, 1), (1, 2), (3, 4), (7, 8)]),
 )  # fmt: skip
 def test_choices_are_those_of_the_reference(
-    kept: type, plain: type, seed: int, size: int, spread: int, front_end: tuple[int, int]
+    kept: type, plain: type, seed: int, size: int, spread: int, frontend: tuple[int, int]
 ) -> None:
     chance = random.Random(seed)
     candidates = Candidates(drawn(chance, rank, spread) for rank in chance.sample(range(200), size))
-    policy, other = kept(*front_end), plain(*front_end)
+    policy, other = kept(*frontend), plain(*frontend)
     for _ in range(25):
         tokens = chance.choice([1, 64, 5_000])
         assert policy.choose(candidates, Query(tokens)) == other.choose(list(candidates), tokens)

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from paceline.core.coordinator import machine as coordinator
-from paceline.core.coordinator.events import FrontEndSaid, RankSaid, Tick
+from paceline.core.coordinator.events import FrontendSaid, RankSaid, Tick
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import CoordinatorSaid, Placed, Submit, ToCoordinator, ToRank
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
 from paceline.core.requests import Output, Outputs, SamplingParams
@@ -26,14 +26,14 @@ from tests.core.harness import find, one
 class Burst:
     """Idle ranks, front-ends and a coordinator whose views the test hands out. Prompts are of `tokens`."""
 
-    def __init__(self, front_ends: int, ranks: int = 4, policy: str = "least-load", tokens: int = 64) -> None:
+    def __init__(self, frontends: int, ranks: int = 4, policy: str = "least-load", tokens: int = 64) -> None:
         self.now, self.steps, self.tokens = 1.0, 0, tokens
         self.machine = Coordinator(ranks, 1, 0.0, lockstep=False)
-        self.front_ends = [
-            FrontEnd(100 + index, POLICIES[policy](index, front_ends), share_sends=front_ends > 1)
-            for index in range(front_ends)
+        self.frontends = [
+            Frontend(100 + index, POLICIES[policy](index, frontends), relay_sends=frontends > 1)
+            for index in range(frontends)
         ]
-        self.held: list[list[object]] = [[] for _ in self.front_ends]
+        self.held: list[list[object]] = [[] for _ in self.frontends]
         self.notices: list[object] = []
         self.loads: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
@@ -43,14 +43,14 @@ class Burst:
         for rank in range(ranks):
             self._coordinator(RankSaid(RankHello(PROTOCOL_VERSION, rank, 10 + rank, "tcp://a", True)))
         self.everyone_reports()
-        for index in range(front_ends):
+        for index in range(frontends):
             self.hear(index)
 
     def submit(self, index: int) -> int:
         """One request by a front-end; returns the rank that it chose."""
         self.requests += 1
         submit = Submit(self.requests, [0] * self.tokens, SamplingParams(8))
-        effects = self.front_ends[index].handle(submit, self.now)
+        effects = self.frontends[index].handle(submit, self.now)
         rank = one(find(effects, Placed)).rank
         self.sent[rank].append((100 + index, one(find(effects, ToRank)).message.number))
         self.notices += [effect.message for effect in find(effects, ToCoordinator)]
@@ -59,15 +59,15 @@ class Burst:
 
     def finish(self, index: int, request: int, rank: int) -> None:
         done = Outputs(rank, 10 + rank, [Output(request, [1], finish_reason="stop")])
-        self.front_ends[index].handle(frontend_events.RankSaid(done), self.now)
+        self.frontends[index].handle(frontend_events.RankSaid(done), self.now)
         self.loads[rank] -= 1
         self.finished[rank] += 1
 
     def report(self, rank: int) -> None:
         """The rank takes in what was sent to it, and says so."""
         self.steps += 1
-        for front_end, number in self.sent[rank]:
-            self.taken[rank][front_end] = number
+        for frontend, number in self.sent[rank]:
+            self.taken[rank][frontend] = number
         load = Load(self.loads[rank], 0, 64, self.tokens * self.loads[rank], finished=self.finished[rank])
         message = RankReport(rank, 10 + rank, self.steps, 0, False, load, dict(self.taken[rank]))
         self._coordinator(RankSaid(message))
@@ -79,31 +79,31 @@ class Burst:
     def relay(self, notices: int) -> None:
         """The coordinator hears of the oldest sends that it has not heard of."""
         for notice in self.notices[:notices]:
-            self._coordinator(FrontEndSaid(notice))
+            self._coordinator(FrontendSaid(notice))
         del self.notices[:notices]
 
     def hear(self, index: int) -> None:
         """A front-end reads all views that are on their way to it."""
         for message in self.held[index]:
-            self.front_ends[index].handle(CoordinatorSaid(message), self.now)
+            self.frontends[index].handle(CoordinatorSaid(message), self.now)
         self.held[index].clear()
 
     def _coordinator(self, event: coordinator.Event) -> None:
         self.now += 0.0001
         for effect in [*self.machine.handle(event, self.now), *self.machine.handle(Tick(), self.now)]:
-            if isinstance(effect, coordinator.ToFrontEnds):
+            if isinstance(effect, coordinator.ToFrontends):
                 for queue in self.held:
                     queue.append(effect.message)
 
 
-def shares_of(total: int, front_ends: int, modulo: int) -> list[tuple[int, ...]]:
+def shares_of(total: int, frontends: int, modulo: int) -> list[tuple[int, ...]]:
     """One split of `total` over the front-ends for every combination of remainders."""
     shares = []
-    for remainders in itertools.product(range(modulo), repeat=front_ends):
+    for remainders in itertools.product(range(modulo), repeat=frontends):
         left = total - sum(remainders)
         if left % modulo == 0:
             rounds = left // modulo
-            each = [rounds // front_ends + (index < rounds % front_ends) for index in range(front_ends)]
+            each = [rounds // frontends + (index < rounds % frontends) for index in range(frontends)]
             shares.append(tuple(r + modulo * n for r, n in zip(remainders, each, strict=True)))
     return shares
 
@@ -116,13 +116,13 @@ def level(burst: Burst, within: int = 1) -> bool:
 # Bursts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("front_ends", [1, 2, 4])
-def test_a_burst_without_a_view_is_level_for_every_split(front_ends: int) -> None:
-    shares = shares_of(64, front_ends, 4)
-    assert len(shares) == {1: 1, 2: 4, 4: 64}[front_ends]
+@pytest.mark.parametrize("frontends", [1, 2, 4])
+def test_a_burst_without_a_view_is_level_for_every_split(frontends: int) -> None:
+    shares = shares_of(64, frontends, 4)
+    assert len(shares) == {1: 1, 2: 4, 4: 64}[frontends]
     for share in shares:
         for order in ("one after another", "in turn"):
-            burst = Burst(front_ends)
+            burst = Burst(frontends)
             turns = [index for index, count in enumerate(share) for _ in range(count)]
             if order == "in turn":
                 random.Random(1).shuffle(turns)
@@ -132,9 +132,9 @@ def test_a_burst_without_a_view_is_level_for_every_split(front_ends: int) -> Non
             assert level(burst), f"{share} {order}: {sorted(burst.loads.items())}"
 
 
-def burst_with_views(seed: int, front_ends: int, front: str = "random") -> Burst:
+def burst_with_views(seed: int, frontends: int, front: str = "random") -> Burst:
     """64 requests, and between any two of them reports, relayed sends and views, as chance has it."""
-    chance, burst = random.Random(seed), Burst(front_ends)
+    chance, burst = random.Random(seed), Burst(frontends)
     for place in range(64):
         for _ in range(chance.randrange(4)):
             match chance.randrange(4):
@@ -143,22 +143,22 @@ def burst_with_views(seed: int, front_ends: int, front: str = "random") -> Burst
                 case 1:
                     burst.relay(chance.randrange(8))
                 case _:
-                    burst.hear(chance.randrange(front_ends))
-        burst.submit(place % front_ends if front == "turns" else chance.randrange(front_ends))
+                    burst.hear(chance.randrange(frontends))
+        burst.submit(place % frontends if front == "turns" else chance.randrange(frontends))
     return burst
 
 
 @pytest.mark.parametrize("front", ["random", "turns"])
-@pytest.mark.parametrize("front_ends", [1, 2, 4])
-def test_a_burst_with_views_in_its_midst_is_level(front_ends: int, front: str) -> None:
+@pytest.mark.parametrize("frontends", [1, 2, 4])
+def test_a_burst_with_views_in_its_midst_is_level(frontends: int, front: str) -> None:
     for seed in range(100):
-        burst = burst_with_views(seed, front_ends, front)
+        burst = burst_with_views(seed, frontends, front)
         assert level(burst), f"seed {seed}: {sorted(burst.loads.items())}"
 
 
-@pytest.mark.parametrize(("seed", "front_ends", "front"), [(100, 2, "random"), (880, 4, "turns")])
-def test_a_burst_with_views_that_say_nothing_new_is_level(seed: int, front_ends: int, front: str) -> None:
-    burst = burst_with_views(seed, front_ends, front)
+@pytest.mark.parametrize(("seed", "frontends", "front"), [(100, 2, "random"), (880, 4, "turns")])
+def test_a_burst_with_views_that_say_nothing_new_is_level(seed: int, frontends: int, front: str) -> None:
+    burst = burst_with_views(seed, frontends, front)
     assert level(burst), sorted(burst.loads.items())
 
 
@@ -180,7 +180,7 @@ def test_successive_single_requests_go_round_the_ranks(policy: str, heard: bool)
     assert [sorted(chosen[begin : begin + 4]) for begin in (0, 4, 8)] == [[0, 1, 2, 3]] * 3
 
 
-def test_front_ends_begin_at_ranks_of_their_own() -> None:
+def test_frontends_begin_at_ranks_of_their_own() -> None:
     burst = Burst(4)
     assert sorted(burst.submit(index) for index in range(4)) == [0, 1, 2, 3]
 
@@ -239,7 +239,7 @@ def test_long_prompts_are_spread_by_their_tokens() -> None:
     assert long in {burst.submit(0) for _ in range(20)}
 
 
-def test_what_a_front_end_has_in_flight_decides_among_equals() -> None:
+def test_what_a_frontend_has_in_flight_decides_among_equals() -> None:
     candidates = ranks((3, 100), (3, 100), (3, 100))
     candidates[0].in_flight = candidates[1].in_flight = 2
     assert LeastLoad().choose(candidates, Query(64)) == 7

@@ -84,7 +84,7 @@ def test_the_mean_share_that_moves_is_one_in_n() -> None:
     assert moved == len(KEYS)
 
 
-def test_front_ends_agree_whatever_they_saw_before() -> None:
+def test_frontends_agree_whatever_they_saw_before() -> None:
     late = Session(3, 4)
     candidates = idle(5, 7)
     late.choose(candidates, Query(1, session="a"))

@@ -25,5 +25,5 @@ def test_it_is_no_slower_than_anybody_under_load() -> None:
     arrivals = drawn(800, 60.0)
     best = finished(arrivals, ranks=4, routing="oracle").outcome
     for routing in ("round-robin", "vllm-0.32", "vllm-0.9", "least-load"):
-        other = finished(arrivals, ranks=4, front_ends=4, routing=routing).outcome
+        other = finished(arrivals, ranks=4, frontends=4, routing=routing).outcome
         assert best.ttft_p99_ms <= other.ttft_p99_ms * 1.02

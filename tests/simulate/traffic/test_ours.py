@@ -26,13 +26,13 @@ def test_prompts_are_as_long_as_they_are_and_equal_where_their_blocks_are() -> N
 
 def test_prefix_routing_finds_what_a_rank_has() -> None:
     arrivals = drawn(300, 30.0, shared=True)
-    blind = finished(arrivals, ranks=4, front_ends=1, routing="round-robin").outcome
-    sighted = finished(arrivals, ranks=4, front_ends=1, routing="prefix").outcome
+    blind = finished(arrivals, ranks=4, frontends=1, routing="round-robin").outcome
+    sighted = finished(arrivals, ranks=4, frontends=1, routing="prefix").outcome
     assert sighted.prefix_hit_rate > blind.prefix_hit_rate * 1.05
 
 
 def test_views_tell_of_the_ranks_as_they_were_when_they_reported() -> None:
-    done = finished(drawn(200, 50.0), ranks=3, front_ends=2, links=Links(0.0002, 0.05))
+    done = finished(drawn(200, 50.0), ranks=3, frontends=2, links=Links(0.0002, 0.05))
     plane = done._plane_used
     assert isinstance(plane, Paceline)
     done.clock.now += 10.0
@@ -47,27 +47,27 @@ def test_views_tell_of_the_ranks_as_they_were_when_they_reported() -> None:
 
 def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     arrivals = drawn(400, 60.0)
-    broker, arrival = (
-        finished(arrivals, ranks=4, front_ends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
+    dispatcher, arrival = (
+        finished(arrivals, ranks=4, frontends=4, bind=bind, slots=16).outcome for bind in ("broker", "arrival")
     )
     bound = finished(arrivals, ranks=4, routing="oracle", slots=16).outcome
-    assert broker.ttft_p99_ms < arrival.ttft_p99_ms
-    assert broker.ttft_p99_ms < bound.ttft_p99_ms * 1.1
+    assert dispatcher.ttft_p99_ms < arrival.ttft_p99_ms
+    assert dispatcher.ttft_p99_ms < bound.ttft_p99_ms * 1.1
 
 
-def test_no_herd_forms_where_front_ends_bind_at_arrival() -> None:
+def test_no_herd_forms_where_frontends_bind_at_arrival() -> None:
     # Lockstep shows it most: whoever gets too much holds all up.
     arrivals = drawn(1500, 56.0)
     settings: dict[str, Any] = {"ranks": 4, "lockstep": True, "slots": 64, "warm_up": 0.2}
     bound = finished(arrivals, routing="oracle", **settings).outcome
-    for front_ends in (4, 16):
-        bind = finished(arrivals, front_ends=front_ends, bind="arrival", **settings).outcome
+    for frontends in (4, 16):
+        bind = finished(arrivals, frontends=frontends, bind="arrival", **settings).outcome
         assert bind.ttft_p99_ms < bound.ttft_p99_ms * 1.25
 
 
-def test_front_ends_share_their_sends() -> None:
+def test_frontends_share_their_sends() -> None:
     # A burst through four front-ends: nobody knows of the others' but by the relay, and still it is level.
     arrivals = [Arrival(0.001 * number, 1000, 50) for number in range(64)]
-    done = finished(arrivals, ranks=8, front_ends=4)
+    done = finished(arrivals, ranks=8, frontends=4)
     each = [sum(one.rank == rank for one in done.sequences) for rank in range(8)]
     assert max(each) - min(each) <= 4

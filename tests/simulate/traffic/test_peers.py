@@ -86,7 +86,7 @@ def test_sglang_chooses_by_tokens_then_requests() -> None:
 
 
 def test_a_clients_own_counts_fall_when_it_hears_of_the_end() -> None:
-    done = finished(drawn(60, 200.0), ranks=3, front_ends=2, routing="vllm-0.32")
+    done = finished(drawn(60, 200.0), ranks=3, frontends=2, routing="vllm-0.32")
     plane = done._plane_used
     assert isinstance(plane, PeerPlane)
     last = done.clock.now

@@ -100,7 +100,7 @@ def test_the_gate_is_open_where_some_rank_writes_nothing() -> None:
 @pytest.mark.parametrize("routing", LOCKSTEP_PEERS)
 def test_everything_ends(routing: str) -> None:
     done = finished(
-        drawn(200, 60.0, shared=True), ranks=4, front_ends=2, lockstep=True, routing=routing, slots=8, kv_tokens=9000
+        drawn(200, 60.0, shared=True), ranks=4, frontends=2, lockstep=True, routing=routing, slots=8, kv_tokens=9000
     )
     assert done.recorder.ended == 200
     assert all(one.rank >= 0 for one in done.sequences)

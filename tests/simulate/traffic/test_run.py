@@ -33,7 +33,7 @@ def times(done: Run) -> Times:
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_every_request_ends_and_tokens_add_up(routing: str, lockstep: bool) -> None:
     arrivals = drawn(150, 40.0, shared=True)
-    done = finished(arrivals, ranks=4, front_ends=3, routing=routing, lockstep=lockstep, slots=16, kv_tokens=20_000)
+    done = finished(arrivals, ranks=4, frontends=3, routing=routing, lockstep=lockstep, slots=16, kv_tokens=20_000)
     outcome = done.outcome
     assert (outcome.requests, outcome.refused) == (150, 0)
     assert outcome.output_tokens == sum(one.answer_tokens for one in arrivals)
@@ -110,7 +110,7 @@ def test_lockstep_ranks_wait_for_the_slowest() -> None:
 
 def test_paused_ranks_are_woken_again() -> None:
     arrivals = [Arrival(0.0, 10, 2), Arrival(5.0, 10, 2), Arrival(5.001, 10, 30)]
-    done = finished(arrivals, ranks=3, front_ends=2, lockstep=True)
+    done = finished(arrivals, ranks=3, frontends=2, lockstep=True)
     # Pausing takes until the next agreement at most: nobody steps for seconds without work.
     assert done.outcome.steps < 100
     assert all(one.first - one.at < 0.05 for one in done.sequences)

@@ -7,15 +7,15 @@ import os
 import sys
 
 from paceline.vllm import main as vllm_main, process as vllm_process
-from paceline.vllm.codec import Notice, read_front_end
+from paceline.vllm.codec import Notice, read_frontend
 
 
 class DeafProcess(vllm_process.VllmProcess):
-    def _on_front_end_frame(self, frame: bytes) -> None:
-        if frame[0] > 1 and isinstance(read_front_end(frame), Notice):
+    def _on_frontend_frame(self, frame: bytes) -> None:
+        if frame[0] > 1 and isinstance(read_frontend(frame), Notice):
             vllm_process.logger.info("a notice is not heard")
         else:
-            super()._on_front_end_frame(frame)
+            super()._on_frontend_frame(frame)
 
 
 def register() -> None:

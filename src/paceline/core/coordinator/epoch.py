@@ -29,9 +29,9 @@ from collections.abc import Set
 
 from msgspec import Struct
 
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.load import plausible
 from paceline.core.messages import GroupMember, RankHello, Stall, StallReport
+from paceline.core.retry import Retry
 
 LOST_S = 0.1
 """How long a rank whose connection has ended may take to be back: one that is connected anew, not dead."""
@@ -48,7 +48,7 @@ class Position(Struct, frozen=True):
 
     incarnation: int
     address: str
-    generation: int
+    epoch: int
     told: int
 
     @classmethod
@@ -57,7 +57,7 @@ class Position(Struct, frozen=True):
         return cls(hello.incarnation, hello.group_address, hello.generation, hello.told)
 
 
-class Generations:
+class Epochs:
     """The current generation of a deployment of `size` ranks, and what is still to be formed."""
 
     def __init__(self, size: int) -> None:
@@ -76,8 +76,7 @@ class Generations:
         # When whoever is lost, and whoever is silent, is left out; None where nobody is waited for.
         self._lost_at: float | None = None
         self._silent_at: float | None = None
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
         self._give_up_at = float("inf")
 
     @property
@@ -88,32 +87,32 @@ class Generations:
     @property
     def forming(self) -> bool:
         """Whether its members are being told."""
-        return self._due is not None
+        return self._retry.due is not None
 
     @property
     def due(self) -> float | None:
         """When members must be told (again), or somebody is left out; None for neither."""
-        timers = [at for at in (self._due, self._lost_at, self._silent_at) if at is not None]
+        timers = [at for at in (self._retry.due, self._lost_at, self._silent_at) if at is not None]
         return min(timers, default=None)
 
     def timers(self) -> dict[str, list[int]]:
         """What is waited for, each with the ranks whose word would end that."""
         spoken = self._spoken or set()
         found = {
-            "generation": (self._due, list(self._members)),
-            "patience": (None if self._due is None else self._give_up_at, list(self._members)),
+            "generation": (self._retry.due, list(self._members)),
+            "patience": (None if self._retry.due is None else self._give_up_at, list(self._members)),
             "lost": (self._lost_at, sorted(self._lost)),
             "silent": (self._silent_at, [rank for rank in range(self._size) if rank not in spoken]),
         }
         return {name: ranks for name, (at, ranks) in found.items() if at is not None}
 
     def expire(self, timer: str, now: float) -> None:
-        """One of these has come, whatever its time was. That a generation takes too long is seen as it is told again."""
+        """One of these has come, whatever its time was. That one takes too long is seen as it is told again."""
         match timer:
             case "generation":
-                self._due = now
+                self._retry.due = now
             case "patience":
-                self._due = self._give_up_at = now
+                self._retry.due = self._give_up_at = now
             case "lost":
                 self._lost_at = now
             case "silent":
@@ -125,7 +124,7 @@ class Generations:
 
     def heard(self, rank: int, position: Position, now: float) -> None:
         """A rank said hello."""
-        if not plausible(max(position.generation, position.told), self.number):
+        if not plausible(max(position.epoch, position.told), self.number):
             return
         before = self._ranks.get(rank)
         self._ranks[rank] = position
@@ -135,8 +134,8 @@ class Generations:
             return
         new_life = before is not None and before.incarnation != position.incarnation
         # Who says that it left one from before may be about to form this one, as it was told.
-        left = before is not None and before.generation >= max(self.number, 1)
-        fell_out = left and position.generation == 0
+        left = before is not None and before.epoch >= max(self.number, 1)
+        fell_out = left and position.epoch == 0
         if self._spoken is None and (new_life or fell_out or self._members.get(rank) != position.incarnation):
             self._end(now)
         if self._spoken is not None:
@@ -178,13 +177,12 @@ class Generations:
         if self._silent_at is not None and now >= self._silent_at:
             self._silent_at = None
             self._leave_out(set(range(self._size)) - (self._spoken or set()), now)
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
         if now >= self._give_up_at:
             self._end(now)
             return None
-        self._due = now + self._repeat_s
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
         return self.number, [GroupMember(r, p.incarnation, p.address) for r, p in sorted(self._ranks.items())]
 
     def _leave_out(self, ranks: Set[int], now: float) -> None:
@@ -205,18 +203,18 @@ class Generations:
     def _complete(self) -> bool:
         """Whether all ranks, but for those left out, are members of one generation: the one that was to be formed, or
         one from before."""
-        named = {position.generation for position in self._ranks.values()}
+        named = {position.epoch for position in self._ranks.values()}
         all_there = len(self._ranks) == self._size - len(self.absent)
         if not all_there or len(named) != 1 or max(named) < max(self.number, 1):
             return False
         self.number = max(named)
         self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
-        self._due = None
+        self._retry.stop()
         self._wait_for_nobody()
         return True
 
     def _end(self, now: float) -> None:
-        self._due = None
+        self._retry.stop()
         self._spoken, self._members = set(), {}
         self._silent_at = now + SILENT_S
         self.asks = True
@@ -225,8 +223,7 @@ class Generations:
         self._wait_for_nobody()
         self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
         self.number = max(self.number, *(position.told for position in self._ranks.values())) + 1
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry.start(now)
         self._give_up_at = now + FORM_TIMEOUT_S
 
     def _wait_for_nobody(self) -> None:

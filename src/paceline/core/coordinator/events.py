@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from paceline.core.messages import FromFrontEnd, FromRank, OfRequests, RankReport, ToFrontEnd, ToRank
+from paceline.core.messages import FromFrontend, FromRank, OfRequests, RankReport, ToFrontend, ToRank
 
 # Events ---------------------------------------------------------------------------------------
 
@@ -27,14 +27,14 @@ class RanksReported(Struct, frozen=True):
     reports: Sequence[RankReport]
 
 
-class FrontEndSaid(Struct, frozen=True):
+class FrontendSaid(Struct, frozen=True):
     """A message from a front-end."""
 
-    message: FromFrontEnd
+    message: FromFrontend
 
 
-class FrontEndsSaid(Struct, frozen=True):
-    """What front-ends said of their requests, in the order in which it came: as FrontEndSaid one after the other, but
+class FrontendsSaid(Struct, frozen=True):
+    """What front-ends said of their requests, in the order in which it came: as FrontendSaid one after the other, but
     for less.
     """
 
@@ -64,19 +64,19 @@ class NodeGone(Struct, frozen=True):
     node: int
 
 
-class FrontEndSubscribed(Struct, frozen=True):
+class FrontendSubscribed(Struct, frozen=True):
     """Likewise a front-end's."""
 
 
-class FrontEndGone(Struct, frozen=True):
+class FrontendGone(Struct, frozen=True):
     """A front-end's connection has ended."""
 
-    front_end: int
+    frontend: int
 
 
 Event = (
-    Tick | RankSaid | RanksReported | FrontEndSaid | FrontEndsSaid
-    | RankSubscribed | RankGone | NodeGone | FrontEndSubscribed | FrontEndGone
+    Tick | RankSaid | RanksReported | FrontendSaid | FrontendsSaid
+    | RankSubscribed | RankGone | NodeGone | FrontendSubscribed | FrontendGone
 )  # fmt: skip
 
 # Effects --------------------------------------------------------------------------------------
@@ -88,10 +88,10 @@ class ToRanks(Struct, frozen=True):
     message: ToRank
 
 
-class ToFrontEnds(Struct, frozen=True):
+class ToFrontends(Struct, frozen=True):
     """Broadcast to all front-ends."""
 
-    message: ToFrontEnd
+    message: ToFrontend
 
 
 class Note(Struct, frozen=True):
@@ -101,4 +101,4 @@ class Note(Struct, frozen=True):
     urgent: bool = False
 
 
-Effect = ToRanks | ToFrontEnds | Note
+Effect = ToRanks | ToFrontends | Note

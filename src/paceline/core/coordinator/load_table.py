@@ -19,60 +19,60 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from paceline.core.dispatch.capacity import ANY, Amount
-from paceline.core.load import Ledger
+from paceline.core.load import Accounting
 from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
 
 
-class Wire:
+class UnackedSends:
     """The sends to one life of a rank that its reports do not hold yet."""
 
-    __slots__ = ("ledgers", "total")
+    __slots__ = ("accountings", "total")
 
     def __init__(self) -> None:
-        self.ledgers: dict[int, Ledger] = {}
+        self.accountings: dict[int, Accounting] = {}
         """By front-end."""
         self.total = Amount()
 
-    def sent(self, front_end: int, send: Send, taken: Mapping[int, int]) -> bool:
+    def sent(self, frontend: int, send: Send, taken: Mapping[int, int]) -> bool:
         """A front-end has sent something. `taken`: by the rank's latest report. Returns whether it is under way."""
-        ledger = self.ledgers.get(front_end)
-        if ledger is None:
-            ledger = self.ledgers[front_end] = Ledger()
-            ledger.reported(taken.get(front_end, 0))
-        requests, tokens, kv = ledger.requests, ledger.tokens, ledger.kv
-        ledger.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
-        self.total.add(ledger.requests - requests, ledger.tokens - tokens, ledger.kv - kv)
-        return ledger.requests > requests
+        accounting = self.accountings.get(frontend)
+        if accounting is None:
+            accounting = self.accountings[frontend] = Accounting()
+            accounting.reported(taken.get(frontend, 0))
+        requests, tokens, kv = accounting.requests, accounting.tokens, accounting.kv
+        accounting.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
+        self.total.add(accounting.requests - requests, accounting.tokens - tokens, accounting.kv - kv)
+        return accounting.requests > requests
 
     def reported(self, taken: Mapping[int, int]) -> None:
         """The rank has taken in so many sends of each front-end."""
-        ledgers = self.ledgers
-        for front_end, number in taken.items():
-            ledger = ledgers.get(front_end)
-            if ledger is not None and number > ledger.taken:
-                requests, tokens, kv = ledger.requests, ledger.tokens, ledger.kv
-                ledger.reported(number)
-                self.total.add(ledger.requests - requests, ledger.tokens - tokens, ledger.kv - kv)
+        accountings = self.accountings
+        for frontend, number in taken.items():
+            accounting = accountings.get(frontend)
+            if accounting is not None and number > accounting.taken:
+                requests, tokens, kv = accounting.requests, accounting.tokens, accounting.kv
+                accounting.reported(number)
+                self.total.add(accounting.requests - requests, accounting.tokens - tokens, accounting.kv - kv)
 
-    def forget(self, front_end: int) -> None:
+    def forget(self, frontend: int) -> None:
         """The front-end is gone; what it had under way is no longer known."""
-        ledger = self.ledgers.pop(front_end, None)
-        if ledger is not None:
-            self.total.add(-ledger.requests, -ledger.tokens, -ledger.kv)
+        accounting = self.accountings.pop(frontend, None)
+        if accounting is not None:
+            self.total.add(-accounting.requests, -accounting.tokens, -accounting.kv)
 
 
 HEARTBEAT_S = 4.0
 STEP_WAIT_S = 0.003
 
 
-class Board:
+class LoadTable:
     """The latest report of every rank, and the sends that no report holds yet."""
 
     def __init__(self) -> None:
         self.reports: dict[int, RankReport] = {}
         """The latest of each rank that has reported."""
         # By rank and incarnation: a send may be told of before its rank has said anything.
-        self._wires: dict[tuple[int, int], Wire] = {}
+        self._unacked: dict[tuple[int, int], UnackedSends] = {}
         # Ranks by the step of their reports: those that a view waits for. The question comes with every message
         # while a view is held, so it must not cost more with more ranks.
         self._at_step: dict[int, set[int]] = {}
@@ -91,32 +91,32 @@ class Board:
             self._counted = None
         elif self._counted is not None and report.rank in self._counted_ranks:
             self._count(report.rank, before.step, report.step)
-        wire = self._wires.get((report.rank, report.incarnation))
-        if wire is not None:
-            wire.reported(report.taken)
+        unacked = self._unacked.get((report.rank, report.incarnation))
+        if unacked is not None:
+            unacked.reported(report.taken)
         return True
 
-    def heard_of(self, front_end: int, told: int) -> None:
+    def heard_of(self, frontend: int, told: int) -> None:
         """A front-end has told of so many of its sends."""
-        if told > self.heard.get(front_end, 0):
-            self.heard[front_end] = told
+        if told > self.heard.get(frontend, 0):
+            self.heard[frontend] = told
 
-    def sent(self, front_end: int, send: Send) -> bool:
+    def sent(self, frontend: int, send: Send) -> bool:
         """A front-end said that it sent a request to a rank. Returns whether it is on the wire: not reported yet."""
-        wire = self._wire(send.rank, send.incarnation)
+        unacked = self._unacked_of(send.rank, send.incarnation)
         report = self.reports.get(send.rank)
         current = report is not None and report.incarnation == send.incarnation
-        return wire.sent(front_end, send, report.taken if report is not None and current else {})
+        return unacked.sent(frontend, send, report.taken if report is not None and current else {})
 
     def on_the_wire(self, rank: int, incarnation: int) -> Amount:
         """What is on the wire to this life of a rank, now and later, until it is forgotten."""
-        return self._wire(rank, incarnation).total
+        return self._unacked_of(rank, incarnation).total
 
-    def _wire(self, rank: int, incarnation: int) -> Wire:
-        wire = self._wires.get((rank, incarnation))
-        if wire is None:
-            wire = self._wires[rank, incarnation] = Wire()
-        return wire
+    def _unacked_of(self, rank: int, incarnation: int) -> UnackedSends:
+        unacked = self._unacked.get((rank, incarnation))
+        if unacked is None:
+            unacked = self._unacked[rank, incarnation] = UnackedSends()
+        return unacked
 
     def idle(self, rank: int, incarnation: int | None) -> bool:
         """Whether this life of a rank has said that it has nothing to do, and nothing is on the wire to it. None is."""
@@ -131,13 +131,13 @@ class Board:
         """The rank is gone or has begun a new life."""
         self.reports.pop(rank, None)
         self._counted = None
-        self._wires = {life: wire for life, wire in self._wires.items() if life[0] != rank}
+        self._unacked = {life: unacked for life, unacked in self._unacked.items() if life[0] != rank}
 
-    def forget_front_end(self, front_end: int) -> None:
+    def forget_frontend(self, frontend: int) -> None:
         """The front-end is gone; what it had on the wire is no longer known."""
-        for wire in self._wires.values():
-            wire.forget(front_end)
-        self.heard.pop(front_end, None)
+        for unacked in self._unacked.values():
+            unacked.forget(frontend)
+        self.heard.pop(frontend, None)
 
     def views(self, members: list[Member]) -> list[RankView]:
         """The published view of the ready ranks that have reported, in order of their numbers.
@@ -146,19 +146,19 @@ class Board:
         forget what the coordinator before had told them.
         """
         on_the_wire: dict[int, list[OnTheWire]] = {}
-        for (rank, _), to_life in self._wires.items():
+        for (rank, _), to_life in self._unacked.items():
             if not to_life.total.requests:
                 continue
-            for front_end, ledger in to_life.ledgers.items():
-                if ledger.requests:
-                    entry = OnTheWire(front_end, ledger.last, ledger.requests, min(ledger.tokens, ANY))
+            for frontend, accounting in to_life.accountings.items():
+                if accounting.requests:
+                    entry = OnTheWire(frontend, accounting.last, accounting.requests, min(accounting.tokens, ANY))
                     on_the_wire.setdefault(rank, []).append(entry)
         views: list[RankView] = []
         for member in members:
             report = self.reports.get(member.rank)
             if report is not None and report.incarnation == member.incarnation:
-                wire = on_the_wire.get(member.rank, [])
-                views.append(RankView(member.rank, member.incarnation, report.step, report.load, report.taken, wire))
+                unacked = on_the_wire.get(member.rank, [])
+                views.append(RankView(member.rank, member.incarnation, report.step, report.load, report.taken, unacked))
         return views
 
     def one_step(self, members: list[Member]) -> bool:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from paceline.core.coordinator.epoch import Generations, Position, Stalls, describe
+from paceline.core.coordinator.epoch import Epochs, Position, Stalls, describe
 from paceline.core.coordinator.events import (
     Effect,
     Event,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndsSaid,
-    FrontEndSubscribed,
+    FrontendGone,
+    FrontendSaid,
+    FrontendsSaid,
+    FrontendSubscribed,
     NodeGone,
     Note,
     RankGone,
@@ -28,26 +28,26 @@ from paceline.core.coordinator.events import (
     RanksReported,
     RankSubscribed,
     Tick as Tick,
-    ToFrontEnds,
+    ToFrontends,
     ToRanks,
 )
-from paceline.core.coordinator.load_table import STEP_WAIT_S, Board
-from paceline.core.coordinator.membership import PATIENCE_S, Introductions, Membership
-from paceline.core.coordinator.pause import Suspending
-from paceline.core.coordinator.publishing import Publisher, Shown
+from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable
+from paceline.core.coordinator.membership import PATIENCE_S, Membership, RollCall
+from paceline.core.coordinator.pause import CoordinatorPause
+from paceline.core.coordinator.publishing import Publisher, SnapshotHeader
 from paceline.core.coordinator.scaling import DeploymentScaling
 from paceline.core.coordinator.wave import GroupWave
-from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
     Ask,
     ControlRequest,
     Form,
-    FromFrontEnd,
+    FromFrontend,
     FromRank,
-    FrontEndHello,
-    FrontEndLeaving,
+    FrontendHello,
+    FrontendLeaving,
     Identify,
     NodeHello,
     RankFailed,
@@ -90,17 +90,17 @@ class Knowledge:
         self._without = checked(without)
         self._group = GroupWave(self._without)
         patience_s = None if lockstep else PATIENCE_S
-        self._introductions = Introductions(engine_count, fresh=fresh, patience_s=patience_s, without=without)
-        self._generations = Generations(engine_count)
+        self._roll_call = RollCall(engine_count, fresh=fresh, patience_s=patience_s, without=without)
+        self._epochs = Epochs(engine_count)
         self._scaling = DeploymentScaling(engine_count, most_ranks, self._without)
         self._stalls = Stalls()
-        self._suspension = Suspending(identity, lockstep, self._without)
-        self._board = Board()
-        self.broker = Brokerage(identity, self._without)
+        self._suspension = CoordinatorPause(identity, lockstep, self._without)
+        self._load_table = LoadTable()
+        self.dispatcher = Dispatcher(identity, self._without)
         wait_s = step_wait_s if lockstep else None
         self._publisher = Publisher(identity, interval_s, with_loads=publish_loads, step_wait_s=wait_s)
         self._dropped = 0
-        self._front_ends: set[int] = set()
+        self._frontends: set[int] = set()
 
     @property
     def size(self) -> int:
@@ -110,8 +110,8 @@ class Knowledge:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        waking, suspending, forming = self._group.wake_due, self._suspension.due, self._generations.due
-        timers = (waking, suspending, forming, self._introductions.due, self.broker.due, self._scaling.due)
+        waking, suspending, forming = self._group.wake_due, self._suspension.due, self._epochs.due
+        timers = (waking, suspending, forming, self._roll_call.due, self.dispatcher.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     # What the explorer asks, for which time is a choice -----------------------------------------
@@ -121,16 +121,16 @@ class Knowledge:
 
     def timers(self) -> dict[str, list[int]]:
         """The timers that are set, each with the ranks whose word it waits for."""
-        found = {**self._generations.timers(), **self._scaling.timers()}
+        found = {**self._epochs.timers(), **self._scaling.timers()}
         if self._group.wake_due is not None:
             found["wake"] = self._group.lagging()
-        if self._introductions.due is not None:
+        if self._roll_call.due is not None:
             found["question"] = self._unheard()
-        if self._introductions.impatient:
+        if self._roll_call.impatient:
             found["acquaintance"] = self._membership.missing()
         if self._suspension.due is not None:
-            found["suspension"] = self._suspension.shown.waiting_for
-        if self.broker.due is not None:
+            found["suspension"] = self._suspension.header.waiting_for
+        if self.dispatcher.due is not None:
             found["queue"] = []
         return found
 
@@ -140,23 +140,23 @@ class Knowledge:
             case "wake":
                 self._group.expire(now)
             case "question" | "acquaintance":
-                self._introductions.expire(now, patience=timer == "acquaintance")
+                self._roll_call.expire(now, patience=timer == "acquaintance")
             case "suspension":
                 self._suspension.expire(now)
             case "queue":
-                self.broker.expire(now)
+                self.dispatcher.expire(now)
             case "scaling" | "scaling-late":
                 self._scaling.expire(timer, now)
             case _:
-                self._generations.expire(timer, now)
+                self._epochs.expire(timer, now)
 
     def moment_passes(self) -> None:
         """Nothing is put off any more because the same was done a moment ago."""
-        self._introductions.moment_passes(asks=bool(self._unheard()))
+        self._roll_call.moment_passes(asks=bool(self._unheard()))
 
     def epoch(self) -> tuple[int, dict[int, int]]:
         """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
-        return self._generations.number, self._generations.members()
+        return self._epochs.number, self._epochs.members()
 
     @property
     def scaling(self) -> Scaling:
@@ -186,48 +186,48 @@ class Knowledge:
             "missing": self._membership.missing(),
             "lagging": self._group.lagging(),
             "stalls": [describe(stall) for stall in self._stalls.found],
-            "generation": self._generations.number,
-            "suspension": self._suspension.shown.number,
-            "suspension_settled": self._suspension.shown.settled,
-            "front_ends": len(self._front_ends),
-            "queued": self.broker.queued,
+            "generation": self._epochs.number,
+            "suspension": self._suspension.header.number,
+            "suspension_settled": self._suspension.header.settled,
+            "front_ends": len(self._frontends),
+            "queued": self.dispatcher.queued,
             "views_published": self._publisher.views,
             "void_messages": self._dropped,
         }
 
     def _forget_rank(self, rank: int, now: float) -> None:
         """What the rank last said of loads, waves, groups and suspensions does not hold any more."""
-        self._board.forget_rank(rank)
+        self._load_table.forget_rank(rank)
         self._group.forget(rank, now)
-        self._generations.forget(rank, now)
+        self._epochs.forget(rank, now)
         self._suspension.forget(rank)
         self._stalls.forget(rank)
         self._scaling.lost(rank)
-        self.broker.lost(rank)
+        self.dispatcher.lost(rank)
         self._suspension_changed(now)
         self._publisher.members_changed(now)
 
-    def _forget_front_end(self, front_end: int, now: float) -> None:
-        self._suspension.calls.forget_front_end(front_end)
-        self._scaling.forget_front_end(front_end)
-        self._front_ends.discard(front_end)
-        self._board.forget_front_end(front_end)
-        self.broker.forget_front_end(front_end)
+    def _forget_frontend(self, frontend: int, now: float) -> None:
+        self._suspension.calls.forget_frontend(frontend)
+        self._scaling.forget_frontend(frontend)
+        self._frontends.discard(frontend)
+        self._load_table.forget_frontend(frontend)
+        self.dispatcher.forget_frontend(frontend)
         self._publisher.loads_changed(now)
 
     def _suspension_changed(self, now: float) -> None:
-        if self._suspension.settle(self._membership, self._generations, now):
+        if self._suspension.settle(self._membership, self._epochs, now):
             self._publisher.changed(now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
 
     def _unheard(self) -> list[int]:
         """Ranks that are to be asked who they are."""
-        return [*self._membership.missing(), *self._generations.silent(), *self._late()]
+        return [*self._membership.missing(), *self._epochs.silent(), *self._late()]
 
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
-        return self._group.late() if self._generations.number else []
+        return self._group.late() if self._epochs.number else []
 
 
 class Coordinator(Knowledge):
@@ -236,34 +236,34 @@ class Coordinator(Knowledge):
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
         effects: list[Effect] = []
-        self._introductions.acquainted(now)
+        self._roll_call.acquainted(now)
         match event:
             case RankSaid(message):
                 self._on_rank(message, now, effects)
             case RanksReported(reports):
                 for report in reports:
                     # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
-                    if self._publisher.ripe(self._board, self._membership, now):
+                    if self._publisher.ripe(self._load_table, self._membership, now):
                         self._say_what_is_due(now, effects)
                     self._on_rank(report, now, effects)
-            case FrontEndSaid(message):
-                self._on_front_end(message, now)
-            case FrontEndsSaid(messages):
+            case FrontendSaid(message):
+                self._on_frontend(message, now)
+            case FrontendsSaid(messages):
                 for message in messages:
-                    self._on_front_end(message, now)
+                    self._on_frontend(message, now)
             case RankSubscribed(rank, incarnation):
                 self._membership.connected(rank, incarnation)
-                self._introductions.wanted(now)
+                self._roll_call.wanted(now)
             case RankGone(rank, incarnation):
                 if self._membership.lose(rank, incarnation, now):
                     self._forget_rank(rank, now)
                     effects.append(Note(f"the connection of rank {rank} has ended"))
             case NodeGone(node):
                 self._scaling.forget_node(node)
-            case FrontEndSubscribed():
+            case FrontendSubscribed():
                 self._publisher.members_changed(now)
-            case FrontEndGone(front_end):
-                self._forget_front_end(front_end, now)
+            case FrontendGone(frontend):
+                self._forget_frontend(frontend, now)
         self._say_what_is_due(now, effects)
         return effects
 
@@ -282,11 +282,11 @@ class Coordinator(Knowledge):
             case _ if not self._membership.is_current(message.rank, message.incarnation):
                 self._dropped += 1
                 if not self._membership.is_retired(message.rank, message.incarnation):
-                    self._introductions.wanted(now)
-            case RankReport() if self._board.report(message):
+                    self._roll_call.wanted(now)
+            case RankReport() if self._load_table.report(message):
                 if self.lockstep:
                     self._group.observe(message.rank, message.wave, message.running, now)
-                self.broker.reported(message)
+                self.dispatcher.reported(message)
                 self._publisher.loads_changed(now)
             case StartWave(rank, _, wave) if self.lockstep:
                 self._group.started(rank, wave, now)
@@ -316,60 +316,60 @@ class Coordinator(Knowledge):
             # It has loaded beside the others, and becomes part of the deployment when all that are to come have.
             self._scaling.hello(hello)
             return
-        self._introductions.heard(hello.rank)
+        self._roll_call.heard(hello.rank)
         if self.lockstep:
             self._group.told(hello.wave, now)
         grouped = self.lockstep and bool(hello.group_address)
         if grouped:
-            self._generations.heard(hello.rank, Position.of(hello), now)
+            self._epochs.heard(hello.rank, Position.of(hello), now)
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
             self._suspension.hello(hello, now)
             self._suspension_changed(now)
-            self.broker.mark(hello.rank)
+            self.dispatcher.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
         asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
-        if asks and self._introductions.admits(hello.rank, hello.incarnation, now):
+        if asks and self._roll_call.admits(hello.rank, hello.incarnation, now):
             admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._suspension.told())
             effects.append(ToRanks(admit))
 
     # Front-ends -------------------------------------------------------------------------------
 
-    def _on_front_end(self, message: FromFrontEnd, now: float) -> None:
+    def _on_frontend(self, message: FromFrontend, now: float) -> None:
         match message:
             case SendNotice():
                 self._on_sends(message, now)
             case Ask() | Withdraw() | ReturnShares():
-                self.broker.said(message, now)
-            case FrontEndHello(_, front_end, suspension, mode):
-                self._front_ends.add(front_end)
-                self._scaling.front_end(front_end, message.scaling, now)
-                self.broker.hello(message, (member.rank for member in self._membership.members()))
+                self.dispatcher.said(message, now)
+            case FrontendHello(_, frontend, suspension, mode):
+                self._frontends.add(frontend)
+                self._scaling.frontend(frontend, message.scaling, now)
+                self.dispatcher.hello(message, (member.rank for member in self._membership.members()))
                 self._suspension.known(suspension, mode, now)
                 self._suspension_changed(now)
                 self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
-                if self.lockstep and self._suspension.standing.free and self._introductions.acquainted(now):
+                if self.lockstep and self._suspension.standing.free and self._roll_call.acquainted(now):
                     self._group.noticed(rank, wave, now)
-            case ScaleRequest() if self._introductions.acquainted(now):
+            case ScaleRequest() if self._roll_call.acquainted(now):
                 self._scaling.ask(message, now)
                 self._publisher.members_changed(now)
             case ControlRequest(known=number, mode=mode):
                 self._suspension.known(number, mode, now)
                 self._suspension_changed(now)
                 self._suspension.calls.request(message)
-            case FrontEndLeaving(front_end):
-                self._forget_front_end(front_end, now)
+            case FrontendLeaving(frontend):
+                self._forget_frontend(frontend, now)
 
     def _on_sends(self, notice: SendNotice, now: float) -> None:
-        self._board.heard_of(notice.front_end, notice.told)
+        self._load_table.heard_of(notice.frontend, notice.told)
         for send in notice.sends:
             current = self._membership.is_current(send.rank, send.incarnation)
-            self.broker.sent(notice.front_end, send, current and self._board.sent(notice.front_end, send))
+            self.dispatcher.sent(notice.frontend, send, current and self._load_table.sent(notice.frontend, send))
             if current:
                 self._publisher.loads_changed(now)
 
@@ -377,26 +377,30 @@ class Coordinator(Knowledge):
 
     def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
         self._scale(now, effects)
-        if len(self._suspension.calls) and self._introductions.acquainted(now):
-            effects += map(ToFrontEnds, self._suspension.answers(now))
+        if len(self._suspension.calls) and self._roll_call.acquainted(now):
+            effects += map(ToFrontends, self._suspension.answers(now))
             self._suspension_changed(now)
         self._tell_ranks(now, effects)
         free = self._suspension.standing.free
-        if (grants := self.broker.grants(self._board, self._membership, free, now)) is not None:
-            effects.append(ToFrontEnds(grants))
-        if self.broker.emptied():
+        if (grants := self.dispatcher.grants(self._load_table, self._membership, free, now)) is not None:
+            effects.append(ToFrontends(grants))
+        if self.dispatcher.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
-        shown = Shown(self._group.wave, self._group.running, self._suspension.shown, free, self._scaling.state)
-        effects += self._publisher.publish(shown, self._board, self._membership, self._stalls.found, self.broker, now)
+        header = SnapshotHeader(
+            self._group.wave, self._group.running, self._suspension.header, free, self._scaling.state
+        )
+        effects += self._publisher.publish(
+            header, self._load_table, self._membership, self._stalls.found, self.dispatcher, now
+        )
 
     def _scale(self, now: float, effects: list[Effect]) -> None:
         """Go on with a change of the size, and bring everything in line with it."""
         scaling, members = self._scaling, self._membership
-        if scaling.state.under_way and self._introductions.acquainted(now):
-            scaling.advance(self._front_ends, lambda rank: self._board.idle(rank, members.ready_life(rank)), now)
+        if scaling.state.under_way and self._roll_call.acquainted(now):
+            scaling.advance(self._frontends, lambda rank: self._load_table.idle(rank, members.ready_life(rank)), now)
         if scaling.changed:
-            for rank in scaling.bring_in_line(members, self._generations, self._introductions, self.broker, now):
+            for rank in scaling.bring_in_line(members, self._epochs, self._roll_call, self.dispatcher, now):
                 self._forget_rank(rank, now)
             for hello in scaling.arrivals():
                 self._on_hello(hello, now, effects)
@@ -407,23 +411,23 @@ class Coordinator(Knowledge):
             effects.append(ToRanks(told))
 
     def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
-        formed = self._generations.form(now)
-        for rank in self._generations.absent:
+        formed = self._epochs.form(now)
+        for rank in self._epochs.absent:
             # Nothing is to be learned from who is not there: nobody waits for its word, or runs for its sake.
-            self._introductions.heard(rank)
+            self._roll_call.heard(rank)
             self._group.forget(rank, now)
             self._suspension_changed(now)
         if formed is not None:
             effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._suspension.told())))
-        if self._generations.asks or (self._introductions.due is None and self._late()):
-            self._generations.asks = False
-            self._introductions.wanted(now)
-        if self._introductions.ask(now, self._unheard):
+        if self._epochs.asks or (self._roll_call.due is None and self._late()):
+            self._epochs.asks = False
+            self._roll_call.wanted(now)
+        if self._roll_call.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
             if self._suspension.standing.suspended:
                 self._suspension.woke(now)
-                self._suspension.settle(self._membership, self._generations, now)
+                self._suspension.settle(self._membership, self._epochs, now)
         if (suspension := self._suspension.message(now)) is not None:
             effects.append(ToRanks(suspension))

@@ -34,6 +34,7 @@ from enum import Enum
 from msgspec import Struct
 
 from paceline.core.messages import Member
+from paceline.core.retry import Retry
 
 RETIRED_KEPT = 16
 LOST_S = 2.0
@@ -238,15 +239,15 @@ class Membership:
 
 GATHER_S = 0.01
 """Subscriptions within this time share a question."""
-FIRST_REPEAT_S = 0.1
-LONGEST_REPEAT_S = 4.0
+FIRST_AGAIN_S = 0.1
+LONGEST_AGAIN_S = 4.0
 PATIENCE_S = 1.0
 """How long independent ranks are waited for that may be dead."""
 ADMIT_AGAIN_S = 0.05
 """A rank asks for admission ten times a second and at each question; one answer serves them all."""
 
 
-class Introductions:
+class RollCall:
     """What is to be asked, who was answered when, and whether the ranks were heard.
 
     `size`: ranks in the deployment. `fresh`: there was no coordinator before, so there is nothing to learn.
@@ -258,24 +259,23 @@ class Introductions:
         self._patience_s = patience_s
         self._begun: float | None = None
         self._asks = "new-coordinator-asks" not in without
-        self._due: float | None = None
+        self._retry = Retry(FIRST_AGAIN_S, LONGEST_AGAIN_S)
         self._asked = float("-inf")
-        self._repeat_s = FIRST_REPEAT_S
         self._admitted: dict[int, tuple[int, float]] = {}
 
     @property
     def due(self) -> float | None:
         """When to ask, or when patience ends, or None."""
         if self._unheard and self._begun is not None and self._patience_s is not None:
-            return min(self._due or float("inf"), self._begun + self._patience_s)
-        return self._due
+            return min(self._retry.due or float("inf"), self._begun + self._patience_s)
+        return self._retry.due
 
     def expire(self, now: float, *, patience: bool = False) -> None:
         """The next question is due, whatever its time was; or patience with the ranks that say nothing is over."""
         if patience:
             self._begun = float("-inf")
         else:
-            self._due = now
+            self._retry.due = now
 
     @property
     def impatient(self) -> bool:
@@ -287,7 +287,7 @@ class Introductions:
         there is anybody to ask."""
         self._asked = float("-inf")
         self._admitted.clear()
-        self._due = self._due if asks else None
+        self._retry.due = self._retry.due if asks else None
 
     def resize(self, size: int, now: float) -> None:
         """The deployment has so many ranks: nobody waits for a word of the others, and new ones are asked."""
@@ -311,16 +311,16 @@ class Introductions:
     def wanted(self, now: float) -> None:
         """Somebody is there who has not been heard: ask, soon and again."""
         if self._asks:
-            self._repeat_s = FIRST_REPEAT_S
-            self._due = min(self._due or float("inf"), max(now, self._asked + GATHER_S))
+            self._retry.start(min(self._retry.due or float("inf"), max(now, self._asked + GATHER_S)))
 
     def ask(self, now: float, missing: Callable[[], Sequence[int]]) -> bool:
         """Whether to ask now; `missing`: the ranks of the deployment that are still unknown."""
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return False
         self._asked = now
-        self._due = now + self._repeat_s if missing() else None
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
+        if not missing():
+            self._retry.stop()
         return True
 
     def admits(self, rank: int, incarnation: int, now: float) -> bool:

@@ -28,13 +28,13 @@ from collections.abc import Callable, Iterable, Set
 
 from msgspec import Struct
 
-from paceline.core.coordinator.epoch import Generations
+from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
 from paceline.core.load import plausible
 from paceline.core.messages import ControlAnswer, ControlRequest, RankHello, Suspension, SuspensionState
 from paceline.core.requests import ControlAction, SuspendMode
-from paceline.core.standing import Standing
+from paceline.core.retry import Retry
+from paceline.core.standing import PauseState
 
 ANSWERS_KEPT = 4096
 
@@ -48,11 +48,11 @@ class Calls:
 
     def request(self, request: ControlRequest) -> None:
         """A front-end asks, or repeats what it asked."""
-        self._waiting[(request.front_end, request.call)] = request
+        self._waiting[(request.frontend, request.call)] = request
 
-    def forget_front_end(self, front_end: int) -> None:
+    def forget_frontend(self, frontend: int) -> None:
         """The front-end is gone; what it asked for stays asked for."""
-        self._answered = {key: number for key, number in self._answered.items() if key[0] != front_end}
+        self._answered = {key: number for key, number in self._answered.items() if key[0] != frontend}
 
     def __len__(self) -> int:
         """Calls that wait."""
@@ -84,18 +84,17 @@ class Acknowledged(Struct, frozen=True):
     held: bool
 
 
-class GroupSuspension:
+class PauseTransaction:
     """The suspension of all ranks, and what is still to be acknowledged.
 
     `together`: whether all go on at once, as ranks in lockstep must. `without`: rules (`rules.py`) left out.
     """
 
     def __init__(self, without: Set[str] = frozenset(), *, together: bool = True) -> None:
-        self.standing = Standing()
+        self.standing = PauseState()
         self._together = together
         self._said: dict[int, Acknowledged] = {}
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
         self._numbered = "suspension-number" not in without
         # Until somebody speaks of one there is nothing to agree on, whoever comes and goes.
         self._unheard_of = True
@@ -103,11 +102,11 @@ class GroupSuspension:
     @property
     def due(self) -> float | None:
         """When the ranks must be told (again), or None."""
-        return self._due
+        return self._retry.due
 
     def expire(self, now: float) -> None:
         """The ranks are to be told again, whatever the time was."""
-        self._due = now
+        self._retry.due = now
 
     def acknowledged(self, rank: int) -> tuple[int, bool] | None:
         """The number that a rank last said it knows, and whether it holds; None where it has said nothing."""
@@ -156,13 +155,11 @@ class GroupSuspension:
         known = not self._together or all(self._knows(rank) for rank in ranks)
         if known and not standing.suspended and not standing.released:
             standing.released = True
-            self._due = now
-            self._repeat_s = FIRST_REPEAT_S
+            self._retry.start(now)
         if not any(self._lacks(rank) for rank in self._said):
-            self._due = None
-        elif self._due is None:
-            self._due = now
-            self._repeat_s = FIRST_REPEAT_S
+            self._retry.stop()
+        elif self._retry.due is None:
+            self._retry.start(now)
 
     def state(self, expected: Iterable[int]) -> SuspensionState:
         """For front-ends."""
@@ -174,10 +171,9 @@ class GroupSuspension:
 
     def message(self, now: float) -> Suspension | None:
         """What to broadcast now, if that is due; the next repeat is set."""
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
-        self._due = now + self._repeat_s
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
         return self.told()
 
     def told(self) -> Suspension:
@@ -187,8 +183,7 @@ class GroupSuspension:
     def _begin(self, number: int, mode: SuspendMode, now: float) -> None:
         self._unheard_of = False
         self.standing.learn(number, mode, False)
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry.start(now)
 
     def _knows(self, rank: int) -> bool:
         said = self._said.get(rank)
@@ -203,13 +198,13 @@ class GroupSuspension:
         return not held if self.standing.suspended else held and self.standing.released
 
 
-class Suspending(GroupSuspension):
+class CoordinatorPause(PauseTransaction):
     """A GroupSuspension with its calls. `lockstep`: whether the ranks run in waves. `without`: rules left out."""
 
     def __init__(self, identity: int, lockstep: bool, without: Set[str]) -> None:
         super().__init__(without, together=lockstep)
         self.calls = Calls()
-        self.shown = SuspensionState()
+        self.header = SuspensionState()
         """What front-ends are shown."""
         self._identity = identity
         self._lockstep = lockstep
@@ -218,23 +213,23 @@ class Suspending(GroupSuspension):
         """A ready rank said what it knows."""
         self.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
 
-    def settle(self, membership: Membership, generations: Generations, now: float) -> bool:
+    def settle(self, membership: Membership, epochs: Epochs, now: float) -> bool:
         """After anything was heard. Returns whether front-ends are to be shown something else."""
-        expected = self.expected(membership, generations, now)
+        expected = self.expected(membership, epochs, now)
         self.advance(expected, now)
-        before, self.shown = self.shown, self.state(expected)
-        return self.shown != before
+        before, self.header = self.header, self.state(expected)
+        return self.header != before
 
     def answers(self, now: float) -> list[ControlAnswer]:
         """The calls that wait, answered; to be called once the ranks were heard."""
         answers = self.calls.serve(lambda action: self.ask(action, now), self.standing.number)
         return [ControlAnswer(self._identity, *answer) for answer in answers]
 
-    def expected(self, membership: Membership, generations: Generations, now: float) -> list[int]:
+    def expected(self, membership: Membership, epochs: Epochs, now: float) -> list[int]:
         """The ranks that must agree: all that there should be, heard or not, but for those that the others go on
         without, who are told when they come.
 
         A rank that was told of no suspension when it joined must not step either.
         """
-        gone = generations.absent if self._lockstep else membership.gone(now)
+        gone = epochs.absent if self._lockstep else membership.gone(now)
         return [rank for rank in range(membership.size) if rank not in gone]

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from paceline.core.coordinator.events import Effect, ToFrontEnds
-from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, Board, PublishClock
+from paceline.core.coordinator.events import Effect, ToFrontends
+from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, LoadTable, PublishClock
 from paceline.core.coordinator.membership import Membership
-from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, Scaling, Stall, SuspensionState
 
 
-class Shown(Struct, frozen=True):
+class SnapshotHeader(Struct, frozen=True):
     """What a view says besides the loads; `free`: whether work may be started."""
 
     wave: int
@@ -62,20 +62,26 @@ class Publisher:
         self._members_due = True
         self._clock.changed(now)
 
-    def ripe(self, board: Board, membership: Membership, now: float) -> bool:
+    def ripe(self, load_table: LoadTable, membership: Membership, now: float) -> bool:
         """Whether a view that waits for one step is due, and all ranks have reported it."""
-        return self._one_step and self._clock.due(now) and board.one_step(membership.members())
+        return self._one_step and self._clock.due(now) and load_table.one_step(membership.members())
 
     def publish(
-        self, shown: Shown, board: Board, membership: Membership, stalls: Sequence[Stall], broker: Brokerage, now: float
+        self,
+        header: SnapshotHeader,
+        load_table: LoadTable,
+        membership: Membership,
+        stalls: Sequence[Stall],
+        dispatcher: Dispatcher,
+        now: float,
     ) -> list[Effect]:
         """What is due now."""
-        state = (shown.wave, shown.running, shown.suspension.number, shown.suspension.settled)
+        state = (header.wave, header.running, header.suspension.number, header.suspension.settled)
         # A change of the wave or of running is what front-ends act on: it does not wait.
         if not self._members_due and state == self._said:
             if not self._clock.due(now):
                 return []
-            if self._one_step and not board.one_step(membership.members()) and self._clock.hold(now):
+            if self._one_step and not load_table.one_step(membership.members()) and self._clock.hold(now):
                 return []
         effects: list[Effect] = []
         members = membership.members()
@@ -83,22 +89,22 @@ class Publisher:
             self._members_sent = now
             missing, ended = membership.missing(), membership.ended()
             known = Members(
-                PROTOCOL_VERSION, self._identity, shown.wave, shown.running, members, missing, ended, list(stalls),
-                shown.scaling,
+                PROTOCOL_VERSION, self._identity, header.wave, header.running, members, missing, ended, list(stalls),
+                header.scaling,
             )  # fmt: skip
-            effects.append(ToFrontEnds(known))
+            effects.append(ToFrontends(known))
         self._members_due = False
         self._said = state
         self.views += 1
-        ranks = board.views(members) if self._with_loads else None
-        board.pass_over()
-        heard = dict(board.heard) if self._with_loads else {}
+        ranks = load_table.views(members) if self._with_loads else None
+        load_table.pass_over()
+        heard = dict(load_table.heard) if self._with_loads else {}
         # Without loads nobody knows where there is room.
-        shares = broker.shares(board, membership, shown.free) if self._with_loads else None
+        shares = dispatcher.shares(load_table, membership, header.free) if self._with_loads else None
         view = LoadView(
-            self._identity, self.views, shown.wave, shown.running, ranks, heard, shown.suspension, shares,
-            broker.queued, broker.queues(),
+            self._identity, self.views, header.wave, header.running, ranks, heard, header.suspension, shares,
+            dispatcher.queued, dispatcher.queues(),
         )  # fmt: skip
-        effects.append(ToFrontEnds(view))
+        effects.append(ToFrontends(view))
         self._clock.published(now)
         return effects

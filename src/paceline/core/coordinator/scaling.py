@@ -24,13 +24,13 @@ from collections.abc import Callable, Iterable, Set
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.core.coordinator.epoch import Generations
-from paceline.core.coordinator.membership import Introductions, Membership
-from paceline.core.coordinator.wave import FIRST_REPEAT_S, LONGEST_REPEAT_S
-from paceline.core.dispatch.dispatcher import Brokerage
+from paceline.core.coordinator.epoch import Epochs
+from paceline.core.coordinator.membership import Membership, RollCall
+from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.limits import most_ranks
 from paceline.core.load import plausible
 from paceline.core.messages import NodeHello, Outcome, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.retry import Retry
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
@@ -42,7 +42,7 @@ class KnownNode(Struct):
 
     ranks: frozenset[int]
     number: int
-    own_front_ends: bool
+    own_frontends: bool
     fixed: bool
 
 
@@ -65,23 +65,22 @@ class DeploymentScaling:
         self._served: dict[int, int] = {}
         self._nodeless_since: float | None = None
         self._deadline: float | None = None
-        self._due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
 
     @property
     def due(self) -> float | None:
         """When nodes must be told (again), or time is up; None for neither."""
-        return min((at for at in (self._due, self._deadline) if at is not None), default=None)
+        return min((at for at in (self._retry.due, self._deadline) if at is not None), default=None)
 
     def timers(self) -> dict[str, list[int]]:
         """What is waited for."""
-        found = {"scaling": self._due, "scaling-late": self._deadline}
+        found = {"scaling": self._retry.due, "scaling-late": self._deadline}
         return {name: [] for name, at in found.items() if at is not None}
 
     def expire(self, timer: str, now: float) -> None:
         """One of these has come, whatever its time was."""
         if timer == "scaling":
-            self._due = now
+            self._retry.due = now
         else:
             self._deadline = now
 
@@ -93,11 +92,11 @@ class DeploymentScaling:
         While a change is under way nothing else is begun: whoever asks sees by the state that it is another's.
         """
         state, size = self.state, request.size
-        if state.under_way or request.call <= self._served.get(request.front_end, -1) or self._waits_for_nodes(now):
+        if state.under_way or request.call <= self._served.get(request.frontend, -1) or self._waits_for_nodes(now):
             return
-        self._served[request.front_end] = request.call
+        self._served[request.frontend] = request.call
         asked = replace(
-            state, target=size, front_end=request.front_end, call=request.call, drain_ms=request.drain_ms,
+            state, target=size, frontend=request.frontend, call=request.call, drain_ms=request.drain_ms,
             startup_ms=request.startup_ms, outcome="done", why="",
         )  # fmt: skip
         refusal = self._refusal(size)
@@ -125,10 +124,10 @@ class DeploymentScaling:
     def _change(self, state: Scaling, now: float) -> None:
         self.state = state
         self.changed = True
-        self._served[state.front_end] = max(state.call, self._served.get(state.front_end, 0))
+        self._served[state.frontend] = max(state.call, self._served.get(state.frontend, 0))
         allowed_ms = state.startup_ms if state.joining else state.drain_ms
         self._deadline = now + allowed_ms / 1000 if state.under_way else None
-        self._tell(now)
+        self._retry.start(now)
 
     def said(self, message: NodeHello | RankFailed, now: float) -> None:
         """A node said something."""
@@ -139,24 +138,24 @@ class DeploymentScaling:
         self.learn(message.scaling, now)
         number = message.scaling.number
         ranks = frozenset(message.ranks)
-        self._nodes[message.node] = KnownNode(ranks, number, message.own_front_ends, message.fixed)
-        if number < self.state.number and self._due is None:
-            self._tell(now)
+        self._nodes[message.node] = KnownNode(ranks, number, message.own_frontends, message.fixed)
+        if number < self.state.number and self._retry.due is None:
+            self._retry.start(now)
 
     def forget_node(self, node: int) -> None:
         """It is gone, or will be back and say hello."""
         self._nodes.pop(node, None)
 
-    def front_end(self, front_end: int, state: Scaling | None, now: float) -> None:
+    def frontend(self, frontend: int, state: Scaling | None, now: float) -> None:
         """A front-end said what it knows."""
         if state is not None:
-            self._known_by[front_end] = state.number
+            self._known_by[frontend] = state.number
             self.learn(state, now)
 
-    def forget_front_end(self, front_end: int) -> None:
+    def forget_frontend(self, frontend: int) -> None:
         """It is gone: nobody waits for its word."""
-        self._known_by.pop(front_end, None)
-        self._served.pop(front_end, None)
+        self._known_by.pop(frontend, None)
+        self._served.pop(frontend, None)
 
     def hello(self, hello: RankHello) -> None:
         """A rank that is to join has loaded."""
@@ -167,14 +166,14 @@ class DeploymentScaling:
         self._loaded.pop(rank, None)
 
     def bring_in_line(
-        self, membership: Membership, generations: Generations, introductions: Introductions, broker: Brokerage,
+        self, membership: Membership, epochs: Epochs, roll_call: RollCall, dispatcher: Dispatcher,
         now: float,
     ) -> list[int]:  # fmt: skip
         """Let all others know the size. Returns the ranks that are gone with that."""
         state, self.changed = self.state, False
-        generations.resize(state.size, now)
-        introductions.resize(state.size, now)
-        broker.limit(state.serving)
+        epochs.resize(state.size, now)
+        roll_call.resize(state.size, now)
+        dispatcher.limit(state.serving)
         return membership.resize(state.size, state.limit)
 
     def arrivals(self) -> list[RankHello]:
@@ -186,10 +185,10 @@ class DeploymentScaling:
 
     # What follows from it -----------------------------------------------------------------------
 
-    def advance(self, front_ends: Iterable[int], idle: Callable[[int], bool], now: float) -> None:
+    def advance(self, frontends: Iterable[int], idle: Callable[[int], bool], now: float) -> None:
         """While a change is under way, after anything: go on where nothing is waited for any more.
 
-        `front_ends`: those that are there. `idle`: whether a rank has nothing left to do.
+        `frontends`: those that are there. `idle`: whether a rank has nothing left to do.
         """
         state = self.state
         late = self._deadline is not None and now >= self._deadline
@@ -199,7 +198,7 @@ class DeploymentScaling:
                 self._end("late", f"rank {_names(lacking)} had not loaded after {state.startup_ms / 1000:g} s", now)
                 return
         else:
-            known = all(self._known_by.get(front_end, -1) >= state.number for front_end in front_ends)
+            known = all(self._known_by.get(frontend, -1) >= state.number for frontend in frontends)
             drained = "leaver-drained" in self._without
             lacking = [rank for rank in state.leaving if not (drained or (known and idle(rank)))]
         if not lacking or late:
@@ -213,12 +212,12 @@ class DeploymentScaling:
         if self._deadline is not None and now >= self._deadline:
             # Time is up, and the ranks have not been heard yet: a coordinator that is new waits for them.
             self._deadline = now + LOOK_AGAIN_S
-        if self._due is None or now < self._due:
+        if not self._retry.is_due(now):
             return None
         lagging = any(node.number < self.state.number for node in self._nodes.values())
-        again = (self.state.under_way or lagging) and "scaling-repeated" not in self._without
-        self._due = now + self._repeat_s if again else None
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
+        if not (self.state.under_way or lagging) or "scaling-repeated" in self._without:
+            self._retry.stop()
         return self.state
 
     def line(self) -> str:
@@ -241,10 +240,6 @@ class DeploymentScaling:
         )  # fmt: skip
         self._change(ended, now)
 
-    def _tell(self, now: float) -> None:
-        self._due = now
-        self._repeat_s = FIRST_REPEAT_S
-
     def _waits_for_nodes(self, now: float) -> bool:
         """Whether it is too soon to begin anything: whoever asks, asks again.
 
@@ -266,7 +261,7 @@ class DeploymentScaling:
         if any(node.fixed for node in self._nodes.values()):
             return "in external mode each rank has a front-end of its own, and cannot come or go without it"
         for node in self._nodes.values():
-            if node.own_front_ends and node.ranks and min(node.ranks) >= size:
+            if node.own_frontends and node.ranks and min(node.ranks) >= size:
                 ranks = _names(sorted(node.ranks))
                 return f"in hybrid mode each node keeps a rank: with {size} the one with rank {ranks} would have none"
         return ""

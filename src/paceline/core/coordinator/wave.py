@@ -27,9 +27,7 @@ from msgspec import Struct
 
 from paceline.core.load import plausible
 from paceline.core.messages import StartDPWave
-
-FIRST_REPEAT_S = 0.05
-LONGEST_REPEAT_S = 1.0
+from paceline.core.retry import FIRST_S, Retry
 
 
 class Observed(Struct, frozen=True):
@@ -56,8 +54,7 @@ class GroupWave:
         self._prompt_wake = False
         self._noticed_wave = -1
         self._exclude: int | None = None
-        self._wake_due: float | None = None
-        self._repeat_s = FIRST_REPEAT_S
+        self._retry = Retry()
 
     @property
     def running(self) -> bool:
@@ -72,11 +69,11 @@ class GroupWave:
     @property
     def wake_due(self) -> float | None:
         """When the wake must be sent (again), or None while no rank owes an answer."""
-        return self._wake_due
+        return self._retry.due
 
     def expire(self, now: float) -> None:
         """The wake is due, whatever its time was."""
-        self._wake_due = now
+        self._retry.due = now
 
     def observe(self, rank: int, wave: int, running: bool, now: float) -> None:
         """A rank said that it runs in `wave`, or that it is paused and `wave` comes next."""
@@ -102,7 +99,7 @@ class GroupWave:
             # them in its first collective. Its wave catches up with theirs when they come.
             self._noticed_wave = self.wave
             self._settle(now)
-        elif current and self._wake_due == now:
+        elif current and self._retry.due == now:
             self._exclude = rank
 
     def noticed(self, rank: int, wave: int, now: float) -> None:
@@ -112,7 +109,7 @@ class GroupWave:
         if not self.running:
             self._noticed_wave = self.wave
         self._settle(now)
-        if fresh and self._wake_due == now:
+        if fresh and self._retry.due == now:
             self._exclude = rank
 
     def no_notice(self, now: float) -> None:
@@ -146,7 +143,7 @@ class GroupWave:
 
     def wake(self, now: float) -> StartDPWave | None:
         """The wake to broadcast now, if one is due; the next repeat is set."""
-        if self._wake_due is None or now < self._wake_due:
+        if not self._retry.is_due(now):
             return None
         message = StartDPWave(self.wave, self._exclude)
         if "stale-notice-leaves-nobody-out" not in self._without:
@@ -155,8 +152,7 @@ class GroupWave:
         if "acknowledged-wakes" in self._without:
             self._believe_woken()
             return message
-        self._wake_due = now + self._repeat_s
-        self._repeat_s = min(self._repeat_s * 2, LONGEST_REPEAT_S)
+        self._retry.said(now)
         return message
 
     def _owed(self) -> bool:
@@ -167,7 +163,7 @@ class GroupWave:
         for rank in sorted(self._observed):
             self._observed[rank] = Observed(self.wave, True)
             self._place(rank, self._observed[rank])
-        self._wake_due = None
+        self._retry.stop()
 
     def _prompt(self) -> bool:
         if "own-report" in self._without:
@@ -195,12 +191,11 @@ class GroupWave:
         if self._behind and self._owed():
             # A stranded rank is about to say that it has paused, or waits alone: it is given a moment.
             prompt = self._prompt()
-            if self._wake_due is None or (prompt and not self._prompt_wake):
-                self._wake_due = now if prompt else now + FIRST_REPEAT_S
-                self._repeat_s = FIRST_REPEAT_S
+            if self._retry.due is None or (prompt and not self._prompt_wake):
+                self._retry.start(now if prompt else now + FIRST_S)
                 self._prompt_wake = prompt
             return
-        self._wake_due = None
+        self._retry.stop()
         self._exclude, self._prompt_wake = None, False
         # Where everyone runs, the notice is served: the wave's end must not bring it back.
         if not self._behind or self._noticed_wave < self.wave:

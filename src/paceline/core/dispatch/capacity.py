@@ -2,7 +2,7 @@
 
 What a rank has is counted as the exact accounting counts it: its report, and what front-ends have told of that the
 report does not hold. On top of that comes what was promised and is not yet told of: grants, and front-ends' shares.
-Nothing is copied: a room reads the report and the sum of the sends where they are kept (`Wire.total`), so that what
+Nothing is copied: the report and the sum of the sends are read where they are kept (`UnackedSends.total`), so that what
 the promises become when their sends are told of is there at once, and a report of a full rank costs one comparison.
 """
 
@@ -69,28 +69,28 @@ class Amount:
         self.kv += kv
 
 
-class Room:
-    """One life of one rank. `load`: its latest report; `wire`: what it was sent beyond; `promised`: by grants and
-    shares; `shared`: of that, by shares. `reserved`: for one request. `touched`: whether anything has changed since
+class Capacity:
+    """One life of one rank. `load`: its latest report; `unacked`: what it was sent beyond; `promised`: by grants and
+    shares; `credited`: of that, by shares. `reserved`: for one request. `touched`: whether anything has changed since
     shares were last handed out.
     """
 
-    __slots__ = ("incarnation", "load", "promised", "rank", "reserved", "shared", "touched", "wire")
+    __slots__ = ("credited", "incarnation", "load", "promised", "rank", "reserved", "touched", "unacked")
 
-    def __init__(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
+    def __init__(self, rank: int, incarnation: int, load: Load, unacked: Amount) -> None:
         self.rank = rank
         self.incarnation = incarnation
         self.load = load
-        self.wire = wire
+        self.unacked = unacked
         self.promised = Amount()
-        self.shared = Amount()
+        self.credited = Amount()
         self.reserved = False
         self.touched = True
 
     def requests(self) -> int:
         """What it has and what was promised."""
         load = self.load
-        return load.waiting + load.running + self.wire.requests + self.promised.requests
+        return load.waiting + load.running + self.unacked.requests + self.promised.requests
 
     def free_requests(self) -> int:
         """Slots that are neither taken nor promised."""
@@ -105,7 +105,7 @@ class Room:
         load = self.load
         if not load.step_tokens:
             return ANY
-        ahead = load.prefill_tokens + self.wire.tokens + self.promised.tokens
+        ahead = load.prefill_tokens + self.unacked.tokens + self.promised.tokens
         return int(BUDGETS_AHEAD * load.step_tokens) - ahead
 
     def free_kv(self) -> int:
@@ -113,7 +113,7 @@ class Room:
         load = self.load
         if not load.kv_total:
             return ANY
-        used = load.kv_waiting + self.wire.kv + self.promised.kv
+        used = load.kv_waiting + self.unacked.kv + self.promised.kv
         if load.kv_reserved > load.kv_used:
             return load.kv_total - load.kv_reserved - used
         return int(KV_SHARE * load.kv_total) - load.kv_used - used
@@ -125,140 +125,140 @@ class Room:
     def open(self) -> bool:
         """Whether something can start here that is small enough."""
         # `free_requests` and `free_tokens`, written out: this is asked after every report and every promise.
-        load, wire, promised = self.load, self.wire, self.promised
+        load, unacked, promised = self.load, self.unacked, self.promised
         slots = load.slots
         if slots:
             if load.answer_tokens:
                 slots += STEPS_AHEAD * load.decoding // load.answer_tokens
-            if slots <= load.running + load.waiting + wire.requests + promised.requests:
+            if slots <= load.running + load.waiting + unacked.requests + promised.requests:
                 return False
         if self.reserved:
             return False
-        ahead = load.prefill_tokens + wire.tokens + promised.tokens
+        ahead = load.prefill_tokens + unacked.tokens + promised.tokens
         return not load.step_tokens or ahead < int(BUDGETS_AHEAD * load.step_tokens)
 
     def work(self) -> int:
         """What it has to do, in prompt tokens. Nobody knows of a share whether it will be used."""
-        load, wire, promised, shared = self.load, self.wire, self.promised, self.shared
-        requests = load.waiting + load.running + wire.requests + promised.requests - shared.requests
-        return load.prefill_tokens + wire.tokens + promised.tokens - shared.tokens + RUNNING_TOKENS * requests
+        load, unacked, promised, credited = self.load, self.unacked, self.promised, self.credited
+        requests = load.waiting + load.running + unacked.requests + promised.requests - credited.requests
+        return load.prefill_tokens + unacked.tokens + promised.tokens - credited.tokens + RUNNING_TOKENS * requests
 
     def takes(self, kv: int) -> bool:
         """Whether a request that needs so much KV can start here, reserved or not."""
         return self.free_requests() > 0 and self.free_tokens() > 0 and self.startable_kv() >= kv
 
 
-def _work(room: Room) -> int:
-    return room.work() if room.open() else ANY
+def _work(capacity: Capacity) -> int:
+    return capacity.work() if capacity.open() else ANY
 
 
-def _kv(room: Room) -> int:
-    return -room.startable_kv() if room.open() else 0
+def _kv(capacity: Capacity) -> int:
+    return -capacity.startable_kv() if capacity.open() else 0
 
 
-class Rooms:
+class Capacities:
     """The rooms of all ranks that have been heard, in order of rank."""
 
     def __init__(self) -> None:
-        self._rooms: list[Room] = []
+        self._capacities: list[Capacity] = []
         self._ranks: list[int] = []
-        self._by_rank: dict[int, Room] = {}
-        self.open: dict[int, Room] = {}
+        self._by_rank: dict[int, Capacity] = {}
+        self.open: dict[int, Capacity] = {}
         """Those where something can start that is small enough."""
         # Ranks whose places in the orderings are to be found anew when these are asked for.
         self._moved: set[int] = set()
-        self._by_load: Ordering[Room] = Ordering(self._rooms, _work)
-        self._by_kv: Ordering[Room] = Ordering(self._rooms, _kv)
+        self._by_load: Ordering[Capacity] = Ordering(self._capacities, _work)
+        self._by_kv: Ordering[Capacity] = Ordering(self._capacities, _kv)
 
     def __len__(self) -> int:
-        return len(self._rooms)
+        return len(self._capacities)
 
-    def __iter__(self) -> Iterator[Room]:
-        return iter(self._rooms)
+    def __iter__(self) -> Iterator[Capacity]:
+        return iter(self._capacities)
 
-    def __getitem__(self, place: int) -> Room:
-        return self._rooms[place]
+    def __getitem__(self, place: int) -> Capacity:
+        return self._capacities[place]
 
-    def of(self, rank: int) -> Room | None:
+    def of(self, rank: int) -> Capacity | None:
         """A rank's room, None where it has not been heard."""
         return self._by_rank.get(rank)
 
-    def heard(self, rank: int, incarnation: int, load: Load, wire: Amount) -> None:
+    def heard(self, rank: int, incarnation: int, load: Load, unacked: Amount) -> None:
         """What a rank has: its latest report, and what is on the wire, which is read again whenever that is asked.
         Another life than before is another rank.
         """
-        room = self._by_rank.get(rank)
-        if room is None or room.incarnation != incarnation:
+        capacity = self._by_rank.get(rank)
+        if capacity is None or capacity.incarnation != incarnation:
             self.forget(rank)
             place = bisect_left(self._ranks, rank)
-            room = Room(rank, incarnation, load, wire)
+            capacity = Capacity(rank, incarnation, load, unacked)
             self._ranks.insert(place, rank)
-            self._rooms.insert(place, room)
-            self._by_rank[rank] = room
+            self._capacities.insert(place, capacity)
+            self._by_rank[rank] = capacity
             self._by_load.changed = self._by_kv.changed = None
-        room.load, room.wire = load, wire
-        self.changed(room)
+        capacity.load, capacity.unacked = load, unacked
+        self.changed(capacity)
 
     def reported(self, report: RankReport) -> bool | None:
         """A rank has reported. Returns whether something may start there that could not, None where that life of it is
         not known.
         """
         rank = report.rank
-        room = self._by_rank.get(rank)
-        if room is None or room.incarnation != report.incarnation:
+        capacity = self._by_rank.get(rank)
+        if capacity is None or capacity.incarnation != report.incarnation:
             return None
-        room.load = report.load
-        room.touched = True
+        capacity.load = report.load
+        capacity.touched = True
         # As `changed` has it, but for what nobody can start at before and after.
-        if room.open():
-            self.open[rank] = room
+        if capacity.open():
+            self.open[rank] = capacity
             self._moved.add(rank)
             return True
         if rank in self.open:
             del self.open[rank]
             self._moved.add(rank)
-        return room.reserved
+        return capacity.reserved
 
     def forget(self, rank: int) -> None:
         """The rank is gone, with all that was promised of it."""
         if self._by_rank.pop(rank, None) is not None:
             place = bisect_left(self._ranks, rank)
-            del self._ranks[place], self._rooms[place]
+            del self._ranks[place], self._capacities[place]
             self.open.pop(rank, None)
             self._moved.discard(rank)
             self._by_load.changed = self._by_kv.changed = None
 
-    def promise(self, room: Room, tokens: int, kv: int) -> None:
+    def promise(self, capacity: Capacity, tokens: int, kv: int) -> None:
         """One that could start there is granted it."""
-        promised = room.promised
+        promised = capacity.promised
         promised.requests += 1
         promised.tokens += tokens
         promised.kv += kv
-        room.touched = True
+        capacity.touched = True
         # As `changed` has it: what is open now was so before.
-        if not room.open():
-            self.open.pop(room.rank, None)
-        self._moved.add(room.rank)
+        if not capacity.open():
+            self.open.pop(capacity.rank, None)
+        self._moved.add(capacity.rank)
 
-    def changed(self, room: Room) -> None:
+    def changed(self, capacity: Capacity) -> None:
         """What it has, what was promised of it, or whether it is reserved, has changed."""
-        rank = room.rank
-        room.touched = True
-        if room.open():
-            self.open[rank] = room
+        rank = capacity.rank
+        capacity.touched = True
+        if capacity.open():
+            self.open[rank] = capacity
         else:
             self.open.pop(rank, None)
         self._moved.add(rank)
 
-    def best(self, kv: int) -> Room | None:
+    def best(self, kv: int) -> Capacity | None:
         """The least loaded rank that can start a request which needs so much KV, None where none can."""
         if len(self.open) == 1:
             # Mostly so while somebody waits: one slot after the other becomes free.
-            (room,) = self.open.values()
-            return room if room.startable_kv() >= kv else None
+            (capacity,) = self.open.values()
+            return capacity if capacity.startable_kv() >= kv else None
         if len(self.open) <= FEW:
-            fits = [room for room in self.open.values() if room.startable_kv() >= kv]
-            return min(fits, key=lambda room: (room.work(), room.rank)) if fits else None
+            fits = [capacity for capacity in self.open.values() if capacity.startable_kv() >= kv]
+            return min(fits, key=lambda capacity: (capacity.work(), capacity.rank)) if fits else None
         loads, frees = self._orderings()
         if frees.least() > -kv:
             return None
@@ -268,10 +268,10 @@ class Rooms:
             if entry >> PLACE_BITS >= ANY:
                 break
             if keys[place] <= -kv:
-                return self._rooms[place]
-        return self._rooms[frees.entries[0] & PLACE_MASK]
+                return self._capacities[place]
+        return self._capacities[frees.entries[0] & PLACE_MASK]
 
-    def _orderings(self) -> tuple[Ordering[Room], Ordering[Room]]:
+    def _orderings(self) -> tuple[Ordering[Capacity], Ordering[Capacity]]:
         places = [bisect_left(self._ranks, rank) for rank in self._moved]
         self._moved.clear()
         for ordering in (self._by_load, self._by_kv):
@@ -280,7 +280,9 @@ class Rooms:
             ordering.refresh()
         return self._by_load, self._by_kv
 
-    def roomiest(self) -> Room | None:
+    def most_free(self) -> Capacity | None:
         """Where what fits nowhere now will fit soonest, of those that are not reserved. Looks at all ranks."""
-        free = [room for room in self._rooms if not room.reserved]
-        return max(free, key=lambda room: (room.startable_kv(), room.free_requests(), -room.rank), default=None)
+        free = [capacity for capacity in self._capacities if not capacity.reserved]
+        return max(
+            free, key=lambda capacity: (capacity.startable_kv(), capacity.free_requests(), -capacity.rank), default=None
+        )

@@ -7,7 +7,7 @@ others' shares lie idle. Where that half is used up and somebody waits, all shar
 
 A share is a limit on the sends beyond those that the view has heard of, the same cut on which the front-end's
 accounting rests (`LoadView.heard`). So views may be lost: an older one allows no more than a newer one that nobody has
-given back. `edition` says which shares were given back: what comes late of an older edition is void on both sides.
+given back. `epoch` says which shares were given back: what comes late of an older edition is void on both sides.
 
 One queue, for the front-ends that balance over the same ranks, and the rooms that must be looked at anew for it.
 """
@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
-from paceline.core.coordinator.load_table import Board
+from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
-from paceline.core.dispatch.capacity import ANY, Amount, Room, Rooms
-from paceline.core.dispatch.queue import Broker
+from paceline.core.dispatch.capacity import ANY, Amount, Capacities, Capacity
+from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.messages import Send, Share, Shares
 
 ENTRIES = 256
@@ -28,16 +28,16 @@ LEAST_RANKS = 8
 
 
 class Holding:
-    """What one front-end holds, by rank. `edition`: of these, or of the next ones where there are none."""
+    """What one front-end holds, by rank. `epoch`: of these, or of the next ones where there are none."""
 
-    __slots__ = ("amounts", "edition")
+    __slots__ = ("amounts", "epoch")
 
     def __init__(self) -> None:
-        self.edition = 1
+        self.epoch = 1
         self.amounts: dict[int, Amount] = {}
 
 
-class ShareBook:
+class CreditBook:
     """The shares of all front-ends of one broker, in the order in which they have come."""
 
     def __init__(self) -> None:
@@ -57,103 +57,103 @@ class ShareBook:
         """The front-ends that hold any."""
         return self._holders
 
-    def join(self, front_end: int) -> None:
+    def join(self, frontend: int) -> None:
         """The front-end is there, and gets shares from now on."""
-        self._holdings.setdefault(front_end, Holding())
+        self._holdings.setdefault(frontend, Holding())
 
-    def leave(self, front_end: int, rooms: Rooms) -> None:
+    def leave(self, frontend: int, capacities: Capacities) -> None:
         """The front-end is gone."""
-        holding = self._holdings.pop(front_end, None)
+        holding = self._holdings.pop(frontend, None)
         if holding is not None:
-            self._clear(front_end, holding, rooms)
+            self._clear(frontend, holding, capacities)
 
-    def returned(self, front_end: int, edition: int, rooms: Rooms) -> bool:
+    def returned(self, frontend: int, epoch: int, capacities: Capacities) -> bool:
         """The front-end uses nothing of this edition, or an earlier one, any more. Returns whether that is news."""
-        holding = self._holdings.get(front_end)
+        holding = self._holdings.get(frontend)
         # The largest number has no next one, which a view could carry.
-        if holding is None or not holding.edition <= edition < ANY:
+        if holding is None or not holding.epoch <= epoch < ANY:
             return False
-        self._clear(front_end, holding, rooms)
-        holding.edition = edition + 1
+        self._clear(frontend, holding, capacities)
+        holding.epoch = epoch + 1
         return True
 
-    def spent(self, front_end: int, send: Send, rooms: Rooms) -> None:
+    def spent(self, frontend: int, send: Send, capacities: Capacities) -> None:
         """The front-end has sent something by itself."""
-        holding = self._holdings.get(front_end)
+        holding = self._holdings.get(frontend)
         amount = holding.amounts.get(send.rank) if holding is not None else None
-        room = rooms.of(send.rank)
-        if amount is None or room is None:
+        capacity = capacities.of(send.rank)
+        if amount is None or capacity is None:
             return
         kv = send.tokens + send.answer_tokens
         used = (min(1, amount.requests), min(send.tokens, amount.tokens), min(kv, amount.kv))
-        self._give(amount, room, -used[0], -used[1], -used[2])
-        rooms.changed(room)
+        self._give(amount, capacity, -used[0], -used[1], -used[2])
+        capacities.changed(capacity)
 
     def lost(self, rank: int) -> None:
         """That life of the rank has ended; its room is gone with it."""
-        for front_end, holding in self._holdings.items():
+        for frontend, holding in self._holdings.items():
             holding.amounts.pop(rank, None)
             if not holding.amounts:
-                self._holders.discard(front_end)
+                self._holders.discard(frontend)
 
-    def hand_out(self, rooms: Rooms) -> None:
+    def hand_out(self, capacities: Capacities) -> None:
         """Give everybody what is due to it, where that is more than what it holds."""
         count = len(self._holdings)
         each = max(LEAST_RANKS, ENTRIES // max(1, count))
         # Of one rank: all of them where each gets shares of every rank.
-        sharers = count if each >= len(rooms) else -(-count * each // len(rooms))
+        sharers = count if each >= len(capacities) else -(-count * each // len(capacities))
         all_anew = count != self._counted
         self._counted = count
-        for index, (front_end, holding) in enumerate(self._holdings.items()):
-            for place in _places(index, each, len(rooms)):
-                room = rooms[place]
-                if (room.touched or all_anew) and not room.reserved:
-                    self._grow(holding, room, sharers, (index + place) % sharers, rooms)
+        for index, (frontend, holding) in enumerate(self._holdings.items()):
+            for place in _places(index, each, len(capacities)):
+                capacity = capacities[place]
+                if (capacity.touched or all_anew) and not capacity.reserved:
+                    self._grow(holding, capacity, sharers, (index + place) % sharers, capacities)
             if holding.amounts:
-                self._holders.add(front_end)
-        for room in rooms:
-            room.touched = False
+                self._holders.add(frontend)
+        for capacity in capacities:
+            capacity.touched = False
 
-    def shares(self, rooms: Rooms) -> list[Shares]:
+    def shares(self, capacities: Capacities) -> list[Shares]:
         """What everybody holds, for a view: a limit each, beyond the sends that have been heard of."""
         found = []
-        for front_end, holding in self._holdings.items():
+        for frontend, holding in self._holdings.items():
             shares = []
             for rank, amount in holding.amounts.items():
-                room = rooms.of(rank)
-                if room is not None and amount.requests:
+                capacity = capacities.of(rank)
+                if capacity is not None and amount.requests:
                     limits = (min(amount.requests, ANY), min(amount.tokens, ANY), min(amount.kv, ANY))
-                    shares.append(Share(rank, room.incarnation, *limits))
-            found.append(Shares(front_end, holding.edition, shares))
+                    shares.append(Share(rank, capacity.incarnation, *limits))
+            found.append(Shares(frontend, holding.epoch, shares))
         return found
 
-    def _grow(self, holding: Holding, room: Room, sharers: int, place: int, rooms: Rooms) -> None:
-        amount = holding.amounts.get(room.rank) or Amount()
-        shared, halves = room.shared, 1 if len(self._holdings) == 1 else 2
-        requests = _due(room.free_requests(), shared.requests, amount.requests, sharers, halves, place)
-        tokens = _due(room.free_tokens(), shared.tokens, amount.tokens, sharers, halves, place)
-        kv = _due(room.free_kv(), shared.kv, amount.kv, sharers, halves, place)
+    def _grow(self, holding: Holding, capacity: Capacity, sharers: int, place: int, capacities: Capacities) -> None:
+        amount = holding.amounts.get(capacity.rank) or Amount()
+        credited, halves = capacity.credited, 1 if len(self._holdings) == 1 else 2
+        requests = _due(capacity.free_requests(), credited.requests, amount.requests, sharers, halves, place)
+        tokens = _due(capacity.free_tokens(), credited.tokens, amount.tokens, sharers, halves, place)
+        kv = _due(capacity.free_kv(), credited.kv, amount.kv, sharers, halves, place)
         if (requests or tokens or kv) and (requests or amount.requests) and (kv or amount.kv):
-            holding.amounts[room.rank] = amount
-            self._give(amount, room, requests, tokens, kv)
-            rooms.changed(room)
+            holding.amounts[capacity.rank] = amount
+            self._give(amount, capacity, requests, tokens, kv)
+            capacities.changed(capacity)
 
-    def _clear(self, front_end: int, holding: Holding, rooms: Rooms) -> None:
-        self._holders.discard(front_end)
+    def _clear(self, frontend: int, holding: Holding, capacities: Capacities) -> None:
+        self._holders.discard(frontend)
         for rank, amount in holding.amounts.items():
-            room = rooms.of(rank)
-            if room is not None:
-                self._give(amount, room, -amount.requests, -amount.tokens, -amount.kv)
-                rooms.changed(room)
+            capacity = capacities.of(rank)
+            if capacity is not None:
+                self._give(amount, capacity, -amount.requests, -amount.tokens, -amount.kv)
+                capacities.changed(capacity)
         holding.amounts = {}
 
-    def _give(self, amount: Amount, room: Room, requests: int, tokens: int, kv: int) -> None:
+    def _give(self, amount: Amount, capacity: Capacity, requests: int, tokens: int, kv: int) -> None:
         amount.add(requests, tokens, kv)
-        room.shared.add(requests, tokens, kv)
-        room.promised.add(requests, tokens, kv)
+        capacity.credited.add(requests, tokens, kv)
+        capacity.promised.add(requests, tokens, kv)
 
 
-def _due(free: int, shared: int, held: int, count: int, halves: int, place: int) -> int:
+def _due(free: int, credited: int, held: int, count: int, halves: int, place: int) -> int:
     """How much more is due to one of `count`, who are given `1 / halves` of what is free and what they hold.
 
     `place`: who of them gets what is left over by an even division.
@@ -161,11 +161,11 @@ def _due(free: int, shared: int, held: int, count: int, halves: int, place: int)
     if free <= 0:
         return 0
     # Nobody knows a limit: everybody may have as much as there ever is.
-    if free >= ANY - shared:
+    if free >= ANY - credited:
         return ANY - held
-    divided = (free + shared + halves - 1) // halves
+    divided = (free + credited + halves - 1) // halves
     due = divided // count + (place < divided % count)
-    return max(0, min(due - held, divided - shared, free))
+    return max(0, min(due - held, divided - credited, free))
 
 
 def _places(index: int, each: int, size: int) -> Iterator[int]:
@@ -173,26 +173,26 @@ def _places(index: int, each: int, size: int) -> Iterator[int]:
     return iter(range(size)) if each >= size else ((index * each + place) % size for place in range(each))
 
 
-class Pool:
+class QueueGroup:
     """The front-ends that balance over the same ranks, None for all, with their queue."""
 
     def __init__(self, ranks: frozenset[int] | None, without: Set[str]) -> None:
         self.ranks = ranks
-        self.broker = Broker(without)
-        self.shares = ShareBook()
+        self.queue = CentralQueue(without)
+        self.shares = CreditBook()
         self.marked: set[int] = set()
         """Ranks whose rooms are to be reckoned when that is wanted."""
-        self.recalled: float | None = None
+        self.revoked: float | None = None
         """Since when all shares have been recalled; None where they are not."""
         self.stale = False
         """Whether something may start since the queue was last looked through: a send alone makes no room."""
 
-    def look(self, board: Board, membership: Membership) -> None:
+    def look(self, load_table: LoadTable, membership: Membership) -> None:
         """Reckon the rooms of the ranks that are marked."""
-        rooms = self.broker.rooms
+        capacities = self.queue.capacities
         for rank in self.marked:
-            report = board.reports.get(rank)
+            report = load_table.reports.get(rank)
             if report is None or report.incarnation != membership.ready_life(rank):
                 continue
-            rooms.heard(rank, report.incarnation, report.load, board.on_the_wire(rank, report.incarnation))
+            capacities.heard(rank, report.incarnation, report.load, load_table.on_the_wire(rank, report.incarnation))
         self.marked.clear()

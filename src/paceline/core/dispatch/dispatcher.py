@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
-from paceline.core.coordinator.load_table import Board
+from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
-from paceline.core.dispatch.credits import Pool
+from paceline.core.dispatch.credits import QueueGroup
 from paceline.core.dispatch.queue import Entry
-from paceline.core.messages import Ask, FrontEndHello, Grant, Grants, RankReport, ReturnShares, Send, Shares, Withdraw
+from paceline.core.messages import Ask, FrontendHello, Grant, Grants, RankReport, ReturnShares, Send, Shares, Withdraw
 
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
@@ -22,18 +22,18 @@ UNANSWERED_S = 1.0
 """A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
 
 
-class Brokerage:
+class Dispatcher:
     """All queues of one coordinator. `without`: rules (`rules.py`) left out."""
 
     def __init__(self, identity: int, without: Set[str] = frozenset()) -> None:
         self._identity = identity
         self._without = without
         self._repeats = "grants-repeated" not in without
-        self._pools: dict[frozenset[int] | None, Pool] = {}
-        self._pool_of: dict[int, Pool] = {}
+        self._groups: dict[frozenset[int] | None, QueueGroup] = {}
+        self._group_of: dict[int, QueueGroup] = {}
         self._told: dict[int, int] = {}
         self._due: float | None = None
-        self._recalling = False
+        self._revoking = False
         # `grants` is asked after every event, and most change nothing for those that wait. Whether, since it was last
         # asked, something may start that could not; and whether somebody waits, or holds shares, who did not, or not
         # any more.
@@ -55,128 +55,133 @@ class Brokerage:
     @property
     def queued(self) -> int:
         """Descriptors that wait."""
-        return sum(len(pool.broker.queued) for pool in self._pools.values())
+        return sum(len(group.queue.queued) for group in self._groups.values())
 
     @property
     def granted(self) -> int:
         """Grants that nobody has confirmed yet."""
-        return sum(len(pool.broker.granted) for pool in self._pools.values())
+        return sum(len(group.queue.granted) for group in self._groups.values())
 
     def queues(self) -> dict[int, int]:
         """By front-end, how many wait in its queue; nothing where there is one queue only."""
-        pools = self._pool_of.items() if len(self._pools) > 1 else ()
-        return {front_end: len(pool.broker.queued) for front_end, pool in pools}
+        groups = self._group_of.items() if len(self._groups) > 1 else ()
+        return {frontend: len(group.queue.queued) for frontend, group in groups}
 
     def descriptors(self) -> Iterable[tuple[int, int]]:
         """Whose requests wait or are granted, by front-end and request."""
-        for pool in self._pools.values():
-            yield from pool.broker.queued
-            yield from pool.broker.granted
+        for group in self._groups.values():
+            yield from group.queue.queued
+            yield from group.queue.granted
 
     # Front-ends ---------------------------------------------------------------------------------
 
-    def hello(self, hello: FrontEndHello, heard: Iterable[int]) -> None:
+    def hello(self, hello: FrontendHello, heard: Iterable[int]) -> None:
         """A front-end is there. `heard`: the ranks of which anything is known."""
-        front_end = hello.front_end
+        frontend = hello.frontend
         ranks = None if hello.ranks is None else frozenset(hello.ranks)
-        pool = self._pool_of.get(front_end)
-        if pool is not None and (not hello.brokered or pool.ranks != ranks):
-            self.forget_front_end(front_end)
-            pool = None
-        if not hello.brokered or pool is not None:
+        group = self._group_of.get(frontend)
+        if group is not None and (not hello.brokered or group.ranks != ranks):
+            self.forget_frontend(frontend)
+            group = None
+        if not hello.brokered or group is not None:
             return
-        pool = self._pools.get(ranks)
-        if pool is None:
-            pool = self._pools[ranks] = Pool(ranks, self._without)
-            pool.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
-        self._pool_of[front_end] = pool
-        self._told.setdefault(front_end, 0)
-        pool.shares.join(front_end)
+        group = self._groups.get(ranks)
+        if group is None:
+            group = self._groups[ranks] = QueueGroup(ranks, self._without)
+            group.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
+        self._group_of[frontend] = group
+        self._told.setdefault(frontend, 0)
+        group.shares.join(frontend)
 
     def said(self, message: Ask | Withdraw | ReturnShares, now: float) -> None:
         """A front-end that has not said hello says it before it asks again."""
-        pool = self._pool_of.get(message.front_end)
-        if pool is None:
+        group = self._group_of.get(message.frontend)
+        if group is None:
             return
         if isinstance(message, Ask):
-            self._ask(pool, message, now)
+            self._ask(group, message, now)
             return
-        self._stirred = self._changed = pool.stale = True
+        self._stirred = self._changed = group.stale = True
         if isinstance(message, Withdraw):
-            self._count(message.front_end, message.told)
+            self._count(message.frontend, message.told)
             for request in message.requests:
-                pool.broker.drop(message.front_end, request)
+                group.queue.drop(message.frontend, request)
         else:
-            pool.shares.returned(message.front_end, message.edition, pool.broker.rooms)
+            group.shares.returned(message.frontend, message.edition, group.queue.capacities)
 
-    def _ask(self, pool: Pool, ask: Ask, now: float) -> None:
-        front_end, broker = ask.front_end, pool.broker
-        if pool.shares.returned(front_end, ask.edition, broker.rooms) or not broker.queued:
+    def _ask(self, group: QueueGroup, ask: Ask, now: float) -> None:
+        frontend, queue = ask.frontend, group.queue
+        if group.shares.returned(frontend, ask.edition, queue.capacities) or not queue.queued:
             self._stirred = self._changed = True
-        told = self._told[front_end]
+        told = self._told[frontend]
         if ask.whole and ask.told > told:
-            wanted = {(front_end, descriptor.request) for descriptor in ask.descriptors}
-            for key in [key for key in broker.of_front_end(front_end) if key not in wanted]:
-                broker.drop(*key)
-            self._told[front_end] = ask.told
+            wanted = {(frontend, descriptor.request) for descriptor in ask.descriptors}
+            for key in [key for key in queue.of_frontend(frontend) if key not in wanted]:
+                queue.drop(*key)
+            self._told[frontend] = ask.told
             self._stirred = self._changed = True
         elif ask.told == told + 1:
-            self._told[front_end] = ask.told
+            self._told[frontend] = ask.told
         for descriptor in ask.descriptors:
-            broker.ask(front_end, descriptor, now)
+            queue.ask(frontend, descriptor, now)
         # Who joins those that wait for room does not find any either.
-        if pool.stale or broker.may_start():
-            self._stirred = pool.stale = True
+        if group.stale or queue.may_start():
+            self._stirred = group.stale = True
 
-    def sent(self, front_end: int, send: Send, on_the_wire: bool) -> None:
+    def sent(self, frontend: int, send: Send, on_the_wire: bool) -> None:
         """A front-end has sent a request: one that waited, or one of its share. `on_the_wire`: by the board, which has
         been told.
         """
-        pool = self._pool_of.get(front_end)
-        confirmed = pool is not None and on_the_wire and pool.broker.confirm(front_end, send)
-        if pool is not None and confirmed and not pool.broker.counts:
+        group = self._group_of.get(frontend)
+        confirmed = group is not None and on_the_wire and group.queue.confirm(frontend, send)
+        if group is not None and confirmed and not group.queue.counts:
             # It was the last: nothing has to be said of the queue any more.
             self._stirred = self._changed = True
-        if confirmed and len(self._pools) == 1:
+        if confirmed and len(self._groups) == 1:
             return
-        for one in self._pools.values():
+        for one in self._groups.values():
             of_it = send.rank < self._limit and (one.ranks is None or send.rank in one.ranks)
-            if of_it and (one is not pool or not confirmed):
+            if of_it and (one is not group or not confirmed):
                 one.marked.add(send.rank)
-        if pool is None or confirmed:
+        if group is None or confirmed:
             return
         if send.request:
-            pool.broker.drop(front_end, send.request)
+            group.queue.drop(frontend, send.request)
             self._stirred = self._changed = True
         else:
-            pool.shares.spent(front_end, send, pool.broker.rooms)
-        if pool.broker.queued and pool.broker.may_start():
+            group.shares.spent(frontend, send, group.queue.capacities)
+        if group.queue.queued and group.queue.may_start():
             # What was promised for it elsewhere is free, or what its rank has reported already was promised twice.
-            self._stirred = pool.stale = True
+            self._stirred = group.stale = True
 
-    def forget_front_end(self, front_end: int) -> None:
+    def forget_frontend(self, frontend: int) -> None:
         """The front-end is gone: nothing of it waits, and it holds nothing."""
-        self._told.pop(front_end, None)
+        self._told.pop(frontend, None)
         # What it had on the wire does not count any more, wherever it was.
-        for one in self._pools.values():
-            one.marked.update(room.rank for room in one.broker.rooms)
+        for one in self._groups.values():
+            one.marked.update(capacity.rank for capacity in one.queue.capacities)
             one.stale = True
         self._stirred = self._changed = True
-        pool = self._pool_of.pop(front_end, None)
-        if pool is None:
+        group = self._group_of.pop(frontend, None)
+        if group is None:
             return
-        pool.broker.drop_front_end(front_end)
-        pool.shares.leave(front_end, pool.broker.rooms)
-        if not len(pool.shares):
-            del self._pools[pool.ranks]
+        group.queue.drop_frontend(frontend)
+        group.shares.leave(frontend, group.queue.capacities)
+        if not len(group.shares):
+            del self._groups[group.ranks]
 
     # Ranks --------------------------------------------------------------------------------------
 
     def limit(self, ranks: int) -> None:
         """Ranks from this one on get nothing new: they leave."""
         self._limit = ranks
-        leaving = {room.rank for pool in self._pools.values() for room in pool.broker.rooms if room.rank >= ranks}
-        marked = {rank for pool in self._pools.values() for rank in pool.marked if rank >= ranks}
+        leaving = {
+            capacity.rank
+            for group in self._groups.values()
+            for capacity in group.queue.capacities
+            if capacity.rank >= ranks
+        }
+        marked = {rank for group in self._groups.values() for rank in group.marked if rank >= ranks}
         for rank in leaving | marked:
             self.lost(rank)
 
@@ -185,16 +190,16 @@ class Brokerage:
         rank = report.rank
         if rank >= self._limit:
             return
-        for pool in self._pools.values():
-            if pool.ranks is None or rank in pool.ranks:
-                waiting, rooms = pool.broker.queued, pool.broker.rooms
-                starts = rooms.reported(report) if waiting else None
+        for group in self._groups.values():
+            if group.ranks is None or rank in group.ranks:
+                waiting, capacities = group.queue.queued, group.queue.capacities
+                starts = capacities.reported(report) if waiting else None
                 if starts is None:
-                    pool.marked.add(rank)
+                    group.marked.add(rank)
                 elif not starts:
                     # It is full: nobody who waits can start there, which is what most reports say then.
                     continue
-                pool.stale = True
+                group.stale = True
                 if waiting:
                     self._stirred = True
 
@@ -202,31 +207,31 @@ class Brokerage:
         """A rank is ready."""
         if rank >= self._limit:
             return
-        for pool in self._pools.values():
-            if pool.ranks is None or rank in pool.ranks:
-                pool.marked.add(rank)
-                pool.stale = True
-                if pool.broker.queued:
+        for group in self._groups.values():
+            if group.ranks is None or rank in group.ranks:
+                group.marked.add(rank)
+                group.stale = True
+                if group.queue.queued:
                     self._stirred = True
 
     def lost(self, rank: int) -> None:
         """The rank is gone, or may be: nothing is granted there until it is heard again."""
-        for pool in self._pools.values():
-            pool.marked.discard(rank)
-            self._stirred = self._changed = pool.stale = True
-            pool.broker.lost(rank)
-            pool.shares.lost(rank)
+        for group in self._groups.values():
+            group.marked.discard(rank)
+            self._stirred = self._changed = group.stale = True
+            group.queue.lost(rank)
+            group.shares.lost(rank)
 
     # What goes out ------------------------------------------------------------------------------
 
-    def grants(self, board: Board, membership: Membership, free: bool, now: float) -> Grants | None:
+    def grants(self, load_table: LoadTable, membership: Membership, free: bool, now: float) -> Grants | None:
         """What to tell front-ends now. `free`: whether work may be started; a suspended deployment grants nothing."""
         repeat = self._due is not None and now >= self._due
         if repeat:
             self._forget_silent(now)
         elif not self._stirred:
             return None
-        made = self._start(board, membership, now) if free else []
+        made = self._start(load_table, membership, now) if free else []
         # While the deployment is suspended, what may start stays to be looked at.
         self._stirred = not free
         if self._changed or repeat:
@@ -234,35 +239,35 @@ class Brokerage:
             return self._settle(made, repeat, now)
         return self._said(made) if made else None
 
-    def _start(self, board: Board, membership: Membership, now: float) -> list[Grant]:
+    def _start(self, load_table: LoadTable, membership: Membership, now: float) -> list[Grant]:
         """Grant whatever can start."""
         made: list[Grant] = []
-        for pool in self._pools.values():
-            if pool.stale and pool.broker.queued:
-                pool.stale = False
-                if pool.marked:
-                    pool.look(board, membership)
-                for entry in pool.broker.grant():
+        for group in self._groups.values():
+            if group.stale and group.queue.queued:
+                group.stale = False
+                if group.marked:
+                    group.look(load_table, membership)
+                for entry in group.queue.grant():
                     entry.granted_at = now
                     made.append(_grant(entry))
-                if not pool.broker.queued:
+                if not group.queue.queued:
                     self._changed = True
         return made
 
     def _settle(self, made: list[Grant], repeat: bool, now: float) -> Grants | None:
         """Who waits, and whether shares are to be given back, may have changed. Returns what there is to say."""
-        recall = descriptors = waits = False
-        for pool in self._pools.values():
-            waiting = bool(pool.broker.queued)
-            descriptors = descriptors or bool(pool.broker.counts)
+        revoke = descriptors = waits = False
+        for group in self._groups.values():
+            waiting = bool(group.queue.queued)
+            descriptors = descriptors or bool(group.queue.counts)
             waits = waits or waiting
-            if waiting and pool.shares.outstanding:
-                recall = True
-                pool.recalled = now if pool.recalled is None else pool.recalled
+            if waiting and group.shares.outstanding:
+                revoke = True
+                group.revoked = now if group.revoked is None else group.revoked
             else:
-                pool.recalled = None
-        news = made or self._due is None or (recall and not self._recalling)
-        self._recalling = recall
+                group.revoked = None
+        news = made or self._due is None or (revoke and not self._revoking)
+        self._revoking = revoke
         self._emptied = self._emptied or (self._waited and not waits)
         self._waited = waits
         if not descriptors:
@@ -271,59 +276,59 @@ class Brokerage:
         if not news and not repeat:
             return None
         if repeat and self._repeats:
-            made = [_grant(entry) for pool in self._pools.values() for entry in pool.broker.granted.values()]
+            made = [_grant(entry) for group in self._groups.values() for entry in group.queue.granted.values()]
         if repeat or self._due is None:
             self._due = now + REPEAT_S
         return self._said(made)
 
     def _said(self, made: list[Grant]) -> Grants:
         told = self._told
-        if len(self._pools) == 1:
-            (pool,) = self._pools.values()
-            counts = pool.broker.counts
-            asked = told.copy() if len(counts) == len(told) else {front_end: told[front_end] for front_end in counts}
-            return Grants(self._identity, made, asked, len(pool.broker.queued), self._recalling)
-        asked = {front_end: told[front_end] for pool in self._pools.values() for front_end in pool.broker.counts}
-        return Grants(self._identity, made, asked, self.queued, self._recalling, self.queues())
+        if len(self._groups) == 1:
+            (group,) = self._groups.values()
+            counts = group.queue.counts
+            asked = told.copy() if len(counts) == len(told) else {frontend: told[frontend] for frontend in counts}
+            return Grants(self._identity, made, asked, len(group.queue.queued), self._revoking)
+        asked = {frontend: told[frontend] for group in self._groups.values() for frontend in group.queue.counts}
+        return Grants(self._identity, made, asked, self.queued, self._revoking, self.queues())
 
     def _forget_silent(self, now: float) -> None:
         """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""
         late = now - UNANSWERED_S
         # Where this process itself has hung, the answers may be there, unread.
         hung = self._due is not None and now >= self._due + UNANSWERED_S / 2
-        for pool in list(self._pools.values()):
+        for group in list(self._groups.values()):
             if hung:
-                pool.recalled = None
-                for entry in pool.broker.granted.values():
+                group.revoked = None
+                for entry in group.queue.granted.values():
                     entry.granted_at = now
-            silent = {entry.front_end for entry in pool.broker.granted.values() if entry.granted_at <= late}
-            if pool.recalled is not None and pool.recalled <= late:
-                silent.update(pool.shares.holders())
-                pool.recalled = None
-            for front_end in silent:
-                self.forget_front_end(front_end)
+            silent = {entry.frontend for entry in group.queue.granted.values() if entry.granted_at <= late}
+            if group.revoked is not None and group.revoked <= late:
+                silent.update(group.shares.holders())
+                group.revoked = None
+            for frontend in silent:
+                self.forget_frontend(frontend)
 
     def emptied(self) -> bool:
         """Whether, since this was last asked, the last one that waited has been granted or has gone."""
         emptied, self._emptied = self._emptied, False
         return emptied
 
-    def shares(self, board: Board, membership: Membership, free: bool) -> list[Shares]:
+    def shares(self, load_table: LoadTable, membership: Membership, free: bool) -> list[Shares]:
         """Everybody's shares, for a view; handed out anew where nobody waits."""
         found: list[Shares] = []
-        for pool in self._pools.values():
-            if free and not pool.broker.queued:
-                pool.look(board, membership)
-                pool.shares.hand_out(pool.broker.rooms)
-            found += pool.shares.shares(pool.broker.rooms)
+        for group in self._groups.values():
+            if free and not group.queue.queued:
+                group.look(load_table, membership)
+                group.shares.hand_out(group.queue.capacities)
+            found += group.shares.shares(group.queue.capacities)
         return found
 
-    def _count(self, front_end: int, told: int) -> None:
+    def _count(self, frontend: int, told: int) -> None:
         """Take note of a message, where none before it is missing."""
-        if told == self._told.get(front_end, 0) + 1:
-            self._told[front_end] = told
+        if told == self._told.get(frontend, 0) + 1:
+            self._told[frontend] = told
 
 
 def _grant(entry: Entry) -> Grant:
-    assert entry.room is not None
-    return Grant(entry.front_end, entry.request, entry.room.rank, entry.room.incarnation)
+    assert entry.capacity is not None
+    return Grant(entry.frontend, entry.request, entry.capacity.rank, entry.capacity.incarnation)

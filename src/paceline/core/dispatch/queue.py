@@ -5,7 +5,7 @@ later: lengths of answers are not known, so no policy can foresee which. Here no
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
 that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than one and a half
 steps compute; and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
-(`rooms.py`). Of those ranks it takes the one with the least ahead of a new prompt.
+(`capacities.py`). Of those ranks it takes the one with the least ahead of a new prompt.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
@@ -22,7 +22,7 @@ like any other, until the rank itself reports it. Only the front-end sends, and 
 may be lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that
 nobody confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the
 client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its recalled shares, for
-`brokerage.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
+`dispatcher.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
 When it goes on it sees that no view names it, and says hello again. A grant for a life of a rank that has ended goes
 back to its old place in the queue, which the order keeps for it.
 
@@ -35,7 +35,7 @@ When the coordinator goes. The queue is soft state: it dies with the coordinator
 is not answered for a while binds what it holds itself, as it would have without a broker (`binding.py`). A new
 coordinator is told of everything that still waits, with its age, so the order survives too.
 
-This file is the pure queue of the ranks that some front-ends balance over; `brokerage.py` speaks for it.
+This file is the pure queue of the ranks that some front-ends balance over; `dispatcher.py` speaks for it.
 
 A line of things that wait, in an order of their own: mostly joined at its end and left at its front.
 
@@ -51,7 +51,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
-from paceline.core.dispatch.capacity import Room, Rooms
+from paceline.core.dispatch.capacity import Capacities, Capacity
 from paceline.core.messages import Descriptor, Send
 
 
@@ -67,7 +67,7 @@ COMPACT = 64
 """So many that have left may stand before the front, whatever the line's length."""
 
 
-class WaitingLine(Generic[T]):
+class SortedQueue(Generic[T]):
     """Things by `order`, least first; no two are equal in it."""
 
     def __init__(self, order: Callable[[T], Any]) -> None:
@@ -124,16 +124,16 @@ small requests take what large ones wait for (`bench/results/routing.md`).
 
 
 class Entry(Struct, gc=False, eq=False):
-    """One descriptor. `room`: what it was granted, None while it is `waiting`; `granted_at`: when."""
+    """One descriptor. `capacity`: what it was granted, None while it is `waiting`; `granted_at`: when."""
 
-    front_end: int
+    frontend: int
     request: int
     tokens: int
     kv: int
     priority: int
     arrival: float
     number: int
-    room: Room | None = None
+    capacity: Capacity | None = None
     granted_at: float = 0.0
     waiting: bool = True
 
@@ -145,19 +145,19 @@ _age: Callable[[Entry], tuple[float, int]] = attrgetter("arrival", "number")
 class Turn:
     """Who must not be passed over for ever, since which grant, and the rank that is kept for it."""
 
-    __slots__ = ("entry", "room", "since")
+    __slots__ = ("capacity", "entry", "since")
 
     def __init__(self) -> None:
         self.entry: Entry | None = None
         self.since = 0
-        self.room: Room | None = None
+        self.capacity: Capacity | None = None
 
 
-class Broker:
+class CentralQueue:
     """The queue of one set of ranks. `without`: rules (`rules.py`) left out, to show what breaks."""
 
     def __init__(self, without: Set[str] = frozenset()) -> None:
-        self.rooms = Rooms()
+        self.capacities = Capacities()
         self.granted: dict[tuple[int, int], Entry] = {}
         """By front-end and request: granted, and not confirmed yet."""
         self.queued: dict[tuple[int, int], Entry] = {}
@@ -165,9 +165,9 @@ class Broker:
         self.counts: dict[int, int] = {}
         """How many of both there are of each front-end."""
         self._counts = "grants-count" not in without
-        self._by_order: WaitingLine[Entry] = WaitingLine(_order)
+        self._by_order: SortedQueue[Entry] = SortedQueue(_order)
         # None while all that wait have the same priority: then `_by_order` is that order too.
-        self._by_age: WaitingLine[Entry] | None = None
+        self._by_age: SortedQueue[Entry] | None = None
         self._priority = 0
         self._first = Turn()
         self._oldest = Turn()
@@ -178,95 +178,100 @@ class Broker:
         """Descriptors, waiting and granted."""
         return len(self.queued) + len(self.granted)
 
-    def ask(self, front_end: int, descriptor: Descriptor, now: float) -> None:
+    def ask(self, frontend: int, descriptor: Descriptor, now: float) -> None:
         """A request waits. One that is known already keeps its place, or its grant."""
         request, tokens = descriptor.request, descriptor.tokens
-        key = (front_end, request)
+        key = (frontend, request)
         if key in self.queued or key in self.granted:
             return
         self._next_number = number = self._next_number + 1
         arrival = now - descriptor.waited_ms / 1000
-        self.counts[front_end] = self.counts.get(front_end, 0) + 1
+        self.counts[frontend] = self.counts.get(frontend, 0) + 1
         kv = tokens + descriptor.answer_tokens
-        self._join(key, Entry(front_end, request, tokens, kv, descriptor.priority, arrival, number))
+        self._join(key, Entry(frontend, request, tokens, kv, descriptor.priority, arrival, number))
 
-    def confirm(self, front_end: int, send: Send) -> bool:
+    def confirm(self, frontend: int, send: Send) -> bool:
         """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
         that is so. It takes no more room than before, so nothing has to be looked at anew.
         """
-        key = (front_end, send.request)
+        key = (frontend, send.request)
         entry = self.granted.get(key)
         if entry is None:
             return False
-        room = entry.room
-        if room is None or room.rank != send.rank or room.incarnation != send.incarnation or not self._counts:
+        capacity = entry.capacity
+        if (
+            capacity is None
+            or capacity.rank != send.rank
+            or capacity.incarnation != send.incarnation
+            or not self._counts
+        ):
             return False
         if entry.tokens != send.tokens or entry.kv != send.tokens + send.answer_tokens:
             return False
         del self.granted[key]
-        promised = room.promised
+        promised = capacity.promised
         promised.requests -= 1
         promised.tokens -= entry.tokens
         promised.kv -= entry.kv
-        self._count_out(front_end)
+        self._count_out(frontend)
         return True
 
-    def drop(self, front_end: int, request: int) -> None:
+    def drop(self, frontend: int, request: int) -> None:
         """The request has been sent, or is not wanted any more."""
-        key = (front_end, request)
+        key = (frontend, request)
         entry = self.queued.pop(key, None) or self.granted.pop(key, None)
         if entry is None:
             return
         entry.waiting = False
-        room = entry.room
-        if room is not None and self._counts:
-            room.promised.add(-1, -entry.tokens, -entry.kv)
-            self.rooms.changed(room)
-        self._count_out(front_end)
+        capacity = entry.capacity
+        if capacity is not None and self._counts:
+            capacity.promised.add(-1, -entry.tokens, -entry.kv)
+            self.capacities.changed(capacity)
+        self._count_out(frontend)
 
-    def drop_front_end(self, front_end: int) -> None:
+    def drop_frontend(self, frontend: int) -> None:
         """Nothing of it waits any more."""
-        for _, request in list(self.of_front_end(front_end)):
-            self.drop(front_end, request)
+        for _, request in list(self.of_frontend(frontend)):
+            self.drop(frontend, request)
 
-    def of_front_end(self, front_end: int) -> Iterator[tuple[int, int]]:
+    def of_frontend(self, frontend: int) -> Iterator[tuple[int, int]]:
         """What there is of a front-end, waiting or granted."""
-        return (key for known in (self.queued, self.granted) for key in known if key[0] == front_end)
+        return (key for known in (self.queued, self.granted) for key in known if key[0] == frontend)
 
     def lost(self, rank: int) -> None:
         """That life of the rank has ended: what was granted there waits again, in its old place."""
         for turn in (self._first, self._oldest):
-            if turn.room is not None and turn.room.rank == rank:
-                turn.room = None
+            if turn.capacity is not None and turn.capacity.rank == rank:
+                turn.capacity = None
         for key, entry in list(self.granted.items()):
-            if entry.room is not None and entry.room.rank == rank:
+            if entry.capacity is not None and entry.capacity.rank == rank:
                 del self.granted[key]
                 # A new one: the old one may still stand in the lines, marked.
                 tokens, kv, priority = entry.tokens, entry.kv, entry.priority
                 self._join(key, Entry(*key, tokens, kv, priority, entry.arrival, entry.number))
-        self.rooms.forget(rank)
+        self.capacities.forget(rank)
 
     def may_start(self) -> bool:
         """Whether there is any room, or some rank is kept for somebody."""
-        return bool(self.rooms.open) or self._first.room is not None or self._oldest.room is not None
+        return bool(self.capacities.open) or self._first.capacity is not None or self._oldest.capacity is not None
 
     def grant(self) -> list[Entry]:
         """Grant whatever can start now, in order of the grants."""
         made: list[Entry] = []
         while self.may_start() and (found := self._next()) is not None:
-            entry, room = found
-            key = (entry.front_end, entry.request)
+            entry, capacity = found
+            key = (entry.frontend, entry.request)
             del self.queued[key]
             self.granted[key] = entry
             entry.waiting = False
-            entry.room = room
+            entry.capacity = capacity
             if self._counts:
-                self.rooms.promise(room, entry.tokens, entry.kv)
+                self.capacities.promise(capacity, entry.tokens, entry.kv)
             self._made += 1
             made.append(entry)
         return made
 
-    def _next(self) -> tuple[Entry, Room] | None:
+    def _next(self) -> tuple[Entry, Capacity] | None:
         """Who is granted next, and which rank."""
         first = self._by_order.first()
         oldest = first if self._by_age is None else self._by_age.first()
@@ -278,42 +283,42 @@ class Broker:
             self._watch(self._first, second)
         passed = self._made - self._oldest.since
         # Whose turn it is, it stays: a rank may be kept from all others.
-        due = passed >= (PATIENCE if second is None else PRIORITY_PATIENCE) or self._oldest.room is not None
-        if oldest is not None and due and (room := self._turn(self._oldest, oldest)) is not None:
-            return oldest, room
+        due = passed >= (PATIENCE if second is None else PRIORITY_PATIENCE) or self._oldest.capacity is not None
+        if oldest is not None and due and (capacity := self._turn(self._oldest, oldest)) is not None:
+            return oldest, capacity
         due = self._made - self._first.since >= PATIENCE
-        if second is not None and due and (room := self._turn(self._first, second)) is not None:
-            return second, room
-        if first is None or not self.rooms.open:
+        if second is not None and due and (capacity := self._turn(self._first, second)) is not None:
+            return second, capacity
+        if first is None or not self.capacities.open:
             return None
-        room = self.rooms.best(first.kv)
-        if room is not None:
-            return first, room
+        capacity = self.capacities.best(first.kv)
+        if capacity is not None:
+            return first, capacity
         for looked, entry in enumerate(self._by_order):
-            room = self.rooms.best(entry.kv)
-            if room is not None:
-                return entry, room
+            capacity = self.capacities.best(entry.kv)
+            if capacity is not None:
+                return entry, capacity
             if looked == LOOK_AHEAD:
                 break
         return None
 
-    def _turn(self, turn: Turn, entry: Entry) -> Room | None:
+    def _turn(self, turn: Turn, entry: Entry) -> Capacity | None:
         """The rank for one that has been passed over long enough. Where there is none, one is kept for it."""
-        if turn.room is not None and turn.room.takes(entry.kv):
-            return turn.room
-        room = self.rooms.best(entry.kv)
-        if room is None and turn.room is None:
-            turn.room = self.rooms.roomiest()
-            if turn.room is not None:
-                turn.room.reserved = True
-                self.rooms.changed(turn.room)
-        return room
+        if turn.capacity is not None and turn.capacity.takes(entry.kv):
+            return turn.capacity
+        capacity = self.capacities.best(entry.kv)
+        if capacity is None and turn.capacity is None:
+            turn.capacity = self.capacities.most_free()
+            if turn.capacity is not None:
+                turn.capacity.reserved = True
+                self.capacities.changed(turn.capacity)
+        return capacity
 
     def _watch(self, turn: Turn, entry: Entry | None) -> None:
-        if turn.room is not None:
-            turn.room.reserved = False
-            self.rooms.changed(turn.room)
-        turn.entry, turn.since, turn.room = entry, self._made, None
+        if turn.capacity is not None:
+            turn.capacity.reserved = False
+            self.capacities.changed(turn.capacity)
+        turn.entry, turn.since, turn.capacity = entry, self._made, None
 
     def _join(self, key: tuple[int, int], entry: Entry) -> None:
         queued = self.queued
@@ -324,13 +329,13 @@ class Broker:
         elif self._by_age is not None:
             self._by_age.join(entry)
         elif entry.priority != self._priority:
-            self._by_age = WaitingLine(_age)
+            self._by_age = SortedQueue(_age)
             for one in sorted(queued.values(), key=_age):
                 self._by_age.join(one)
 
-    def _count_out(self, front_end: int) -> None:
-        left = self.counts[front_end] - 1
+    def _count_out(self, frontend: int) -> None:
+        left = self.counts[frontend] - 1
         if left:
-            self.counts[front_end] = left
+            self.counts[frontend] = left
         else:
-            del self.counts[front_end]
+            del self.counts[frontend]

@@ -13,7 +13,7 @@ from paceline.core.messages import ControlAnswer, ControlRequest, ScaleRequest, 
 from paceline.core.requests import LARGEST_STAMP, ControlAction
 
 
-class FrontEndCalls:
+class FrontendCalls:
     """The calls of one front-end, and the suspension as it knows it."""
 
     def __init__(self, identity: int) -> None:
@@ -40,7 +40,7 @@ class FrontEndCalls:
 
     def answered(self, answer: ControlAnswer) -> list[Effect]:
         """The coordinator has answered somebody's call."""
-        if answer.front_end == self._identity and answer.call in self._calls:
+        if answer.frontend == self._identity and answer.call in self._calls:
             self._calls[answer.call] = answer.number
         return self._served()
 
@@ -71,7 +71,7 @@ class FrontEndCalls:
         return effects
 
 
-class FrontEndScaling:
+class FrontendScaling:
     """Scaling as one front-end sees it.
 
     `ranks`: those that it balances over, None for all; else also those that scaling brings to its `node`.
@@ -143,7 +143,7 @@ class FrontEndScaling:
         for call, before in list(self._calls.items()):
             if state is None:
                 break
-            mine = (state.front_end, state.call) == (self._identity, call)
+            mine = (state.frontend, state.call) == (self._identity, call)
             new_are_missing = any(rank >= before for rank in self._missing)
             over = not state.under_way and not new_are_missing
             if over if mine else state.under_way:

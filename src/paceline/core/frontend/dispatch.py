@@ -21,11 +21,11 @@ from collections.abc import Iterable, Mapping, Set
 
 from msgspec import Struct
 
-from paceline.core.frontend.control import FrontEndCalls
+from paceline.core.frontend.control import FrontendCalls
 from paceline.core.frontend.events import Deliver, Effect, Refuse, Submit, ToCoordinator
 from paceline.core.frontend.failover import PATIENCE_S
-from paceline.core.frontend.inflight import Flights
-from paceline.core.frontend.ranks import NAMED, RankLink, Router
+from paceline.core.frontend.inflight import InFlightRequests
+from paceline.core.frontend.ranks import NAMED, RankHandle, Router
 from paceline.core.load import plausible
 from paceline.core.messages import Ask, Descriptor, Grant, Grants, LoadView, ReturnShares, Share, Withdraw
 from paceline.core.requests import Output
@@ -43,20 +43,23 @@ class Held(Struct, frozen=True):
 
 
 class Binding:
-    """What waits at one front-end. `brokered`: False where it binds everything itself. `without`: rules left out."""
+    """What waits at one front-end.
 
-    def __init__(self, identity: int, brokered: bool, without: Set[str] = frozenset()) -> None:
-        self.held: dict[int, Held] = {}
+    `late_binding`: False where it binds everything itself. `without`: rules left out.
+    """
+
+    def __init__(self, identity: int, late_binding: bool, without: Set[str] = frozenset()) -> None:
+        self.waiting_for_grant: dict[int, Held] = {}
         """By request, in order of arrival."""
         self._identity = identity
-        self._brokered = brokered
+        self._late_binding = late_binding
         self._asks_again = "unsent-asked-again" not in without
         self._queued = 0
         self._has_queue = False
         self._named = False
         self._away = False
-        self._shares: dict[int, Share] = {}
-        self._edition = 0
+        self._credits: dict[int, Share] = {}
+        self._credit_epoch = 0
         self._returned = 0
         # Of Ask and Withdraw: sent, and heard of by this coordinator; since when it has been behind.
         self._told = 0
@@ -72,20 +75,20 @@ class Binding:
     @property
     def queued(self) -> int:
         """Requests that wait, this front-end's and those of the others over the same ranks."""
-        return max(self._queued, len(self.held))
+        return max(self._queued, len(self.waiting_for_grant))
 
     @property
     def deadline(self) -> float:
         """When the coordinator must be asked again or is taken to be away; infinite while nobody waits."""
-        if not self.held:
+        if not self.waiting_for_grant:
             return float("inf")
         away = self._answered + SILENCE_S
         return min(away, self._behind_since + ASK_AGAIN_S) if self._told > self._heard and self._asks_again else away
 
     def timers(self) -> list[str]:
-        """What is waited for: that the coordinator has heard everything (`ask`), and that it is not away (`silence`)."""
+        """What is waited for: that the coordinator has heard all (`ask`), and that it is not away (`silence`)."""
         behind = self._told > self._heard and self._asks_again
-        return [*(["ask"] if behind else []), "silence"] if self.held else []
+        return [*(["ask"] if behind else []), "silence"] if self.waiting_for_grant else []
 
     def expire(self, timer: str, now: float) -> None:
         """One of these has been waited for long enough."""
@@ -96,34 +99,34 @@ class Binding:
 
     # Going without a word -----------------------------------------------------------------------
 
-    def fits(self, link: RankLink, tokens: int, kv: int) -> bool:
+    def fits(self, handle: RankHandle, tokens: int, kv: int) -> bool:
         """Whether this front-end's share allows to send this to the rank now."""
-        share = self._shares.get(link.rank)
-        if share is None or share.incarnation != link.incarnation:
+        credit = self._credits.get(handle.rank)
+        if credit is None or credit.incarnation != handle.incarnation:
             return False
-        sent = link.unheard
+        sent = handle.unheard
         return (
-            share.requests > sent.requests
-            and share.tokens >= sent.tokens + tokens
-            and share.kv_tokens >= sent.kv + kv
+            credit.requests > sent.requests
+            and credit.tokens >= sent.tokens + tokens
+            and credit.kv_tokens >= sent.kv + kv
         )  # fmt: skip
 
-    def fitting(self, links: Mapping[int, RankLink], tokens: int, kv: int) -> list[int]:
+    def fitting(self, handles: Mapping[int, RankHandle], tokens: int, kv: int) -> list[int]:
         """The ranks that this may be sent to now."""
-        return [rank for rank in self._shares if rank in links and self.fits(links[rank], tokens, kv)]
+        return [rank for rank in self._credits if rank in handles and self.fits(handles[rank], tokens, kv)]
 
     # Waiting ------------------------------------------------------------------------------------
 
     def hold(self, submit: Submit, now: float) -> list[Effect]:
         """Let a request wait, and ask."""
-        if not self.held:
+        if not self.waiting_for_grant:
             self._answered = now
-        self.held[submit.request] = held = Held(submit, now)
-        return [self._ask([held], False, now)]
+        self.waiting_for_grant[submit.request] = waiting_for_grant = Held(submit, now)
+        return [self._ask([waiting_for_grant], False, now)]
 
     def drop(self, requests: Iterable[int], now: float) -> list[Effect]:
         """These do not wait any more. Those that did not are left out."""
-        gone = [request for request in requests if self.held.pop(request, None) is not None]
+        gone = [request for request in requests if self.waiting_for_grant.pop(request, None) is not None]
         return self.withdraw(gone, now)
 
     def withdraw(self, requests: list[int], now: float) -> list[Effect]:
@@ -134,17 +137,17 @@ class Binding:
 
     def give_up(self) -> list[Held]:
         """Everything that is held, to be bound here, in the order in which the coordinator would have."""
-        held = sorted(self.held.values(), key=lambda one: one.submit.priority)
-        self.held = {}
-        return held
+        waiting_for_grant = sorted(self.waiting_for_grant.values(), key=lambda one: one.submit.priority)
+        self.waiting_for_grant = {}
+        return waiting_for_grant
 
     def stop(self) -> None:
         """The coordinator is asked no more."""
-        self._brokered = self._has_queue = False
+        self._late_binding = self._has_queue = False
 
     def away(self, now: float) -> bool:
         """Whether the coordinator has been silent too long for what waits; from then on it is taken to be away."""
-        if not self.held or now < self._answered + SILENCE_S:
+        if not self.waiting_for_grant or now < self._answered + SILENCE_S:
             return False
         self._away = True
         self._return()
@@ -154,32 +157,32 @@ class Binding:
 
     def coordinator_is_new(self, now: float) -> bool:
         """Nothing that another one has said counts. Returns whether to ask it for all that is held."""
-        self._shares = {}
-        self._edition = self._returned = self._heard = self._queued = 0
+        self._credits = {}
+        self._credit_epoch = self._returned = self._heard = self._queued = 0
         self._answered = self._behind_since = now
         self._named = False
-        return bool(self.held) and self._asks_again
+        return bool(self.waiting_for_grant) and self._asks_again
 
     def ask_again(self, now: float) -> Effect:
         """Ask for all that is held."""
         self._behind_since = now
-        return self._ask(list(self.held.values()), True, now)
+        return self._ask(list(self.waiting_for_grant.values()), True, now)
 
     def take_view(self, view: LoadView) -> bool:
         """Shares, and whether there is a queue at all. Returns whether this front-end has been forgotten there, as one
         that hangs is, and must say hello.
         """
-        self._has_queue = self._brokered and view.shares is not None
+        self._has_queue = self._late_binding and view.shares is not None
         self._queued = view.queues.get(self._identity, view.queued)
-        self._shares = {}
+        self._credits = {}
         before, self._named = self._named, False
         for shares in view.shares or ():
-            if shares.front_end == self._identity and plausible(shares.edition, self._edition):
+            if shares.frontend == self._identity and plausible(shares.edition, self._credit_epoch):
                 self._named = True
                 self._away = False
-                self._edition = max(self._edition, shares.edition)
-                if shares.edition > self._returned and not self.held:
-                    self._shares = {share.rank: share for share in shares.shares}
+                self._credit_epoch = max(self._credit_epoch, shares.edition)
+                if shares.edition > self._returned and not self.waiting_for_grant:
+                    self._credits = {credit.rank: credit for credit in shares.shares}
         return self._has_queue and before and not self._named
 
     def take_grants(self, message: Grants, now: float) -> tuple[list[Grant], list[Effect]]:
@@ -193,22 +196,22 @@ class Binding:
         effects: list[Effect] = []
         if message.recall:
             self._return()
-            effects.append(ToCoordinator(ReturnShares(self._identity, self._edition)))
-        mine = [grant for grant in message.grants if grant.front_end == self._identity]
+            effects.append(ToCoordinator(ReturnShares(self._identity, self._credit_epoch)))
+        mine = [grant for grant in message.grants if grant.frontend == self._identity]
         # Aborted or sent meanwhile, and the coordinator has not heard of it.
-        effects += self.withdraw([grant.request for grant in mine if grant.request not in self.held], now)
-        return [grant for grant in mine if grant.request in self.held], effects
+        effects += self.withdraw([grant.request for grant in mine if grant.request not in self.waiting_for_grant], now)
+        return [grant for grant in mine if grant.request in self.waiting_for_grant], effects
 
-    def _ask(self, held: list[Held], whole: bool, now: float) -> Effect:
+    def _ask(self, waiting_for_grant: list[Held], whole: bool, now: float) -> Effect:
         self._return()
         descriptors = [
             Descriptor(
                 one.submit.request, len(one.submit.prompt_token_ids), one.submit.params.max_tokens,
                 one.submit.priority, max(0, round((now - one.since) * 1000)),
             )
-            for one in held
+            for one in waiting_for_grant
         ]  # fmt: skip
-        return ToCoordinator(Ask(self._identity, self._count(now), self._edition, descriptors, whole))
+        return ToCoordinator(Ask(self._identity, self._count(now), self._credit_epoch, descriptors, whole))
 
     def _count(self, now: float) -> int:
         if self._told == self._heard:
@@ -218,8 +221,8 @@ class Binding:
 
     def _return(self) -> None:
         """No share is used any more that was handed out so far."""
-        self._shares = {}
-        self._returned = self._edition
+        self._credits = {}
+        self._returned = self._credit_epoch
 
 
 BROKER = "broker"
@@ -230,10 +233,15 @@ class Placement:
     """How one front-end's requests get their ranks. `max_waiting`: how many may wait for a slot, None for no limit."""
 
     def __init__(
-        self, router: Router, flights: Flights, binding: Binding, calls: FrontEndCalls, max_waiting: int | None
+        self,
+        router: Router,
+        all_inflight: InFlightRequests,
+        binding: Binding,
+        calls: FrontendCalls,
+        max_waiting: int | None,
     ) -> None:
         self._router = router
-        self._flights = flights
+        self._inflight = all_inflight
         self._binding = binding
         self._calls = calls
         self._max_waiting = max_waiting
@@ -242,7 +250,7 @@ class Placement:
     @property
     def deadline(self) -> float:
         """When something must be done about what waits, at the latest."""
-        if self._rankless_since is None or not self._binding.held:
+        if self._rankless_since is None or not self._binding.waiting_for_grant:
             return self._binding.deadline
         return self._rankless_since + PATIENCE_S
 
@@ -258,28 +266,28 @@ class Placement:
         if submit.rank is not None:
             rank = submit.rank
         elif self._binding.available:
-            by_share = self._by_share(submit, query)
-            if by_share is None:
+            by_credit = self._by_credit(submit, query)
+            if by_credit is None:
                 return self._binding.hold(submit, now)
-            rank, reason = by_share, "room that this front-end was given in advance"
+            rank, reason = by_credit, "room that this front-end was given in advance"
         else:
             rank = self._router.choose(query)
-        if rank not in self._flights.links:
+        if rank not in self._inflight.handles:
             return [_misrouted(submit, rank)]
         name = NAMED if submit.rank is not None else ""
         decision = self._router.explain(rank, query, name, reason) if submit.explain else None
-        return self._flights.send(submit, rank, decision, now, waited=False)
+        return self._inflight.send(submit, rank, decision, now, waited=False)
 
-    def _by_share(self, submit: Submit, query: Query) -> int | None:
+    def _by_credit(self, submit: Submit, query: Query) -> int | None:
         """The rank that a request may go to without a word, if nobody waits and there is one."""
-        if self._binding.held or self._calls.suspended:
+        if self._binding.waiting_for_grant or self._calls.suspended:
             return None
         tokens, kv = query.prompt_tokens, query.prompt_tokens + submit.params.max_tokens
-        links = self._flights.links
+        handles = self._inflight.handles
         rank = self._router.choose(query)
-        if rank in links and self._binding.fits(links[rank], tokens, kv):
+        if rank in handles and self._binding.fits(handles[rank], tokens, kv):
             return rank
-        fitting = self._binding.fitting(links, tokens, kv)
+        fitting = self._binding.fitting(handles, tokens, kv)
         return self._router.choose_among(query, fitting) if fitting else None
 
     def waiting(self) -> int:
@@ -287,11 +295,11 @@ class Placement:
         return self._router.waiting() + self._binding.queued
 
     def _refusal(self, submit: Submit, now: float) -> Refuse | None:
-        if submit.rank is not None and submit.rank not in self._flights.links:
-            known = ", ".join(map(str, sorted(self._flights.links))) or "none"
+        if submit.rank is not None and submit.rank not in self._inflight.handles:
+            known = ", ".join(map(str, sorted(self._inflight.handles))) or "none"
             text = f"rank {submit.rank} is not served here; ready ranks: {known}"
             return Refuse(submit.request, "unknown-rank", text)
-        if not self._flights.links:
+        if not self._inflight.handles:
             return Refuse(submit.request, "no-rank", "no rank is ready")
         if self._calls.suspended and self._calls.suspension.mode == "abort":
             return Refuse(
@@ -301,9 +309,9 @@ class Placement:
             return None
         waiting = self.waiting()
         if not waiting:
-            self._flights.turnover.no_queue()
+            self._inflight.retry_after.no_queue()
         if waiting >= self._max_waiting:
-            back_s = self._flights.turnover.come_back_s(len(self._flights), now)
+            back_s = self._inflight.retry_after.come_back_s(len(self._inflight), now)
             return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already", back_s)
         return None
 
@@ -313,55 +321,55 @@ class Placement:
         """What the coordinator says of its queue."""
         grants, effects = self._binding.take_grants(message, now)
         for grant in grants:
-            link = self._flights.links.get(grant.rank)
+            handle = self._inflight.handles.get(grant.rank)
             # A life that is not known here yet: the grant comes again.
-            if link is None or link.incarnation != grant.incarnation:
+            if handle is None or handle.incarnation != grant.incarnation:
                 continue
-            held = self._binding.held.pop(grant.request, None)
-            if held is not None:
-                effects += self._bind(held, grant.rank, now, BROKER, "granted by the broker")
+            waiting_for_grant = self._binding.waiting_for_grant.pop(grant.request, None)
+            if waiting_for_grant is not None:
+                effects += self._bind(waiting_for_grant, grant.rank, now, BROKER, "granted by the broker")
         return effects
 
     def stop(self, now: float) -> list[Effect]:
         """The coordinator is asked no more: it grants ranks that cannot be reached from here."""
         self._binding.stop()
-        return self._bind_held(now) if self._flights.links else []
+        return self._bind_waiting(now) if self._inflight.handles else []
 
     def settle(self, now: float) -> list[Effect]:
         """What is known of the coordinator, the ranks or the suspension has changed: see to what waits."""
         effects = self.end_waiting(now)
-        if self._binding.available or not self._flights.links:
+        if self._binding.available or not self._inflight.handles:
             return effects
-        return [*effects, *self._bind_held(now)]
+        return [*effects, *self._bind_waiting(now)]
 
-    def _bind_held(self, now: float) -> list[Effect]:
+    def _bind_waiting(self, now: float) -> list[Effect]:
         """There is no broker: bind what is held by this front-end's own accounting."""
         effects: list[Effect] = []
-        for held in self._binding.give_up():
-            rank = self._router.choose(_query(held.submit))
-            if rank in self._flights.links:
-                effects += self._bind(held, rank, now, "", "bound without the broker")
+        for waiting_for_grant in self._binding.give_up():
+            rank = self._router.choose(_query(waiting_for_grant.submit))
+            if rank in self._inflight.handles:
+                effects += self._bind(waiting_for_grant, rank, now, "", "bound without the broker")
             else:
-                effects.append(_misrouted(held.submit, rank))
+                effects.append(_misrouted(waiting_for_grant.submit, rank))
         return effects
 
-    def _bind(self, held: Held, rank: int, now: float, name: str, reason: str) -> list[Effect]:
-        submit = held.submit
+    def _bind(self, waiting_for_grant: Held, rank: int, now: float, name: str, reason: str) -> list[Effect]:
+        submit = waiting_for_grant.submit
         decision = None
         if submit.explain:
-            waited_ms = max(0, round((now - held.since) * 1000))
+            waited_ms = max(0, round((now - waiting_for_grant.since) * 1000))
             decision = self._router.explain(rank, _query(submit), name, f"{reason}, waited {waited_ms} ms")
-        return self._flights.send(submit, rank, decision, now, waited=True)
+        return self._inflight.send(submit, rank, decision, now, waited=True)
 
     def end_waiting(self, now: float) -> list[Effect]:
         """What waits is ended where there is nothing to wait for: no rank, for long, or a suspension that aborts."""
-        if self._flights.links:
+        if self._inflight.handles:
             self._rankless_since = None
         elif self._rankless_since is None:
             self._rankless_since = now
-        if not self._binding.held:
+        if not self._binding.waiting_for_grant:
             return []
-        waiting = list(self._binding.held)
+        waiting = list(self._binding.waiting_for_grant)
         if self._rankless_since is not None and now >= self._rankless_since + PATIENCE_S:
             refusals: list[Effect] = [Refuse(request, "no-rank", "no rank is ready") for request in waiting]
             return [*self._binding.drop(waiting, now), *refusals]

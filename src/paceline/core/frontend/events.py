@@ -7,8 +7,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from paceline.core.messages import FromFrontEnd, Member, Scaling, ToFrontEnd
-from paceline.core.requests import ControlAction, FromFrontEndToRank, Output, Outputs, SamplingParams
+from paceline.core.messages import FromFrontend, Member, Scaling, ToFrontend
+from paceline.core.requests import ControlAction, FromFrontendToRank, Output, Outputs, SamplingParams
 from paceline.core.routing.policy import Decision
 
 # Events ---------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ class Abandon(Struct, frozen=True):
 class CoordinatorSaid(Struct, frozen=True):
     """A message from the coordinator."""
 
-    message: ToFrontEnd
+    message: ToFrontend
 
 
 class RankSaid(Struct, frozen=True, gc=False):
@@ -135,13 +135,13 @@ class ToRank(Struct, frozen=True, gc=False):
     """Send to a connected rank."""
 
     rank: int
-    message: FromFrontEndToRank
+    message: FromFrontendToRank
 
 
 class ToCoordinator(Struct, frozen=True):
     """Send to the coordinator."""
 
-    message: FromFrontEnd
+    message: FromFrontend
 
 
 class Placed(Struct, frozen=True):

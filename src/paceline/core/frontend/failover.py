@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paceline.core.frontend.control import FrontEndCalls
+from paceline.core.frontend.control import FrontendCalls
 from paceline.core.frontend.events import Effect, Refuse
-from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.inflight import InFlight, InFlightRequests
 from paceline.core.frontend.ranks import Router
 from paceline.core.routing.policy import Query
 
@@ -24,21 +24,27 @@ MOST_LOSSES = 3
 """By default."""
 
 
-class Stranded:
+class Failover:
     """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
     `calls`: know whether the deployment is suspended. `most_losses`: ranks that a request may lose without a token in
     between; with that many it is refused.
     """
 
     def __init__(
-        self, flights: Flights, router: Router, calls: FrontEndCalls, *, resumes: bool, most_losses: int = MOST_LOSSES
+        self,
+        all_inflight: InFlightRequests,
+        router: Router,
+        calls: FrontendCalls,
+        *,
+        resumes: bool,
+        most_losses: int = MOST_LOSSES,
     ) -> None:
-        self._flights = flights
+        self._inflight = all_inflight
         self._router = router
         self._resumes = resumes
         self._calls = calls
         self._most_losses = most_losses
-        self._waiting: dict[int, tuple[Flight, float]] = {}
+        self._waiting: dict[int, tuple[InFlight, float]] = {}
 
     def __len__(self) -> int:
         """Requests that wait for a rank."""
@@ -49,40 +55,45 @@ class Stranded:
         """When somebody has waited too long; infinite while nobody waits."""
         return min((since for _, since in self._waiting.values()), default=float("inf")) + PATIENCE_S
 
-    def move(self, flights: Iterable[Flight], now: float) -> list[Effect]:
+    def move(self, all_inflight: Iterable[InFlight], now: float) -> list[Effect]:
         """Let requests that have lost their rank go on at others, as soon as there are any."""
         effects: list[Effect] = []
-        for flight in flights:
-            link, made = flight.link, len(flight.made)
+        for inflight in all_inflight:
+            handle, made = inflight.handle, len(inflight.made)
             # While the deployment is suspended no rank computes a request: it is not what kills them.
             if not self._calls.suspended:
-                flight.lost = [*(flight.lost if made == flight.made_before else []), (link.rank, link.incarnation)]
-                flight.made_before = made
+                inflight.lost = [
+                    *(inflight.lost if made == inflight.made_before else []),
+                    (handle.rank, handle.incarnation),
+                ]
+                inflight.made_before = made
             if made and not self._resumes:
-                text = f"rank {link.rank} ended after {made} tokens of the answer"
-                effects.append(Refuse(flight.submit.request, "rank-lost", f"{text}; this engine cannot go on with it"))
+                text = f"rank {handle.rank} ended after {made} tokens of the answer"
+                effects.append(
+                    Refuse(inflight.submit.request, "rank-lost", f"{text}; this engine cannot go on with it")
+                )
             else:
-                self._waiting[flight.submit.request] = (flight, now)
+                self._waiting[inflight.submit.request] = (inflight, now)
         return [*effects, *self.settle(now)]
 
     def acquit(self, rank: int, incarnation: int) -> None:
         """This life of a rank is back: it was silent, or cut off, and no request has killed it."""
-        waiting = [flight for flight, _ in self._waiting.values()]
-        for flight in [*self._flights.of_all(), *waiting]:
-            if flight.lost:
-                flight.lost = [life for life in flight.lost if life != (rank, incarnation)]
+        waiting = [inflight for inflight, _ in self._waiting.values()]
+        for inflight in [*self._inflight.of_all(), *waiting]:
+            if inflight.lost:
+                inflight.lost = [life for life in inflight.lost if life != (rank, incarnation)]
 
     def settle(self, now: float) -> list[Effect]:
         """Ranks have come, or are known to be dead, or time has passed."""
         effects: list[Effect] = []
-        for request, (flight, since) in list(self._waiting.items()):
-            suspected = len(flight.lost) >= self._most_losses
-            rank = flight.link.rank
-            if suspected and not self._may_be_back(flight):
+        for request, (inflight, since) in list(self._waiting.items()):
+            suspected = len(inflight.lost) >= self._most_losses
+            rank = inflight.handle.rank
+            if suspected and not self._may_be_back(inflight):
                 text = f"rank {rank} ended while it served this request, the last of {self._most_losses} in a row"
                 effects.append(Refuse(request, "rank-lost", text))
-            elif self._flights.links and not suspected:
-                effects += self._send(flight)
+            elif self._inflight.handles and not suspected:
+                effects += self._send(inflight)
             elif now >= since + PATIENCE_S:
                 text = f"rank {rank} ended while it served this request, and none was ready within {PATIENCE_S:g} s"
                 effects.append(Refuse(request, "rank-lost", text))
@@ -91,19 +102,19 @@ class Stranded:
             del self._waiting[request]
         return effects
 
-    def _may_be_back(self, flight: Flight) -> bool:
+    def _may_be_back(self, inflight: InFlight) -> bool:
         """Whether a rank that it has lost is not known to be dead: its connection has ended, and may come up again."""
-        down = self._flights.down
-        return any(rank in down and down[rank].incarnation == life for rank, life in flight.lost)
+        down = self._inflight.down
+        return any(rank in down and down[rank].incarnation == life for rank, life in inflight.lost)
 
     def drop(self, requests: Iterable[int]) -> None:
         """The clients of these have gone."""
         for request in requests:
             self._waiting.pop(request, None)
 
-    def _send(self, flight: Flight) -> list[Effect]:
-        submit = flight.submit
-        rank = self._router.choose(Query(flight.tokens, submit.prompt_token_ids, submit.session, submit.priority))
-        if rank not in self._flights.links:
+    def _send(self, inflight: InFlight) -> list[Effect]:
+        submit = inflight.submit
+        rank = self._router.choose(Query(inflight.tokens, submit.prompt_token_ids, submit.session, submit.priority))
+        if rank not in self._inflight.handles:
             return [Refuse(submit.request, "misrouted", f"the policy chose rank {rank!r}, which is not there")]
-        return self._flights.send_again(flight, rank)
+        return self._inflight.send_again(inflight, rank)

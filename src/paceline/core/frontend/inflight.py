@@ -20,7 +20,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.core.frontend.events import Deliver, Effect, Placed, Submit, ToCoordinator, ToRank
-from paceline.core.frontend.ranks import RankLink, Router
+from paceline.core.frontend.ranks import RankHandle, Router
 from paceline.core.messages import LoadView, Send, SendNotice, WakeNotice
 from paceline.core.requests import LARGEST_STAMP, AbortRequests, AddRequest, Output, Outputs
 from paceline.core.routing.policy import Decision
@@ -32,7 +32,7 @@ RECENT = 64
 """Requests over which the time that one takes is averaged."""
 
 
-class Turnover:
+class RetryAfter:
     """How fast the requests of one front-end end, and the places that were promised. Times in seconds."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ FIRST_RESEND = 2**62
 """Ids of requests that are sent again; those of clients' requests are far below."""
 
 
-class Flight(Struct, gc=False):
+class InFlight(Struct, gc=False):
     """A request that has been sent: what its client asked for, the tokens that it has, and when it was first sent.
 
     `lost`: the ranks that it has lost without a token in between, each with its life, but those that were back
@@ -79,7 +79,7 @@ class Flight(Struct, gc=False):
     """
 
     submit: Submit
-    link: RankLink
+    handle: RankHandle
     made: list[int]
     since: float
     lost: list[tuple[int, int]] = []
@@ -91,200 +91,200 @@ class Flight(Struct, gc=False):
         return len(self.submit.prompt_token_ids) + len(self.made)
 
 
-class Flights:
-    """What this front-end, `identity`, has sent to which rank. `share_sends`: whether the coordinator is told."""
+class InFlightRequests:
+    """What this front-end, `identity`, has sent to which rank. `relay_sends`: whether the coordinator is told."""
 
     INCIDENTAL = frozenset({"void", "moved"})
 
-    def __init__(self, identity: int, router: Router, *, share_sends: bool, lockstep: bool) -> None:
+    def __init__(self, identity: int, router: Router, *, relay_sends: bool, lockstep: bool) -> None:
         self.wave = 0
         """The wave that is believed current; sends are stamped with it."""
         self.running = False
         """Whether the ranks are believed to run in it."""
-        self.links: dict[int, RankLink] = {}
+        self.handles: dict[int, RankHandle] = {}
         """By rank: those that requests can go to."""
-        self.down: dict[int, RankLink] = {}
+        self.down: dict[int, RankHandle] = {}
         """By rank: those whose connection has ended and may come up again."""
-        self.leaving: dict[int, RankLink] = {}
+        self.leaving: dict[int, RankHandle] = {}
         """By rank: those that end what they have, and get nothing new."""
         self.void = 0
         """Messages that were of a life that is over."""
         self.moved = 0
         """Requests sent again, since their ranks were lost."""
-        self.turnover = Turnover()
+        self.retry_after = RetryAfter()
         self._identity = identity
         self._router = router
-        self._share_sends = share_sends
+        self._relay_sends = relay_sends
         # Whether views come without loads, always: external mode. None until one has come.
         self._without_loads: bool | None = None
         self._lockstep = lockstep
         # By the id that the rank knows, which is the client's but for requests that were sent again.
-        self._flights: dict[int, Flight] = {}
+        self._inflight: dict[int, InFlight] = {}
         self._resent: dict[int, int] = {}
         self._next_resend = FIRST_RESEND
         self._told = 0
 
     def __len__(self) -> int:
         """Requests sent and not finished."""
-        return len(self._flights)
+        return len(self._inflight)
 
     # Ranks --------------------------------------------------------------------------------------
 
     def join(self, rank: int, incarnation: int) -> None:
         """A rank is there."""
-        self.links[rank] = link = RankLink(rank, incarnation)
-        self._router.joined(link)
+        self.handles[rank] = handle = RankHandle(rank, incarnation)
+        self._router.joined(handle)
 
-    def known(self) -> list[RankLink]:
+    def known(self) -> list[RankHandle]:
         """All lives of ranks that are connected to, whether that is up or not."""
-        return [*self.links.values(), *self.down.values(), *self.leaving.values()]
+        return [*self.handles.values(), *self.down.values(), *self.leaving.values()]
 
-    def of_all(self) -> Iterable[Flight]:
+    def of_all(self) -> Iterable[InFlight]:
         """What is in flight, to any rank."""
-        return self._flights.values()
+        return self._inflight.values()
 
     def let_leave(self, rank: int) -> None:
         """The rank is to leave: it gets nothing new."""
-        link = self.links.pop(rank, None)
-        if link is not None:
-            self.leaving[rank] = link
-            self._router.lost(link)
+        handle = self.handles.pop(rank, None)
+        if handle is not None:
+            self.leaving[rank] = handle
+            self._router.lost(handle)
 
-    def lose(self, link: RankLink) -> list[Flight]:
+    def lose(self, handle: RankHandle) -> list[InFlight]:
         """That life of a rank has ended; returns its requests, which have no rank now."""
-        if self.down.pop(link.rank, None) is not None:
+        if self.down.pop(handle.rank, None) is not None:
             return []
-        self._remove(link.rank)
-        return self._take_off(link)
+        self._remove(handle.rank)
+        return self._take_off(handle)
 
-    def put_down(self, rank: int) -> list[Flight]:
+    def put_down(self, rank: int) -> list[InFlight]:
         """A rank's connection has ended, for now or for good; returns its requests, which have no rank now."""
-        link = self._remove(rank)
-        if link is None:
+        handle = self._remove(rank)
+        if handle is None:
             return []
-        self.down[rank] = link
-        link.left += sorted(link.in_flight)
-        return self._take_off(link)
+        self.down[rank] = handle
+        handle.left += sorted(handle.in_flight)
+        return self._take_off(handle)
 
     def put_up(self, rank: int) -> list[Effect]:
         """A rank's connection is there again, and it is the same life: what went on elsewhere, it forgets."""
-        link = self.down.pop(rank, None)
-        if link is None:
+        handle = self.down.pop(rank, None)
+        if handle is None:
             return []
-        self.links[rank] = link
+        self.handles[rank] = handle
         # What was sent has arrived and is about to be forgotten, or has not and never will.
-        link.ledger.reported(link.ledger.last)
-        self._router.joined(link)
-        left, link.left = link.left, []
+        handle.accounting.reported(handle.accounting.last)
+        self._router.joined(handle)
+        left, handle.left = handle.left, []
         return [ToRank(rank, AbortRequests(left))] if left else []
 
-    def _remove(self, rank: int) -> RankLink | None:
-        link = self.links.pop(rank, None)
-        if link is None:
+    def _remove(self, rank: int) -> RankHandle | None:
+        handle = self.handles.pop(rank, None)
+        if handle is None:
             return self.leaving.pop(rank, None)
-        self._router.lost(link)
-        return link
+        self._router.lost(handle)
+        return handle
 
-    def _take_off(self, link: RankLink) -> list[Flight]:
-        flights = [self._forget(wire) for wire in sorted(link.in_flight)]
-        return [flight for flight in flights if flight is not None]
+    def _take_off(self, handle: RankHandle) -> list[InFlight]:
+        all_inflight = [self._forget(wire_id) for wire_id in sorted(handle.in_flight)]
+        return [inflight for inflight in all_inflight if inflight is not None]
 
     # Requests -----------------------------------------------------------------------------------
 
     def send(self, submit: Submit, rank: int, decision: Decision | None, now: float, *, waited: bool) -> list[Effect]:
         """Send a request to a rank that is there. `waited`: whether the coordinator was asked."""
-        if not self._flights:
-            self.turnover.busy(now)
-        effects = self._send(submit.request, Flight(submit, self.links[rank], [], now), waited)
+        if not self._inflight:
+            self.retry_after.busy(now)
+        effects = self._send(submit.request, InFlight(submit, self.handles[rank], [], now), waited)
         # The client hears of its rank before anything that the coordinator is told.
         return [effects[0], Placed(submit.request, rank, decision), *effects[1:]]
 
-    def send_again(self, flight: Flight, rank: int) -> list[Effect]:
+    def send_again(self, inflight: InFlight, rank: int) -> list[Effect]:
         """Send a request that has lost its rank to another one, to be gone on with."""
-        wire, self._next_resend = self._next_resend, self._next_resend + 1
-        self._resent[flight.submit.request] = wire
+        wire_id, self._next_resend = self._next_resend, self._next_resend + 1
+        self._resent[inflight.submit.request] = wire_id
         self.moved += 1
-        flight.link = self.links[rank]
-        return self._send(wire, flight, waited=False)
+        inflight.handle = self.handles[rank]
+        return self._send(wire_id, inflight, waited=False)
 
-    def _send(self, wire: int, flight: Flight, waited: bool) -> list[Effect]:
-        link, submit, tokens = flight.link, flight.submit, flight.tokens
+    def _send(self, wire_id: int, inflight: InFlight, waited: bool) -> list[Effect]:
+        handle, submit, tokens = inflight.handle, inflight.submit, inflight.tokens
         stamp = min(self.wave, LARGEST_STAMP)
-        answer_tokens = submit.params.max_tokens - len(flight.made)
-        number = link.ledger.last + 1
-        link.ledger.sent(number, tokens)
-        link.in_flight.add(wire)
-        self._flights[wire] = flight
+        answer_tokens = submit.params.max_tokens - len(inflight.made)
+        number = handle.accounting.last + 1
+        handle.accounting.sent(number, tokens)
+        handle.in_flight.add(wire_id)
+        self._inflight[wire_id] = inflight
         add = AddRequest(
-            wire, number, link.incarnation, stamp, submit.prompt_token_ids, submit.params, submit.priority,
-            list(flight.made),
+            wire_id, number, handle.incarnation, stamp, submit.prompt_token_ids, submit.params, submit.priority,
+            list(inflight.made),
         )  # fmt: skip
-        effects: list[Effect] = [ToRank(link.rank, add)]
+        effects: list[Effect] = [ToRank(handle.rank, add)]
         if self._lockstep and not self.running:
-            effects.append(ToCoordinator(WakeNotice(self._identity, link.rank, stamp)))
-        if self._share_sends:
+            effects.append(ToCoordinator(WakeNotice(self._identity, handle.rank, stamp)))
+        if self._relay_sends:
             self._told += 1
-            link.unheard.sent(self._told, tokens, tokens + answer_tokens)
-            send = Send(link.rank, link.incarnation, number, tokens, answer_tokens, submit.request if waited else 0)
+            handle.unheard.sent(self._told, tokens, tokens + answer_tokens)
+            send = Send(handle.rank, handle.incarnation, number, tokens, answer_tokens, submit.request if waited else 0)
             effects.append(ToCoordinator(SendNotice(self._identity, [send], self._told)))
-        self._router.touched(link)
+        self._router.touched(handle)
         return effects
 
     def abandon(self, requests: Iterable[int], now: float) -> list[Effect]:
         """The clients of these requests have gone. Those that have no rank are left out."""
         by_rank: dict[int, list[int]] = {}
         for request in requests:
-            wire = self._resent.get(request, request)
-            flight = self._forget(wire)
-            if flight is not None:
-                self.turnover.ended(now - flight.since, now)
-                self._touched(flight.link)
-                by_rank.setdefault(flight.link.rank, []).append(wire)
+            wire_id = self._resent.get(request, request)
+            inflight = self._forget(wire_id)
+            if inflight is not None:
+                self.retry_after.ended(now - inflight.since, now)
+                self._touched(inflight.handle)
+                by_rank.setdefault(inflight.handle.rank, []).append(wire_id)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
     def outputs(self, message: Outputs, now: float) -> list[Effect]:
         """What a step of a rank has made."""
-        link = self.links.get(message.rank) or self.leaving.get(message.rank)
-        if link is None or link.incarnation != message.incarnation:
+        handle = self.handles.get(message.rank) or self.leaving.get(message.rank)
+        if handle is None or handle.incarnation != message.incarnation:
             self.void += 1
             return []
-        flights = self._flights
+        all_inflight = self._inflight
         outputs = message.outputs
         # Outputs of a request that was abandoned, or went elsewhere, may still be on their way.
-        if not all(output.request in flights for output in outputs):
-            outputs = [output for output in outputs if output.request in flights]
+        if not all(output.request in all_inflight for output in outputs):
+            outputs = [output for output in outputs if output.request in all_inflight]
         resent = False
         for output in outputs:
-            flights[output.request].made += output.token_ids
+            all_inflight[output.request].made += output.token_ids
             resent = resent or output.request >= FIRST_RESEND
         if not outputs:
             return []
         delivered = [self._as_asked(output) for output in outputs] if resent else outputs
         for output in outputs:
             # Whoever ends a request twice in one message ends it once.
-            if output.finish_reason is not None and (flight := self._forget(output.request)) is not None:
-                self.turnover.ended(now - flight.since, now)
-                self._touched(link)
+            if output.finish_reason is not None and (inflight := self._forget(output.request)) is not None:
+                self.retry_after.ended(now - inflight.since, now)
+                self._touched(handle)
         return [Deliver(delivered)]
 
-    def _touched(self, link: RankLink) -> None:
+    def _touched(self, handle: RankHandle) -> None:
         # Of a rank that leaves routing knows nothing any more.
-        if link.rank in self.links:
-            self._router.touched(link)
+        if handle.rank in self.handles:
+            self._router.touched(handle)
 
     def _as_asked(self, output: Output) -> Output:
         """An output under the number that the client's request has."""
-        return replace(output, request=self._flights[output.request].submit.request)
+        return replace(output, request=self._inflight[output.request].submit.request)
 
-    def _forget(self, wire: int) -> Flight | None:
-        flight = self._flights.pop(wire, None)
-        if flight is not None:
-            flight.link.in_flight.discard(wire)
+    def _forget(self, wire_id: int) -> InFlight | None:
+        inflight = self._inflight.pop(wire_id, None)
+        if inflight is not None:
+            inflight.handle.in_flight.discard(wire_id)
             if self._without_loads:
                 # Nothing else says that it does not wait any more.
-                flight.link.ledger.keep(len(flight.link.in_flight))
-            self._resent.pop(flight.submit.request, None)
-        return flight
+                inflight.handle.accounting.keep(len(inflight.handle.in_flight))
+            self._resent.pop(inflight.submit.request, None)
+        return inflight
 
     # The coordinator ----------------------------------------------------------------------------
 
@@ -293,17 +293,17 @@ class Flights:
         self._without_loads = view.ranks is None and self._without_loads is not False
         for entry in view.ranks or ():
             rank = entry.rank
-            link = self.links.get(rank) or self.leaving.get(rank) or self.down.get(rank)
-            if link is not None and link.incarnation == entry.incarnation:
-                link.take_view(entry, self._identity)
-                self._touched(link)
+            handle = self.handles.get(rank) or self.leaving.get(rank) or self.down.get(rank)
+            if handle is not None and handle.incarnation == entry.incarnation:
+                handle.take_view(entry, self._identity)
+                self._touched(handle)
         # One cut for all ranks: were it made rank by rank, a view that knows one send would show its rank as
         # less loaded than those for which the others' sends are still guessed.
         heard = view.heard.get(self._identity, 0)
-        for link in (*self.down.values(), *self.leaving.values()):
-            link.unheard.reported(heard)
-        for link in self.links.values():
-            if link.unheard.requests:
-                self._router.touched(link)
-            link.unheard.reported(heard)
+        for handle in (*self.down.values(), *self.leaving.values()):
+            handle.unheard.reported(heard)
+        for handle in self.handles.values():
+            if handle.unheard.requests:
+                self._router.touched(handle)
+            handle.unheard.reported(heard)
         self._router.settle()

@@ -1,10 +1,10 @@
 """A front-end's machine: what it has sent, what is in flight, and whom to wake.
 
-    effects = front_end.handle(event, now)
+    effects = frontend.handle(event, now)
 
 The shell owns sockets and HTTP; this machine decides to whom a request goes, numbers it, tells the
 coordinator where the ranks are paused, and drops what comes from a life of a rank that is over. Tokens
-of a whole step pass through in one event. Where a rank dies, its requests go on at others (`stranded.py`).
+of a whole step pass through in one event. Where a rank dies, its requests go on at others (`failover.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Set
 import msgspec
 
 from paceline.core.coordinator.epoch import describe
-from paceline.core.frontend.control import FrontEndCalls, FrontEndScaling
+from paceline.core.frontend.control import FrontendCalls, FrontendScaling
 from paceline.core.frontend.dispatch import Binding, Placement
 from paceline.core.frontend.events import (
     Abandon,
@@ -35,14 +35,14 @@ from paceline.core.frontend.events import (
     Tick,
     ToCoordinator,
 )
-from paceline.core.frontend.failover import MOST_LOSSES, Stranded
-from paceline.core.frontend.inflight import Flight, Flights
+from paceline.core.frontend.failover import MOST_LOSSES, Failover
+from paceline.core.frontend.inflight import InFlight, InFlightRequests
 from paceline.core.frontend.ranks import Router
 from paceline.core.load import Load, plausible
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     ControlAnswer,
-    FrontEndHello,
+    FrontendHello,
     Grants,
     LoadView,
     Members,
@@ -59,13 +59,13 @@ NOBODY = -1
 """No coordinator has been heard yet; else its identity, which each life of it has anew."""
 
 
-class FrontEnd:
+class Frontend:
     """One life of one front-end.
 
     `identity`: this life's number. `policy`: routing, called `routing`. `ranks`: the ranks it balances over, None
     for all (hybrid mode: its node's; external mode: its own). `max_waiting`: requests that may wait for a slot, over
-    all its ranks, None for no limit. `share_sends`: whether other front-ends balance over the same ranks
-    and are told of this one's sends. `brokered`: whether requests wait in the coordinator's queue where it has one
+    all its ranks, None for no limit. `relay_sends`: whether other front-ends balance over the same ranks
+    and are told of this one's sends. `late_binding`: whether requests wait in the coordinator's queue where it has one
     (for LeastLoad alone: ValueError). `resumes`: whether the engine goes on with an answer that another rank has begun.
     `most_losses`: ranks that a request may lose, and no token is made in between, before it is refused as what kills
     them. `without`: rules (`rules.py`) left out, to show what breaks.
@@ -73,22 +73,24 @@ class FrontEnd:
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
-        share_sends: bool = False, lockstep: bool = False, routing: str = "", brokered: bool = False,
+        relay_sends: bool = False, lockstep: bool = False, routing: str = "", late_binding: bool = False,
         resumes: bool = False, node: int = 0, most_losses: int = MOST_LOSSES, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
-        if brokered and not isinstance(policy, LeastLoad):
+        if late_binding and not isinstance(policy, LeastLoad):
             raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
         self.identity = identity
         self.missing: list[int] = []
         self.stalls: list[Stall] = []
         self._router = Router(policy, routing or type(policy).__name__)
-        self._flights = Flights(identity, self._router, share_sends=share_sends or brokered, lockstep=lockstep)
-        self._brokered = brokered
-        self._binding = Binding(identity, brokered, checked(without))
-        self._calls = FrontEndCalls(identity)
-        self._placement = Placement(self._router, self._flights, self._binding, self._calls, max_waiting)
-        self._stranded = Stranded(self._flights, self._router, self._calls, resumes=resumes, most_losses=most_losses)
-        self._scaling = FrontEndScaling(identity, ranks, node)
+        self._inflight = InFlightRequests(
+            identity, self._router, relay_sends=relay_sends or late_binding, lockstep=lockstep
+        )
+        self._late_binding = late_binding
+        self._binding = Binding(identity, late_binding, checked(without))
+        self._calls = FrontendCalls(identity)
+        self._placement = Placement(self._router, self._inflight, self._binding, self._calls, max_waiting)
+        self._failover = Failover(self._inflight, self._router, self._calls, resumes=resumes, most_losses=most_losses)
+        self._scaling = FrontendScaling(identity, ranks, node)
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
         self._coordinator = NOBODY
@@ -99,12 +101,12 @@ class FrontEnd:
         """Take in one event; returns what to do, in order."""
         match event:
             case RankSaid(message):
-                return self._flights.outputs(message, now)
+                return self._inflight.outputs(message, now)
             case Submit():
                 return self._placement.submit(event, now)
             case Abandon(requests):
-                self._stranded.drop(requests)
-                return [*self._flights.abandon(requests, now), *self._binding.drop(requests, now)]
+                self._failover.drop(requests)
+                return [*self._inflight.abandon(requests, now), *self._binding.drop(requests, now)]
             case CoordinatorSaid(LoadView() as view):
                 return self._on_view(view, now)
             case CoordinatorSaid(Grants() as grants):
@@ -122,19 +124,19 @@ class FrontEnd:
             case CoordinatorSaid(Members() as members):
                 return self._on_members(members, now)
             case LinkFailed(rank):
-                link = self._flights.links[rank]
-                self._unreachable.add((rank, link.incarnation))
-                moved = self._stranded.move(self._flights.lose(link), now)
+                handle = self._inflight.handles[rank]
+                self._unreachable.add((rank, handle.incarnation))
+                moved = self._failover.move(self._inflight.lose(handle), now)
                 return [*moved, *self._placement.end_waiting(now), *self._bind_alone(now)]
             case LinkDown(rank):
-                moved = self._stranded.move(self._flights.put_down(rank), now)
+                moved = self._failover.move(self._inflight.put_down(rank), now)
                 return [*moved, *self._placement.end_waiting(now)]
             case LinkUp(rank):
-                if rank in self._flights.down:
-                    self._stranded.acquit(rank, self._flights.down[rank].incarnation)
-                put_up = self._flights.put_up(rank)
+                if rank in self._inflight.down:
+                    self._failover.acquit(rank, self._inflight.down[rank].incarnation)
+                put_up = self._inflight.put_up(rank)
                 self._let_leave()
-                return [*put_up, *self._stranded.settle(now), *self._placement.settle(now)]
+                return [*put_up, *self._failover.settle(now), *self._placement.settle(now)]
             case Connected():
                 return [self._hello()]
             case Tick():
@@ -144,7 +146,7 @@ class FrontEnd:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        return min(self._placement.deadline, self._stranded.deadline)
+        return min(self._placement.deadline, self._failover.deadline)
 
     # What the explorer asks, for which time is a choice -----------------------------------------
 
@@ -169,12 +171,12 @@ class FrontEnd:
     @property
     def wave(self) -> int:
         """The wave that is believed current."""
-        return self._flights.wave
+        return self._inflight.wave
 
     @property
     def running(self) -> bool:
         """Whether the ranks are believed to run in it."""
-        return self._flights.running
+        return self._inflight.running
 
     @property
     def suspension(self) -> SuspensionState:
@@ -193,23 +195,23 @@ class FrontEnd:
 
     def ready_ranks(self) -> list[int]:
         """The ranks that requests can go to."""
-        return sorted(self._flights.links)
+        return sorted(self._inflight.handles)
 
     def in_flight(self) -> int:
         """Requests sent and not finished."""
-        return len(self._flights) + len(self._stranded)
+        return len(self._inflight) + len(self._failover)
 
     def believed(self, rank: int) -> Load:
         """What the front-end believes the rank has: its report plus this front-end's unreported sends."""
-        return next(link for link in self._flights.known() if link.rank == rank).believed()
+        return next(handle for handle in self._inflight.known() if handle.rank == rank).believed()
 
     def waiting(self) -> int:
         """Requests believed to wait for a slot: at this front-end's ranks, and before them."""
         return self._placement.waiting()
 
-    def held(self) -> list[int]:
+    def waiting_for_grant(self) -> list[int]:
         """This front-end's requests that have no rank yet."""
-        return list(self._binding.held)
+        return list(self._binding.waiting_for_grant)
 
     def queued(self) -> int:
         """Requests that wait in the coordinator's queue, this front-end's and the others'."""
@@ -218,8 +220,8 @@ class FrontEnd:
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         return [
-            {"rank": rank, **msgspec.structs.asdict(link.believed()), "in_flight": len(link.in_flight)}
-            for rank, link in sorted([*self._flights.links.items(), *self._flights.leaving.items()])
+            {"rank": rank, **msgspec.structs.asdict(handle.believed()), "in_flight": len(handle.in_flight)}
+            for rank, handle in sorted([*self._inflight.handles.items(), *self._inflight.leaving.items()])
         ]
 
     def statistics(self) -> dict[str, object]:
@@ -234,11 +236,11 @@ class FrontEnd:
             "suspension": msgspec.structs.asdict(self.suspension),
             "scaling": None if self.scaling is None else self.scaling.in_words(),
             "in_flight": self.in_flight(),
-            "moved": self._flights.moved,
+            "moved": self._inflight.moved,
             "waiting": self.waiting(),
-            "held": len(self.held()),
+            "held": len(self.waiting_for_grant()),
             "queued": self.queued(),
-            "void_messages": self._void + self._flights.void,
+            "void_messages": self._void + self._inflight.void,
         }
 
     # The coordinator ----------------------------------------------------------------------------
@@ -248,27 +250,27 @@ class FrontEnd:
         effects += self._learn_scaling(message, now)
         self._wave_is(message.wave, message.running)
         self.stalls = message.stalls
-        scaling, flights = self._scaling, self._flights
+        scaling, all_inflight = self._scaling, self._inflight
         self.missing = [rank for rank in message.missing if scaling.serves(rank)]
         members = {member.rank: member for member in message.members if scaling.serves(member.rank)}
-        lost: list[Flight] = []
-        for link in flights.known():
-            rank, member = link.rank, members.get(link.rank)
+        lost: list[InFlight] = []
+        for handle in all_inflight.known():
+            rank, member = handle.rank, members.get(handle.rank)
             # A coordinator that has just come back does not know all ranks yet, so a rank that it does
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
-            ended = (rank, link.incarnation) in message.ended or scaling.over(rank)
-            if ended or (member is not None and member.incarnation != link.incarnation):
+            ended = (rank, handle.incarnation) in message.ended or scaling.over(rank)
+            if ended or (member is not None and member.incarnation != handle.incarnation):
                 effects.append(Disconnect(rank))
-                lost += flights.lose(link)
+                lost += all_inflight.lose(handle)
         # Once all that have ended are known: none of them is to get what another one had.
-        effects += self._stranded.move(lost, now)
-        connected = {link.rank for link in flights.known()}
+        effects += self._failover.move(lost, now)
+        connected = {handle.rank for handle in all_inflight.known()}
         for rank, member in members.items():
             wanted = rank not in connected and scaling.takes_new(rank)
             if wanted and (rank, member.incarnation) not in self._unreachable:
-                flights.join(rank, member.incarnation)
+                all_inflight.join(rank, member.incarnation)
                 effects.append(Connect(member))
-        return [*effects, *self._stranded.settle(now), *self._placement.settle(now), *scaling.served()]
+        return [*effects, *self._failover.settle(now), *self._placement.settle(now), *scaling.served()]
 
     def _learn_scaling(self, message: Members, now: float) -> list[Effect]:
         before = self._scaling.ranks
@@ -277,13 +279,13 @@ class FrontEnd:
         if not news:
             return []
         # In another queue than before, the coordinator knows of nothing that waits here.
-        asks = self._brokered and before != self._scaling.ranks and self._binding.held
+        asks = self._late_binding and before != self._scaling.ranks and self._binding.waiting_for_grant
         return [self._hello(), *([self._binding.ask_again(now)] if asks else [])]
 
     def _let_leave(self) -> None:
-        for rank in list(self._flights.links):
+        for rank in list(self._inflight.handles):
             if not self._scaling.takes_new(rank):
-                self._flights.let_leave(rank)
+                self._inflight.let_leave(rank)
 
     def _on_view(self, view: LoadView, now: float) -> list[Effect]:
         effects = self._coordinator_is(view.coordinator, now)
@@ -292,7 +294,7 @@ class FrontEnd:
             return effects
         self._view_number = view.number
         self._wave_is(view.wave, view.running)
-        self._flights.take_view(view)
+        self._inflight.take_view(view)
         forgotten = self._binding.take_view(view)
         current, served = self._calls.learn(view.suspension)
         if (forgotten or not current) and not effects:
@@ -306,7 +308,7 @@ class FrontEnd:
         return self._placement.grants(message, now)
 
     def _on_tick(self, now: float) -> list[Effect]:
-        over = [*self._stranded.settle(now), *self._placement.end_waiting(now)]
+        over = [*self._failover.settle(now), *self._placement.end_waiting(now)]
         if over:
             return over
         if self._binding.away(now):
@@ -315,16 +317,16 @@ class FrontEnd:
 
     def _bind_alone(self, now: float) -> list[Effect]:
         """The coordinator would go on granting a rank that cannot be reached from here: it is asked no more."""
-        if not self._brokered:
+        if not self._late_binding:
             return []
-        self._brokered = False
+        self._late_binding = False
         return [self._hello(), *self._placement.stop(now)]
 
     def _hello(self) -> Effect:
         known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
-        ranks = sorted(self.ranks) if self._brokered and self.ranks is not None else None
-        about = (number, known.mode, self._brokered, ranks, self._scaling.told)
-        return ToCoordinator(FrontEndHello(PROTOCOL_VERSION, self.identity, *about))
+        ranks = sorted(self.ranks) if self._late_binding and self.ranks is not None else None
+        about = (number, known.mode, self._late_binding, ranks, self._scaling.told)
+        return ToCoordinator(FrontendHello(PROTOCOL_VERSION, self.identity, *about))
 
     def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
         if coordinator == self._coordinator:
@@ -338,4 +340,4 @@ class FrontEnd:
 
     def _wave_is(self, wave: int, running: bool) -> None:
         if wave >= self.wave and plausible(wave, self.wave):
-            self._flights.wave, self._flights.running = wave, running
+            self._inflight.wave, self._inflight.running = wave, running

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from heapq import nsmallest
 
-from paceline.core.load import Ledger, Load, believed
+from paceline.core.load import Accounting, Load, believed
 from paceline.core.messages import RankView
 from paceline.core.ordering import RESORT_SHARE
 from paceline.core.routing.candidates import Candidate, Candidates
@@ -16,25 +16,25 @@ from paceline.core.routing.least import LeastLoad, work
 from paceline.core.routing.policy import Decision, Policy, Query, belief
 
 
-class RankLink:
+class RankHandle:
     """One life of one rank, as this front-end knows it.
 
     `candidate`, and `waiting`, how many requests wait for a slot there, are as of the last `refresh`.
     """
 
     __slots__ = (
+        "accounting",
         "candidate",
         "in_flight",
         "incarnation",
-        "ledger",
         "left",
         "load",
         "rank",
         "step",
+        "unacked_requests",
+        "unacked_tokens",
         "unheard",
         "waiting",
-        "wire_requests",
-        "wire_tokens",
     )  # fmt: skip
 
     def __init__(self, rank: int, incarnation: int) -> None:
@@ -42,46 +42,46 @@ class RankLink:
         self.incarnation = incarnation
         self.load = Load()
         self.step = -1
-        self.ledger = Ledger()
+        self.accounting = Accounting()
         # By the ids that the rank knows: those that are under way, and those that went elsewhere while it was away.
         self.in_flight: set[int] = set()
         self.left: list[int] = []
         # What the other front-ends have on the wire, by the latest view.
-        self.wire_requests = 0
-        self.wire_tokens = 0
+        self.unacked_requests = 0
+        self.unacked_tokens = 0
         # This front-end's sends that the coordinator had not been told of when it made the latest view.
-        self.unheard = Ledger()
+        self.unheard = Accounting()
         self.candidate = Candidate(rank, 0, 0, 0, 0, 0, 0, incarnation)
         self.waiting = 0
 
     def believed(self) -> Load:
         """What the rank has, plus what is on the wire from this front-end."""
-        return believed(self.load, self.ledger.requests, self.ledger.tokens)
+        return believed(self.load, self.accounting.requests, self.accounting.tokens)
 
     def refresh(self) -> int:
         """Bring `candidate` and `waiting` up to date; returns by how much `waiting` grew."""
-        load, ledger, candidate = self.load, self.ledger, self.candidate
-        candidate.requests = load.waiting + load.running + ledger.requests + self.wire_requests
-        candidate.prefill_tokens = load.prefill_tokens + ledger.tokens + self.wire_tokens
+        load, accounting, candidate = self.load, self.accounting, self.candidate
+        candidate.requests = load.waiting + load.running + accounting.requests + self.unacked_requests
+        candidate.prefill_tokens = load.prefill_tokens + accounting.tokens + self.unacked_tokens
         candidate.in_flight = len(self.in_flight)
         candidate.since_view_requests = self.unheard.requests
         candidate.since_view_tokens = self.unheard.tokens
         candidate.finished = load.finished
         # As `waiting_for_a_slot(self.believed())`, without making a Load of it.
         free = load.slots - load.running
-        waiting = load.waiting + ledger.requests - (free if free > 0 else 0)
+        waiting = load.waiting + accounting.requests - (free if free > 0 else 0)
         before, self.waiting = self.waiting, waiting if waiting > 0 else 0
         return self.waiting - before
 
-    def take_view(self, entry: RankView, front_end: int) -> None:
-        """Take in what a view says of this rank; `front_end`: whose link this is. An older step changes nothing."""
+    def take_view(self, entry: RankView, frontend: int) -> None:
+        """Take in what a view says of this rank; `frontend`: whose link this is. An older step changes nothing."""
         if entry.step < self.step:
             return
         self.step = entry.step
         self.load = entry.load
-        self.ledger.reported(entry.taken.get(front_end, 0))
-        self.wire_requests = sum(wire.requests for wire in entry.on_the_wire if wire.front_end != front_end)
-        self.wire_tokens = sum(wire.tokens for wire in entry.on_the_wire if wire.front_end != front_end)
+        self.accounting.reported(entry.taken.get(frontend, 0))
+        self.unacked_requests = sum(wire_id.requests for wire_id in entry.on_the_wire if wire_id.frontend != frontend)
+        self.unacked_tokens = sum(wire_id.tokens for wire_id in entry.on_the_wire if wire_id.frontend != frontend)
 
 
 MAX_ALTERNATIVES = 3
@@ -97,24 +97,24 @@ class Router:
         self._name = name
         self._candidates = Candidates()
         # Those that say something else than their candidates do. A link tells of itself many times between two choices.
-        self._stale: set[RankLink] = set()
+        self._stale: set[RankHandle] = set()
         self._waiting = 0
         self._asked = False
 
-    def joined(self, link: RankLink) -> None:
+    def joined(self, handle: RankHandle) -> None:
         """A rank has come."""
-        self._waiting += link.refresh()
-        self._candidates.add(link.candidate)
+        self._waiting += handle.refresh()
+        self._candidates.add(handle.candidate)
 
-    def lost(self, link: RankLink) -> None:
+    def lost(self, handle: RankHandle) -> None:
         """A rank has gone."""
-        self._stale.discard(link)
-        self._waiting -= link.waiting
-        self._candidates.remove(link.rank)
+        self._stale.discard(handle)
+        self._waiting -= handle.waiting
+        self._candidates.remove(handle.rank)
 
-    def touched(self, link: RankLink) -> None:
+    def touched(self, handle: RankHandle) -> None:
         """What is known of a rank has changed."""
-        self._stale.add(link)
+        self._stale.add(handle)
 
     def settle(self) -> None:
         """An event has changed many ranks. Take it in now, so that the next choice need not pay for it; but not where
@@ -151,7 +151,7 @@ class Router:
         self._refresh()
         place = self._candidates.place(rank)
         assert place is not None
-        others = self._policy.front_end_count - 1
+        others = self._policy.frontend_count - 1
         least = nsmallest(
             MAX_ALTERNATIVES, (one for one in self._candidates if one.rank != rank), lambda one: work(one, others)
         )
@@ -164,11 +164,11 @@ class Router:
         stale = self._stale
         if not stale:
             return
-        for link in stale:
-            self._waiting += link.refresh()
+        for handle in stale:
+            self._waiting += handle.refresh()
         if len(stale) * RESORT_SHARE > len(self._candidates):
             self._candidates.all_changed()
         else:
-            for link in stale:
-                self._candidates.changed(link.rank)
+            for handle in stale:
+                self._candidates.changed(handle.rank)
         stale.clear()

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from paceline.core.load import Load
 from paceline.core.messages import FromRank, GroupMember, Identify, StartDPWave, Suspension, ToRank
-from paceline.core.requests import AddRequest, FinishReason, FromFrontEndToRank, Outputs, PositionLogprobs
+from paceline.core.requests import AddRequest, FinishReason, FromFrontendToRank, Outputs, PositionLogprobs
 
 
 class Phase(Enum):
@@ -49,17 +49,17 @@ class CoordinatorSaid(Struct, frozen=True):
     message: ToRank
 
 
-class FrontEndSaid(Struct, frozen=True, gc=False):
+class FrontendSaid(Struct, frozen=True, gc=False):
     """A message from a front-end."""
 
-    front_end: int
-    message: FromFrontEndToRank
+    frontend: int
+    message: FromFrontendToRank
 
 
-class FrontEndGone(Struct, frozen=True):
+class FrontendGone(Struct, frozen=True):
     """A front-end cannot be reached any more: nobody waits for its requests."""
 
-    front_end: int
+    frontend: int
 
 
 class Turn(Struct, frozen=True):
@@ -99,10 +99,10 @@ class Agreed(Struct, frozen=True):
 class Formed(Struct, frozen=True):
     """The rank is a member of this generation."""
 
-    generation: int
+    epoch: int
 
 
-class GenerationEnded(Struct, frozen=True):
+class EpochEnded(Struct, frozen=True):
     """A collective cannot complete, since a member is gone: in place of `Stepped` or `Agreed`, or of `Formed`."""
 
 
@@ -125,13 +125,13 @@ class Leave(Struct, frozen=True):
 Event = (
     Loaded
     | CoordinatorSaid
-    | FrontEndSaid
-    | FrontEndGone
+    | FrontendSaid
+    | FrontendGone
     | Turn
     | Stepped
     | Agreed
     | Formed
-    | GenerationEnded
+    | EpochEnded
     | Waited
     | Leave
 )
@@ -164,10 +164,10 @@ class ToCoordinator(Struct, frozen=True):
     message: FromRank
 
 
-class ToFrontEnd(Struct, frozen=True, gc=False):
+class ToFrontend(Struct, frozen=True, gc=False):
     """Send to one front-end."""
 
-    front_end: int
+    frontend: int
     message: Outputs
 
 
@@ -200,7 +200,7 @@ class Urge(Struct, frozen=True):
 class FormGroup(Struct, frozen=True):
     """Leave the group, if there is one, and form this one; `Formed` when it is."""
 
-    generation: int
+    epoch: int
     members: Sequence[GroupMember]
 
 
@@ -214,4 +214,4 @@ class Wait(Struct, frozen=True):
     until: float | None
 
 
-Effect = Take | Drop | ToCoordinator | ToFrontEnd | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait
+Effect = Take | Drop | ToCoordinator | ToFrontend | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait

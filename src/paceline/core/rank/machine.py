@@ -4,7 +4,7 @@
 
 The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and does what the effects say. `Step` and
 `DummyStep` are answered by `Stepped`, `Agree` by `Agreed`, `FormGroup` by `Formed`, each of them by
-`GenerationEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
+`EpochEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
 collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
 first, the ranks agree whether any has work left; when none has, all pause at that same step. While any has a prompt to
 compute they agree after every step, on how many tokens of theirs all compute in the next (`quota.py`).
@@ -41,12 +41,12 @@ from paceline.core.rank.events import (
     CoordinatorSaid,
     DummyStep,
     Effect,
+    EpochEnded,
     Event,
     Formed,
     FormGroup,
-    FrontEndGone,
-    FrontEndSaid,
-    GenerationEnded,
+    FrontendGone,
+    FrontendSaid,
     Leave,
     Loaded,
     Phase as Phase,
@@ -63,7 +63,7 @@ from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
 from paceline.core.requests import AbortRequests, AddRequest
 from paceline.core.rules import checked
-from paceline.core.standing import Standing, stops
+from paceline.core.standing import PauseState, stops
 
 
 class RankWaves:
@@ -153,8 +153,8 @@ class Rank:
         self.waves = RankWaves(sync_interval)
         self.quota = RankQuota(prefill_quota)
         self.step = 0
-        self.generation = 0
-        self.standing = Standing()
+        self.epoch = 0
+        self.standing = PauseState()
         self.requests = RankRequests(rank, incarnation)
         self._lockstep = lockstep
         self._report_loads = report_loads
@@ -195,10 +195,10 @@ class Rank:
 
     def _handle(self, event: Event, now: float) -> list[Effect]:
         match event:
-            case FrontEndSaid(front_end, AddRequest() as request):
-                return self._on_add(front_end, request)
-            case FrontEndSaid(front_end, AbortRequests(requests)):
-                return self.requests.drop(front_end, requests)
+            case FrontendSaid(frontend, AddRequest() as request):
+                return self._on_add(frontend, request)
+            case FrontendSaid(frontend, AbortRequests(requests)):
+                return self.requests.drop(frontend, requests)
             case Stepped():
                 return self._on_stepped(event, now)
             case Turn(load, has_work):
@@ -207,12 +207,12 @@ class Rank:
                 return self._on_coordinator(message)
             case Agreed():
                 return self._on_agreed(event, now)
-            case FrontEndGone(front_end):
-                return self.requests.drop_front_end(front_end)
-            case Formed(generation):
-                return self._on_formed(generation)
-            case GenerationEnded():
-                self.generation, self._mid_step = 0, False
+            case FrontendGone(frontend):
+                return self.requests.drop_frontend(frontend)
+            case Formed(epoch):
+                return self._on_formed(epoch)
+            case EpochEnded():
+                self.epoch, self._mid_step = 0, False
                 return [self._hello()]
             case Waited(ranks, collective, kind, seconds):
                 waited = (list(ranks), collective, kind, seconds)
@@ -233,7 +233,7 @@ class Rank:
             "wave": self.wave,
             "running": self.running,
             "step": self.step,
-            "generation": self.generation,
+            "generation": self.epoch,
             "suspension": self.standing.number,
             "held": self.held,
             "requests": len(self.requests) + self.requests.held,
@@ -243,16 +243,16 @@ class Rank:
 
     # Requests and steps -------------------------------------------------------------------------
 
-    def _on_add(self, front_end: int, request: AddRequest) -> list[Effect]:
-        refusal = self.requests.arrive(front_end, request)
+    def _on_add(self, frontend: int, request: AddRequest) -> list[Effect]:
+        refusal = self.requests.arrive(frontend, request)
         if refusal:
             return refusal
         if not self.standing.free:
             if self.standing.suspended and self.standing.mode == "abort":
-                return [self.requests.refuse(front_end, request)]
-            self.requests.hold(front_end, request)
+                return [self.requests.refuse(frontend, request)]
+            self.requests.hold(frontend, request)
             return []
-        effects = [self.requests.take(front_end, request)]
+        effects = [self.requests.take(frontend, request)]
         if self._lockstep and not self.running:
             effects += self._start_by_itself(request.wave)
         return effects
@@ -280,7 +280,7 @@ class Rank:
 
     def _may_step(self) -> bool:
         if self._lockstep:
-            return self.running and bool(self.generation or not self._group_address)
+            return self.running and bool(self.epoch or not self._group_address)
         return self.standing.free or self.standing.draining
 
     def _catch_up(self) -> list[Effect]:
@@ -360,17 +360,17 @@ class Rank:
         if self.phase not in (Phase.JOINING, Phase.READY) or (self.rank, self.incarnation) not in lives:
             return []
         if form.generation <= self.told or not plausible(form.generation, self.told):
-            return [self._hello()] if form.generation == self.generation else []
+            return [self._hello()] if form.generation == self.epoch else []
         if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
         self.standing.hear(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
-        self.generation, self.told = 0, form.generation
+        self.epoch, self.told = 0, form.generation
         self._to_form = form
         return []
 
-    def _on_formed(self, generation: int) -> list[Effect]:
-        self.generation = generation
+    def _on_formed(self, epoch: int) -> list[Effect]:
+        self.epoch = epoch
         # The members left the one before at different steps: they count anew, together.
         self.waves.recount()
         self.quota.forget()
@@ -408,7 +408,7 @@ class Rank:
         return ToCoordinator(
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
-                self.running, standing.number, standing.mode, held, self._group_address, self.generation,
+                self.running, standing.number, standing.mode, held, self._group_address, self.epoch,
                 self.told,
             )
         )  # fmt: skip

@@ -18,13 +18,13 @@ import msgspec
 from msgspec.structs import replace
 
 from paceline.core.load import Load
-from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontEnd
+from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontend
 from paceline.core.requests import AddRequest, FinishReason, Output, Outputs
 
 Pair = tuple[int, int]
 """(front-end, its own id of the request)."""
 
-FRONT_ENDS_KEPT = 256
+FRONTENDS_KEPT = 256
 """Front-ends whose sends are counted, beyond those that are connected: lives that are over are never heard again."""
 
 
@@ -53,55 +53,55 @@ class RankRequests:
         """Requests held back from the engine."""
         return len(self._held)
 
-    def arrive(self, front_end: int, request: AddRequest) -> list[Effect]:
+    def arrive(self, frontend: int, request: AddRequest) -> list[Effect]:
         """A request came in: it counts as taken. Returns its refusal where it is not for this life, or comes twice."""
-        pair = (front_end, request.request)
+        pair = (frontend, request.request)
         if request.incarnation != self.incarnation:
             self.void += 1
             return [self._end(pair, "error", f"rank {self.rank}: meant for another life of this rank")]
-        self.taken[front_end] = max(request.number, self.taken.get(front_end, 0))
+        self.taken[frontend] = max(request.number, self.taken.get(frontend, 0))
         if pair in self._keys or pair in self._held:
             self.void += 1
             return [self._end(pair, "error", f"rank {self.rank}: sent twice")]
         return []
 
-    def take(self, front_end: int, request: AddRequest) -> Effect:
+    def take(self, frontend: int, request: AddRequest) -> Effect:
         """Give it to the engine."""
         key = self._next_key
         self._next_key += 1
-        pair = (front_end, request.request)
+        pair = (frontend, request.request)
         self._keys[pair] = key
         self._owners[key] = pair
         return Take(key, request)
 
-    def hold(self, front_end: int, request: AddRequest) -> None:
+    def hold(self, frontend: int, request: AddRequest) -> None:
         """Keep it from the engine until `take_held`."""
-        self._held[(front_end, request.request)] = request
+        self._held[(frontend, request.request)] = request
 
     def take_held(self) -> list[Effect]:
         """Give all that is held to the engine, in the order in which it came."""
         held, self._held = self._held, {}
-        return [self.take(front_end, request) for (front_end, _), request in held.items()]
+        return [self.take(frontend, request) for (frontend, _), request in held.items()]
 
-    def refuse(self, front_end: int, request: AddRequest) -> Effect:
+    def refuse(self, frontend: int, request: AddRequest) -> Effect:
         """End a request that came while all are aborted."""
-        return self._end((front_end, request.request), "abort", None)
+        return self._end((frontend, request.request), "abort", None)
 
-    def drop(self, front_end: int, requests: Sequence[int]) -> list[Effect]:
+    def drop(self, frontend: int, requests: Sequence[int]) -> list[Effect]:
         """Nobody waits for these any more."""
-        return self._drop([(front_end, request) for request in requests])
+        return self._drop([(frontend, request) for request in requests])
 
-    def drop_front_end(self, front_end: int) -> list[Effect]:
+    def drop_frontend(self, frontend: int) -> list[Effect]:
         """Nobody waits for this front-end's requests any more.
 
         How many of its sends were taken is kept: it may be there all the same, and only its connection new.
         """
-        if len(self.taken) > FRONT_ENDS_KEPT:
+        if len(self.taken) > FRONTENDS_KEPT:
             busy = {owner for owner, _ in (*self._keys, *self._held)}
-            idle = next((one for one in self.taken if one not in busy and one != front_end), None)
+            idle = next((one for one in self.taken if one not in busy and one != frontend), None)
             if idle is not None:
                 del self.taken[idle]
-        return self._drop([pair for pair in (*self._keys, *self._held) if pair[0] == front_end])
+        return self._drop([pair for pair in (*self._keys, *self._held) if pair[0] == frontend])
 
     def abort_all(self) -> list[Effect]:
         """End every request, and tell whose it was."""
@@ -110,21 +110,21 @@ class RankRequests:
 
     def hand_out(self, outputs: Sequence[StepOutput]) -> list[Effect]:
         """What a step made, one message a front-end."""
-        by_front_end: dict[int, list[Output]] = {}
+        by_frontend: dict[int, list[Output]] = {}
         owners = self._owners
         for out in outputs:
             owner = owners.get(out.key)
             if owner is None:
                 continue
-            front_end, request = owner
+            frontend, request = owner
             if out.finish_reason is not None:
                 del owners[out.key]
                 del self._keys[owner]
                 self.finished += 1
-            by_front_end.setdefault(front_end, []).append(
+            by_frontend.setdefault(frontend, []).append(
                 Output(request, out.token_ids, out.text, out.finish_reason, out.stop_reason, out.logprobs, out.error)
             )
-        return [ToFrontEnd(to, Outputs(self.rank, self.incarnation, made)) for to, made in by_front_end.items()]
+        return [ToFrontend(to, Outputs(self.rank, self.incarnation, made)) for to, made in by_frontend.items()]
 
     def load(self, engine: Load) -> Load:
         """The engine's load, with what is held, and what has been finished."""
@@ -151,9 +151,9 @@ class RankRequests:
         return effects
 
     def _end(self, pair: Pair, reason: FinishReason, error: str | None) -> Effect:
-        front_end, request = pair
-        return ToFrontEnd(
-            front_end, Outputs(self.rank, self.incarnation, [Output(request, [], finish_reason=reason, error=error)])
+        frontend, request = pair
+        return ToFrontend(
+            frontend, Outputs(self.rank, self.incarnation, [Output(request, [], finish_reason=reason, error=error)])
         )
 
 

@@ -12,9 +12,9 @@ from paceline.core.routing.policy import Policy, Query
 class RoundRobin(Policy):
     """Each rank in turn, whatever its load."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._next = front_end_index
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._next = frontend_index
 
     def choose(self, candidates: Candidates, query: Query) -> int:
         rank = candidates.ranks[self._next % len(candidates)]
@@ -29,9 +29,9 @@ class PowerOfTwo(Policy):
     generator of its own. The seed is the front-end's index, so that a run can be repeated.
     """
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._draw = Random(front_end_index).random
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._draw = Random(frontend_index).random
 
     def choose(self, candidates: Candidates, query: Query) -> int:
         size = len(candidates)
@@ -39,6 +39,6 @@ class PowerOfTwo(Policy):
             return candidates.ranks[0]
         first = int(self._draw() * size)
         second = (first + 1 + int(self._draw() * (size - 1))) % size
-        others = self.front_end_count - 1
+        others = self.frontend_count - 1
         better = first if work(candidates[first], others) <= work(candidates[second], others) else second
         return candidates.ranks[better]

@@ -46,9 +46,9 @@ class Rotation:
     together and they still begin at different ranks.
     """
 
-    def __init__(self, front_end_index: int, front_end_count: int) -> None:
-        self._index = front_end_index
-        self._count = max(1, front_end_count)
+    def __init__(self, frontend_index: int, frontend_count: int) -> None:
+        self._index = frontend_index
+        self._count = max(1, frontend_count)
 
     def begin(self, size: int, finished: int) -> int:
         """The place, of `size`, that is the first in the order."""
@@ -71,10 +71,10 @@ def _in_flight(candidate: Candidate) -> int:
 class LeastLoad(Policy):
     """The rank with the least work queued: prompt tokens to compute and requests to answer."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._others = self.front_end_count - 1
-        self._rotation = Rotation(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._others = self.frontend_count - 1
+        self._rotation = Rotation(frontend_index, frontend_count)
         # Own sends that the view did not know when this was last asked, and before the view came.
         self._sent = 0
         self._sent_before = 0
@@ -126,10 +126,10 @@ class LeastLoad(Policy):
 class LeastRequests(Policy):
     """The rank with the fewest requests waiting and running."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._others = self.front_end_count - 1
-        self._rotation = Rotation(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._others = self.frontend_count - 1
+        self._rotation = Rotation(frontend_index, frontend_count)
 
     def choose(self, candidates: Candidates, query: Query) -> int:
         counts = candidates.ordering(self._count)

@@ -33,11 +33,11 @@ STEP_TOKENS = 512
 class Lockstep(Policy):
     """The rank that lets the slowest rank's work grow least; among equals, prefills are aligned."""
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._others = self.front_end_count - 1
-        self._least = LeastLoad(front_end_index, front_end_count)
-        self._rotation = Rotation(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._others = self.frontend_count - 1
+        self._least = LeastLoad(frontend_index, frontend_count)
+        self._rotation = Rotation(frontend_index, frontend_count)
 
     def choose(self, candidates: Candidates, query: Query) -> int:
         works, counts = self._least.works(candidates), candidates.ordering(self._count)

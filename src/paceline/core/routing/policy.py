@@ -41,14 +41,14 @@ class Query(Struct, frozen=True, gc=False):
 
 
 class Policy(ABC):
-    """Chooses ranks for one front-end, `front_end_index` of the `front_end_count` that balance over the same ranks."""
+    """Chooses ranks for one front-end, `frontend_index` of the `frontend_count` that balance over the same ranks."""
 
-    front_end_index = 0
-    front_end_count = 1
+    frontend_index = 0
+    frontend_count = 1
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        self.front_end_index = front_end_index
-        self.front_end_count = max(1, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        self.frontend_index = frontend_index
+        self.frontend_count = max(1, frontend_count)
 
     @abstractmethod
     def choose(self, candidates: Candidates, query: Query) -> int:

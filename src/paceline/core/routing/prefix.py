@@ -110,10 +110,10 @@ class Prefix(Policy):
     Among several with the same prefix, and where no rank has one or all that have are overloaded: as LeastLoad.
     """
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
         self.index = BlockIndex()
-        self._least = LeastLoad(front_end_index, front_end_count)
+        self._least = LeastLoad(frontend_index, frontend_count)
         self._lives: dict[int, int] = {}
         self._membership: tuple[Candidates, int] | None = None
         self._reason = ""

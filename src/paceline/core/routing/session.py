@@ -53,9 +53,9 @@ class Session(Policy):
     Requests without a key, and those whose HOMES ranks are all overloaded, go as with LeastLoad.
     """
 
-    def __init__(self, front_end_index: int = 0, front_end_count: int = 1) -> None:
-        super().__init__(front_end_index, front_end_count)
-        self._least = LeastLoad(front_end_index, front_end_count)
+    def __init__(self, frontend_index: int = 0, frontend_count: int = 1) -> None:
+        super().__init__(frontend_index, frontend_count)
+        self._least = LeastLoad(frontend_index, frontend_count)
         self._membership: tuple[Candidates, int] | None = None
         self._ranks: set[int] = set()
         self._circle: list[float] = []

@@ -16,8 +16,8 @@ from msgspec import Struct
 
 from paceline.core.coordinator import events as at_coordinator
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.frontend import events as at_front_end
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend import events as at_frontend
+from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -26,7 +26,7 @@ from paceline.core.messages import (
     RankReport,
     StartDPWave,
     StartWave,
-    ToFrontEnd,
+    ToFrontend,
     WaveComplete,
 )
 from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
@@ -39,7 +39,7 @@ from paceline.simulate.traffic.trace import BLOCK_TOKENS
 
 COORDINATOR = 1
 FIRST_RANK_LIFE = 1 << 20
-FIRST_FRONT_END = 1 << 21
+FIRST_FRONTEND = 1 << 21
 SOON_S = 1e-6
 """How long before a view goes out the ranks' newest reports are at the coordinator."""
 
@@ -56,24 +56,25 @@ class Front:
 
     __slots__ = ("inbox", "machine", "viewed", "watched")
 
-    def __init__(self, machine: FrontEnd) -> None:
+    def __init__(self, machine: Frontend) -> None:
         self.machine = machine
         self.viewed = 0.0
         self.watched = False
-        self.inbox: deque[tuple[float, at_front_end.Event]] = deque()
+        self.inbox: deque[tuple[float, at_frontend.Event]] = deque()
 
 
 class Paceline(ControlPlane):
     """The control plane of this package.
 
-    `policies`: one a front-end. `max_tokens`: what clients allow an answer to have. `brokered`: whether requests wait
-    in the coordinator's queue until a rank can start them, or are bound at arrival. `contents`: whether policies look
+    `policies`: one a front-end. `max_tokens`: what clients allow an answer to have. `late_binding`: whether requests
+    wait in the coordinator's queue until a rank can start them, or are bound at arrival. `contents`: whether policies
+    look
     at what the prompts are, not only at how long.
     """
 
     def __init__(
         self, clock: Clock, policies: list[Policy], lockstep: bool, links: Links, max_tokens: int,
-        brokered: bool = False, contents: bool = False,
+        late_binding: bool = False, contents: bool = False,
     ) -> None:  # fmt: skip  # fmt: skip
         self._clock = clock
         self._lockstep = lockstep
@@ -81,8 +82,12 @@ class Paceline(ControlPlane):
         self._contents = contents
         self._fronts = [
             Front(
-                FrontEnd(
-                    FIRST_FRONT_END + index, policy, share_sends=len(policies) > 1, lockstep=lockstep, brokered=brokered
+                Frontend(
+                    FIRST_FRONTEND + index,
+                    policy,
+                    relay_sends=len(policies) > 1,
+                    lockstep=lockstep,
+                    late_binding=late_binding,
                 )
             )
             for index, policy in enumerate(policies)
@@ -90,7 +95,7 @@ class Paceline(ControlPlane):
         self._fleet: Fleet
         self._coordinator: Coordinator
         self._sequences: dict[int, Sequence] = {}
-        self._views: deque[tuple[float, at_front_end.Event]] = deque()
+        self._views: deque[tuple[float, at_frontend.Event]] = deque()
         self._deadline = float("inf")
         self._last_view = float("-inf")
         self._reported: list[int] = []
@@ -113,12 +118,12 @@ class Paceline(ControlPlane):
                     assert not isinstance(effect, at_coordinator.ToRanks) or isinstance(effect.message, Admit)
             self._coordinator.handle(at_coordinator.RankSaid(self._report(rank, before)), before)
         for front in self._fronts:
-            for said in front.machine.handle(at_front_end.Connected(), before):
-                assert isinstance(said, at_front_end.ToCoordinator)
-                for effect in self._coordinator.handle(at_coordinator.FrontEndSaid(said.message), before):
-                    if isinstance(effect, at_coordinator.ToFrontEnds):
+            for said in front.machine.handle(at_frontend.Connected(), before):
+                assert isinstance(said, at_frontend.ToCoordinator)
+                for effect in self._coordinator.handle(at_coordinator.FrontendSaid(said.message), before):
+                    if isinstance(effect, at_coordinator.ToFrontends):
                         for other in self._fronts:
-                            other.machine.handle(at_front_end.CoordinatorSaid(effect.message), before)
+                            other.machine.handle(at_frontend.CoordinatorSaid(effect.message), before)
         self._watch_deadline()
 
     def _hello(self, rank: SimulatedRank, ready: bool) -> RankHello:
@@ -130,11 +135,11 @@ class Paceline(ControlPlane):
 
     def arrive(self, sequence: Sequence) -> None:
         """A front-end's machine decides."""
-        front = self._fronts[sequence.front_end]
+        front = self._fronts[sequence.frontend]
         self._look(front)
         # Requests are numbered from 1: a number of 0 is nobody's.
         self._sequences[sequence.number + 1] = sequence
-        submit = at_front_end.Submit(sequence.number + 1, prompt_of(sequence, self._contents), self._params)
+        submit = at_frontend.Submit(sequence.number + 1, prompt_of(sequence, self._contents), self._params)
         self._perform(front, front.machine.handle(submit, self._clock.now))
 
     def _look(self, front: Front) -> None:
@@ -142,7 +147,7 @@ class Paceline(ControlPlane):
         now, inbox = self._clock.now, front.inbox
         while inbox and inbox[0][0] <= now:
             when, event = inbox.popleft()
-            if isinstance(event, at_front_end.CoordinatorSaid):
+            if isinstance(event, at_frontend.CoordinatorSaid):
                 self._view(front, when)
             self._perform(front, front.machine.handle(event, when))
         self._view(front, now)
@@ -156,16 +161,16 @@ class Paceline(ControlPlane):
                     self._perform(front, front.machine.handle(event, when))
                 break
 
-    def _perform(self, front: Front, effects: Iterable[at_front_end.Effect]) -> None:
+    def _perform(self, front: Front, effects: Iterable[at_frontend.Effect]) -> None:
         for effect in effects:
             match effect:
-                case at_front_end.ToRank(rank, AddRequest() as add):
+                case at_frontend.ToRank(rank, AddRequest() as add):
                     sequence = self._sequences[add.request]
                     sequence.send = add.number
                     self._later(self._deliver, (rank, sequence))
-                case at_front_end.ToCoordinator(message):
-                    self._later(self._tell_coordinator, at_coordinator.FrontEndSaid(message))
-                case at_front_end.Refuse(request, _, text):
+                case at_frontend.ToCoordinator(message):
+                    self._later(self._tell_coordinator, at_coordinator.FrontendSaid(message))
+                case at_frontend.Refuse(request, _, text):
                     raise AssertionError(f"request {request} was refused: {text}")
         if not front.watched and front.machine.deadline < float("inf"):
             front.watched = True
@@ -176,7 +181,7 @@ class Paceline(ControlPlane):
         front.watched = False
         self._look(front)
         due = self._clock.now >= front.machine.deadline
-        self._perform(front, front.machine.handle(at_front_end.Tick(), self._clock.now) if due else ())
+        self._perform(front, front.machine.handle(at_frontend.Tick(), self._clock.now) if due else ())
 
     def _deliver(self, what: tuple[int, Sequence]) -> None:
         self._fleet.deliver(*what)
@@ -185,9 +190,9 @@ class Paceline(ControlPlane):
         """The front-ends hear of it; nothing else of an answer changes anything in them."""
         when = self._clock.now + self._links.delay_s
         for sequence in sequences:
-            front = self._fronts[sequence.front_end]
+            front = self._fronts[sequence.frontend]
             output = Output(sequence.number + 1, [0], finish_reason="stop")
-            said = at_front_end.RankSaid(Outputs(rank.number, FIRST_RANK_LIFE + rank.number, [output]))
+            said = at_frontend.RankSaid(Outputs(rank.number, FIRST_RANK_LIFE + rank.number, [output]))
             front.inbox.append((when, said))
             del self._sequences[sequence.number + 1]
 
@@ -212,7 +217,7 @@ class Paceline(ControlPlane):
     def _report(self, rank: SimulatedRank, when: float) -> RankReport:
         load = rank.engine.load(rank.counts, self._fleet.grown(rank, when))
         self._reported[rank.number] = step = rank.step + self._fleet.steps_done(rank, when)
-        taken = {FIRST_FRONT_END + index: number for index, number in rank.taken.items()}
+        taken = {FIRST_FRONTEND + index: number for index, number in rank.taken.items()}
         return RankReport(rank.number, FIRST_RANK_LIFE + rank.number, step, self._wave, self._running, load, taken)
 
     def woken(self, rank: SimulatedRank) -> None:
@@ -234,8 +239,8 @@ class Paceline(ControlPlane):
     def _tell_coordinator(self, event: at_coordinator.Event) -> None:
         for effect in self._coordinator.handle(event, self._clock.now):
             match effect:
-                case at_coordinator.ToFrontEnds(message):
-                    self._tell_front_ends(message)
+                case at_coordinator.ToFrontends(message):
+                    self._tell_frontends(message)
                 case at_coordinator.ToRanks(StartDPWave(wave)):
                     self._later(self._wake_ranks, wave)
         self._watch_deadline()
@@ -248,9 +253,9 @@ class Paceline(ControlPlane):
         for rank in self._fleet.ranks:
             self._later(self._tell_coordinator, at_coordinator.RankSaid(self._hello(rank, True)))
 
-    def _tell_front_ends(self, message: ToFrontEnd) -> None:
+    def _tell_frontends(self, message: ToFrontend) -> None:
         when = self._clock.now + self._links.delay_s
-        said = at_front_end.CoordinatorSaid(message)
+        said = at_frontend.CoordinatorSaid(message)
         if isinstance(message, LoadView):
             self._views.append((when, said))
             while len(self._views) > 1 and self._views[1][0] <= self._clock.now:

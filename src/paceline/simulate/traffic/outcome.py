@@ -26,7 +26,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     routing: str
     ranks: int
-    front_ends: int
+    frontends: int
     lockstep: bool
     requests: int
     refused: int
@@ -56,7 +56,7 @@ class Who(Struct, frozen=True):
 
     routing: str
     ranks: int
-    front_ends: int
+    frontends: int
     lockstep: bool
 
 
@@ -76,7 +76,7 @@ def outcome(
     prompts = sum(engine.prompt_tokens for engine in engines)
     imbalances = [most / mean for _, most, mean in recorder.samples] or [1.0]
     return Outcome(
-        routing=who.routing, ranks=who.ranks, front_ends=who.front_ends, lockstep=who.lockstep,
+        routing=who.routing, ranks=who.ranks, frontends=who.frontends, lockstep=who.lockstep,
         requests=len(sequences), refused=refused, duration_s=span, real_s=real_s, output_tokens=tokens,
         throughput_tokens_per_s=tokens / span if span > 0 else 0.0,
         sustained_tokens_per_s=recorder.window_tokens / (end - begin) if end > begin else 0.0,

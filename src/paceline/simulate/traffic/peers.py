@@ -173,7 +173,7 @@ class PeerPlane(ControlPlane):
 
     def arrive(self, sequence: Sequence) -> None:
         """Choose, and send."""
-        place = 0 if self._one else sequence.front_end
+        place = 0 if self._one else sequence.frontend
         client = self._clients[place]
         self._listen(place)
         rank = client.choose(sequence)
@@ -189,7 +189,7 @@ class PeerPlane(ControlPlane):
         when = self._clock.now + self._delay_s
         for sequence in sequences:
             self._unfinished -= 1
-            self._ends[0 if self._one else sequence.front_end].append((when, rank.number))
+            self._ends[0 if self._one else sequence.frontend].append((when, rank.number))
 
     def _deliver(self, what: tuple[int, Sequence]) -> None:
         self._fleet.deliver(*what)

@@ -39,7 +39,7 @@ def plot(run: Run, outcome: Outcome, path: Path) -> None:
     work.grid(alpha=0.3)
     work.legend()
     kind = "lockstep" if outcome.lockstep else "independent"
-    figure.suptitle(f"{outcome.routing}, {outcome.ranks} {kind} ranks, {outcome.front_ends} front-ends")
+    figure.suptitle(f"{outcome.routing}, {outcome.ranks} {kind} ranks, {outcome.frontends} front-ends")
     try:
         figure.savefig(path, dpi=80)
     except (OSError, ValueError) as error:

@@ -27,6 +27,6 @@ class SimulatedRank:
         """All that has arrived goes to the engine."""
         for sequence in self.inbox:
             if sequence.send:
-                self.taken[sequence.front_end] = sequence.send
+                self.taken[sequence.frontend] = sequence.send
             self.engine.add(sequence)
         self.inbox.clear()

@@ -45,7 +45,7 @@ class Deployment(Struct, frozen=True):
     """
 
     ranks: int = 8
-    front_ends: int = 1
+    frontends: int = 1
     lockstep: bool = False
     routing: str = "least-load"
     policy: type[Policy] | None = None
@@ -82,7 +82,7 @@ class Run:
             raise ConfigError(f"--kv-tokens: no request of the trace fits into {kv_tokens}")
         self.refused = len(arrivals) - len(fitting)
         self.sequences = [
-            Sequence(number, one, front.randrange(deployment.front_ends)) for number, one in enumerate(fitting)
+            Sequence(number, one, front.randrange(deployment.frontends)) for number, one in enumerate(fitting)
         ]
         self.clock = Clock()
         begin, end = fitting[0].at, fitting[-1].at
@@ -104,7 +104,7 @@ class Run:
         while recorder.ended < count and clock.step():
             pass
         assert recorder.ended == count, f"{count - recorder.ended} requests have not ended"
-        who = Who(deployment.routing, deployment.ranks, deployment.front_ends, deployment.lockstep)
+        who = Who(deployment.routing, deployment.ranks, deployment.frontends, deployment.lockstep)
         return outcome(who, self.sequences, self.refused, fleet.ranks, recorder, time.perf_counter() - begin)
 
     def _arrive(self, _: None) -> None:
@@ -131,14 +131,14 @@ class Run:
                 raise ConfigError(f"--routing: {routing}: only with --lockstep")
             return LOCKSTEP_PEERS[routing](clock, links.delay_s)
         if routing in PEERS:
-            return PeerPlane(clock, PEERS[routing], deployment.front_ends, deployment.ranks, links.delay_s)
+            return PeerPlane(clock, PEERS[routing], deployment.frontends, deployment.ranks, links.delay_s)
         kind = deployment.policy or POLICIES[routing]
-        policies = [kind(index, deployment.front_ends) for index in range(deployment.front_ends)]
+        policies = [kind(index, deployment.frontends) for index in range(deployment.frontends)]
         contents = routing == "prefix" or deployment.policy is not None
         # Clients allow as much as the longest answer has; how long theirs will be they do not know.
         max_tokens = 1 << (max(sequence.answer for sequence in self.sequences) - 1).bit_length()
-        brokered = deployment.bind == "broker" and issubclass(kind, LeastLoad)
-        return Paceline(clock, policies, deployment.lockstep, links, max_tokens, brokered, contents)
+        late_binding = deployment.bind == "broker" and issubclass(kind, LeastLoad)
+        return Paceline(clock, policies, deployment.lockstep, links, max_tokens, late_binding, contents)
 
     def _quota(self) -> PrefillQuota:
         routing = self.deployment.routing

@@ -16,13 +16,13 @@ class Sequence:
     """
 
     __slots__ = (
-        "answer", "at", "begins", "blocks", "ends", "first", "front_end", "hits", "last", "made", "number", "private",
+        "answer", "at", "begins", "blocks", "ends", "first", "frontend", "hits", "last", "made", "number", "private",
         "prompt", "rank", "send", "shared", "to_prefill", "turn",
     )  # fmt: skip
 
-    def __init__(self, number: int, arrival: Arrival, front_end: int) -> None:
+    def __init__(self, number: int, arrival: Arrival, frontend: int) -> None:
         self.number = number
-        self.front_end = front_end
+        self.frontend = frontend
         self.at = arrival.at
         self.prompt = arrival.prompt_tokens
         self.answer = arrival.answer_tokens

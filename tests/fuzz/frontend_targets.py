@@ -23,7 +23,7 @@ from paceline.core.frontend.events import (
     ToCoordinator,
     ToRank,
 )
-from paceline.core.frontend.machine import FrontEnd
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
 from paceline.core.requests import SamplingParams
@@ -37,20 +37,20 @@ LIVES = [2**40 + rank for rank in RANKS]
 MOST_UNDER_WAY = 16
 
 
-class FrontEndTarget(Target):
+class FrontendTarget(Target):
     """A front-end of four ranks, with a few requests under way at all times."""
 
     largest = 20_000
 
     def __init__(self, draw: random.Random) -> None:
         super().__init__(draw)
-        self._to_coordinator, self._to_rank = codec.from_front_end(), codec.request()
+        self._to_coordinator, self._to_rank = codec.from_frontend(), codec.request()
 
     def begin(self) -> None:
-        brokered = self.draw.random() < 0.5
-        self.machine = FrontEnd(
-            IDENTITY, LeastLoad(0, 2), ranks=frozenset(RANKS), max_waiting=64, share_sends=True,
-            lockstep=self.draw.random() < 0.5, brokered=brokered, resumes=True,
+        late_binding = self.draw.random() < 0.5
+        self.machine = Frontend(
+            IDENTITY, LeastLoad(0, 2), ranks=frozenset(RANKS), max_waiting=64, relay_sends=True,
+            lockstep=self.draw.random() < 0.5, late_binding=late_binding, resumes=True,
         )  # fmt: skip
         self.under_way: list[int] = []
         self._next = 1
@@ -108,7 +108,7 @@ class FrontEndTarget(Target):
         return [self.machine]
 
 
-class Broadcasts(FrontEndTarget):
+class Broadcasts(FrontendTarget):
     """What the coordinator says."""
 
     name = "front-end-broadcasts"
@@ -116,13 +116,13 @@ class Broadcasts(FrontEndTarget):
     kinds = classes_of("coordinator → front-ends")
     known = (0, 1, 2, 3, IDENTITY, COORDINATOR, *LIVES)
     parties = [
-        {"rank": rank, "incarnation": life, "front_end": IDENTITY, "coordinator": COORDINATOR}
+        {"rank": rank, "incarnation": life, "frontend": IDENTITY, "coordinator": COORDINATOR}
         for rank, life in enumerate(LIVES)
     ]
 
     def begin(self) -> None:
         super().begin()
-        self._decode = codec.to_front_end().decode
+        self._decode = codec.to_frontend().decode
 
     def feed(self, frame: bytes) -> None:
         try:
@@ -133,7 +133,7 @@ class Broadcasts(FrontEndTarget):
         self.live()
 
 
-class Tokens(FrontEndTarget):
+class Tokens(FrontendTarget):
     """What ranks send."""
 
     name = "front-end-outputs"

@@ -12,27 +12,27 @@ import zmq
 from paceline.core import codec
 from paceline.core.coordinator.events import (
     Event,
-    FrontEndGone,
-    FrontEndSaid,
-    FrontEndsSaid,
-    FrontEndSubscribed,
+    FrontendGone,
+    FrontendSaid,
+    FrontendsSaid,
+    FrontendSubscribed,
 )
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Descriptor,
-    FromFrontEnd,
-    FrontEndHello,
+    FromFrontend,
+    FrontendHello,
     SendNotice,
     WakeNotice,
     Withdraw,
 )
-from paceline.net.coordinator import READ_AT_ONCE, FrontEndInbox
-from paceline.net.links import Garbage
+from paceline.net.coordinator import READ_AT_ONCE, FrontendInbox
+from paceline.net.links import BadFrames
 from paceline.net.sockets import open_socket
 
 DEADLINE_S = 10.0
-FRONT_END = 5
+FRONTEND = 5
 
 
 class Pair:
@@ -41,25 +41,25 @@ class Pair:
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox_socket = open_socket(self.context, zmq.XPUB, max_bytes=1 << 20, bind="inproc://inbox")
-        self.front_end = open_socket(self.context, zmq.XSUB, max_bytes=1 << 20, connect="inproc://inbox")
-        self.garbage = Garbage(logging.getLogger("test"), "the front-ends' socket")
+        self.frontend = open_socket(self.context, zmq.XSUB, max_bytes=1 << 20, connect="inproc://inbox")
+        self.bad_frames = BadFrames(logging.getLogger("test"), "the front-ends' socket")
         self.events: list[Event] = []
-        self.inbox = FrontEndInbox(self.inbox_socket, self.garbage, self.events.append)
+        self.inbox = FrontendInbox(self.inbox_socket, self.bad_frames, self.events.append)
 
     def appear(self) -> None:
         """The front-end's presence appears, and is no event of the test."""
-        self.front_end.send(b"\x01" + codec.front_end_topic(FRONT_END))
+        self.frontend.send(b"\x01" + codec.frontend_topic(FRONTEND))
         self.read(1)
         self.events.clear()
 
-    def send(self, *messages: FromFrontEnd) -> None:
+    def send(self, *messages: FromFrontend) -> None:
         for message in messages:
-            self.front_end.send(codec.encode(message))
+            self.frontend.send(codec.encode(message))
 
     def read(self, count: int) -> list[object]:
         """Read until so much was handled or found to be garbage; returns messages and other events in order."""
         until = time.monotonic() + DEADLINE_S
-        while len(self.handled()) + self.garbage.counts.total() < count:
+        while len(self.handled()) + self.bad_frames.counts.total() < count:
             assert time.monotonic() < until, f"{len(self.handled())} of {count} came"
             self.inbox.read()
         return self.handled()
@@ -67,10 +67,10 @@ class Pair:
     def handled(self) -> list[object]:
         found: list[object] = []
         for event in self.events:
-            if isinstance(event, FrontEndsSaid):
+            if isinstance(event, FrontendsSaid):
                 found += event.messages
             else:
-                found.append(event.message if isinstance(event, FrontEndSaid) else event)
+                found.append(event.message if isinstance(event, FrontendSaid) else event)
         return found
 
 
@@ -82,7 +82,7 @@ def pair() -> Iterator[Pair]:
 
 
 def ask(request: int) -> Ask:
-    return Ask(FRONT_END, request, 0, [Descriptor(request, 10, 10)])
+    return Ask(FRONTEND, request, 0, [Descriptor(request, 10, 10)])
 
 
 def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
@@ -95,50 +95,50 @@ def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
 
 def test_what_else_is_said_is_heard_in_its_place(pair: Pair) -> None:
     pair.appear()
-    said: list[FromFrontEnd] = [
+    said: list[FromFrontend] = [
         ask(1),
-        WakeNotice(FRONT_END, 0, 3),
-        SendNotice(FRONT_END, []),
-        Withdraw(FRONT_END, 2, [1]),
+        WakeNotice(FRONTEND, 0, 3),
+        SendNotice(FRONTEND, []),
+        Withdraw(FRONTEND, 2, [1]),
     ]
     pair.send(*said)
     assert pair.read(len(said)) == said
 
 
 def test_coming_and_going_too(pair: Pair) -> None:
-    topic = codec.front_end_topic(FRONT_END)
-    pair.front_end.send(b"\x01" + topic)
+    topic = codec.frontend_topic(FRONTEND)
+    pair.frontend.send(b"\x01" + topic)
     pair.send(ask(1))
-    pair.front_end.send(b"\x00" + topic)
-    assert pair.read(3) == [FrontEndSubscribed(), ask(1), FrontEndGone(FRONT_END)]
+    pair.frontend.send(b"\x00" + topic)
+    assert pair.read(3) == [FrontendSubscribed(), ask(1), FrontendGone(FRONTEND)]
 
 
 def test_a_hello_counts_only_while_its_sender_is_present(pair: Pair) -> None:
-    topic, hello = codec.front_end_topic(FRONT_END), FrontEndHello(PROTOCOL_VERSION, FRONT_END, brokered=True)
+    topic, hello = codec.frontend_topic(FRONTEND), FrontendHello(PROTOCOL_VERSION, FRONTEND, brokered=True)
     pair.send(hello)
-    pair.front_end.send(b"\x01" + topic)
+    pair.frontend.send(b"\x01" + topic)
     pair.send(hello)
-    pair.front_end.send(b"\x00" + topic)
+    pair.frontend.send(b"\x00" + topic)
     pair.send(hello)
-    assert pair.read(5) == [FrontEndSubscribed(), hello, FrontEndGone(FRONT_END)]
-    assert pair.garbage.counts == {"no-presence": 2}
+    assert pair.read(5) == [FrontendSubscribed(), hello, FrontendGone(FRONTEND)]
+    assert pair.bad_frames.counts == {"no-presence": 2}
 
 
 def test_nobody_is_heard_under_an_invented_name(pair: Pair) -> None:
     """What a front-end says is kept until it has gone, and of this one nobody would learn that."""
     pair.appear()
-    invented = FRONT_END + 1
+    invented = FRONTEND + 1
     said = [SendNotice(invented, [], 1), Ask(invented, 1, 0, []), WakeNotice(invented, 0, 0), Withdraw(invented, 1, [])]
     pair.send(*said, ask(1))
     assert pair.read(len(said) + 1) == [ask(1)]
-    assert pair.garbage.counts == {"no-presence": len(said)}
+    assert pair.bad_frames.counts == {"no-presence": len(said)}
 
 
 def test_garbage_loses_nothing_else(pair: Pair) -> None:
     pair.appear()
     pair.send(ask(1))
-    pair.front_end.send_multipart([codec.encode(ask(2)), b"more"])
-    pair.front_end.send(codec.encode(ask(3))[:-1])
+    pair.frontend.send_multipart([codec.encode(ask(2)), b"more"])
+    pair.frontend.send(codec.encode(ask(3))[:-1])
     pair.send(ask(4))
     assert pair.read(4) == [ask(1), ask(4)]
-    assert pair.garbage.counts == {"frames": 1, "malformed": 1}
+    assert pair.bad_frames.counts == {"frames": 1, "malformed": 1}

@@ -8,9 +8,9 @@ from typing import Protocol
 from msgspec import Struct
 
 from paceline.core.frontend import events as frontend_events
-from paceline.core.frontend.machine import FrontEnd
-from paceline.core.messages import Member, ToFrontEnd
-from paceline.core.requests import AddRequest, ControlAction, FromFrontEndToRank, SamplingParams
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import Member, ToFrontend
+from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, SamplingParams
 from paceline.simulate.alarm import Alarm
 from paceline.simulate.answers import Answers
 from paceline.simulate.network import Link
@@ -36,28 +36,28 @@ class Call(Struct):
         return self.answered >= 0
 
 
-class FrontEndChecks(Protocol):
+class FrontendChecks(Protocol):
     """What watches a front-end."""
 
-    def front_end(self, party: FrontEndParty, event: frontend_events.Event) -> None:
+    def frontend(self, party: FrontendParty, event: frontend_events.Event) -> None:
         """`event` has been handled, its effects not yet done."""
 
-    def reconnected(self, party: FrontEndParty, rank: int) -> None:
+    def reconnected(self, party: FrontendParty, rank: int) -> None:
         """The connection to a rank has come up again."""
 
-    def sent(self, party: FrontEndParty, rank: int, request: AddRequest) -> None:
+    def sent(self, party: FrontendParty, rank: int, request: AddRequest) -> None:
         """A request goes to a rank."""
 
-    def controlled(self, party: FrontEndParty, answer: frontend_events.Controlled) -> None:
+    def controlled(self, party: FrontendParty, answer: frontend_events.Controlled) -> None:
         """An operator's call is answered."""
 
 
-class FrontEndParty:
+class FrontendParty:
     """A front-end's process. `dial`: makes the link to a life of a rank."""
 
     def __init__(
-        self, world: World, name: str, machine: FrontEnd, checks: FrontEndChecks,
-        dial: Callable[[FrontEndParty, Member], Link],
+        self, world: World, name: str, machine: Frontend, checks: FrontendChecks,
+        dial: Callable[[FrontendParty, Member], Link],
     ) -> None:  # fmt: skip
         self.world, self.name, self.machine = world, name, machine
         self.to_coordinator: Link
@@ -123,7 +123,7 @@ class FrontEndParty:
         for request in self.answers:
             self.answers.hung_up(request)
 
-    def hear(self, message: ToFrontEnd) -> None:
+    def hear(self, message: ToFrontend) -> None:
         """A broadcast of the coordinator."""
         self.feed(frontend_events.CoordinatorSaid(message))
 
@@ -148,7 +148,7 @@ class FrontEndParty:
         for effect in effects:
             self._perform(effect)
         self.answers.none_lost(self.machine)
-        self._checks.front_end(self, event)
+        self._checks.frontend(self, event)
         self._alarm.set()
 
     def _perform(self, effect: frontend_events.Effect) -> None:
@@ -176,7 +176,7 @@ class FrontEndParty:
                 known = self.calls[call]
                 known.answered, known.number, known.superseded = self.world.now, number, superseded
 
-    def _send(self, rank: int, message: FromFrontEndToRank) -> None:
+    def _send(self, rank: int, message: FromFrontendToRank) -> None:
         if isinstance(message, AddRequest):
             self._checks.sent(self, rank, message)
             self.answers.sent(rank, message)
