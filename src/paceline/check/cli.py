@@ -51,7 +51,7 @@ LARGEST = Bound(ranks=2, requests=3, losses=1, crashes=1)
 def check(
     context: typer.Context,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks.")] = 2,
-    frontends: Annotated[int, typer.Option(min=1, help="Front-ends; the walk covers any number.")] = 2,
+    frontends: Annotated[int, typer.Option("--front-ends", min=1, help="Front-ends; the walk covers any number.")] = 2,
     requests: Annotated[int, typer.Option(min=0, help="Requests, each at any time, to any rank.")] = 2,
     losses: Annotated[int, typer.Option(min=0, help="Broadcasts that one receiver misses.")] = 1,
     crashes: Annotated[int, typer.Option(min=0, help="Crashes: of the coordinator, or of a rank between waves.")] = 1,
@@ -99,7 +99,7 @@ def check(
         flag = "--binding" if binding else "--answers"
         for name in (*OF_WAVES, *(NOT_OF_BINDING if binding else NOT_OF_ANSWERS)):
             if name in given:
-                raise typer.BadParameter(f"not with {flag}", param_hint=f"--{name.replace('_', '-')}")
+                raise typer.BadParameter(f"not with {flag}", param_hint=_flag(name))
         rules = _rules(without or [], BINDING_RULES)
         _print(_walk(_queues(bounds, rules) if binding else _answers(bounds), max_memory_mb), as_json, max_memory_mb)
         return
@@ -215,6 +215,10 @@ def _print(findings: list[Finding], as_json: bool, most_mb: int) -> None:
             print(f"Not decided: this needs more than {most_mb} MB (--max-memory-mb); a smaller bound may do.")
     if trace or not last.decided:
         raise typer.Exit(FOUND if trace else NOT_DECIDED)
+
+
+def _flag(name: str) -> str:
+    return "--front-ends" if name == "frontends" else f"--{name.replace('_', '-')}"
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -151,10 +151,13 @@ class Lockstep:
 
     def start(self) -> State:
         """All ranks have joined, all front-ends know them, nothing is under way: what is nearest to the beginning."""
-        state = self.first_state()
-        state.calls = len(self.calls)
-        ahead, met = deque([state]), {self.key(state)}
-        while not self.over(state := ahead.popleft()):
+        first = self.first_state()
+        first.calls = len(self.calls)
+        ahead, met = deque([first]), {self.key(first)}
+        while ahead:
+            state = ahead.popleft()
+            if self.over(state):
+                return self.begun(state)
             for move in self.moves(state):
                 after = state.copy()
                 if move.fair:
@@ -163,7 +166,8 @@ class Lockstep:
                     if key not in met:
                         met.add(key)
                         ahead.append(after)
-        return self.begun(state)
+        # They never come to rest: then this is where they are stuck.
+        return self.begun(first)
 
     def begun(self, state: State) -> State:
         """The state at rest with all before it."""

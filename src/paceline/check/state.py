@@ -108,7 +108,13 @@ class Part(Generic[T]):
         if found is None:
             self._stored = self._stored or pickle.dumps(self.thing)
             copy: T = pickle.loads(self._stored)
-            made = do(copy, *given)  # type: ignore[call-arg]
+            try:
+                made = do(copy, *given)  # type: ignore[call-arg]
+            except Violation:
+                raise
+            except Exception as error:
+                name = type(getattr(copy, "machine", copy)).__name__
+                raise Broken(f"the machine of a {name} failed: {type(error).__name__}: {error}") from error
             found = self._after[do, given] = (self._register.part(copy, (self, do, given)), made)
         return found
 
