@@ -82,10 +82,10 @@ bench-quota: $(STAMP) ## the common prefill quota of lockstep ranks against none
 # matplotlib draws the plots and is needed for nothing else. The traces are in ../shared/data, or --data FOLDER.
 bench-routing: $(STAMP) ## our routing against other systems' and a bound, on real traces in virtual time; --quick for a part
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install --quiet 'matplotlib>=3.8'
-	@$(BIN)/python bench/routing.py $(ARGS)
+	@$(BIN)/python -m bench.routing $(ARGS)
 
 bench-honest: $(STAMP) ## the same requests on real processes and in the simulator
-	@$(BIN)/python bench/honest.py $(ARGS)
+	@$(BIN)/python -m bench.honest $(ARGS)
 
 bench-vllm: $(STAMP) ## vLLM's own coordinator and ours, side by side (installs vLLM)
 	@$(BIN)/python tests/vllm/environment.py $(VLLM)

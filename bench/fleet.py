@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from paceline.config import ParallelConfig
 from paceline.core.frontend.events import CoordinatorSaid
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
@@ -19,10 +18,11 @@ from paceline.core.rank.prefill_quota import AUTO
 from paceline.core.routing import LeastLoad
 from paceline.engines.base import EngineSettings
 from paceline.net.coordinator import DPCoordinator
+from paceline.net.frontend import FrontendShell
 from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
-from paceline.server.client import Client
+from paceline.settings import ParallelConfig
 
 START_S = 120.0
 
@@ -91,10 +91,10 @@ class Fleet:
 
 
 @asynccontextmanager
-async def connected(fleet: Fleet) -> AsyncIterator[tuple[Client, DatedFrontend]]:
+async def connected(fleet: Fleet) -> AsyncIterator[tuple[FrontendShell, DatedFrontend]]:
     """A front-end that knows every rank."""
     machine = DatedFrontend(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
-    client = Client(machine, fleet.coordinator.get_stats_publish_address())
+    client = FrontendShell(machine, fleet.coordinator.get_stats_publish_address())
     try:
         async with asyncio.timeout(START_S):
             while len(machine.ready_ranks()) < fleet.size:

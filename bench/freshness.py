@@ -22,11 +22,11 @@ from freshness_feed import FRONTENDS, Feed, Ranks, feed, now_us
 from freshness_relay import Relay, Timer
 from freshness_report import Cell, Quiet, to_markdown
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.messages import LoadView, Members
 from paceline.net.coordinator import DPCoordinator
 from paceline.net.sockets import open_socket
+from paceline.settings import ParallelConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "freshness.md"
 FEEDERS = 2

@@ -17,16 +17,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bench.routing import DATA, TRACES, at_random
+from bench.serve_deployment import Deployment as Served, ending_on_signals
 from msgspec import Struct
 from msgspec.structs import replace
-from routing import DATA, TRACES, at_random
-from serve_deployment import Deployment as Served, ending_on_signals
 
 from paceline.engines.timed import CostModel
-from paceline.simulate.traffic.engine import EngineShape
-from paceline.simulate.traffic.ours import Links
-from paceline.simulate.traffic.run import Deployment, Run
-from paceline.simulate.traffic.trace import Arrival, faster, read_trace
+from paceline.sim.engine import EngineShape
+from paceline.sim.replay import Replay, Setup
+from paceline.sim.trace import Arrival, faster, read_trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RANKS, FRONTENDS = 8, 2
@@ -107,12 +106,10 @@ def real(arguments: list[str], arrivals: list[Arrival]) -> tuple[list[float], li
 
 def virtual(arrivals: list[Arrival], lockstep: bool, bind: str, seed: int) -> list[float]:
     """In the simulator."""
-    deployment = Deployment(
-        RANKS, FRONTENDS, lockstep, "least-load", engine=SHAPE, links=Links(0.0005), bind=bind, seed=seed
-    )
-    run = Run(deployment, arrivals)
+    run = Replay(Setup(RANKS, FRONTENDS, lockstep, engine=SHAPE, delay_s=0.0005, bind=bind, seed=seed), arrivals)
     outcome = run.run()
-    return figures([one.first - one.at for one in run.sequences], outcome.output_tokens, outcome.duration_s)
+    waits = [one.first - one.asked for answers in run.answers() for one in answers.values()]
+    return figures(waits, outcome.output_tokens, outcome.duration_s)
 
 
 def segment(data: Path, count: int, a_second: float) -> list[Arrival]:

@@ -22,8 +22,8 @@ from quota_report import Turn, replaced, section, table, to_console
 
 from fleet import Fleet, connected
 from paceline.core.rank.prefill_quota import setting_of
-from paceline.server.client import Client
-from paceline.simulate.traffic.trace import read_trace
+from paceline.net.frontend import FrontendShell
+from paceline.sim.trace import read_trace
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "azure_llm_2023_conv.csv"
@@ -49,7 +49,7 @@ def sizes(trace: Path | None, seed: int) -> list[Size]:
     return found
 
 
-async def turn(number: int, name: str, client: Client, drawn: list[Size], args: argparse.Namespace) -> Turn:
+async def turn(number: int, name: str, client: FrontendShell, drawn: list[Size], args: argparse.Namespace) -> Turn:
     """Load one deployment, and measure."""
     load = FullLoad(client, drawn, args.ranks * (args.slots + WAITING), args.warm_up)
     seconds = await load.run(args.seconds)
@@ -62,7 +62,7 @@ async def measure(args: argparse.Namespace) -> list[Turn]:
     """All rounds."""
     turns: list[Turn] = []
     async with AsyncExitStack() as stack:
-        clients: dict[str, Client] = {}
+        clients: dict[str, FrontendShell] = {}
         for quota, budget in VARIANTS:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             changes = {"options": COSTS, "max_num_batched_tokens": budget, "kv_cache_tokens": 10_000_000}

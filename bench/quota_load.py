@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 
+from paceline.core.frontend.events import Placed, Refuse
 from paceline.core.requests import Output, SamplingParams
-from paceline.server.client import Client
+from paceline.net.frontend import FrontendShell
 
 Size = tuple[int, int]
 """Prompt and answer, in tokens."""
@@ -23,24 +24,24 @@ class Answer:
         self.asked = time.monotonic()
         self.last: float | None = None
 
-    def put(self, output: Output) -> None:
+    def handle(self, news: Placed | Output | Refuse) -> None:
         """A step's tokens; with the last one, the next request takes this one's place."""
+        if isinstance(news, Refuse):
+            raise RuntimeError(f"a benchmark in which requests fail measures nothing: {news.text}")
+        if isinstance(news, Placed):
+            return
         now = time.monotonic()
-        if output.token_ids:
+        if news.token_ids:
             self._load.token(self, now)
             self.last = now
-        if output.finish_reason is not None:
+        if news.finish_reason is not None:
             self._load.ended(self)
-
-    def fail(self, error: Exception) -> None:
-        """A benchmark in which requests fail measures nothing."""
-        raise error
 
 
 class FullLoad:
     """Keeps `count` requests at a deployment. Tokens are counted from `begin` seconds on."""
 
-    def __init__(self, client: Client, sizes: Sequence[Size], count: int, begin_s: float) -> None:
+    def __init__(self, client: FrontendShell, sizes: Sequence[Size], count: int, begin_s: float) -> None:
         self._client = client
         self._sizes: Iterator[Size] = cycle(sizes)
         self._open: set[Answer] = set()
@@ -82,4 +83,4 @@ class FullLoad:
         prompt, tokens = next(self._sizes)
         answer = Answer(self)
         self._open.add(answer)
-        answer.request, _ = self._client.submit(answer, [1] * prompt, SamplingParams(max_tokens=tokens))  # type: ignore[arg-type]
+        answer.request = self._client.submit(answer.handle, [1] * prompt, SamplingParams(max_tokens=tokens))

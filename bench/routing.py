@@ -15,14 +15,15 @@ from pathlib import Path
 from random import Random
 
 import msgspec
+from bench.replay import replay_of
+from bench.routing_figures import Cell, Measured
+from bench.routing_report import RESULTS, to_console, write
 from msgspec.structs import replace
-from routing_figures import Cell, Measured
-from routing_report import RESULTS, to_console, write
 
-from paceline.simulate.traffic.engine import EngineShape
-from paceline.simulate.traffic.outcome import Outcome
-from paceline.simulate.traffic.run import Deployment, Run
-from paceline.simulate.traffic.trace import Arrival, faster, in_bursts, read_trace
+from paceline.sim.engine import EngineShape
+from paceline.sim.outcome import Outcome
+from paceline.sim.replay import Setup
+from paceline.sim.trace import Arrival, faster, read_trace
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRACES = {"azure": "azure_llm_2023_conv.csv", "mooncake": "mooncake_conversation.jsonl"}
@@ -87,12 +88,12 @@ class Bench:
         """One run, or what it came to before."""
         key = (replace(cell, frontends=1) if policy in ONCE else cell, policy, budget)
         if key not in self._kept:
-            self._kept[key] = Run(self._deployment(key[0], policy, budget), self._arrivals(cell)).run()
+            self._kept[key] = replay_of(self._setup(key[0], policy, budget), self._arrivals(cell)).run()
         return self._kept[key]
 
-    def _deployment(self, cell: Cell, policy: str, budget: int) -> Deployment:
+    def _setup(self, cell: Cell, policy: str, budget: int) -> Setup:
         routing = "least-load" if policy == OURS else policy
-        return Deployment(
+        return Setup(
             cell.ranks, cell.frontends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
             warm_up=WARM_UP,
         )  # fmt: skip
@@ -120,9 +121,9 @@ class Bench:
         key = (cell.trace, cell.lockstep, cell.ranks)
         if key not in self._rates:
             requests = [replace(one, at=0.0) for one in self._segment(cell)]
-            made = Run(self._deployment(cell, "oracle", DEFAULT_BUDGET), requests)
+            made = replay_of(self._setup(cell, "oracle", DEFAULT_BUDGET), requests)
             made.run()
-            begun_s = max(sequence.first for sequence in made.sequences)
+            begun_s = max(one.first - one.asked for answers in made.answers() for one in answers.values())
             self._rates[key] = sum(one.answer_tokens for one in requests) / begun_s
         return self._rates[key]
 
@@ -140,6 +141,11 @@ def at_rate(requests: list[Arrival], tokens_per_s: float) -> list[Arrival]:
     """The same requests, so fast that they ask for so many output tokens a second."""
     natural = sum(one.answer_tokens for one in requests) / requests[-1].at
     return faster(requests, tokens_per_s / natural)
+
+
+def in_bursts(arrivals: list[Arrival], period_s: float, share: float) -> list[Arrival]:
+    """The same requests with those of each `period_s` squeezed into the first `share` of it."""
+    return [replace(one, at=one.at // period_s * period_s + one.at % period_s * share) for one in arrivals]
 
 
 def merit(outcome: Outcome, load: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from paceline.simulate.traffic.outcome import Outcome
+from paceline.sim.outcome import Outcome
 
 
 class Cell(Struct, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from routing_figures import Cell, Measured
+from bench.routing_figures import Cell, Measured
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, TUNED, VLLM, BOUND = "paceline", "vllm-0.32, tuned", "vllm-0.32", "oracle"
@@ -149,7 +149,7 @@ def verdicts(rows: list[Row]) -> str:
 
 def write(measured: list[Measured], folder: Path) -> None:
     """The results file and its plots."""
-    from routing_words import BEHIND, HEAD
+    from bench.routing_words import BEHIND, HEAD
 
     rows = grouped(measured)
     spent = sum({id(one.outcome): one.outcome.real_s for one in measured}.values())

@@ -4,7 +4,7 @@ HEAD = """# Routing against other systems and a bound, on real traces
 
     make bench-routing ARGS='--write'
 
-In virtual time (`paceline simulate --trace`); {minutes:.0f} minutes of one busy core. Every figure is a ratio to the
+In virtual time (`python -m bench.replay`); {minutes:.0f} minutes of one busy core. Every figure is a ratio to the
 oracle's in the same row: one queue before all ranks, perfect and instant knowledge, lengths of answers known.
 `paceline` is our default with our default settings on every row: least-load, brokered binding, and in lockstep the
 common prefill quota, by the production machines of front-ends and coordinator. The others are written from their

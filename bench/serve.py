@@ -2,7 +2,7 @@
 
 Three deployments for each number of front-ends: steps of 10 ms, steps of 40 ms (for 512 streams, which at
 10 ms would be more than two cores can carry) and steps of zero cost. The load comes from a process of its
-own (`serve_client.py`); `serve_report.py` says what the figures mean.
+own (`serve_client.py`); `bench/results/serve.md` says what the figures mean.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serve_cold import cold_and_hot_us
 from serve_deployment import CannotRun, Deployment, ending_on_signals
-from serve_report import Report, machine, to_console, to_markdown
+from serve_report import Report, machine, tables, to_markdown, verdicts
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results" / "serve.md"
@@ -30,62 +29,21 @@ STEP_MS = 10.0
 MANY_STREAMS = 256
 MANY_STEP_MS = 40.0
 CONNECTIONS = (1, 32, 128)
-QUICK = {"seconds": 1.0, "streams": [1, 32], "front_ends": [1]}
+QUICK = {"seconds": 1.0, "streams": [1, 32], "frontends": [1]}
 
 
-class Client:
-    """The process that loads."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, str(BENCH / "serve_client.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def pin(self, cores: set[int]) -> None:
-        """Bind it to cores."""
-        os.sched_setaffinity(self._process.pid, cores)
-
-    def run(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Do one job; returns its figures. Raises CannotRun."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise CannotRun("the client process ended")
-        figures: dict[str, Any] = json.loads(line)
-        if "error" in figures:
-            raise CannotRun(figures["error"])
-        return figures
-
-    def close(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
-
-
-@contextmanager
-def running(frontends: int, step_ms: float) -> Iterator[tuple[Deployment, Client]]:
-    """A deployment, and a client for it."""
-    deployment = Deployment(frontends, step_ms, RANKS)
-    try:
-        client = Client()
-        try:
-            yield deployment, client
-        finally:
-            client.close()
-        if complaints := deployment.complaints():
-            raise CannotRun(f"the deployment complained: {complaints[0]}")
-    finally:
-        deployment.close()
-
-
-def pin(deployment: Deployment, client: Client, apart: bool) -> None:
-    """Give the front-ends a core for themselves, or let all share all cores."""
+def load(deployment: Deployment, job: dict[str, Any], apart: bool) -> dict[str, Any]:
+    """Do one job in a process of its own; returns its figures. `apart`: give the front-ends a core for themselves."""
     cores = sorted(CORES)
     own, others = ({cores[0]}, set(cores[1:])) if apart and len(cores) > 1 else (CORES, CORES)
     deployment.pin({"front-ends": own, "ranks": others, "coordinator": others})
-    client.pin(others)
+    job = {"port": deployment.port, "processes": deployment.processes, "ranks": RANKS, "cores": sorted(others)} | job
+    command = [sys.executable, str(BENCH / "serve_client.py")]
+    said = subprocess.run(command, input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False).stdout
+    figures: dict[str, Any] = json.loads(said or '{"error": "the client process ended"}')
+    if "error" in figures:
+        raise CannotRun(figures["error"])
+    return figures
 
 
 def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int]]]]:
@@ -98,60 +56,35 @@ def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int
 
 
 def measure(args: argparse.Namespace) -> Report:
-    """Run all; shows progress."""
     work = plan(args)
     total = sum(len(jobs) for _, _, jobs in work)
     cells: list[dict[str, Any]] = []
     begin = time.monotonic()
     for frontends, step_ms, jobs in work:
-        with running(frontends, step_ms) as (deployment, client):
+        with closing(Deployment(frontends, step_ms, RANKS)) as deployment:
             for kind, connections in jobs:
-                paced = f"steps of {step_ms:g} ms" if step_ms else "steps of zero cost"
-                show(f"[{len(cells) + 1}/{total}] {frontends} front-end(s), {paced}: {connections} {kind}")
-                job = {
-                    "kind": kind, "connections": connections, "port": deployment.port, "ranks": RANKS,
-                    "step_ms": step_ms, "processes": deployment.processes, "seconds": args.seconds,
-                    "probe_seconds": args.seconds / 2 if step_ms else 0.0,
-                }  # fmt: skip
+                print(f"[{len(cells) + 1}/{total}] {frontends=} {step_ms=:g} {connections=} {kind}", file=sys.stderr)
+                what = {"step_ms": step_ms, "kind": kind, "connections": connections}
+                times = {"seconds": args.seconds, "probe_seconds": args.seconds / 2 if step_ms else 0.0}
                 # Ranks whose steps cost nothing never rest: on one core with the client they would starve it.
-                pin(deployment, client, frontends == 1 and (step_ms > 0 or kind != "streams"))
-                figures = client.run(job)
-                cell = {"front_ends": frontends, "ranks": RANKS, "step_ms": step_ms, "kind": kind}
-                cells.append(cell | {"connections": connections} | figures)
-    show("")
-    options = f"--seconds {args.seconds:g} --streams {_joined(args.streams)} --front-ends {_joined(args.frontends)}"
-    cold_us, hot_us = cold_and_hot_us()
-    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells, cold_us, hot_us)
+                apart = frontends == 1 and (step_ms > 0 or kind != "streams")
+                cells.append({"frontends": frontends} | what | load(deployment, what | times, apart))
+            if complaints := deployment.complaints():
+                raise CannotRun(f"the deployment complained: {complaints[0]}")
+    streams, balanced = (",".join(map(str, given)) for given in (args.streams, args.frontends))
+    options = f"--seconds {args.seconds:g} --streams {streams} --front-ends {balanced}"
+    return Report(options, machine(), deployment.arguments, time.monotonic() - begin, cells)
 
 
-def show(text: str) -> None:
-    """Progress: one line that is written over on a terminal, one line each elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-    elif text:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _joined(values: list[int]) -> str:
-    return ",".join(map(str, values))
-
-
-def _numbers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if not values or min(values) < 1:
-        raise ValueError
-    return values
-
-
-_numbers.__name__ = "list of numbers"
+def numbers(text: str) -> list[int]:
+    return [max(1, int(part)) for part in text.split(",")]
 
 
 def arguments() -> argparse.Namespace:
-    """What was typed."""
     parser = argparse.ArgumentParser(prog="serve.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="how long each figure is measured (default: 4)")
-    parser.add_argument("--streams", type=_numbers, default=[1, 8, 32, 128, 512], help="concurrent streams: 1,32,128")
-    parser.add_argument("--front-ends", type=_numbers, default=[1, 2], help="front-end processes: 1,2")
+    parser.add_argument("--streams", type=numbers, default=[1, 8, 32, 128, 512], help="concurrent streams: 1,32,128")
+    parser.add_argument("--front-ends", type=numbers, default=[1, 2], help="front-end processes: 1,2")
     parser.add_argument("--quick", action="store_true", help="1 s, 1 and 32 streams, one front-end: does it work")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(BENCH.parent)}")
@@ -159,30 +92,22 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args()
-    if args.seconds <= 0:
-        parser.error("--seconds must be more than 0")
     return args
 
 
 def main() -> int:
-    """Measure and show."""
     args = arguments()
     try:
         with ending_on_signals():
             report = measure(args)
     except CannotRun as error:
-        show("")
         print(f"bench-serve: failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        show("")
-        return 130
-    print(to_console(report))
+    print(f"\n{tables(report)}\n\n{verdicts(report)}\n{report.seconds:.0f} s in all")
     if args.json:
-        args.json.write_text(json.dumps(report.plain(), indent=1) + "\n")
+        args.json.write_text(json.dumps(asdict(report), indent=1) + "\n")
     if args.write:
-        RESULTS.write_text(to_markdown(report))
-        print(f"written: {RESULTS.relative_to(BENCH.parent)}")
+        RESULTS.write_text(to_markdown(report, RESULTS.read_text()))
     return 0
 
 

@@ -60,7 +60,11 @@ class Deployment:
         return int(found[1])
 
     def _find_processes(self) -> dict[str, list[int]]:
-        names = {pid: _name(pid) for pid in _descendants(self._process.pid)}
+        names: dict[int, str] = {}
+        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
+            for pid in map(int, children.read_text().split()):
+                with contextlib.suppress(OSError):
+                    names[pid] = Path(f"/proc/{pid}/comm").read_text()
 
         def called(name: str) -> list[int]:
             return [pid for pid, found in names.items() if found.startswith(f"pl:{name}")]
@@ -72,10 +76,10 @@ class Deployment:
 
     def pin(self, cores: dict[str, set[int]]) -> None:
         """Bind all threads of the named groups of processes to cores."""
-        for name, group in self.processes.items():
-            for pid in group if name in cores else ():
+        for name, pinned in cores.items():
+            for pid in self.processes[name]:
                 for thread in os.listdir(f"/proc/{pid}/task"):
-                    os.sched_setaffinity(int(thread), cores[name])
+                    os.sched_setaffinity(int(thread), pinned)
 
     def complaints(self) -> list[str]:
         """Warnings and errors that it has printed."""
@@ -88,22 +92,17 @@ class Deployment:
 
     def close(self) -> None:
         """End all of it: asked first, then killed."""
-        below = _descendants(self._process.pid)
-        self._process.send_signal(signal.SIGTERM)
+        self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)
-        for pid in [self._process.pid, *below]:
-            # A number that has been given to somebody else meanwhile is not ours to kill.
-            if self._process.returncode is None or _name(pid).startswith("pl:"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
 
 
 def serve_arguments(frontends: int, step_ms: float, ranks: int) -> list[str]:
-    """What is typed after `paceline`."""
     options = {"step_ms": f"{step_ms:g}", "prefill_ms": "0", "decode_ms": "0"}
     return [
         "serve", "--engine", "timed", "--port", "0", "-dp", str(ranks), "--api-server-count", str(frontends),
@@ -123,21 +122,3 @@ def ending_on_signals() -> Iterator[None]:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     yield
-
-
-def _descendants(process: int) -> list[int]:
-    found: list[int] = []
-    queue = [process]
-    while queue:
-        with contextlib.suppress(OSError):
-            for children in Path(f"/proc/{queue.pop()}/task").glob("*/children"):
-                below = [int(child) for child in children.read_text().split()]
-                found += below
-                queue += below
-    return found
-
-
-def _name(process: int) -> str:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/comm").read_text().strip()
-    return ""

@@ -12,44 +12,44 @@ from typing import Any
 
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
+from paceline.core.frontend.events import Placed, Refuse
 from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import PROTOCOL_VERSION, Identify, RankHello
 from paceline.core.requests import Output, SamplingParams
 from paceline.core.routing import LeastLoad
 from paceline.engines.base import EngineSettings
 from paceline.net.coordinator import DPCoordinator
+from paceline.net.frontend import FrontendShell
 from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
-from paceline.server.client import Client
+from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive
 from tests.serving import wait_until
 
 
 class Answer:
-    """A sink that keeps what it gets."""
+    """Keeps what becomes of a request."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.rank: int | None = None
         self.finish: str | None = None
-        self.error: Exception | None = None
+        self.error: str | None = None
         self.done = asyncio.Event()
 
-    def placed(self, rank: int, decision: object) -> None:
-        self.rank = rank
-
-    def put(self, output: Output) -> None:
-        self.tokens += output.token_ids
-        if output.finish_reason is not None:
-            self.finish = output.finish_reason
+    def handle(self, news: Placed | Output | Refuse) -> None:
+        match news:
+            case Placed(_, rank):
+                self.rank = rank
+            case Output():
+                self.tokens += news.token_ids
+                self.finish = news.finish_reason
+            case Refuse():
+                self.error = news.text
+        if self.finish is not None or self.error is not None:
             self.done.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.done.set()
 
 
 class Watching(Frontend):
@@ -97,10 +97,10 @@ class Fleet:
         self._statuses.append(reader)
         return process
 
-    def frontend(self, index: int, count: int) -> Client:
+    def frontend(self, index: int, count: int) -> FrontendShell:
         """A front-end in the running event loop."""
         machine = Watching(new_identity(), LeastLoad(index, count), relay_sends=count > 1, lockstep=True)
-        return Client(machine, self.coordinator.get_stats_publish_address())
+        return FrontendShell(machine, self.coordinator.get_stats_publish_address())
 
     def hellos(self) -> list[RankHello]:
         """What each rank says of itself to a new coordinator, which the test plays: the real one is ended."""
@@ -140,7 +140,7 @@ def fleet(folder: Path, size: int, engine: str, options: dict[str, str], sync_in
 
 
 @contextlib.asynccontextmanager
-async def frontends(made: Fleet, count: int) -> AsyncIterator[list[Client]]:
+async def frontends(made: Fleet, count: int) -> AsyncIterator[list[FrontendShell]]:
     """Front-ends that know every rank."""
     clients = [made.frontend(index, count) for index in range(count)]
     try:
@@ -154,11 +154,11 @@ async def frontends(made: Fleet, count: int) -> AsyncIterator[list[Client]]:
             client.close()
 
 
-def ask(client: Client, tokens: int, rank: int | None = None) -> Answer:
+def ask(client: FrontendShell, tokens: int, rank: int | None = None) -> Answer:
     """Send a request of `tokens` answer tokens."""
     answer = Answer()
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    client.submit(answer, [1, 2, 3, 4], params, rank)  # type: ignore[arg-type]
+    client.submit(answer.handle, [1, 2, 3, 4], params, rank)
     return answer
 
 

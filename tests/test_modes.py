@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
 from paceline.net.coordinator import DPCoordinator
+from paceline.settings import ParallelConfig
 from tests.serving import Command, command, wait_until
 
 pytestmark = pytest.mark.slow

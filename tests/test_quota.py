@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.moe import MoeEngine
-from paceline.loads_cli import app
+from paceline.operate import loads_app as app
 from tests.engines.moe_runs import run_alone, text_of
 from tests.serving import Command, command, deployment, wait_until
 

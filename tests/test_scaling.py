@@ -167,4 +167,4 @@ def test_the_command_shows_what_is_waited_for_and_says_how_it_ended() -> None:
             assert len(read.wait()) == 3
         with command("scale", "0", "--url", running.url) as bad:
             assert bad.wait_end() == 1
-            assert "new_data_parallel_size: must be an integer" in bad.output
+            assert "new_data_parallel_size: must be at least 1" in bad.output

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from paceline.cli import ELSEWHERE
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
@@ -23,10 +25,10 @@ MAX_FUNCTION_LINES = 60
 MAY_IMPORT = {
     "paceline.core": {"paceline.core"},
     "paceline.engines": {"paceline.engines", "paceline.core", "paceline.errors"},
-    "paceline.simulate": {"paceline.simulate", "paceline.engines", "paceline.core", "paceline.errors"},
-    "paceline.check": {"paceline.check", "paceline.simulate", "paceline.core", "paceline.errors"},
+    "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors"},
+    "paceline.check": {"paceline.check", "paceline.sim", "paceline.core", "paceline.errors"},
     "paceline.net": {
-        "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.config", "paceline.errors",
+        "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
     },
     "paceline.process": {"paceline.process", "paceline.net", "paceline.core", "paceline.errors"},
     "paceline.vllm": {"paceline.vllm", "paceline.net", "paceline.process", "paceline.core", "paceline.errors"},
@@ -203,7 +205,8 @@ def entry_points() -> set[str]:
     groups = [project.get("scripts", {}), *project.get("entry-points", {}).values()]
     named = {target.partition(":")[0] for group in groups for target in group.values()}
     programs = {name for name, path in MODULES.items() if path.name == "__main__.py" or runs_itself(tree_of(path))}
-    return named | programs
+    # The command line imports what a command needs once it runs.
+    return named | programs | {f"paceline.{module}" for module, _ in ELSEWHERE.values()}
 
 
 def runs_itself(tree: ast.Module) -> bool:

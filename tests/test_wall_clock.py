@@ -15,7 +15,7 @@ READERS = {
 ALLOWED = {
     "src/paceline/engines/chat.py": 1,  # A model's template may show the date.
     "src/paceline/net/links.py": 1,  # A number that no process has had; never compared by size.
-    "src/paceline/server/generation.py": 1,  # `created` in an answer.
+    "src/paceline/server/requests.py": 1,  # `created` in an answer.
     "src/paceline/server/process.py": 1,  # `created` of the model.
 }
 

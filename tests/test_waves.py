@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.server.client import Client
+from paceline.net.frontend import FrontendShell
 from tests.fleet import Answer, Fleet, Watching, ask, cpu_used_s, fleet, frontends
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ DEADLINE_S = 20.0
 class Waves:
     """Sends until `WAVES` waves have ended: each time the ranks pause, in one of several ways and after a gap."""
 
-    def __init__(self, clients: list[Client], seed: int) -> None:
+    def __init__(self, clients: list[FrontendShell], seed: int) -> None:
         self.clients = clients
         self.random = random.Random(seed)
         self.answers: list[Answer] = []
@@ -41,7 +41,7 @@ class Waves:
                 self._send(self.clients[0], self.random.randrange(RANKS))
             self.pauses.put_nowait(wave)
 
-    def _send(self, client: Client, rank: int | None) -> None:
+    def _send(self, client: FrontendShell, rank: int | None) -> None:
         self.answers.append(ask(client, self.random.choice([1, 2, 5, 16, 17]), rank))
 
     async def run(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paceline.core.requests import ControlAction
-from paceline.server.client import Client
+from paceline.net.frontend import FrontendShell
 from tests.fleet import Answer, Fleet, ask, fleet, frontends
 from tests.test_waves import DEADLINE_S, RANKS, SMALL
 
@@ -57,7 +57,7 @@ def test_a_coordinator_killed_a_dozen_times_loses_no_request_and_no_wave(tmp_pat
         assert len({hello.wave for hello in hellos}) == 1
 
 
-async def call(client: Client, action: ControlAction) -> None:
+async def call(client: FrontendShell, action: ControlAction) -> None:
     """A call ends, so or superseded; that it blocks is what must not be."""
     await client.control(action, DEADLINE_S)
 

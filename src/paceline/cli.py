@@ -1,66 +1,36 @@
-"""`paceline`: the command line. Flags that vLLM has are named, and mean, what they do there."""
+"""`paceline`: the command line. Flags that vLLM has are named, and mean, what they do there.
+
+The flags of `serve` are the fields of `settings.py`. What the other commands need is imported only when they run.
+"""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
+from msgspec import Struct
 
 from paceline import __version__
-from paceline.config import DeploymentConfig, EngineConfig, ParallelConfig, ServerConfig
 from paceline.errors import ConfigError, PacelineError
-from paceline.serve_flags import (
-    ApiServerCountFlag,
-    BindFlag,
-    DataParallelAddressFlag,
-    DataParallelExternalLbFlag,
-    DataParallelHybridLbFlag,
-    DataParallelRankFlag,
-    DataParallelRpcPortFlag,
-    DataParallelSizeFlag,
-    DataParallelSizeLocalFlag,
-    DataParallelStartRankFlag,
-    DpSyncIntervalFlag,
-    DrainTimeoutFlag,
-    EngineFlag,
-    EngineOptionFlag,
-    HeadlessFlag,
-    HostFlag,
-    KvCacheTokensFlag,
-    LogLevelFlag,
-    MaxBodyBytesFlag,
-    MaxDataParallelSizeFlag,
-    MaxModelLenFlag,
-    MaxNumBatchedTokensFlag,
-    MaxNumSeqsFlag,
-    MaxRankLossesFlag,
-    MaxRankRestartsFlag,
-    MaxWaitingFlag,
-    MinStatsUpdateIntervalMsFlag,
-    ModelFlag,
-    ModelTagFlag,
-    PortFlag,
-    PrefillQuotaFlag,
-    RankTimeoutFlag,
-    RoutingFlag,
-    SeedFlag,
-    ServedModelNameFlag,
-    StallTimeoutFlag,
-    StartupTimeoutFlag,
-    ThreadsFlag,
+from paceline.settings import (
+    ENGINE,
+    PARALLEL,
+    DeploymentConfig,
+    EngineConfig,
+    ParallelConfig,
+    ServerConfig,
+    settings_of,
+    variable_of,
 )
 
 app = typer.Typer(
-    name="paceline",
-    help="The control plane of data-parallel LLM serving.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+    name="paceline", help="The control plane of data-parallel LLM serving.", no_args_is_help=True,
+    add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 
 
 @app.callback(invoke_without_command=True)
@@ -71,49 +41,21 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-@app.command()
-def serve(
-    model_tag: ModelTagFlag = None,
-    model: ModelFlag = None,
-    engine: EngineFlag = "llama",
-    engine_option: EngineOptionFlag = None,
-    served_model_name: ServedModelNameFlag = None,
-    max_model_len: MaxModelLenFlag = None,
-    max_num_seqs: MaxNumSeqsFlag = 16,
-    max_num_batched_tokens: MaxNumBatchedTokensFlag = 512,
-    kv_cache_tokens: KvCacheTokensFlag = None,
-    threads: ThreadsFlag = None,
-    seed: SeedFlag = 0,
-    data_parallel_size: DataParallelSizeFlag = 2,
-    data_parallel_size_local: DataParallelSizeLocalFlag = None,
-    data_parallel_start_rank: DataParallelStartRankFlag = None,
-    data_parallel_rank: DataParallelRankFlag = None,
-    data_parallel_address: DataParallelAddressFlag = "127.0.0.1",
-    data_parallel_rpc_port: DataParallelRpcPortFlag = 29550,
-    data_parallel_external_lb: DataParallelExternalLbFlag = False,
-    data_parallel_hybrid_lb: DataParallelHybridLbFlag = False,
-    dp_sync_interval: DpSyncIntervalFlag = 16,
-    prefill_quota: PrefillQuotaFlag = "auto",
-    min_stats_update_interval_ms: MinStatsUpdateIntervalMsFlag = 100,
-    max_data_parallel_size: MaxDataParallelSizeFlag = None,
-    headless: HeadlessFlag = False,
-    api_server_count: ApiServerCountFlag = 1,
-    host: HostFlag = "127.0.0.1",
-    port: PortFlag = 8000,
-    routing: RoutingFlag = "least-load",
-    bind: BindFlag = "broker",
-    max_waiting: MaxWaitingFlag = 1024,
-    max_body_bytes: MaxBodyBytesFlag = 16 * 1024 * 1024,
-    startup_timeout: StartupTimeoutFlag = 300.0,
-    drain_timeout: DrainTimeoutFlag = 30.0,
-    stall_timeout: StallTimeoutFlag = 30.0,
-    max_rank_restarts: MaxRankRestartsFlag = 5,
-    max_rank_losses: MaxRankLossesFlag = 3,
-    rank_timeout: RankTimeoutFlag = 10.0,
-    log_level: LogLevelFlag = "info",
-) -> None:
+# serve --------------------------------------------------------------------------------------------
+
+
+def _option(field: str, kind: Any, default: Any, text: str, panel: str, *names: str) -> inspect.Parameter:
+    """One flag as typer reads it, with its environment variable."""
+    option = typer.Option(*names, help=text, rich_help_panel=panel, envvar=variable_of(names[0]), show_envvar=False)
+    return inspect.Parameter(field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _flags(kind: type[Struct]) -> list[inspect.Parameter]:
+    return [_option(one.field, one.kind, one.default, one.text, one.panel, *one.names) for one in settings_of(kind)]
+
+
+def serve(**given: Any) -> None:
     """Serve a model over N ranks with an OpenAI-compatible API."""
-    given = locals()
     try:
         config = _config(given)
     except ConfigError as error:
@@ -121,142 +63,46 @@ def serve(
     _serve(config)
 
 
-_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""For commands whose flags are read elsewhere: what they need is imported only when they run."""
+def _signature() -> inspect.Signature:
+    """What typer takes for the parameters of `serve`: the fields of the settings, and the flags that make several."""
+    engine, parallel = _flags(EngineConfig), _flags(ParallelConfig)
+    engine.insert(0, _option("model", str | None, None, "The same as MODEL.", ENGINE, "--model"))
+    options = "KEY=VALUE for the engine; may be repeated."
+    engine.insert(2, _option("engine_option", list[str] | None, None, options, ENGINE, "--engine-option"))
+    first, only = "This node's first rank.", "This node's one rank; external mode."
+    start = _option("start_rank", int | None, None, first, PARALLEL, "--data-parallel-start-rank", "-dpr")
+    parallel[2:2] = [start, _option("own_rank", int | None, None, only, PARALLEL, "--data-parallel-rank", "-dpn")]
+    tag = typer.Argument(metavar="[MODEL]", help="A GGUF file; Gemma 3 270M if left out.")
+    model = inspect.Parameter(
+        "model_tag", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, tag]
+    )
+    return inspect.Signature([model, *engine, *parallel, *_flags(ServerConfig)])
 
 
-@app.command(context_settings=_PASSED_ON)
-def simulate(context: typer.Context) -> None:
-    """Run the machines in virtual time, from a seed, with delays, losses and crashes."""
-    from paceline.simulate_cli import app as simulate_app
-
-    simulate_app(context.args, prog_name="paceline simulate")
-
-
-@app.command(name="check", context_settings=_PASSED_ON)
-def check(context: typer.Context) -> None:
-    """Walk every interleaving of the machines in a small deployment."""
-    from paceline.check.cli import app as check_app
-
-    check_app(context.args, prog_name="paceline check")
-
-
-@app.command(context_settings=_PASSED_ON)
-def loads(context: typer.Context) -> None:
-    """Show what every rank of a running deployment has to do."""
-    from paceline.loads_cli import app as loads_app
-
-    loads_app(context.args, prog_name="paceline loads")
-
-
-@app.command(context_settings=_PASSED_ON)
-def scale(context: typer.Context) -> None:
-    """Let a running deployment have more ranks, or fewer."""
-    from paceline.scale_cli import app as scale_app
-
-    scale_app(context.args, prog_name="paceline scale")
-
-
-@app.command(context_settings=_PASSED_ON)
-def coordinator(context: typer.Context) -> None:
-    """Run a coordinator alone, for ranks and front-ends of your own."""
-    from paceline.coordinator_cli import run_command
-
-    run_command(context.args)
-
-
-@app.command(context_settings=_PASSED_ON)
-def vllm(context: typer.Context) -> None:
-    """Run the vllm command with Paceline's coordinator: `paceline vllm serve MODEL --data-parallel-size 2`."""
-    from paceline.vllm.plugin import run_command
-
-    run_command(context.args)
-
-
-UrlFlag = Annotated[str, typer.Option("--url", help="A front-end of the deployment.")]
-PauseTimeoutFlag = Annotated[float, typer.Option("--timeout", help="Seconds to wait until all ranks have.")]
-
-
-@app.command()
-def pause(
-    mode: Annotated[str, typer.Option("--mode", help="keep, wait for, or abort the requests that run.")] = "keep",
-    timeout: PauseTimeoutFlag = 60.0,
-    url: UrlFlag = "http://127.0.0.1:8000",
-) -> None:
-    """Suspend a running deployment; returns once no rank computes."""
-    from paceline.control import Control
-
-    _control(lambda: Control(url).pause(mode, timeout))
-
-
-@app.command()
-def resume(timeout: PauseTimeoutFlag = 60.0, url: UrlFlag = "http://127.0.0.1:8000") -> None:
-    """Let a suspended deployment go on."""
-    from paceline.control import Control
-
-    _control(lambda: Control(url).resume(timeout))
-
-
-def _control(call: Callable[[], dict[str, object]]) -> None:
-    begin = time.monotonic()
-    try:
-        done = call()
-    except PacelineError as error:
-        _fail(error, 1)
-    print(f"{done['status']} after {time.monotonic() - begin:.3f} s (suspension {done['suspension']})")
+serve.__signature__ = _signature()  # type: ignore[attr-defined]
+serve.__annotations__ = {name: one.annotation for name, one in _signature().parameters.items()}
+app.command()(serve)
 
 
 def _config(given: dict[str, Any]) -> DeploymentConfig:
     """The settings from the flags. Raises ConfigError naming the flag."""
     if given["model"] and given["model_tag"] and given["model"] != given["model_tag"]:
         raise ConfigError("--model: two models were named")
-    server = {name: given[name] for name in ("host", "port", "routing", "bind", "max_body_bytes", "log_level")}
-    engine_names = ("engine", "served_model_name", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                    "kv_cache_tokens", "threads", "seed")  # fmt: skip
-    return DeploymentConfig(
-        parallel=_parallel(given),
-        engine=EngineConfig(
-            model=given["model"] or given["model_tag"],
-            options=_engine_options(given["engine_option"] or []),
-            **{name: given[name] for name in engine_names},
-        ),
-        server=ServerConfig(
-            max_waiting=given["max_waiting"] or None,
-            startup_timeout_s=given["startup_timeout"],
-            drain_timeout_s=given["drain_timeout"],
-            stall_timeout_s=given["stall_timeout"],
-            max_rank_restarts=given["max_rank_restarts"],
-            max_rank_losses=given["max_rank_losses"],
-            rank_timeout_s=given["rank_timeout"],
-            **server,
-        ),
-    )
 
+    def of(kind: type[Struct]) -> dict[str, Any]:
+        return {one.field: given[one.field] for one in settings_of(kind)}
 
-def _parallel(given: dict[str, Any]) -> ParallelConfig:
-    size, local = given["data_parallel_size"], given["data_parallel_size_local"]
-    own_rank, start_rank = given["data_parallel_rank"], given["data_parallel_start_rank"]
+    own_rank, start_rank = given["own_rank"], given["start_rank"]
     if own_rank is not None and start_rank is not None:
         raise ConfigError("--data-parallel-rank: cannot be combined with --data-parallel-start-rank")
+    parallel = of(ParallelConfig) | {"data_parallel_rank": own_rank if own_rank is not None else (start_rank or 0)}
     # As in vLLM, naming one rank means that something outside balances over the ranks.
-    external = given["data_parallel_external_lb"] or (own_rank is not None and not given["data_parallel_hybrid_lb"])
-    if external and own_rank is None and start_rank is None:
+    parallel["data_parallel_external_lb"] |= own_rank is not None and not given["data_parallel_hybrid_lb"]
+    if parallel["data_parallel_external_lb"] and own_rank is None and start_rank is None:
         raise ConfigError("--data-parallel-external-lb: needs --data-parallel-rank")
-    return ParallelConfig(
-        data_parallel_size=size,
-        data_parallel_size_local=local if local is not None else (1 if external else size),
-        data_parallel_rank=own_rank if own_rank is not None else (start_rank or 0),
-        data_parallel_master_ip=given["data_parallel_address"],
-        data_parallel_rpc_port=given["data_parallel_rpc_port"],
-        data_parallel_external_lb=external,
-        data_parallel_hybrid_lb=given["data_parallel_hybrid_lb"],
-        headless=given["headless"],
-        dp_sync_interval=given["dp_sync_interval"],
-        prefill_quota=given["prefill_quota"],
-        min_stats_update_interval_ms=given["min_stats_update_interval_ms"],
-        max_data_parallel_size=given["max_data_parallel_size"],
-        api_server_count=given["api_server_count"],
-    )
+    engine = of(EngineConfig) | {"model": given["model"] or given["model_tag"]}
+    engine["options"] = _engine_options(given["engine_option"] or [])
+    return DeploymentConfig(ParallelConfig(**parallel), EngineConfig(**engine), ServerConfig(**of(ServerConfig)))
 
 
 def _engine_options(texts: list[str]) -> dict[str, str]:
@@ -302,6 +148,42 @@ def _say_ready(config: DeploymentConfig, port: int) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+# The others ---------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "simulate": ("simulate_cli", "Run the machines in virtual time, from a seed, with delays, losses and crashes."),
+    "check": ("check.cli", "Walk every interleaving of the machines in a small deployment."),
+    "loads": ("operate", "Show what every rank of a running deployment has to do."),
+    "scale": ("operate", "Let a running deployment have more ranks, or fewer."),
+    "coordinator": ("coordinator_cli", "Run a coordinator alone, for ranks and front-ends of your own."),
+    "vllm": (
+        "vllm.plugin",
+        "Run the vllm command with Paceline's coordinator: `paceline vllm serve MODEL --data-parallel-size 2`.",
+    ),
+    "pause": ("operate", "Suspend a running deployment; returns once no rank computes."),
+    "resume": ("operate", "Let a suspended deployment go on."),
+}
+"""Command to the module that has it, as `run_command(arguments)` or as the typer command `NAME_app`, and its help."""
+
+
+def _passed_on(name: str, module: str) -> Callable[[typer.Context], None]:
+    def command(context: typer.Context) -> None:
+        found = importlib.import_module(f"paceline.{module}")
+        if (run_command := getattr(found, "run_command", None)) is not None:
+            run_command(context.args)
+        else:
+            getattr(found, f"{name}_app")(context.args, prog_name=f"paceline {name}")
+
+    return command
+
+
+for _name, (_module, _help) in ELSEWHERE.items():
+    app.command(
+        _name, help=_help,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )(_passed_on(_name, _module))  # fmt: skip
 
 
 def _fail(error: PacelineError, status: int) -> Any:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable
 from functools import partial
 
-from paceline.config import DeploymentConfig, late_binding, threads_per_rank
 from paceline.core.messages import Scaling
 from paceline.core.node import Node
 from paceline.core.rank.prefill_quota import setting_of
@@ -22,6 +21,7 @@ from paceline.net.sockets import tcp_address
 from paceline.process.node import NodeRanks, rank_name
 from paceline.process.supervisor import Reporter, Supervisor
 from paceline.server.process import FrontendSettings, reserve_port, run_frontend
+from paceline.settings import DeploymentConfig
 
 
 def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan], None]) -> int:
@@ -224,9 +224,9 @@ def frontend_settings(plan: Plan, index: int, life: int) -> FrontendSettings:
         node=plan.node.identity,
         most_ranks=parallel.most_ranks,
         routing=server.routing,
-        late_binding=late_binding(config),
+        late_binding=config.late_binding,
         served_model_name=config.engine.served_model_name,
-        max_waiting=server.max_waiting,
+        max_waiting=server.max_waiting or None,
         max_body_bytes=server.max_body_bytes,
         drain_timeout_s=server.drain_timeout_s,
         first_life=life == 0,
@@ -252,7 +252,7 @@ def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:
         max_num_seqs=engine.max_num_seqs,
         max_num_batched_tokens=engine.max_num_batched_tokens,
         kv_cache_tokens=engine.kv_cache_tokens,
-        threads=threads_per_rank(config),
+        threads=config.threads_per_rank,
         seed=engine.seed,
         options=dict(engine.options),
     )

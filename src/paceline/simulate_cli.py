@@ -2,123 +2,170 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import shlex
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
 import msgspec
 import typer
+from msgspec import Struct
 
+from paceline.core.routing import POLICIES
+from paceline.engines.registry import PolicyError, find_policy
+from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError, PacelineError
-from paceline.simulate.run import Options, Outcome, simulate
-from paceline.traffic_cli import (
-    BindFlag,
-    BudgetFlag,
-    DecodeFlag,
-    DelayFlag,
-    IntervalFlag,
-    KvFlag,
-    PlotFlag,
-    PrefillFlag,
-    RateFlag,
-    RoutingFlag,
-    SharedFlags,
-    SlotsFlag,
-    StepFlag,
-    TraceFlag,
-    TraceFlags,
-    WarmUpFlag,
-    check_binding,
-    refuse_without_trace,
-    run_trace,
-)
+from paceline.sim import outcome as traced
+from paceline.sim.engine import EngineShape
+from paceline.sim.replay import Replay, Setup
+from paceline.sim.run import Options, Outcome, simulate
+from paceline.sim.trace import faster, read_trace
 
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "ranks": (1, 4096),
-    "front-ends": (1, 64),
-    "requests": (0, 10_000_000),
-    "losses": (0.0, 0.9),
-    "crashes": (0, 10_000),
-    "suspensions": (0, 10_000),
-    "duration": (0.0, 86_400.0),
-    "faults-per-second": (0.0, 1_000.0),
-}
-"""Flag to its least and greatest value."""
 
-FROM_SEED = "; drawn from the seed if left out."
+class Flag(Struct, frozen=True):
+    """A flag: its type, what it says of itself, its least and greatest value. `name`: where it is not the usual one.
 
-SeedFlag = Annotated[int, typer.Option("--seed", help="The same seed gives the same run, event for event.")]
-SeedsFlag = Annotated[
-    str | None, typer.Option("--seeds", metavar="A..B", help="Run these seeds until one fails; without B, for ever.")
-]
-RanksFlag = Annotated[int | None, typer.Option("--ranks", help=f"Ranks{FROM_SEED}")]
-FrontendsFlag = Annotated[int | None, typer.Option("--front-ends", help=f"Front-ends{FROM_SEED}")]
-RequestsFlag = Annotated[int | None, typer.Option("--requests", help=f"Requests that arrive{FROM_SEED}")]
-LossesFlag = Annotated[float | None, typer.Option("--losses", help=f"Share of broadcasts and notices lost{FROM_SEED}")]
-CrashesFlag = Annotated[int | None, typer.Option("--crashes", help=f"Crashes of any process{FROM_SEED}")]
-SuspensionsFlag = Annotated[
-    int | None, typer.Option("--suspensions", help=f"Suspensions, each with a resume{FROM_SEED}")
-]
-DurationFlag = Annotated[float | None, typer.Option("--duration", help=f"Seconds in which all this happens{FROM_SEED}")]
-FaultsFlag = Annotated[
-    float | None,
-    typer.Option(
-        "--faults-per-second",
-        help="Something goes wrong so often, all the time: processes die, ranks are slow or cut off, connections end, "
-        "wakes are lost, all is suspended, ranks come and go. For 60 s unless --duration says otherwise.",
+    `drawn`: whether the seed says what it is where it is left out.
+    """
+
+    kind: type
+    help: str
+    least: float | None = None
+    greatest: float | None = None
+    default: object = None
+    drawn: bool = False
+    name: str | None = None
+    metavar: str | None = None
+
+
+FAULTS = {
+    "seed": Flag(int, "The same seed gives the same run, event for event.", 0, 2**63 - 1, 0),
+    "seeds": Flag(str, "Run these seeds until one fails; without B, for ever.", metavar="A..B"),
+    "ranks": Flag(int, "Ranks", 1, 4096, drawn=True),
+    "frontends": Flag(int, "Front-ends", 1, 64, drawn=True, name="--front-ends"),
+    "requests": Flag(int, "Requests that arrive", 0, 10_000_000, drawn=True),
+    "losses": Flag(float, "Share of broadcasts and notices lost", 0.0, 0.9, drawn=True),
+    "crashes": Flag(int, "Crashes of any process", 0, 10_000, drawn=True),
+    "suspensions": Flag(int, "Suspensions, each with a resume", 0, 10_000, drawn=True),
+    "faults_per_second": Flag(
+        float,
+        "Something goes wrong so often, all the time: processes die, ranks are slow or cut off, connections end, wakes "
+        "are lost, all is suspended, ranks come and go. For 60 s unless --duration says otherwise.",
+        0.0, 1_000.0,
     ),
-]
-LockstepFlag = Annotated[
-    bool | None, typer.Option("--lockstep/--independent", help=f"Whether ranks run in waves{FROM_SEED}")
-]
-EncodeFlag = Annotated[
-    bool, typer.Option("--encode/--no-encode", help="Whether messages travel as bytes; without, it is faster.")
-]
-JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON object a run in place of text.")]
+    "duration": Flag(float, "Seconds in which all this happens", 0.0, 86_400.0, drawn=True),
+    "lockstep": Flag(bool, "Whether ranks run in waves", drawn=True, name="--lockstep/--independent"),
+    "encode": Flag(
+        bool, "Whether messages travel as bytes; without, it is faster.", default=True, name="--encode/--no-encode"
+    ),
+    "json": Flag(bool, "One JSON object a run in place of text.", default=False, name="--json"),
+    "bind": Flag(
+        str,
+        "late: requests wait until a rank can start them (least-load; its default); arrival: bound at once. "
+        "Drawn from the seed if left out without --trace.",
+    ),
+}  # fmt: skip
+TRACE = {
+    "trace": Flag(
+        str, "Measure instead of testing: serve this file of real requests (.csv or .jsonl) without a fault."
+    ),
+    "routing": Flag(str, f"Which rank gets a request: {', '.join(POLICIES)}, or module:Class; least-load if left out."),
+    "rate_scale": Flag(float, "So many times as many requests a second.", 1e-6, 1e6),
+    "slots": Flag(int, "Requests that run at once on a rank: 64.", 1, 65_536),
+    "token_budget": Flag(int, "Tokens of a step: 2048.", 1, 1_048_576),
+    "kv_tokens": Flag(int, "Tokens of a rank's KV memory: 131072.", 1, 1 << 40),
+    "step_ms": Flag(float, "What a step costs in any case: 6.", 0.001, 1e6),
+    "prefill_ms": Flag(float, "And for each prompt token: 0.09.", 0.0, 1e6),
+    "decode_ms": Flag(float, "And for each request that decodes: 0.02.", 0.0, 1e6),
+    "delay_ms": Flag(float, "How long a message is on its way: 0.2.", 0.0, 10_000.0),
+    "interval_ms": Flag(float, "Least time between two load views: 100.", 1.0, 60_000.0),
+    "warm_up": Flag(float, "Share of the time that counts for no latency: 0.", 0.0, 0.9),
+}
+NOT_WITH_TRACE = ("losses", "crashes", "suspensions", "faults_per_second", "duration")
+Given = dict[str, Any]
+"""What was typed, by flag; None where it was left out."""
 
 
-def simulate_command(
-    seed: SeedFlag = 0, seeds: SeedsFlag = None, ranks: RanksFlag = None, frontends: FrontendsFlag = None,
-    requests: RequestsFlag = None, losses: LossesFlag = None, crashes: CrashesFlag = None,
-    suspensions: SuspensionsFlag = None, faults_per_second: FaultsFlag = None, duration: DurationFlag = None,
-    lockstep: LockstepFlag = None, encode: EncodeFlag = True, json: JsonFlag = False,
-    trace: TraceFlag = None, routing: RoutingFlag = None, bind: BindFlag = None, rate_scale: RateFlag = None,
-    slots: SlotsFlag = None, token_budget: BudgetFlag = None, kv_tokens: KvFlag = None, step_ms: StepFlag = None,
-    prefill_ms: PrefillFlag = None, decode_ms: DecodeFlag = None, delay_ms: DelayFlag = None,
-    interval_ms: IntervalFlag = None, warm_up: WarmUpFlag = None, plot: PlotFlag = None,
-) -> None:  # fmt: skip
+def command(flags: dict[str, Flag], panel: Iterable[str], run: Callable[[Given], None], help_text: str) -> typer.Typer:
+    """A command with these flags, of which those of `panel` are shown apart; ConfigErrors end it with status 2."""
+
+    def called(**given: Any) -> None:
+        try:
+            for name, flag in flags.items():
+                _check_range(name, flag, given[name])
+            run(given)
+        except PacelineError as error:
+            typer.echo(f"paceline: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    kept = inspect.Parameter.KEYWORD_ONLY
+    called.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+        inspect.Parameter(name, kept, default=flag.default, annotation=_option(name, flag, name in panel))
+        for name, flag in flags.items()
+    ])  # fmt: skip
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=help_text)(called)
+    return app
+
+
+def _option(name: str, flag: Flag, traced_only: bool) -> Any:
+    text = f"{flag.help}; drawn from the seed if left out." if flag.drawn else flag.help
+    option = typer.Option(
+        flag.name or f"--{dashed(name)}", help=text, metavar=flag.metavar,
+        rich_help_panel="With --trace" if traced_only else None,
+    )  # fmt: skip
+    return Annotated[flag.kind | None if flag.default is None else flag.kind, option]
+
+
+def _check_range(name: str, flag: Flag, value: Any) -> None:
+    if value is not None and flag.least is not None and not flag.least <= value <= flag.greatest:
+        raise ConfigError(f"--{dashed(name)}: must be between {flag.least:g} and {flag.greatest:g}, not {value:g}")
+
+
+def _check_binding(given: Given) -> None:
+    """`broker` is what `late` was called first."""
+    if given["bind"] not in (None, "broker", "late", "arrival"):
+        raise ConfigError(f"--bind: must be late or arrival, not {given['bind']!r}")
+    if given["bind"] == "broker":
+        given["bind"] = "late"
+
+
+def dashed(name: str) -> str:
+    return name.replace("frontends", "front-ends").replace("_", "-")
+
+
+def simulate_command(given: Given) -> None:
     """Run the real machines in virtual time and check the invariants at every event; or, with --trace, measure."""
-    late_binding = None if bind is None else bind == "broker"
-    options = Options(
-        seed, ranks, frontends, requests, losses, crashes, suspensions, duration, lockstep, encode, late_binding,
-        faults_per_second,
-    )  # fmt: skip
-    flags = TraceFlags(
-        trace, routing, bind if trace is not None else None, rate_scale, slots, token_budget, kv_tokens, step_ms,
-        prefill_ms, decode_ms, delay_ms, interval_ms, warm_up, plot,
-    )  # fmt: skip
-    failed = False
-    try:
-        if trace is not None:
-            _refuse_faults(options, seeds)
-            run_trace(flags, SharedFlags(seed, ranks, frontends, requests, lockstep), json)
-        else:
-            refuse_without_trace(flags)
-            check_binding(bind)
-            _check(options)
-            chosen = _read_seeds(seeds) if seeds is not None else iter([seed])
-            failed = run_seeds(options, chosen, json, seeds is not None)
-    except PacelineError as error:
-        typer.echo(f"paceline: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    if failed:
+    _check_binding(given)
+    if given["trace"] is not None:
+        run_trace(given)
+        return
+    for name in TRACE:
+        if given[name] is not None:
+            raise ConfigError(f"--{dashed(name)}: only with --trace")
+    fields = [name for name in Options.__struct_fields__ if name in given]
+    late_binding = None if given["bind"] is None else given["bind"] == "late"
+    options = Options(**{name: given[name] for name in fields}, late_binding=late_binding)
+    seeds = [options.seed] if given["seeds"] is None else _read_seeds(given["seeds"])
+    if run_seeds(options, seeds, given["json"], given["seeds"] is not None):
         raise typer.Exit(1)
 
 
-def run_seeds(options: Options, seeds: Iterator[int], as_json: bool, many: bool) -> bool:
+simulate_app = command(
+    FAULTS | TRACE, TRACE, simulate_command,
+    "Run the machines in virtual time, from a seed, with delays, losses and crashes.",
+)  # fmt: skip
+
+
+# Seeds ------------------------------------------------------------------------------------------
+
+
+def run_seeds(options: Options, seeds: Iterable[int], as_json: bool, many: bool) -> bool:
     """Run each seed and print what came of it, a line each for `many`; returns whether one failed, the last one run."""
     count = events = 0
     try:
@@ -140,12 +187,7 @@ def run_seeds(options: Options, seeds: Iterator[int], as_json: bool, many: bool)
     return False
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(help="Run the machines in virtual time, from a seed, with delays, losses and crashes.")(simulate_command)
-
-
 def summary(outcome: Outcome) -> str:
-    """What came of a run, for a person."""
     options = outcome.options
     kind = "lockstep" if options.lockstep else "independent"
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(outcome.refused.items()))
@@ -153,7 +195,7 @@ def summary(outcome: Outcome) -> str:
     lines = [
         f"seed {options.seed}: {options.ranks} {kind} ranks, {options.frontends} front-ends,"
         f" {options.requests} requests in {options.duration:g} s, {options.losses:.0%} of broadcasts lost",
-        f"  binding       {'late_binding' if options.late_binding else 'at arrival'}",
+        f"  binding       {'late' if options.late_binding else 'at arrival'}",
         f"  events        {outcome.events:,}; {outcome.virtual_s:.1f} s of virtual time in {outcome.real_s:.1f} s",
         f"  requests      {outcome.requests}: {outcome.finished} finished, {outcome.aborted} aborted by clients,"
         f" {sum(outcome.refused.values())} refused{f' ({refused})' if refused else ''};"
@@ -173,54 +215,105 @@ def summary(outcome: Outcome) -> str:
 def replay(options: Options, seed: int) -> str:
     """The command line that runs this seed again: what was given, the rest is drawn anew from it."""
     words = ["paceline", "simulate", "--seed", str(seed)]
-    for name in (
-        "ranks",
-        "frontends",
-        "requests",
-        "losses",
-        "crashes",
-        "suspensions",
-        "faults_per_second",
-        "duration",
-    ):
+    for name in ("ranks", "frontends", "requests", *NOT_WITH_TRACE):
         value = getattr(options, name)
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [f"--{dashed(name)}", str(value)]
     if options.lockstep is not None:
         words.append("--lockstep" if options.lockstep else "--independent")
     if options.late_binding is not None:
-        words += ["--bind", "broker" if options.late_binding else "arrival"]
+        words += ["--bind", "late" if options.late_binding else "arrival"]
     if not options.encode:
         words.append("--no-encode")
     return shlex.join(words)
 
 
-def _check(options: Options) -> None:
-    for flag, (least, greatest) in RANGES.items():
-        value = getattr(options, flag.replace("-", "_"))
-        if value is not None and not least <= value <= greatest:
-            raise ConfigError(f"--{flag}: must be between {least} and {greatest}, not {value}")
-
-
-def _refuse_faults(options: Options, seeds: str | None) -> None:
-    for name in ("losses", "crashes", "suspensions", "faults_per_second", "duration"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name}: not with --trace, which measures a run without faults")
-    if seeds is not None:
-        raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
-
-
-def _read_seeds(text: str) -> Iterator[int]:
+def _read_seeds(text: str) -> Iterable[int]:
     first, dots, last = text.partition("..")
     if not dots or not first.isdecimal() or (last and not last.isdecimal()):
         raise ConfigError(f"--seeds: {text!r} is not like 0..999")
     if last and int(last) < int(first):
         raise ConfigError(f"--seeds: {text!r} ends before it begins")
-    return _count(int(first), int(last) if last else None)
+    return range(int(first), int(last) + 1) if last else itertools.count(int(first))
 
 
-def _count(first: int, last: int | None) -> Iterator[int]:
-    seed = first
-    while last is None or seed <= last:
-        yield seed
-        seed += 1
+# Traces -----------------------------------------------------------------------------------------
+
+
+def run_trace(given: Given, kind: Callable[..., Replay] = Replay, names: Iterable[str] = ()) -> Replay:
+    """Serve the trace and print the figures. Raises ConfigError naming the flag, or the file and line.
+
+    `kind`: what serves it. `names`: ways to choose ranks that it knows beside ours.
+    """
+    for name in NOT_WITH_TRACE:
+        if given.get(name) is not None:
+            raise ConfigError(f"--{dashed(name)}: not with --trace, which measures a run without faults")
+    if given.get("seeds") is not None:
+        raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
+    _check_binding(given)
+    setup = _setup(given, tuple(names))
+    arrivals = read_trace(Path(given["trace"]))[: given["requests"]]
+    run = kind(setup, faster(arrivals, 1.0 if given["rate_scale"] is None else given["rate_scale"]))
+    with _progress() as progress:
+        outcome = run.run(progress)
+    typer.echo(msgspec.json.encode(outcome).decode() if given["json"] else figures(outcome))
+    return run
+
+
+def figures(outcome: traced.Outcome) -> str:
+    kind = "lockstep" if outcome.lockstep else "independent"
+    refused = f", {outcome.refused} too large for the memory left out" if outcome.refused else ""
+    lines = [
+        f"{outcome.routing}: {outcome.ranks} {kind} ranks, {outcome.frontends} front-ends",
+        f"  requests          {outcome.requests:,}{refused}; {outcome.duration_s:,.1f} s of virtual time in"
+        f" {outcome.real_s:.1f} s",
+        f"  throughput        {outcome.throughput_tokens_per_s:,.0f} output tokens/s",
+        f"  first token       p50 {outcome.ttft_p50_ms:,.1f} ms, p90 {outcome.ttft_p90_ms:,.1f} ms,"
+        f" p99 {outcome.ttft_p99_ms:,.1f} ms",
+        f"  each token after  p50 {outcome.tpot_p50_ms:,.1f} ms, p90 {outcome.tpot_p90_ms:,.1f} ms,"
+        f" p99 {outcome.tpot_p99_ms:,.1f} ms",
+        f"  imbalance         {outcome.imbalance_mean:.2f} mean, {outcome.imbalance_worst:.2f} worst",
+        f"  KV memory         {outcome.kv_peak:.0%} at most, {outcome.kv_peak_mean:.0%} the mean rank's peak;"
+        f" {outcome.preemptions} requests pushed out",
+        f"  prefix cache      {outcome.prefix_hit_rate:.1%} of prompt tokens found",
+    ]
+    if outcome.lockstep:
+        lines.append(f"  barrier           {outcome.barrier_share:.1%} of step time lost")
+    return "\n".join(lines)
+
+
+def _setup(given: Given, names: tuple[str, ...]) -> Setup:
+    routing, policy = given["routing"] or "least-load", None
+    if routing not in POLICIES and routing not in names:
+        try:
+            policy = find_policy(routing)
+        except PolicyError as error:
+            raise ConfigError(f"--routing: {error}{''.join(f' or {name}' for name in names)}") from None
+    if given["bind"] is not None and routing != "least-load":
+        raise ConfigError(f"--bind: {routing} chooses the rank itself, when a request arrives")
+    costs = CostModel(**_known(given, "step_ms", "prefill_ms", "decode_ms"))
+    shape = _known(given, "slots", "kv_tokens")
+    shape |= {} if given["token_budget"] is None else {"budget": given["token_budget"]}
+    seconds = {f"{name[:-2]}s": value / 1e3 for name, value in _known(given, "delay_ms", "interval_ms").items()}
+    kept = _known(given, "ranks", "frontends", "lockstep", "seed", "warm_up", "bind")
+    return Setup(routing=routing, policy=policy, engine=EngineShape(costs, **shape), **kept, **seconds)
+
+
+def _known(given: Given, *names: str) -> Given:
+    return {name: given[name] for name in names if given[name] is not None}
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("simulating"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda done, count: bars.update(task, completed=done, total=count)

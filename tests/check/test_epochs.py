@@ -8,7 +8,7 @@ import pytest
 
 from paceline.check.cli import without_rule
 from paceline.check.epochs import Epochs as Model
-from paceline.check.lockstep import Bound
+from paceline.check.parties import Bound
 from paceline.check.search import Finding, search
 from paceline.core.coordinator.epoch import Epochs
 from paceline.core.rank.machine import Rank

@@ -7,7 +7,8 @@ from collections.abc import Hashable
 import pytest
 
 from paceline.check.cli import without_rule
-from paceline.check.lockstep import Bound, Lockstep, State
+from paceline.check.lockstep import Lockstep
+from paceline.check.parties import Bound, State
 from paceline.check.search import Finding, search
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.requests import SuspendMode

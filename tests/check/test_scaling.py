@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from paceline.check.cli import without_rule
-from paceline.check.lockstep import Bound
+from paceline.check.parties import Bound
 from paceline.check.scaling import Scaled
 from paceline.check.search import Finding, search
 from paceline.core.coordinator.scaling import DeploymentScaling

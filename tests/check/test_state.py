@@ -103,9 +103,3 @@ def test_no_private_attribute_of_a_machine_is_named() -> None:
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 of_itself = isinstance(node.value, ast.Name) and node.value.id == "self"
                 assert of_itself or node.attr in own | {"_replace", "_spare"}, f"{path.name}:{node.lineno}: {node.attr}"
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in ("getattr", "setattr")
-            ):
-                assert path.name == "state.py", f"{path.name}:{node.lineno}"

@@ -22,9 +22,8 @@ from paceline.core.rank.prefill_quota import (
     reduced,
     setting_of,
 )
-from paceline.core.routing import LeastLoad
 from paceline.engines.group import MAX_REDUCED
-from tests.core.lockstep_model import arrivals, run
+from tests.sim.traces import LOCKSTEP, finished, mixed
 
 MS = 1_000_000
 
@@ -157,13 +156,16 @@ def test_the_smallest_budget_is_everybodys() -> None:
 
 
 @pytest.mark.parametrize("long_share", [0.0, 0.1, 0.5])
-def test_in_a_model_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
+def test_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
     """Where prompts are all there is to do, as in the last case, nothing can be gained, and next to nothing is lost."""
-    coming = arrivals(3, 1_000, 1e6, long_share)
-    free, bound = (run(LeastLoad(), coming, 8, with_quota) for with_quota in (False, True))
-    print(f"all done {bound.seconds:.2f} s, {free.seconds:.2f} without; a step {bound.step_s:.4f}, {free.step_s:.4f}")
-    assert bound.seconds < 1.005 * free.seconds
-    assert bound.step_s < free.step_s
+    coming = mixed(3, 1_000, 1e6, long_share)
+    free, bound = (
+        finished(coming, ranks=8, lockstep=True, bind="arrival", engine=LOCKSTEP, quota=quota).outcome
+        for quota in (False, True)
+    )
+    print(f"all done {bound.duration_s:.2f} s, {free.duration_s:.2f} without")
+    assert bound.duration_s < 1.01 * free.duration_s
+    assert bound.tpot_p50_ms < free.tpot_p50_ms
 
 
 def test_settings() -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.core.coordinator import machine as coordinator
+from paceline.core.coordinator import events as coordinator
 from paceline.core.dispatch.dispatcher import UNANSWERED_S
-from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.dispatch import SILENCE_S
 from paceline.core.messages import (
     Ask,
@@ -22,43 +21,44 @@ from paceline.core.messages import (
     SendNotice,
     Withdraw,
 )  # fmt: skip
-from tests.core.deployment import DELAY_S, STEP_S, Deployment
-from tests.core.harness import FrontendShell
+from paceline.core.requests import ControlAction
+from paceline.sim.deployment import Deployment
+from paceline.sim.processes import FrontendProcess
+from tests.sim.deployments import DELAY_S, STEP_S, placed, ready, rest as rest_of, seen
 
 SLOTS = 4
 
 
 def late_binding(ranks: int = 2, frontends: int = 2, **settings: bool) -> Deployment:
     """Ready, and idle for long enough that shares were handed out."""
-    deployment = Deployment(ranks, frontends, late_binding=True, slots=SLOTS, **settings).ready()
+    deployment = ready(ranks, frontends, late_binding=True, slots=SLOTS, **settings)
     deployment.world.run_for(1.0)
     return deployment
 
 
 def held(deployment: Deployment) -> int:
-    return sum(int(str(frontend.machine.statistics()["held"])) for frontend in deployment.frontends)
+    return sum(int(str(frontend.machine.statistics()["held"])) for frontend in deployment.frontends.values())
 
 
 def queued(deployment: Deployment) -> int:
     assert deployment.coordinator is not None
-    return len(list(deployment.coordinator.dispatcher.descriptors()))
+    return len(list(deployment.coordinator.machine.dispatcher.descriptors()))
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
     """To be asked after each event."""
-    before = deployment.world.after_each
 
     def check() -> None:
-        before()
         for rank in deployment.ranks.values():
-            assert len(rank.engine.requests) <= SLOTS, f"rank {rank.machine.rank} has more than it can run"
+            load = rank.engine.load()
+            assert load.waiting + load.running <= SLOTS, f"{rank.name} has more than it can run"
 
     return check
 
 
 def rest(deployment: Deployment) -> None:
     """Everything is answered, nothing waits anywhere, and all is counted exactly."""
-    deployment.rest()
+    rest_of(deployment)
     assert (held(deployment), queued(deployment)) == (0, 0)
 
 
@@ -68,7 +68,7 @@ def rest(deployment: Deployment) -> None:
 def test_a_nodes_full_queue_is_no_other_nodes() -> None:
     """Hybrid mode: or one that is overloaded would have all others refuse, whose ranks are free."""
     deployment = late_binding(2, 2, lockstep=False, hybrid=True)
-    busy, idle = deployment.frontends
+    busy, idle = deployment.frontends.values()
     for _ in range(SLOTS + 10):
         busy.submit(max_tokens=100)
     # Until they have heard of it by grants and by views.
@@ -86,10 +86,10 @@ def test_a_nodes_full_queue_is_no_other_nodes() -> None:
 @pytest.mark.parametrize("frontends", [1, 2, 3])
 def test_no_hop_is_added_while_ranks_are_free(frontends: int) -> None:
     deployment = late_binding(4, frontends, lockstep=False)
-    for index, frontend in enumerate(deployment.frontends):
+    for index, frontend in deployment.frontends.items():
         for _ in range(2):
             request = frontend.submit(max_tokens=3)
-            assert request in frontend.placed, f"front-end {index} asks although ranks are free"
+            assert request in placed(frontend), f"front-end {index} asks although ranks are free"
     deployment.finish()
     rest(deployment)
 
@@ -98,7 +98,7 @@ def test_one_frontend_has_the_whole_room_as_its_share() -> None:
     deployment = late_binding(2, 1, lockstep=False)
     for _ in range(2 * SLOTS):
         deployment.frontends[0].submit(max_tokens=3)
-    assert len(deployment.frontends[0].placed) == 2 * SLOTS
+    assert len(placed(deployment.frontends[0])) == 2 * SLOTS
     deployment.frontends[0].submit()
     assert held(deployment) == 1
     rest(deployment)
@@ -107,7 +107,7 @@ def test_one_frontend_has_the_whole_room_as_its_share() -> None:
 def test_who_has_used_up_its_share_is_answered_at_once_where_ranks_are_free() -> None:
     deployment = late_binding(2, 2, lockstep=False)
     frontend = deployment.frontends[0]
-    while len(frontend.placed) == len(frontend.outputs):
+    while len(placed(frontend)) == len(frontend.answers):
         frontend.submit(max_tokens=50)
     deployment.world.run_for(2.5 * DELAY_S)
     assert held(deployment) == 0
@@ -145,17 +145,19 @@ def test_a_burst_far_above_the_slots_is_served_in_order_and_nobody_waits_behind_
 ) -> None:
     deployment = late_binding(4, frontends, lockstep=lockstep)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    asked: list[tuple[FrontendShell, int]] = []
+    asked: list[tuple[FrontendProcess, int]] = []
     for number in range(80):
         frontend = deployment.frontends[number % frontends]
         asked.append((frontend, frontend.submit(max_tokens=1 + number % 7)))
         deployment.world.run_for(0.0002)
     deployment.finish()
     rest(deployment)
-    placed = sorted(range(80), key=lambda number: asked[number][0].placed_at[asked[number][1]])
+    when = seen(deployment).placed_at
+    order = sorted(range(80), key=lambda number: when[asked[number][0].name, asked[number][1]])
     # By shares a front-end may go a little before one that has none left.
-    assert max(abs(place - number) for place, number in enumerate(placed)) <= 2 * frontends
-    level = [sum(rank == number for f in deployment.frontends for rank in f.placed.values()) for number in range(4)]
+    assert max(abs(place - number) for place, number in enumerate(order)) <= 2 * frontends
+    ranks = [rank for frontend in deployment.frontends.values() for rank in placed(frontend).values()]
+    level = [ranks.count(number) for number in range(4)]
     assert max(level) - min(level) <= 6
 
 
@@ -166,8 +168,8 @@ def test_a_better_priority_goes_first() -> None:
     deployment.world.run_for(0.01)
     last = [deployment.frontends[0].submit(max_tokens=2, priority=5) for _ in range(2)]
     first = deployment.frontends[1].submit(max_tokens=2, priority=-5)
-    deployment.run_until(lambda: first in deployment.frontends[1].placed)
-    assert not deployment.frontends[0].placed.keys() & set(last)
+    deployment.world.run_until(lambda: first in placed(deployment.frontends[1]))
+    assert not placed(deployment.frontends[0]).keys() & set(last)
     rest(deployment)
 
 
@@ -176,14 +178,15 @@ def test_a_request_that_names_its_rank_goes_there_though_it_is_full() -> None:
     for _ in range(3 * SLOTS):
         deployment.frontends[0].submit(max_tokens=10)
     request = deployment.frontends[0].submit(rank=1)
-    assert deployment.frontends[0].placed[request] == 1
+    assert placed(deployment.frontends[0])[request] == 1
     rest(deployment)
 
 
 def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
     deployment = late_binding(3, 2)
     frontend = deployment.frontends[0]
-    deployment.tell_coordinator(coordinator.FrontendSaid(ReturnShares(frontend.machine.identity, 1)))
+    assert deployment.coordinator is not None
+    deployment.coordinator.feed(coordinator.FrontendSaid(ReturnShares(frontend.machine.identity, 1)))
     frontend.broadcasts.lose(LoadView, times=1000)
     while not held(deployment):
         frontend.submit(max_tokens=4)
@@ -226,7 +229,7 @@ def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
 def full(deployment: Deployment, waiting: int = 6) -> list[int]:
     """Fill all ranks through front-end 0, and let so many wait there; returns those."""
     frontend = deployment.frontends[0]
-    for _ in range(SLOTS * deployment.size):
+    for _ in range(SLOTS * deployment.shape.ranks):
         frontend.submit(max_tokens=40)
     deployment.world.run_for(20 * DELAY_S)
     requests = [frontend.submit(max_tokens=2) for _ in range(waiting)]
@@ -242,7 +245,7 @@ def test_what_is_abandoned_leaves_the_queue() -> None:
     deployment.world.run_for(5 * DELAY_S)
     assert (held(deployment), queued(deployment)) == (2, 2)
     rest(deployment)
-    assert not deployment.frontends[0].placed.keys() & set(waiting[:4])
+    assert not placed(deployment.frontends[0]).keys() & set(waiting[:4])
 
 
 def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
@@ -256,28 +259,24 @@ def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
 def test_a_frontend_that_ends_leaves_nothing_in_the_queue() -> None:
     deployment = late_binding(lockstep=False)
     full(deployment)
-    gone = deployment.frontends.pop(0)
-    gone.broadcasts.closed = gone.to_coordinator.closed = True
-    deployment.tell_coordinator(coordinator.FrontendGone(gone.machine.identity))
+    deployment.crash_frontend(0)
+    deployment.world.run_for(2 * DELAY_S)
     assert queued(deployment) == 0
-    request = deployment.frontends[0].submit()
-    for rank in deployment.ranks.values():
-        rank.to_frontends[gone.machine.identity].closed = True
-    deployment.run_until(lambda: request in deployment.frontends[0].placed)
+    request = deployment.frontends[1].submit()
+    deployment.world.run_until(lambda: request in placed(deployment.frontends[1]))
     deployment.finish()
 
 
 def test_when_the_last_frontend_has_gone_nothing_is_due() -> None:
     deployment = late_binding(frontends=1, lockstep=False)
     full(deployment)
-    machine = deployment.coordinator
-    assert machine is not None
-    deployment.tell_coordinator(coordinator.FrontendGone(deployment.frontends[0].machine.identity))
-    deployment.tell_coordinator(coordinator.Tick())
-    assert machine.dispatcher.due is None
+    assert deployment.coordinator is not None
+    deployment.coordinator.feed(coordinator.FrontendGone(deployment.frontends[0].machine.identity))
+    deployment.coordinator.feed(coordinator.Tick())
+    assert deployment.coordinator.machine.dispatcher.due is None
 
 
-def hang(frontend: FrontendShell) -> None:
+def hang(frontend: FrontendProcess) -> None:
     """It neither reads nor says anything, and its connections hold."""
     frontend.broadcasts.hold()
     frontend.to_coordinator.hold()
@@ -299,7 +298,7 @@ def test_nobody_waits_for_the_grants_of_a_frontend_that_hangs() -> None:
     hang(deployment.frontends[0])
     for _ in range(SLOTS):
         deployment.frontends[1].submit()
-    deployment.run_until(deployment.frontends[1].finished, limit_s=UNANSWERED_S + 2.0)
+    deployment.world.run_until(deployment.frontends[1].finished, limit_s=UNANSWERED_S + 2.0)
     goes_on(deployment)
 
 
@@ -325,8 +324,8 @@ def test_without_a_coordinator_what_waits_is_bound_after_a_silence_and_the_rest_
     frontend = deployment.frontends[0]
     deployment.world.run_for(SILENCE_S + STEP_S)
     assert held(deployment) == 0
-    assert frontend.placed.keys() >= set(waiting)
-    assert frontend.submit() in frontend.placed
+    assert placed(frontend).keys() >= set(waiting)
+    assert frontend.submit() in placed(frontend)
     deployment.finish()
 
 
@@ -359,12 +358,12 @@ def test_losses_while_the_coordinator_changes(lost: type) -> None:
     deployment = late_binding(lockstep=False)
     full(deployment)
     deployment.crash_coordinator()
-    for frontend in deployment.frontends:
+    for frontend in deployment.frontends.values():
         frontend.broadcasts.lose(lost)
         frontend.to_coordinator.lose(lost)
     deployment.start_coordinator()
     deployment.finish()
-    for frontend in deployment.frontends:
+    for frontend in deployment.frontends.values():
         frontend.broadcasts.lose_no_more()
         frontend.to_coordinator.lose_no_more()
     rest(deployment)
@@ -375,10 +374,10 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
     waiting = full(deployment, waiting=1)
     frontend = deployment.frontends[0]
     frontend.broadcasts.hold()
-    deployment.run_until(lambda: deployment.coordinator.dispatcher.granted > 0)  # type: ignore[union-attr]
+    deployment.world.run_until(lambda: deployment.coordinator.machine.dispatcher.granted > 0)  # type: ignore[union-attr]
     deployment.crash_coordinator()
     deployment.world.run_for(2 * SILENCE_S)
-    assert waiting[0] in frontend.placed
+    assert waiting[0] in placed(frontend)
     frontend.broadcasts.release()
     deployment.start_coordinator()
     rest(deployment)
@@ -388,17 +387,17 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])
-def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: str) -> None:
+def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: ControlAction) -> None:
     deployment = late_binding()
     frontend = deployment.frontends[0]
-    frontend.feed(frontend_events.Control(1000, mode))  # type: ignore[arg-type]
-    deployment.run_until(lambda: frontend.machine.suspension.settled and frontend.machine.suspension.number == 1)
+    frontend.control(mode)
+    deployment.world.run_until(deployment.controlled)
     deployment.world.run_for(0.2)
-    for shell in deployment.frontends:
-        shell.submit()
+    for each in deployment.frontends.values():
+        each.submit()
     deployment.world.run_for(5.0)
     assert held(deployment) == 2
-    frontend.feed(frontend_events.Control(1001, "resume"))
+    frontend.control("resume")
     deployment.finish()
 
 
@@ -406,9 +405,9 @@ def test_a_suspension_that_aborts_ends_what_waits() -> None:
     deployment = late_binding()
     waiting = full(deployment)
     frontend = deployment.frontends[0]
-    frontend.feed(frontend_events.Control(1000, "abort"))
-    deployment.run_until(frontend.finished)
-    assert {frontend.outputs[request][-1].finish_reason for request in waiting} == {"abort"}
+    frontend.control("abort")
+    deployment.world.run_until(frontend.finished)
+    assert {frontend.answers[request].finish_reason for request in waiting} == {"abort"}
     assert held(deployment) == 0
     deployment.world.run_for(1.0)
     assert queued(deployment) == 0
@@ -439,8 +438,8 @@ def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tupl
             frontend.submit(1 + number, 1 + number % 5, rank, number % 3)
         elif what == "wait":
             deployment.world.run_for(number * 0.003)
-        elif what == "abandon" and frontend.outputs:
-            frontend.abandon(random.Random(number).choice(list(frontend.outputs)))
+        elif what == "abandon" and frontend.answers:
+            frontend.abandon(random.Random(number).choice(list(frontend.answers)))
         elif what == "lose down":
             frontend.broadcasts.lose(DOWN[number % len(DOWN)])
         elif what == "lose up":
@@ -452,12 +451,9 @@ def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tupl
     if deployment.coordinator is None:
         deployment.start_coordinator()
     deployment.finish()
-    for frontend in deployment.frontends:
+    for frontend in deployment.frontends.values():
         frontend.broadcasts.lose_no_more()
         frontend.to_coordinator.lose_no_more()
     rest(deployment)
-    for frontend in deployment.frontends:
-        for request, outputs in frontend.outputs.items():
-            tokens = [token for output in outputs for token in output.token_ids]
-            assert tokens == list(range(len(tokens)))
-            assert tokens or request in frontend.refused
+    answers = [answer for frontend in deployment.frontends.values() for answer in frontend.answers.values()]
+    assert all(answer.finish_reason or answer.refused or answer.abandoned for answer in answers)

@@ -65,25 +65,22 @@ class Recorder:
 
     def run(self) -> None:
         """Deployments of real machines: lockstep with a suspension, brokered, a death; then what they do not say."""
-        from paceline.core.frontend import events as frontend_events
-        from tests.core.deployment import Deployment
-        from tests.core.harness import Link
+        from paceline.sim.world import Link
+        from tests.sim.deployments import ready
 
         send = Link.send
         Link.send = lambda link, message: (self.keep(message), send(link, message))[1]  # type: ignore[method-assign]
         try:
             for lockstep in (True, False):
-                deployment = Deployment(
-                    ranks=2, frontends=2, lockstep=lockstep, late_binding=not lockstep, slots=1
-                ).ready()
-                first, second = deployment.frontends
+                deployment = ready(ranks=2, frontends=2, lockstep=lockstep, late_binding=not lockstep, slots=1)
+                first, second = deployment.frontends.values()
                 for number in range(6):
                     (first, second)[number % 2].submit(tokens=5, max_tokens=4)
                 first.abandon(1)
                 deployment.world.run_for(0.05)
-                first.feed(frontend_events.Control(7, "keep"))
+                first.control("keep")
                 deployment.world.run_for(1.0)
-                first.feed(frontend_events.Control(8, "resume"))
+                first.control("resume")
                 deployment.world.run_for(5.0)
         finally:
             Link.send = send  # type: ignore[method-assign]

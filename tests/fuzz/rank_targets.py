@@ -32,7 +32,8 @@ from paceline.core.rank.events import (
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import AUTO, REDUCTIONS, integers, outcome
 from paceline.core.requests import AddRequest, SamplingParams
-from tests.core.deployment import TinyEngine
+from paceline.engines.timed import CostModel
+from paceline.sim.engine import VirtualEngine
 from tests.fuzz.corpus import classes_of
 from tests.fuzz.target import Target, said_well
 
@@ -53,7 +54,7 @@ class RankTarget(Target):
         self.machine = Rank(
             RANK, LIFE, "tcp://rank", lockstep=lockstep, sync_interval=3, group_address=group, prefill_quota=AUTO
         )
-        self.engine = TinyEngine()
+        self.engine = VirtualEngine(CostModel(), slots=8, budget=512)
         self.handle(Loaded())
         self.handle(CoordinatorSaid(Identify(PROTOCOL_VERSION, 1)))
         self.handle(CoordinatorSaid(Admit(RANK, LIFE, 0)))
@@ -73,7 +74,8 @@ class RankTarget(Target):
                 case Drop(key):
                     self.engine.abort(key)
                 case Step(quota):
-                    self.handle(self.engine.step(quota))
+                    self.engine.plan(quota)
+                    self.handle(self.engine.step())
                 case DummyStep():
                     self.handle(Stepped((), self.engine.load(), self.engine.has_work()))
                 case Agree():
@@ -158,7 +160,7 @@ class Agreements(RankTarget):
     def feed(self, frame: bytes) -> None:
         self._row = frame[13:]
         # Where a peer has it suspended, it holds what it gets.
-        if not self.engine.requests and not self.machine.requests.held:
+        if not self.engine.has_work() and not self.machine.requests.held:
             self._sent += 1
             request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
             self.handle(FrontendSaid(FRONTENDS[0], request))

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from starlette.datastructures import Headers
 
 from paceline.core import codec
 from paceline.core.requests import AddRequest
@@ -18,8 +19,7 @@ from paceline.engines.timed import TimedEngine
 from paceline.net.collective import SocketGroup
 from paceline.net.node import Here, answer_to, read_answer, read_question
 from paceline.server.errors import ApiError
-from paceline.server.generation import Generation, Models
-from paceline.server.openai import BodyDecoder, ChatCompletionRequest, CompletionRequest
+from paceline.server.requests import ChatCompletionRequest, CompletionRequest, Decoder, Models, prepare
 from paceline.vllm.watchdog import Watchdog
 from tests.fuzz.target import Target, said_well
 
@@ -115,7 +115,7 @@ class HttpBodies(Target):
         super().__init__(draw)
         tokenizer = TimedEngine.tokenizer(EngineSettings(rank=0, dp_size=1, threads=1, options={}))
         self._models = Models("timed", tokenizer, 512)
-        self._decoders = [BodyDecoder(CompletionRequest).decode, BodyDecoder(ChatCompletionRequest).decode]
+        self._decoders = [Decoder(CompletionRequest).decode, Decoder(ChatCompletionRequest).decode]
         self._request = codec.request()
 
     def begin(self) -> None:
@@ -124,11 +124,12 @@ class HttpBodies(Target):
     def feed(self, frame: bytes) -> None:
         for decode in self._decoders:
             try:
-                generation = Generation(None, self._models, "id", decode(frame), None)  # type: ignore[arg-type, type-var]
+                request = decode(frame)
+                prepared = prepare(request, Headers(), self._models, "id")
             except ApiError as error:
-                assert error.status == 400
+                assert error.status in (400, 404)
                 json.dumps(error.body)
                 continue
-            for prompt in generation._prompts:
-                params = generation._choice_params(prompt, 0)
-                said_well(AddRequest(1, 1, 1, 0, prompt.token_ids, params, generation._request.priority), self._request)
+            for part in prepared.parts:
+                add = AddRequest(1, 1, 1, 0, part.prompt_token_ids, part.params, request.priority)
+                said_well(add, self._request)

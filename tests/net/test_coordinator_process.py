@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.messages import (
     PROTOCOL_VERSION,
@@ -28,6 +27,7 @@ from paceline.core.messages import (
 from paceline.errors import StartupError
 from paceline.net.coordinator import DPCoordinator, DPCoordinatorProc
 from paceline.process.spawn import spawn
+from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive, send_garbage, shout_at
 from tests.serving import command, is_alive, wait_until
 
@@ -154,7 +154,7 @@ def test_host_that_is_not_ours() -> None:
 def test_ends_with_its_parent(tmp_path: Path) -> None:
     script = (
         "from paceline.net.coordinator import DPCoordinator\n"
-        "from paceline.config import ParallelConfig\n"
+        "from paceline.settings import ParallelConfig\n"
         "import os, time\n"
         "if __name__ == '__main__':\n"
         "    print(DPCoordinator(ParallelConfig()).proc.pid, flush=True)\n"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from paceline.config import ParallelConfig
 from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, RankHello, RankLeaving
 from paceline.net.coordinator import DPCoordinator
 from paceline.process.spawn import spawn, stop
+from paceline.settings import ParallelConfig
 from tests.net.feeding import Ranks, feed
 from tests.net.peers import context, receive
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from paceline.config import ServerConfig
 from paceline.core.routing import POLICIES
 from paceline.core.routing.candidates import Candidate, Candidates
 from paceline.core.routing.policy import Query
 from paceline.engines.registry import PolicyError, find_policy, policy_names
 from paceline.errors import ConfigError
+from paceline.settings import ServerConfig
 
 MINE = """
 from paceline.core.routing.policy import Policy

@@ -12,7 +12,6 @@ import protocol_reference as reference
 import pytest
 
 from paceline import coordinator_cli
-from paceline.config import ParallelConfig
 from paceline.core import codec, messages, retry
 from paceline.core.coordinator import load_table as board
 from paceline.core.frontend.events import CoordinatorSaid, Event, Submit
@@ -23,6 +22,7 @@ from paceline.core.rank import machine as rank
 from paceline.core.requests import Message, SamplingParams
 from paceline.core.routing import LeastLoad
 from paceline.net import node as rendezvous, sockets
+from paceline.settings import ParallelConfig
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md"
 

@@ -22,7 +22,7 @@ import zmq
 from typer.testing import CliRunner
 
 from paceline.errors import ConfigError, StartupError
-from paceline.loads_cli import app as loads_app
+from paceline.operate import loads_app
 from paceline.process.spawn import wait_gone
 from paceline.vllm.coordinator import VllmCoordinator
 from tests.net.peers import Context, context, send_garbage, shout_at

@@ -16,7 +16,8 @@ from rich.progress import Progress as Bars, SpinnerColumn, TextColumn, TimeElaps
 
 from paceline.check.dispatch import Dispatch, Limits
 from paceline.check.epochs import Epochs
-from paceline.check.lockstep import Bound, Lockstep
+from paceline.check.lockstep import Lockstep
+from paceline.check.parties import Bound
 from paceline.check.scaling import Scaled
 from paceline.check.search import Finding, Model, search
 from paceline.check.serving import Bounds, Serving
@@ -44,7 +45,7 @@ SETS: dict[str, list[dict[str, int]]] = {
     ],
 }
 """What is walked where no flag bounds it: together faults make more states than there is time for."""
-LARGEST = Bound(ranks=2, requests=3, losses=1, crashes=1)
+LARGEST = {"ranks": 2, "requests": 3, "losses": 1, "crashes": 1}
 """What is walked at most for a rule that is left out, where no flag bounds it."""
 
 
@@ -93,39 +94,32 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
 ) -> None:
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
-    given = {name for name in context.params if _is_given(context, name)}
-    bounds = {name: context.params[name] for name in (*OF_BOTH, "scales") if name in given}
+    given = _given(context)
     if binding or answers:
-        flag = "--binding" if binding else "--answers"
+        bounds = {name: context.params[name] for name in (*OF_BOTH, "scales") if name in given}
         for name in (*OF_WAVES, *(NOT_OF_BINDING if binding else NOT_OF_ANSWERS)):
             if name in given:
-                raise typer.BadParameter(f"not with {flag}", param_hint=_flag(name))
-        rules = _rules(without or [], BINDING_RULES)
-        _print(_walk(_queues(bounds, rules) if binding else _answers(bounds), max_memory_mb), as_json, max_memory_mb)
+                raise typer.BadParameter(f"not with --{'binding' if binding else 'answers'}", param_hint=_flag(name))
+        models = _queues(bounds, _rules(without or [], BINDING_RULES)) if binding else _answers(bounds)
+        _print(_walk(models, max_memory_mb), as_json, max_memory_mb)
         return
     bound = Bound(
         ranks, requests, losses, crashes, suspensions, _mode(mode), steps, sync_interval, _rules(without or [], RULES),
         grouped or bool(scales), scales, backlog, not (grouped or scales) if notices is None else notices,
     )  # fmt: skip
-    bounded = bool({"ranks", "requests", "losses", "crashes", "suspensions"} & given)
-    _print(_walk(_lockstep(bound, bounded=bounded), max_memory_mb), as_json, max_memory_mb)
+    models = _lockstep(bound, bounded=bool({"ranks", "requests", "losses", "crashes", "suspensions"} & given))
+    _print(_walk(models, max_memory_mb), as_json, max_memory_mb)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+check_app = app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(check)
 
 
 def _lockstep(bound: Bound, *, bounded: bool) -> list[Model[Any]]:
     if bound.without:
-        return [model_of(smaller) for smaller in smaller_bounds(bound if bounded else _fitted(LARGEST, bound))]
+        return [model_of(smaller) for smaller in smaller_bounds(bound if bounded else replace(bound, **LARGEST))]
     sets = SETS["scales" if bound.scales else "grouped" if bound.grouped else "waves"]
     return [model_of(bound if bounded else replace(bound, **one)) for one in ([{}] if bounded else sets)]
-
-
-def _fitted(largest: Bound, bound: Bound) -> Bound:
-    """`bound`, as large as the largest."""
-    of = {name: getattr(largest, name) for name in ("ranks", "requests", "losses", "crashes")}
-    return replace(bound, **of)
 
 
 def model_of(bound: Bound) -> Model[Any]:
@@ -221,9 +215,10 @@ def _flag(name: str) -> str:
     return "--front-ends" if name == "frontends" else f"--{name.replace('_', '-')}"
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _given(context: typer.Context) -> set[str]:
+    """The flags that are on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def _mode(name: str) -> SuspendMode:

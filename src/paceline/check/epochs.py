@@ -30,8 +30,8 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 from paceline.check import parties
-from paceline.check.lockstep import Bound, Lockstep, State, agreed, becomes, put
-from paceline.check.parties import Group, Node, Process, Word, named
+from paceline.check.lockstep import Lockstep, agreed, becomes, put
+from paceline.check.parties import Bound, Group, Node, Process, State, Word, named
 from paceline.check.search import Move
 from paceline.check.state import demand
 from paceline.core.invariants import agree_at_rest, same_generation

@@ -38,10 +38,19 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations, product
 from typing import Any, NamedTuple
 
-from msgspec import Struct
-
 from paceline.check import parties
-from paceline.check.parties import BESIDES, Answer, Node, Process, Settings, Word, frontend_sends, neutral
+from paceline.check.parties import (
+    BESIDES,
+    Answer,
+    Bound,
+    Node,
+    Process,
+    Settings,
+    State,
+    Word,
+    frontend_sends,
+    neutral,
+)
 from paceline.check.search import Move, Same
 from paceline.check.state import Freezer, Part, Register, demand
 from paceline.check.story import situation, told
@@ -55,71 +64,10 @@ from paceline.core.invariants import (
 )
 from paceline.core.messages import Admit, Form, Identify, RankHello, StartDPWave, WaveComplete
 from paceline.core.rank.events import IN_MID_STEP, Phase, Step
-from paceline.core.requests import ControlAction, SuspendMode
+from paceline.core.requests import ControlAction
 
 REPEATED = ("wake", "question", "suspension", "generation")
 """Timers by which the coordinator says something again; the others let it wait no longer (`epochs.py`)."""
-
-
-class Bound(Struct, frozen=True):
-    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
-
-    `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
-    `sync_interval`: steps between agreements. `without`: rules (`rules.py`) left out. `grouped`: whether ranks form
-    generations, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
-    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
-    `notices`: whether front-ends' notices come through. `merge`: whether states that behave alike are merged and moves
-    put in order; the verdict is the same without, and the walk longer.
-    """
-
-    ranks: int = 2
-    requests: int = 2
-    losses: int = 1
-    crashes: int = 1
-    suspensions: int = 0
-    mode: SuspendMode = "keep"
-    steps: int = 1
-    sync_interval: int = 1
-    without: frozenset[str] = frozenset()
-    grouped: bool = False
-    scales: int = 0
-    backlog: int = 3
-    notices: bool = True
-    merge: bool = True
-
-
-class State:
-    """All parts, and what belongs to no one party.
-
-    `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
-    `calls`: of the operator, how many have been served. `asking`: whether one is under way; `heard`: whether this life
-    of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the suspension that all
-    ranks have said to keep, 0 where none is in force. `stranded`: requests whose rank has died, and that their
-    front-ends are to send to another one. `scale`: where ranks come and go (`scaling.py`). `names`: what a story calls
-    each rank.
-    """
-
-    def __init__(self, coordinator: Part[Coordinator], nodes: list[Node]) -> None:
-        self.coordinator = coordinator
-        self.nodes = nodes
-        self.names = tuple(range(len(nodes)))
-        self.unsent = self.losses = self.crashes = 0
-        self.published = (0, False)
-        self.calls, self.asking, self.heard, self.answered, self.settled = 0, False, False, 0, 0
-        self.stranded = 0
-        self.scale: Any = None
-
-    @property
-    def spare(self) -> int:
-        """Losses that are left."""
-        return self.losses
-
-    def copy(self) -> State:
-        """One that can be changed."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.nodes = [*self.nodes]
-        return twin
 
 
 class Known(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from paceline.check.state import NOW, Freezer, Part, Register, demand
@@ -45,7 +46,7 @@ from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import RankQuota
 from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
-from paceline.core.requests import AddRequest, ControlAction, SamplingParams
+from paceline.core.requests import AddRequest, ControlAction, SamplingParams, SuspendMode
 from paceline.core.routing.least import LeastLoad
 
 FRONTEND = 1
@@ -269,6 +270,67 @@ class Node(NamedTuple):
             # What it was told before is not read again, so it may go unread.
             down = tuple(w for w in down if not (isinstance(w.thing, Form) and w.thing.generation <= machine.told))
         return self._replace(life=life, up=up, down=down)
+
+
+class Bound(Struct, frozen=True):
+    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
+
+    `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
+    `sync_interval`: steps between agreements. `without`: rules (`rules.py`) left out. `grouped`: whether ranks form
+    generations, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
+    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `notices`: whether front-ends' notices come through. `merge`: whether states that behave alike are merged and moves
+    put in order; the verdict is the same without, and the walk longer.
+    """
+
+    ranks: int = 2
+    requests: int = 2
+    losses: int = 1
+    crashes: int = 1
+    suspensions: int = 0
+    mode: SuspendMode = "keep"
+    steps: int = 1
+    sync_interval: int = 1
+    without: frozenset[str] = frozenset()
+    grouped: bool = False
+    scales: int = 0
+    backlog: int = 3
+    notices: bool = True
+    merge: bool = True
+
+
+class State:
+    """All parts, and what belongs to no one party.
+
+    `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
+    `calls`: of the operator, how many have been served. `asking`: whether one is under way; `heard`: whether this life
+    of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the suspension that all
+    ranks have said to keep, 0 where none is in force. `stranded`: requests whose rank has died, and that their
+    front-ends are to send to another one. `scale`: where ranks come and go (`scaling.py`). `names`: what a story calls
+    each rank.
+    """
+
+    def __init__(self, coordinator: Part[Coordinator], nodes: list[Node]) -> None:
+        self.coordinator = coordinator
+        self.nodes = nodes
+        self.names = tuple(range(len(nodes)))
+        self.unsent = self.losses = self.crashes = 0
+        self.published = (0, False)
+        self.calls, self.asking, self.heard, self.answered, self.settled = 0, False, False, 0, 0
+        self.stranded = 0
+        self.scale: Any = None
+
+    @property
+    def spare(self) -> int:
+        """Losses that are left."""
+        return self.losses
+
+    def copy(self) -> State:
+        """One that can be changed."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.nodes = [*self.nodes]
+        return twin
 
 
 # The coordinator: what happens to its machine. Each names the rank that it is about first, -1 for none ---------------

@@ -26,8 +26,7 @@ from typing import Any, NamedTuple
 
 from paceline.check import parties
 from paceline.check.epochs import Epochs, Members
-from paceline.check.lockstep import Bound, State
-from paceline.check.parties import FRONTEND, MESSAGES, Answer, Node, Process, Word
+from paceline.check.parties import FRONTEND, MESSAGES, Answer, Bound, Node, Process, State, Word
 from paceline.check.search import Move, Same
 from paceline.check.state import NOW, Freezer, Part, Register, demand
 from paceline.core import node as on_node

@@ -21,7 +21,7 @@ from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from msgspec import Struct
 
-from paceline.simulate.world import Violation
+from paceline.sim.world import Violation
 
 LOOK_EVERY = 4096
 LONGEST_ENDING = 40

@@ -2,7 +2,7 @@
 
 The production machines of one front-end, the coordinator, the node and independent ranks. What is checked beside waves
 and epochs: that each request is with one rank at a time, goes on behind the tokens that its client has, and ends once
-(`simulate/answers.py`).
+(`sim/answers.py`).
 
 Each of these comes at any moment: a request arrives at its rank, a rank makes a token for all that it has, the
 front-end gets it, a rank dies, what it had said being lost or still to be read, its next life has loaded, the front-end
@@ -45,7 +45,7 @@ from paceline.core.rank.reporting import LoadReporter
 from paceline.core.requests import AddRequest, SamplingParams
 from paceline.core.routing.candidates import Candidates
 from paceline.core.routing.policy import Policy, Query
-from paceline.simulate.answers import Answers
+from paceline.sim.answers import Answers
 
 FRONTEND, OPERATOR, NODE = 7, 8, 50
 PATIENCE_MS = 1000
@@ -83,7 +83,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.machine = Frontend(FRONTEND, LowestRank(), resumes=True)
-        self.answers = Answers(Moment(), "the front-end")
+        self.answers = Answers(Moment(), "the front-end")  # type: ignore[arg-type]
 
     def asks(self, tokens: int, rank: int) -> tuple[on_frontend.Effect, ...]:
         """A client asks."""

@@ -23,7 +23,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import msgspec
 
-from paceline.simulate.world import Violation
+from paceline.sim.world import Violation
 
 NOW = 1000.0
 INFINITE = (float("inf"), float("-inf"))

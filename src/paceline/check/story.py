@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from paceline.check.parties import Node, Word
+from paceline.check.parties import Node, State, Word
 from paceline.check.state import Part
 from paceline.core.invariants import join
 from paceline.core.messages import (
@@ -21,9 +21,6 @@ from paceline.core.messages import (
     Suspension,
     WaveComplete,
 )
-
-if TYPE_CHECKING:
-    from paceline.check.lockstep import State
 
 SENDS = "A front-end that believes the ranks paused before wave {what} sends {rank} a request, which"
 TEXTS = {

@@ -50,7 +50,7 @@ from paceline.net.sockets import bound_address, giving_up_after, open_socket, tc
 from paceline.process.spawn import MallocTrim, Wakeup, spawn, stop
 
 if TYPE_CHECKING:
-    from paceline.config import ParallelConfig
+    from paceline.settings import ParallelConfig
 
 READ_S = 0.002
 """As long may be read before what has come is handled."""
@@ -229,7 +229,7 @@ MESSAGES_A_TURN = 256
 class DPCoordinator:
     """Starts a coordinator process and knows its addresses.
 
-    `parallel_config`: any object with the fields of `paceline.config.ParallelConfig`, vLLM's own included.
+    `parallel_config`: any object with the fields of `paceline.settings.ParallelConfig`, vLLM's own included.
     `rank_timeout_s`: how long a rank's process may be silent before it is taken for lost, 0 for ever.
     Raises StartupError where it does not come up within `startup_timeout_s`.
     """

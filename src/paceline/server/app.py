@@ -11,116 +11,93 @@ import contextlib
 import json
 import logging
 import uuid
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response as PlainResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from paceline import __version__
-from paceline.server.client import Client
-from paceline.server.delivery import EventStream, WholeAnswer
-from paceline.server.errors import ApiError, Refused, error_response
-from paceline.server.generation import Generation, Models
-from paceline.server.head import RANK_HEADER
-from paceline.server.openai import (
-    BodyDecoder,
+from paceline.net.frontend import FrontendShell
+from paceline.server.control import control_routes
+from paceline.server.errors import ApiError, error_response, route
+from paceline.server.http import ResponseWriter, read_body
+from paceline.server.openapi import openapi_document
+from paceline.server.requests import (
     ChatCompletionRequest,
     CompletionRequest,
+    Decoder,
     GenerationRequest,
+    Models,
+    Prepared,
+    prepare,
 )
-from paceline.server.openapi import openapi_document
-from paceline.server.outlet import Outlet
-from paceline.server.routing_header import asked_for, session_of
-from paceline.server.scale import scaling_routes
-from paceline.server.suspend import suspension_routes
+from paceline.server.responses import ENDED, CutOff, Response, Submitted
 
 logger = logging.getLogger("paceline.front-end")
 
-T = TypeVar("T", bound=GenerationRequest)
+DEFECT = ApiError(500, "internal error", kind="server_error", code="internal_error")
 
 
 class Api:
     """What the routes share. `draining` refuses new work while what runs finishes."""
 
     def __init__(
-        self, client: Client, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
+        self, frontend: FrontendShell, models: Models, started: int, max_body_bytes: int, most_ranks: int = 65_536
     ) -> None:
-        self.client = client
+        self.frontend = frontend
         self.models = models
         self.started = started
         self.max_body_bytes = max_body_bytes
         self.most_ranks = most_ranks
         self.draining = False
-        self.active = 0
-        self.answers: set[WholeAnswer | EventStream] = set()
+        self.running: set[asyncio.Task[Any]] = set()
+        """Of requests for text, until they are answered; `writers`: those that write."""
+        self.writers: set[ResponseWriter] = set()
         self._id_prefix = uuid.uuid4().hex[:20]
         self._ids = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
 
     def new_id(self) -> str:
         """An id that no other request has: random for this front-end's life, then counted."""
         self._ids += 1
         return f"{self._id_prefix}{self._ids:012x}"
 
-    def enter(self) -> None:
-        """A request for text has begun."""
-        self.active += 1
-        self.idle.clear()
-
-    def leave(self) -> None:
-        """It has ended."""
-        self.active -= 1
-        if not self.active:
-            self.idle.set()
+    async def wait_idle(self, timeout_s: float) -> None:
+        """Until nothing runs, or for so long."""
+        if self.running:
+            await asyncio.wait(self.running, timeout=timeout_s)
 
     def cut_off(self) -> None:
         """End what still runs, with an error to its clients."""
-        for answer in list(self.answers):
-            answer.fail(Refused("shutting-down", "the server has shut down"))
-
-    def check_open(self) -> None:
-        """Raise ApiError while draining."""
-        if self.draining:
-            raise ApiError(
-                503, "the server is shutting down", kind="server_error", code="shutting_down", retry_after_s=5
-            )
-
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError where a request names a model that is not served."""
-        if name is not None and name != self.models.name:
-            text = f"model: {name!r} is not served here, only {self.models.name!r}"
-            raise ApiError(404, text, param="model", code="model_not_found")
+        for writer in list(self.writers):
+            writer.handle(CutOff())
 
 
-class GenerationEndpoint(Generic[T]):
+class Endpoint:
     """`/v1/completions` or `/v1/chat/completions`, as an ASGI application."""
 
-    def __init__(self, api: Api, kind: type[T]) -> None:
+    def __init__(self, api: Api, kind: type[GenerationRequest]) -> None:
         self._api = api
-        self._decode = BodyDecoder(kind).decode
+        self._decode = Decoder(kind).decode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         api = self._api
         request_id = headers.get("x-request-id") or api.new_id()
-        api.enter()
+        task = asyncio.current_task()
+        assert task is not None
+        api.running.add(task)
         try:
-            api.check_open()
-            body = await read_body(receive, headers, api.max_body_bytes)
-            request = self._decode(body)
-            api.check_model(request.model)
-            session = session_of(headers, request.user)
-            generation = Generation(
-                api.client, api.models, api.new_id(), request, _rank_of(headers), session, asked_for(headers)
-            )
-            await self._answer(generation, request_id, receive, send)
+            if api.draining:
+                text = "the server is shutting down"
+                raise ApiError(503, text, kind="server_error", code="shutting_down", retry_after_s=5)
+            request = self._decode(await read_body(receive, headers, api.max_body_bytes))
+            prepared = prepare(request, headers, api.models, api.new_id())
+            await self._answer(prepared, request_id, receive, send, task)
         except ApiError as error:
             await error_response(error, request_id)(scope, receive, send)
         except Exception as error:
@@ -128,92 +105,57 @@ class GenerationEndpoint(Generic[T]):
             logger.debug("traceback", exc_info=True)
             # An answer that has begun cannot become another one: uvicorn closes its connection.
             with contextlib.suppress(RuntimeError):
-                defect = ApiError(500, "internal error", kind="server_error", code="internal_error")
-                await error_response(defect, request_id)(scope, receive, send)
+                await error_response(DEFECT, request_id)(scope, receive, send)
         finally:
-            api.leave()
+            api.running.discard(task)
 
-    async def _answer(self, generation: Generation, request_id: str, receive: Receive, send: Send) -> None:
-        """Let the answer be sent; until it has been, wait for the client to go away. Raises ApiError."""
-        task = asyncio.current_task()
-        assert task is not None
-        outlet = Outlet(send, task.cancel)
-        answer = generation.answer(outlet, request_id)
-        generation.start(answer)
-        self._api.answers.add(answer)
+    async def _answer(
+        self, prepared: Prepared, request_id: str, receive: Receive, send: Send, task: asyncio.Task[Any]
+    ) -> None:
+        """Ask the ranks, and let the response be written; until it has been, wait for the client to go away."""
+        api, frontend = self._api, self._api.frontend
+        requests: list[int] = []
+        response = Response(
+            prepared.form, request_id, [part.opening_text for part in prepared.parts], prepared.prompt_tokens,
+            stream=prepared.stream, with_usage=prepared.with_usage, explain=prepared.explain,
+        )  # fmt: skip
+        writer = ResponseWriter(send, response, task.cancel)
+        how = (prepared.rank, prepared.priority, prepared.session, prepared.explain)
         try:
-            # The end of the answer is a disconnect too: this task has nothing else to do.
+            for part in prepared.parts:
+                requests.append(frontend.submit(writer.handle, part.prompt_token_ids, part.params, *how))
+                if response.phase is ENDED:
+                    break
+            writer.handle(Submitted(requests))
+            api.writers.add(writer)
+            # The end of the response is a disconnect too: this task has nothing else to do.
             while (await receive())["type"] != "http.disconnect":
                 pass
         except asyncio.CancelledError:
-            if not outlet.full:
+            if not response.given_up:
                 raise
             logger.warning("a client does not read its answer: given up")
         finally:
-            self._api.answers.discard(answer)
-            outlet.close()
-            generation.abandon()
-
-
-async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
-    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
-    length = headers.get("content-length")
-    if length is not None and length.isdigit() and int(length) > max_bytes:
-        raise too_large
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the client went away before its body was read")
-        part = message.get("body", b"")
-        size += len(part)
-        if size > max_bytes:
-            raise too_large
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _rank_of(headers: Headers) -> int | None:
-    text = headers.get(RANK_HEADER.decode())
-    if text is None:
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 5:
-        raise ApiError(
-            400, f"X-data-parallel-rank: {text[:40]!r} is no rank number", param="X-data-parallel-rank",
-            code="unknown_rank",
-        )  # fmt: skip
-    return int(text)
+            api.writers.discard(writer)
+            writer.close()
+            frontend.abandon(requests)
 
 
 def _plain_routes(api: Api) -> list[Route]:
     document = json.dumps(openapi_document()).encode()
-    endpoints: dict[str, Callable[[], Response]] = {
-        "/health": lambda: _health(api),
-        "/loads": lambda: JSONResponse({"ranks": api.client.machine.loads(), "queued": api.client.machine.queued()}),
-        "/version": lambda: JSONResponse({"version": __version__}),
-        "/v1/models": lambda: JSONResponse({"object": "list", "data": [_model(api)]}),
-        "/openapi.json": lambda: Response(document, media_type="application/json"),
-    }
-
-    def route(path: str, answer: Callable[[], Response]) -> Route:
-        async def endpoint(request: Request) -> Response:
-            response = answer()
-            request_id = request.headers.get("x-request-id")
-            if request_id is not None:
-                response.headers["x-request-id"] = request_id
-            return response
-
-        return Route(path, endpoint, methods=["GET"])
-
-    return [route(path, answer) for path, answer in endpoints.items()]
+    machine = api.frontend.machine
+    return [
+        route("/health", "GET", lambda _: _health(api)),
+        route("/loads", "GET", lambda _: JSONResponse({"ranks": machine.loads(), "queued": machine.queued()})),
+        route("/version", "GET", lambda _: JSONResponse({"version": __version__})),
+        route("/v1/models", "GET", lambda _: JSONResponse({"object": "list", "data": [_model(api)]})),
+        route("/openapi.json", "GET", lambda _: PlainResponse(document, media_type="application/json")),
+    ]
 
 
-def _health(api: Api) -> Response:
-    statistics = api.client.machine.statistics()
-    stalls = api.client.machine.stalls
+def _health(api: Api) -> PlainResponse:
+    statistics = api.frontend.machine.statistics()
+    stalls = api.frontend.machine.stalls
     healthy = bool(statistics["ready"]) and not api.draining and not stalls
     if api.draining:
         status = "draining"
@@ -234,7 +176,7 @@ def _model(api: Api) -> dict[str, Any]:
     }
 
 
-async def _on_http_exception(request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> PlainResponse:
     assert isinstance(error, HTTPException)
     texts = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not allowed here"}
     code = "method_not_allowed" if error.status_code == 405 else "not_found"
@@ -244,24 +186,23 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _on_defect(request: Request, error: Exception) -> Response:
+async def _on_defect(request: Request, error: Exception) -> PlainResponse:
     logger.error("internal error: %s: %s", type(error).__name__, error)
-    return error_response(ApiError(500, "internal error", kind="server_error", code="internal_error"))
+    return error_response(DEFECT)
 
 
 def build_app(api: Api) -> ASGIApp:
     """The application of one front-end."""
     endpoints: dict[str, ASGIApp] = {
-        "/v1/completions": GenerationEndpoint(api, CompletionRequest),
-        "/v1/chat/completions": GenerationEndpoint(api, ChatCompletionRequest),
+        "/v1/completions": Endpoint(api, CompletionRequest),
+        "/v1/chat/completions": Endpoint(api, ChatCompletionRequest),
     }
     # Starlette wraps `send` three times for its errors, and each token would pay for it.
     rest = Starlette(
         routes=[
             *(Route(path, app, methods=["POST"]) for path, app in endpoints.items()),
             *_plain_routes(api),
-            *suspension_routes(api.client),
-            *scaling_routes(api.client, api.most_ranks),
+            *control_routes(api.frontend, api.most_ranks),
         ],
         exception_handlers={HTTPException: _on_http_exception, 500: _on_defect},
     )

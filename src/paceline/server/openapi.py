@@ -1,201 +1,169 @@
-"""The document at `/openapi.json`, made from the request types themselves."""
+"""The document at `/openapi.json`, made from the request types themselves.
+
+What depends on the model (token ids, lengths), and on two fields together, no schema says.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from paceline import __version__
-from paceline.server.request_schema import request_schemas
-from paceline.server.scale import DRAIN_TIMEOUT_S, LONGEST_TIMEOUT_S, STARTUP_TIMEOUT_S
+from paceline.server.control import PauseQuery, ResumeQuery, ScaleRequest
+from paceline.server.requests import ChatCompletionRequest, CompletionRequest
 
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+Schema = dict[str, Any]
+
+
+# Schemas ------------------------------------------------------------------------------------------
+
+
+def _type(name: str | list[str], **more: Any) -> Schema:
+    return {"type": name} | more
+
+
+def _object(required: str = "", **properties: Schema) -> Schema:
+    return _type("object", **({"required": required.split()} if required else {}), properties=properties)
+
+
+def _list(items: Schema, **more: Any) -> Schema:
+    return _type("array", items=items, **more)
+
+
+_TEXT = _type("string")
+_MAYBE_TEXT = _type(["string", "null"])
+_ERROR = _object(
+    "error",
+    error=_object("message type param code", message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT),
+)
+_SOME_TEXT = _type("string", minLength=1)
+_SOME_IDS = _list(_type("integer", minimum=0), minItems=1)
+_PROMPT = {
+    "description": "text, texts, token ids, or lists of token ids",
+    "anyOf": [_SOME_TEXT, _list(_SOME_TEXT, minItems=1), _SOME_IDS, _list(_SOME_IDS, minItems=1)],
+}
+_CONTENT = [_TEXT, _list(_object("type text", type={"const": "text"}, text=_TEXT))]
+_MESSAGE = {
+    "description": "text, or parts of text; only the assistant's may be left out",
+    "anyOf": [
+        _object("role content", role=_TEXT, content={"anyOf": _CONTENT}, name=_TEXT),
+        _object("role", role={"const": "assistant"}, content={"anyOf": [*_CONTENT, _type("null")]}, name=_TEXT),
+    ],
 }
 
-_RANK_HEADER = {
-    "name": "X-data-parallel-rank",
-    "in": "header",
-    "required": False,
-    "description": "the rank that shall serve the request",
-    "schema": {"type": "integer", "minimum": 0},
-}
 
-_SESSION_HEADER = {
-    "name": "X-Session-Id",
-    "in": "header",
-    "required": False,
-    "description": "the session's key for --routing session; without it, `user` is",
-    "schema": {"type": "string"},
-}
+def _components() -> dict[str, Schema]:
+    """The schemas of request bodies, by name. Some types say less than is checked."""
+    types = [CompletionRequest, ChatCompletionRequest, ScaleRequest]
+    _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    completion = components["CompletionRequest"]
+    completion["properties"]["prompt"] = _PROMPT
+    completion["required"] = ["prompt"]
+    return components | {"ChatMessage": _MESSAGE, "Error": _ERROR}
 
-_ROUTING_HEADER = {
-    "name": "X-Paceline-Routing",
-    "in": "header",
-    "required": False,
-    "description": "1 asks for the response header of this name: what the choice of the rank was based on",
-    "schema": {"type": "string", "enum": ["1", "true"]},
-}
 
-_REQUEST_ID = {
-    "name": "X-Request-Id",
-    "in": "header",
-    "required": False,
-    "description": "comes back in the answer's header of this name",
-    "schema": {"type": "string"},
-}
+# Parameters ---------------------------------------------------------------------------------------
 
-_RETRY = {"Retry-After": {"schema": {"type": "string"}, "description": "seconds"}}
+
+def _parameter(where: str, name: str, description: str, schema: Schema) -> Schema:
+    return {"name": name, "in": where, "required": False, "description": description, "schema": schema}
+
+
+def _query(kind: type) -> list[Schema]:
+    """The parameters of a query, from its type."""
+    properties = msgspec.json.schema_components([kind])[1][kind.__name__]["properties"]
+    return [_parameter("query", name, schema.pop("description"), schema) for name, schema in properties.items()]
+
+
+_REQUEST_ID = _parameter("header", "X-Request-Id", "comes back in the answer's header of this name", _TEXT)
+_WHY = "1 asks for the response header of this name: what the choice of the rank was based on"
+_SESSION = "the session's key for --routing session; without it, `user` is"
+_GENERATION_HEADERS = [
+    _parameter("header", "X-data-parallel-rank", "the rank that shall serve the request", _type("integer", minimum=0)),
+    _parameter("header", "X-Session-Id", _SESSION, _TEXT),
+    _parameter("header", "X-Paceline-Routing", _WHY, _type("string", enum=["1", "true"])),
+    _REQUEST_ID,
+]
+
+
+# Answers ------------------------------------------------------------------------------------------
 
 _FAILURES = {
-    "400": "a field is wrong; `param` names it",
-    "404": "no such model",
-    "409": "a later call asked for the contrary, or the deployment is being scaled already",
-    "413": "the body is larger than --max-body-bytes",
-    "429": "too many requests wait; see Retry-After",
-    "500": "the rank failed",
-    "503": "draining, suspended, or no rank is ready; see Retry-After",
-    "504": "not done in the time given; names the ranks that it waits for",
+    400: "a field is wrong; `param` names it",
+    404: "no such model",
+    409: "a later call asked for the contrary, or the deployment is being scaled already",
+    413: "the body is larger than --max-body-bytes",
+    429: "too many requests wait; see Retry-After",
+    500: "the rank failed",
+    503: "draining, suspended, or no rank is ready; see Retry-After",
+    504: "not done in the time given; names the ranks that it waits for",
 }
-
-_GENERATION_FAILURES = ("400", "404", "413", "429", "500", "503")
-
-_MODE = {
-    "name": "mode",
-    "in": "query",
-    "required": False,
-    "description": "what becomes of requests: kept as they are, waited for, or aborted",
-    "schema": {"type": "string", "enum": ["keep", "wait", "abort"], "default": "abort"},
-}
-
-_TIMEOUT = {
-    "name": "timeout",
-    "in": "query",
-    "required": False,
-    "description": "seconds to wait; 60, or 600 with mode=wait, where it is left out",
-    "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
-}
-
-
-_SCALE = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["new_data_parallel_size"],
-    "properties": {
-        "new_data_parallel_size": {
-            "type": "integer",
-            "minimum": 1,
-            "description": "ranks that the deployment is to have, up to --max-data-parallel-size",
-        },
-        "drain_timeout": {
-            "type": "number",
-            "minimum": 0,
-            "maximum": LONGEST_TIMEOUT_S,
-            "default": DRAIN_TIMEOUT_S,
-            "description": "seconds that ranks which leave get; what they have then goes on at others",
-        },
-        "startup_timeout": {
-            "type": "number",
-            "minimum": 0,
-            "maximum": LONGEST_TIMEOUT_S,
-            "default": STARTUP_TIMEOUT_S,
-            "description": "seconds that new ranks get to load, or all is as it was",
-        },
+_RETRY = {"Retry-After": {"schema": _TEXT, "description": "seconds"}}
+_OK = {"description": "OK", "content": {"application/json": {"schema": _type("object")}}}
+_GENERATED = {
+    "description": "the answer; with `stream`, server-sent events that end with `[DONE]`",
+    "headers": {
+        "X-data-parallel-rank": {"schema": _TEXT, "description": "the rank that served it"},
+        "X-Paceline-Routing": {"schema": _TEXT, "description": "a JSON array, where asked for"},
     },
+    "content": {"application/json": {"schema": _type("object")}, "text/event-stream": {}},
 }
 
 
-def _failure(status: str) -> dict[str, Any]:
-    return {
-        "description": _FAILURES[status],
-        **({"headers": _RETRY} if status in ("429", "503") else {}),
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+def _failure(status: int) -> Schema:
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    headers = {"headers": _RETRY} if status in (429, 503) else {}
+    return {"description": _FAILURES[status], **headers, "content": content}
+
+
+def _operation(
+    summary: str, *failures: int, ok: Schema = _OK, parameters: list[Schema] | None = None, body: str = "",
+    down: str = "",
+) -> Schema:  # fmt: skip
+    """One method of one path. `body`: a component; `down`: what an answer 503 of `ok`'s kind says."""
+    operation = {
+        "summary": summary,
+        "parameters": [_REQUEST_ID] if parameters is None else parameters,
+        "responses": {"200": ok} | {str(status): _failure(status) for status in failures},
     }
+    if body:
+        schema = {"$ref": f"#/components/schemas/{body}"}
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if down:
+        operation["responses"]["503"] = ok | {"description": down}  # type: ignore[index]
+    return operation
 
 
-def _generation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    answer = {
-        "description": "the answer; with `stream`, server-sent events that end with `[DONE]`",
-        "headers": {
-            "X-data-parallel-rank": {"schema": {"type": "string"}, "description": "the rank that served it"},
-            "X-Paceline-Routing": {"schema": {"type": "string"}, "description": "a JSON array, where asked for"},
-        },
-        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
-    }
-    return {
-        "post": {
-            "summary": summary,
-            "parameters": [_RANK_HEADER, _SESSION_HEADER, _ROUTING_HEADER, _REQUEST_ID],
-            "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-            "responses": {"200": answer} | {status: _failure(status) for status in _GENERATION_FAILURES},
-        }
-    }
+def _generation(summary: str, body: str) -> Schema:
+    failures = (400, 404, 413, 429, 500, 503)
+    return {"post": _operation(summary, *failures, ok=_GENERATED, parameters=_GENERATION_HEADERS, body=body)}
 
 
-def _plain(summary: str, *failures: str) -> dict[str, Any]:
-    ok = {"description": "OK", "content": {"application/json": {"schema": {"type": "object"}}}}
-    return {
-        "get": {
-            "summary": summary,
-            "parameters": [_REQUEST_ID],
-            "responses": {"200": ok} | {status: _failure(status) for status in failures},
-        }
-    }
+def _control(summary: str, query: type) -> Schema:
+    return {"post": _operation(summary, 400, 409, 504, parameters=[*_query(query), _REQUEST_ID])}
 
 
-def _health() -> dict[str, Any]:
-    entry = _plain("Whether requests are served")["get"]
-    answer = entry["responses"]["200"]
-    down = answer | {"description": "draining, or no rank is ready, or one holds the group up; `status` says which"}
-    return {"get": entry | {"responses": {"200": answer, "503": down}}}
-
-
-def _control(summary: str, *parameters: dict[str, Any]) -> dict[str, Any]:
-    entry = _plain(summary, "400", "409", "504")["get"]
-    return {"post": entry | {"parameters": [*parameters, _REQUEST_ID]}}
-
-
-def _scaling() -> dict[str, Any]:
-    entry = _plain("Have more ranks or fewer while requests are served", "400", "409", "413", "500", "504")["get"]
-    body = {"required": True, "content": {"application/json": {"schema": _SCALE}}}
-    return {"post": entry | {"requestBody": body}}
-
-
-def _is_scaling() -> dict[str, Any]:
-    entry = _plain("Whether ranks come or go, and which are waited for")["get"]
-    return {"get": entry, "post": entry}
-
-
-def openapi_document() -> dict[str, Any]:
+def openapi_document() -> Schema:
     """The OpenAPI 3.1 document of this server."""
-    completion, chat, components = request_schemas()
+    down = "draining, or no rank is ready, or one holds the group up; `status` says which"
+    scale = "Have more ranks or fewer while requests are served"
+    is_scaling = _operation("Whether ranks come or go, and which are waited for")
     return {
         "openapi": "3.1.0",
         "info": {"title": "Paceline", "version": __version__, "license": {"name": "Apache-2.0"}},
         "paths": {
-            "/v1/completions": _generation("Complete one or more prompts", completion),
-            "/v1/chat/completions": _generation("Answer a conversation", chat),
-            "/v1/models": _plain("The model that is served"),
-            "/health": _health(),
-            "/loads": _plain("What every rank has queued, as this front-end believes it"),
-            "/pause": _control("Suspend all ranks, and wait until none computes", _MODE, _TIMEOUT),
-            "/resume": _control("Let all ranks go on, and wait until all do", _TIMEOUT),
-            "/is_paused": _plain("Whether all ranks are suspended"),
-            "/scale_elastic_ep": _scaling(),
-            "/is_scaling_elastic_ep": _is_scaling(),
-            "/version": _plain("The version of this server"),
+            "/v1/completions": _generation("Complete one or more prompts", "CompletionRequest"),
+            "/v1/chat/completions": _generation("Answer a conversation", "ChatCompletionRequest"),
+            "/v1/models": {"get": _operation("The model that is served")},
+            "/health": {"get": _operation("Whether requests are served", down=down)},
+            "/loads": {"get": _operation("What every rank has queued, as this front-end believes it")},
+            "/pause": _control("Suspend all ranks, and wait until none computes", PauseQuery),
+            "/resume": _control("Let all ranks go on, and wait until all do", ResumeQuery),
+            "/is_paused": {"get": _operation("Whether all ranks are suspended")},
+            "/scale_elastic_ep": {"post": _operation(scale, 400, 409, 413, 500, 504, body="ScaleRequest")},
+            "/is_scaling_elastic_ep": {"get": is_scaling, "post": is_scaling},
+            "/version": {"get": _operation("The version of this server")},
         },
-        "components": {"schemas": components | {"Error": _ERROR}},
+        "components": {"schemas": _components()},
     }

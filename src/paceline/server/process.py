@@ -7,7 +7,6 @@ timeout. A second one ends at once.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -25,16 +24,18 @@ from paceline.core.frontend.machine import Frontend
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine, find_policy
 from paceline.errors import StartupError
+from paceline.net.frontend import FrontendShell
 from paceline.net.links import new_identity
 from paceline.process.supervisor import Failed, Ready, Waiting
 from paceline.server.app import Api, build_app
-from paceline.server.client import Client
-from paceline.server.connection import HttpConnection, OncePerKind, raise_descriptor_limit
-from paceline.server.generation import Models
+from paceline.server.http import HttpConnection, OncePerKind, raise_descriptor_limit
+from paceline.server.requests import Models
 
 logger = logging.getLogger("paceline.front-end")
 
 LISTEN_BACKLOG = 2048
+SHARED = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+"""For a port that several processes bind."""
 CUT_OFF_S = 1.0
 """What answers that were cut off get to tell their clients."""
 
@@ -99,26 +100,27 @@ async def _serve(settings: FrontendSettings, status: Connection) -> None:
         node=settings.node,
         most_losses=settings.most_losses,
     )
-    client = Client(machine, settings.coordinator, settings.rank_timeout_s)
-    api = Api(client, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
+    frontend = FrontendShell(machine, settings.coordinator, settings.rank_timeout_s)
+    api = Api(frontend, models, int(time.time()), settings.max_body_bytes, settings.most_ranks)
     raise_descriptor_limit()
     logging.getLogger("uvicorn.error").addFilter(OncePerKind())
-    server = Server(_uvicorn_config(api, settings))
+    server = Server(_uvicorn_config(api))
     drain = Drain(api, server, settings.drain_timeout_s)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, drain.asked)
-    await _wait_ranks(client, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
-    listener = listen(settings.host, settings.port)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain.asked)
+    await _wait_ranks(frontend, settings.awaited, len(settings.awaited) if settings.first_life else 1, status)
+    listener = bound(settings.host, settings.port, *SHARED)
+    listener.listen(LISTEN_BACKLOG)
+    listener.setblocking(False)
     status.send(Ready())
     await server.serve([listener])
-    client.close()
+    frontend.close()
 
 
-async def _wait_ranks(client: Client, ranks: frozenset[int], enough: int, status: Connection) -> None:
+async def _wait_ranks(frontend: FrontendShell, ranks: frozenset[int], enough: int, status: Connection) -> None:
     """Until `enough` of `ranks` are ready; tells `status` whom it waits for whenever that changes."""
-    while len(missing := ranks.difference(client.machine.ready_ranks())) > len(ranks) - enough:
+    while len(missing := ranks.difference(frontend.machine.ready_ranks())) > len(ranks) - enough:
         status.send(Waiting(sorted(missing)))
-        await client.wait_changed()
+        await frontend.wait_changed()
 
 
 class Server(uvicorn.Server):
@@ -145,38 +147,14 @@ class Drain:
         self._task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        self._api.draining = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._api.idle.wait(), self._timeout_s)
-        if self._api.active:
-            logger.warning("%d requests had not finished after %g s", self._api.active, self._timeout_s)
-            self._api.cut_off()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._api.idle.wait(), CUT_OFF_S)
-        self._server.should_exit = True
-        self._server.force_exit = self._api.active > 0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that shares its port with the other front-ends. Raises StartupError."""
-    listener = shared_socket(host, port)
-    listener.listen(LISTEN_BACKLOG)
-    listener.setblocking(False)
-    return listener
-
-
-def shared_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to a port that several processes may bind. Raises StartupError."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return bound
+        api, server = self._api, self._server
+        api.draining = True
+        await api.wait_idle(self._timeout_s)
+        if api.running:
+            logger.warning("%d requests had not finished after %g s", len(api.running), self._timeout_s)
+            api.cut_off()
+            await api.wait_idle(CUT_OFF_S)
+        server.should_exit, server.force_exit = True, bool(api.running)
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
@@ -185,18 +163,25 @@ def reserve_port(host: str, port: int) -> socket.socket:
     Raises StartupError where somebody else has it: bound without sharing first, because a shared bind would
     also succeed next to another server of this user that shares.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with bound(host, port, socket.SO_REUSEADDR) as probe:
+        port = probe.getsockname()[1]
+    return bound(host, port, *SHARED)
+
+
+def bound(host: str, port: int, *options: int) -> socket.socket:
+    """A bound socket with these options. Raises StartupError."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            port = probe.getsockname()[1]
+        for option in options:
+            made.setsockopt(socket.SOL_SOCKET, option, 1)
+        made.bind((host, port))
     except OSError as error:
+        made.close()
         raise StartupError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return shared_socket(host, port)
+    return made
 
 
-def _uvicorn_config(api: Api, settings: FrontendSettings) -> uvicorn.Config:
+def _uvicorn_config(api: Api) -> uvicorn.Config:
     return uvicorn.Config(
         build_app(api),
         http=HttpConnection,

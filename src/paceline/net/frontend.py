@@ -1,0 +1,355 @@
+"""A front-end's shell: ZeroMQ sockets in the event loop, around the front-end's machine.
+
+A step's tokens arrive as one message, and each goes straight to its response: no task is woken for a token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import zmq
+
+from paceline.core import codec
+from paceline.core.frontend import events
+from paceline.core.frontend.machine import Frontend
+from paceline.core.messages import FromFrontend, FrontendLeaving, Member
+from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Output, Outputs, SamplingParams
+from paceline.errors import StartupError
+from paceline.net.links import BadFrames, LinkMonitor
+from paceline.net.sockets import giving_up_after, open_socket
+
+logger = logging.getLogger("paceline.front-end")
+
+T = TypeVar("T")
+
+NEVER = float("inf")
+MESSAGES_A_TURN = 512
+ASK_AGAIN_S = 0.25
+"""A call that is not answered is repeated: the coordinator may have been away."""
+
+OnRequest = Callable[[events.Placed | Output | events.Refuse], None]
+"""Is told what becomes of a request: its rank, each output, or why there will be none. It must not wait."""
+
+
+class FrontendShell:
+    """One front-end's connections to the coordinator and the ranks, in the running event loop.
+
+    `machine` decides; `coordinator` is where the coordinator publishes to front-ends. `rank_timeout_s`: how long a
+    rank's process may be silent before its requests go on elsewhere, 0 for ever.
+    """
+
+    def __init__(self, machine: Frontend, coordinator: str, rank_timeout_s: float = 0.0) -> None:
+        self.machine = machine
+        self._loop = asyncio.get_running_loop()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._told: dict[int, OnRequest] = {}
+        self._next_request = 1
+        self._changed = asyncio.Event()
+        self._calls: dict[int, asyncio.Future[events.Controlled | events.Scaled]] = {}
+        self._tick_at = NEVER
+        self._timer: asyncio.TimerHandle | None = None
+        self._ranks = RankConnections(self._context, machine.identity, rank_timeout_s, self._feed, self._ranks_changed)
+        subscriber = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
+        bad_frames = BadFrames(logger, "the coordinator's broadcasts")
+        said = codec.to_frontend()
+        self._coordinator = WatchedSocket(
+            subscriber, said, bad_frames, lambda message: self._feed(events.CoordinatorSaid(message))
+        )
+        subscriber.send(b"\x01")
+        subscriber.send(b"\x01" + codec.frontend_topic(machine.identity))
+        self._feed(events.Connected())
+
+    # Requests -----------------------------------------------------------------------------------
+
+    def submit(
+        self, told: OnRequest, prompt_token_ids: list[int], params: SamplingParams, rank: int | None = None,
+        priority: int = 0, session: str | None = None, explain: bool = False,
+    ) -> int:  # fmt: skip
+        """Send a request, now or when it is granted a rank; returns its number. `told` may be called before this
+        returns. `explain`: whether it is also told what the choice of the rank was based on.
+        """
+        request = self._next_request
+        self._next_request += 1
+        submit = events.Submit(request, prompt_token_ids, params, rank, priority, session, explain)
+        effects = self.machine.handle(submit, time.monotonic())
+        # After the machine, which may ask a policy of somebody else's: what that raises must leave nothing behind.
+        self._told[request] = told
+        self._perform(effects)
+        return request
+
+    def abandon(self, requests: list[int]) -> None:
+        """Nobody waits for these any more: abort those that still run."""
+        for request in requests:
+            self._told.pop(request, None)
+        self._feed(events.Abandon(requests))
+
+    # The deployment -----------------------------------------------------------------------------
+
+    async def wait_changed(self) -> None:
+        """Until ranks have come or gone."""
+        await self._changed.wait()
+
+    async def control(self, action: ControlAction, timeout_s: float) -> events.Controlled:
+        """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
+        contrary. Raises asyncio.TimeoutError after `timeout_s`; what was asked for stays asked for.
+        """
+        done = await self._call(lambda call: events.Control(call, action), timeout_s)
+        assert isinstance(done, events.Controlled)
+        return done
+
+    async def scale(self, size: int, drain_s: float, startup_s: float, timeout_s: float) -> events.Scaled:
+        """Let the deployment have `size` ranks; returns when it has, or will not. Raises as `control` does."""
+        times_ms = round(drain_s * 1000), round(startup_s * 1000)
+        done = await self._call(lambda call: events.Scale(call, size, *times_ms), timeout_s)
+        assert isinstance(done, events.Scaled)
+        return done
+
+    async def _call(self, event: Callable[[int], events.Event], timeout_s: float) -> events.Controlled | events.Scaled:
+        """Ask, again and again, until the machine says what has become of it."""
+        call = self._next_request
+        self._next_request += 1
+        done: asyncio.Future[events.Controlled | events.Scaled] = self._loop.create_future()
+        self._calls[call] = done
+        deadline = self._loop.time() + timeout_s
+        try:
+            while not done.done():
+                left_s = deadline - self._loop.time()
+                if left_s <= 0:
+                    raise TimeoutError
+                self._feed(event(call))
+                await asyncio.wait([done], timeout=min(ASK_AGAIN_S, left_s))
+            return done.result()
+        finally:
+            del self._calls[call]
+            self._feed(events.ControlGivenUp(call))
+
+    def close(self) -> None:
+        """Say good-bye and close all sockets."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._send_coordinator(FrontendLeaving(self.machine.identity))
+        self._ranks.close()
+        self._loop.remove_reader(self._coordinator.socket.fileno())
+        # The good-bye gets a moment to go out.
+        self._context.destroy(linger=200)
+
+    # Events and effects -------------------------------------------------------------------------
+
+    def _feed(self, event: events.Event) -> None:
+        self._perform(self.machine.handle(event, time.monotonic()))
+
+    def _perform(self, effects: Sequence[events.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case events.Deliver(outputs):
+                    self._deliver(outputs)
+                case events.ToRank(rank, message):
+                    self._send_rank(rank, message)
+                case events.Placed(request):
+                    self._tell(request, effect)
+                case events.ToCoordinator(to_coordinator):
+                    self._send_coordinator(to_coordinator)
+                case events.Connect(member):
+                    self._ranks.connect(member)
+                case events.Disconnect(rank):
+                    self._ranks.disconnect(rank)
+                case events.Controlled(call) | events.Scaled(call):
+                    waiter = self._calls.get(call)
+                    if waiter is not None and not waiter.done():
+                        waiter.set_result(effect)
+                case events.Refuse(request):
+                    self._tell(request, effect)
+                    self._told.pop(request, None)
+        self._arrange_tick()
+
+    def _tell(self, request: int, news: events.Placed | events.Refuse) -> None:
+        told = self._told.get(request)
+        if told is not None:
+            told(news)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        told = self._told
+        for output in outputs:
+            tell = told.get(output.request)
+            if tell is None:
+                continue
+            if output.finish_reason is not None:
+                del told[output.request]
+            try:
+                tell(output)
+            except Exception as error:
+                # A defect of ours in one response must not take the others' tokens of this step with it.
+                logger.error("internal error in an answer: %s: %s", type(error).__name__, error)
+                logger.debug("traceback", exc_info=True)
+                self.abandon([output.request])
+
+    def _send_rank(self, rank: int, message: FromFrontendToRank) -> None:
+        if self._ranks.send(rank, message) or not isinstance(message, AddRequest):
+            return
+        request = message.request
+        # After the effects that are under way: the machine is not to be called from within.
+        self._loop.call_soon(self.abandon, [request])
+        self._tell(request, events.Refuse(request, "overloaded", f"rank {rank} takes no more requests now"))
+
+    def _send_coordinator(self, message: FromFrontend) -> None:
+        self._coordinator.send(codec.encode(message), "the coordinator")
+
+    def _ranks_changed(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _arrange_tick(self) -> None:
+        """See to it that the machine gets its Tick. One that comes too early asks again."""
+        deadline = self.machine.deadline
+        if deadline < self._tick_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._tick_at = deadline
+            self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._tick_at, self._timer = NEVER, None
+        if time.monotonic() >= self.machine.deadline:
+            self._feed(events.Tick())
+        else:
+            self._arrange_tick()
+
+
+# Sockets ------------------------------------------------------------------------------------------
+
+
+class RankConnections:
+    """Connections to ranks, as they come and go. `feed`: the machine's door; `changed`: called when they have."""
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], identity: int, rank_timeout_s: float,
+        feed: Callable[[events.Event], None], changed: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._context = context
+        self._routing_id = identity.to_bytes(8, "little")
+        self._patience = giving_up_after(rank_timeout_s)
+        self._feed = feed
+        self._changed = changed
+        self._loop = asyncio.get_running_loop()
+        self._decoder = codec.outputs()
+        self._bad_frames = BadFrames(logger, "a rank's outputs")
+        self._sockets: dict[int, WatchedSocket[Outputs]] = {}
+        self._monitors: dict[int, LinkMonitor] = {}
+
+    def send(self, rank: int, message: FromFrontendToRank) -> bool:
+        """Send, or drop where the rank does not read. Returns False where it was dropped."""
+        socket = self._sockets.get(rank)
+        # A rank that could not be connected to has been given up already, with all that was meant for it.
+        return socket is None or socket.send(codec.encode(message), f"rank {rank}")
+
+    def connect(self, member: Member) -> None:
+        """Connect to a life of a rank. What cannot be connected to is `LinkFailed`."""
+        rank = member.rank
+        try:
+            socket = open_socket(
+                self._context,
+                zmq.DEALER,
+                connect=member.address,
+                max_bytes=codec.MAX_REQUEST_BYTES,
+                routing_id=self._routing_id,
+                options=self._patience,
+            )
+        except StartupError as error:
+            logger.warning("rank %d cannot be used: %s", rank, error)
+            self._feed(events.LinkFailed(rank))
+            return
+        feed = self._feed
+        self._sockets[rank] = WatchedSocket(
+            socket, self._decoder, self._bad_frames, lambda message: feed(events.RankSaid(message))
+        )
+        monitor = self._monitors[rank] = LinkMonitor(socket, lambda up: self._on_link(rank, up))
+        self._loop.add_reader(monitor.socket.fileno(), monitor.read)
+        # What happened before it was watched is no change that the loop would see.
+        self._loop.call_soon(monitor.read)
+        self._changed()
+
+    def disconnect(self, rank: int) -> None:
+        """Close the connection to a rank, if there is one."""
+        if rank not in self._sockets:
+            return
+        socket, monitor = self._sockets.pop(rank), self._monitors.pop(rank)
+        self._loop.remove_reader(monitor.socket.fileno())
+        monitor.close()
+        socket.close()
+        self._changed()
+
+    def close(self) -> None:
+        for rank in list(self._sockets):
+            self.disconnect(rank)
+
+    def _on_link(self, rank: int, up: bool) -> None:
+        """A connection has come up or ended. What came before its end counts."""
+        self._sockets[rank].drain()
+        if rank in self._sockets:
+            self._feed(events.LinkUp(rank) if up else events.LinkDown(rank))
+            self._changed()
+
+
+class WatchedSocket(Generic[T]):
+    """A socket of which the event loop watches the file descriptor. `on_message` gets what comes.
+
+    Such a descriptor tells of a change, not of a state: after a wake, and after each send, the socket is read until
+    nothing is left, or the loop would not be told again.
+    """
+
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        decoder: codec.Decoder[T],
+        bad_frames: BadFrames,
+        on_message: Callable[[T], None],
+    ) -> None:
+        self.socket = socket
+        self._decode = decoder.decode
+        self._bad_frames = bad_frames
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.fileno(), self.drain)
+
+    def send(self, frame: bytes, to: str) -> bool:
+        """Send, or drop where the peer's queue is full. Returns whether it was sent."""
+        try:
+            self.socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("%s does not read: a message to it was dropped", to)
+            return False
+        # A send can swallow the descriptor's sign that something has come in.
+        if self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
+            self._loop.call_soon(self.drain)
+        return True
+
+    def drain(self) -> None:
+        """Read what is there; the rest in the loop's next turn, where it is much."""
+        for _ in range(MESSAGES_A_TURN):
+            if self.socket.closed:
+                return
+            try:
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_frames(frames)
+        self._loop.call_soon(self.drain)
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        if len(frames) != 1:
+            self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
+            return
+        try:
+            message = self._decode(frames[0])
+        except codec.BadMessage as error:
+            self._bad_frames.add(error.kind, error.detail)
+            return
+        self._on_message(message)
+
+    def close(self) -> None:
+        self._loop.remove_reader(self.socket.fileno())
+        self.socket.close()
