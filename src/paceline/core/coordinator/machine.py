@@ -5,8 +5,6 @@
 Events are what sockets brought (already decoded) and the passing of time. After every call, arrange for
 a `Tick` at `coordinator.deadline` at the latest. All state is soft: what is lost with the process comes
 back from what ranks and front-ends say when they are asked, so there is nothing to save or restore.
-
-All that one coordinator knows of its deployment, part by part, and what concerns several parts at once.
 """
 
 from __future__ import annotations
@@ -67,8 +65,8 @@ from paceline.core.messages import (
 from paceline.core.rules import checked
 
 
-class Knowledge:
-    """The parts, and who is forgotten in all of them.
+class Coordinator:
+    """One life of the coordinator: the parts, who is forgotten in all of them, and what each event does to them.
 
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
@@ -228,10 +226,6 @@ class Knowledge:
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
         return self._group.late() if self._epochs.number else []
-
-
-class Coordinator(Knowledge):
-    """One life of the coordinator; its arguments are those of Knowledge."""
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
