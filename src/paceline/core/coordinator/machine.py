@@ -54,6 +54,7 @@ from paceline.core.messages import (
     RankReport,
     ReturnShares,
     ScaleRequest,
+    Scaling,
     SendNotice,
     StallReport,
     StartWave,
@@ -111,6 +112,69 @@ class Coordinator:
         timers = (waking, suspending, forming, self._roll_call.due, self.dispatcher.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
+    # What the explorer asks, for which time is a choice -----------------------------------------
+
+    INCIDENTAL = frozenset({"_dropped"})
+    """Attributes that nothing depends on which this machine does later: counters for people, here and in its parts."""
+
+    def timers(self) -> dict[str, list[int]]:
+        """The timers that are set, each with the ranks whose word it waits for."""
+        found = {**self._epochs.timers(), **self._scaling.timers()}
+        if self._group.wake_due is not None:
+            found["wake"] = self._group.lagging()
+        if self._roll_call.due is not None:
+            found["question"] = self._unheard()
+        if self._roll_call.impatient:
+            found["acquaintance"] = self._membership.missing()
+        if self._suspension.due is not None:
+            found["suspension"] = self._suspension.header.waiting_for
+        if self.dispatcher.due is not None:
+            found["queue"] = []
+        return found
+
+    def expire(self, timer: str, now: float) -> None:
+        """Let one of them be due at the next Tick, whatever its time was."""
+        match timer:
+            case "wake":
+                self._group.expire(now)
+            case "question" | "acquaintance":
+                self._roll_call.expire(now, patience=timer == "acquaintance")
+            case "suspension":
+                self._suspension.expire(now)
+            case "queue":
+                self.dispatcher.expire(now)
+            case "scaling" | "scaling-late":
+                self._scaling.expire(timer, now)
+            case _:
+                self._epochs.expire(timer, now)
+
+    def moment_passes(self) -> None:
+        """Nothing is put off any more because the same was done a moment ago."""
+        self._roll_call.moment_passes(asks=bool(self._unheard()))
+
+    def epoch(self) -> tuple[int, dict[int, int]]:
+        """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
+        return self._epochs.number, self._epochs.members()
+
+    @property
+    def scaling(self) -> Scaling:
+        """How many ranks there are, or are to be."""
+        return self._scaling.state
+
+    def lives(self) -> dict[int, int]:
+        """By rank, the lives that are ready."""
+        return self._membership.lives()
+
+    def is_retired(self, rank: int, incarnation: int) -> bool:
+        """Whether this life of a rank is known to be over."""
+        return self._membership.is_retired(rank, incarnation)
+
+    def acknowledged(self, rank: int) -> tuple[int, bool] | None:
+        """The number of the suspension that a rank last said it knows, and whether it holds."""
+        return self._suspension.acknowledged(rank)
+
+    # --------------------------------------------------------------------------------------------
+
     def statistics(self) -> dict[str, object]:
         """What this machine knows, for `/health`, metrics and tests."""
         return {
@@ -154,6 +218,10 @@ class Coordinator:
             self._publisher.changed(now)
         if not self._suspension.standing.free:
             self._group.no_notice(now)
+
+    def _unheard(self) -> list[int]:
+        """Ranks that are to be asked who they are."""
+        return [*self._membership.missing(), *self._epochs.silent(), *self._late()]
 
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
@@ -348,7 +416,7 @@ class Coordinator:
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
-        if self._roll_call.ask(now, lambda: [*self._membership.missing(), *self._epochs.silent(), *self._late()]):
+        if self._roll_call.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
