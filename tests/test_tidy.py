@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "paceline.core": {"paceline.core"},
     "paceline.engines": {"paceline.engines", "paceline.core", "paceline.errors"},
     "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors"},
-    "paceline.simulate": {"paceline.simulate", "paceline.engines", "paceline.core", "paceline.errors"},
+    "paceline.check": {"paceline.check", "paceline.sim", "paceline.core", "paceline.errors"},
     "paceline.net": {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
     },

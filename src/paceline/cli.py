@@ -154,7 +154,7 @@ def _say_ready(config: DeploymentConfig, port: int) -> None:
 
 ELSEWHERE = {
     "simulate": ("simulate_cli", "Run the machines in virtual time, from a seed, with delays, losses and crashes."),
-    "check": ("check_cli", "Walk every interleaving of the machines in a small deployment."),
+    "check": ("check.cli", "Walk every interleaving of the machines in a small deployment."),
     "loads": ("operate", "Show what every rank of a running deployment has to do."),
     "scale": ("operate", "Let a running deployment have more ranks, or fewer."),
     "coordinator": ("coordinator_cli", "Run a coordinator alone, for ranks and front-ends of your own."),

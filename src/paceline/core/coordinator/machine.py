@@ -5,8 +5,6 @@
 Events are what sockets brought (already decoded) and the passing of time. After every call, arrange for
 a `Tick` at `coordinator.deadline` at the latest. All state is soft: what is lost with the process comes
 back from what ranks and front-ends say when they are asked, so there is nothing to save or restore.
-
-All that one coordinator knows of its deployment, part by part, and what concerns several parts at once.
 """
 
 from __future__ import annotations
@@ -56,6 +54,7 @@ from paceline.core.messages import (
     RankReport,
     ReturnShares,
     ScaleRequest,
+    Scaling,
     SendNotice,
     StallReport,
     StartWave,
@@ -66,8 +65,8 @@ from paceline.core.messages import (
 from paceline.core.rules import checked
 
 
-class Knowledge:
-    """The parts, and who is forgotten in all of them.
+class Coordinator:
+    """One life of the coordinator: the parts, who is forgotten in all of them, and what each event does to them.
 
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
@@ -112,6 +111,69 @@ class Knowledge:
         waking, suspending, forming = self._group.wake_due, self._suspension.due, self._epochs.due
         timers = (waking, suspending, forming, self._roll_call.due, self.dispatcher.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
+
+    # What the explorer asks, for which time is a choice -----------------------------------------
+
+    INCIDENTAL = frozenset({"_dropped"})
+    """Attributes that nothing depends on which this machine does later: counters for people, here and in its parts."""
+
+    def timers(self) -> dict[str, list[int]]:
+        """The timers that are set, each with the ranks whose word it waits for."""
+        found = {**self._epochs.timers(), **self._scaling.timers()}
+        if self._group.wake_due is not None:
+            found["wake"] = self._group.lagging()
+        if self._roll_call.due is not None:
+            found["question"] = self._unheard()
+        if self._roll_call.impatient:
+            found["acquaintance"] = self._membership.missing()
+        if self._suspension.due is not None:
+            found["suspension"] = self._suspension.header.waiting_for
+        if self.dispatcher.due is not None:
+            found["queue"] = []
+        return found
+
+    def expire(self, timer: str, now: float) -> None:
+        """Let one of them be due at the next Tick, whatever its time was."""
+        match timer:
+            case "wake":
+                self._group.expire(now)
+            case "question" | "acquaintance":
+                self._roll_call.expire(now, patience=timer == "acquaintance")
+            case "suspension":
+                self._suspension.expire(now)
+            case "queue":
+                self.dispatcher.expire(now)
+            case "scaling" | "scaling-late":
+                self._scaling.expire(timer, now)
+            case _:
+                self._epochs.expire(timer, now)
+
+    def moment_passes(self) -> None:
+        """Nothing is put off any more because the same was done a moment ago."""
+        self._roll_call.moment_passes(asks=bool(self._unheard()))
+
+    def epoch(self) -> tuple[int, dict[int, int]]:
+        """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
+        return self._epochs.number, self._epochs.members()
+
+    @property
+    def scaling(self) -> Scaling:
+        """How many ranks there are, or are to be."""
+        return self._scaling.state
+
+    def lives(self) -> dict[int, int]:
+        """By rank, the lives that are ready."""
+        return self._membership.lives()
+
+    def is_retired(self, rank: int, incarnation: int) -> bool:
+        """Whether this life of a rank is known to be over."""
+        return self._membership.is_retired(rank, incarnation)
+
+    def acknowledged(self, rank: int) -> tuple[int, bool] | None:
+        """The number of the suspension that a rank last said it knows, and whether it holds."""
+        return self._suspension.acknowledged(rank)
+
+    # --------------------------------------------------------------------------------------------
 
     def request_counts(self) -> list[list[int]]:
         """[waiting, running] of each rank in order, as it last reported; zeros where it has not."""
@@ -162,13 +224,13 @@ class Knowledge:
         if not self._suspension.standing.free:
             self._group.no_notice(now)
 
+    def _unheard(self) -> list[int]:
+        """Ranks that are to be asked who they are."""
+        return [*self._membership.missing(), *self._epochs.silent(), *self._late()]
+
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
         return self._group.late() if self._epochs.number else []
-
-
-class Coordinator(Knowledge):
-    """One life of the coordinator; its arguments are those of Knowledge."""
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -359,7 +421,7 @@ class Coordinator(Knowledge):
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
-        if self._roll_call.ask(now, lambda: [*self._membership.missing(), *self._epochs.silent(), *self._late()]):
+        if self._roll_call.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))

@@ -104,6 +104,15 @@ class PauseTransaction:
         """When the ranks must be told (again), or None."""
         return self._retry.due
 
+    def expire(self, now: float) -> None:
+        """The ranks are to be told again, whatever the time was."""
+        self._retry.due = now
+
+    def acknowledged(self, rank: int) -> tuple[int, bool] | None:
+        """The number that a rank last said it knows, and whether it holds; None where it has said nothing."""
+        said = self._said.get(rank)
+        return None if said is None else (said.number, said.held)
+
     def ask(self, action: ControlAction, now: float) -> int:
         """Somebody wants this. Returns the number at which it is so; asking twice is asking once."""
         standing = self.standing

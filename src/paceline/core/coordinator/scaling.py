@@ -72,6 +72,18 @@ class DeploymentScaling:
         """When nodes must be told (again), or time is up; None for neither."""
         return min((at for at in (self._retry.due, self._deadline) if at is not None), default=None)
 
+    def timers(self) -> dict[str, list[int]]:
+        """What is waited for."""
+        found = {"scaling": self._retry.due, "scaling-late": self._deadline}
+        return {name: [] for name, at in found.items() if at is not None}
+
+    def expire(self, timer: str, now: float) -> None:
+        """One of these has come, whatever its time was."""
+        if timer == "scaling":
+            self._retry.due = now
+        else:
+            self._deadline = now
+
     # What is heard ------------------------------------------------------------------------------
 
     def ask(self, request: ScaleRequest, now: float) -> None:

@@ -79,11 +79,11 @@ class RankWaves:
     def reach(self, wave: int) -> None:
         """The others are in this wave, or it is the one that they run next."""
         if plausible(wave, self.wave):
-            self.wave = max(self.wave, wave)
+            self._is(max(self.wave, wave))
 
     def start(self, wave: int) -> None:
         """Run in this wave."""
-        self.wave = wave
+        self._is(wave)
         self.running = True
         self.recount()
 
@@ -98,6 +98,7 @@ class RankWaves:
         if self.running:
             # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
             self.wanted = max(self.wanted, wave)
+            self._is(self.wave)
         else:
             self.start(wave)
 
@@ -112,7 +113,14 @@ class RankWaves:
         finished = self.wave
         self.wave += 1
         self.running = False
+        self.recount()
         return finished
+
+    def _is(self, wave: int) -> None:
+        self.wave = wave
+        if self.wanted <= wave:
+            # It is asked for when this wave has ended, and then it is over.
+            self.wanted = -1
 
     @property
     def overdue(self) -> int | None:
@@ -130,6 +138,9 @@ class Rank:
     between agreements. `group_address`: where its peers reach it, empty where its collectives are not ours.
     `prefill_quota`: how it is set (`quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
     """
+
+    INCIDENTAL = frozenset({"step"})
+    """Attributes that nothing depends on which this machine does later: they are only told."""
 
     def __init__(
         self, rank: int, incarnation: int, address: str, *, lockstep: bool = False, report_loads: bool = True,

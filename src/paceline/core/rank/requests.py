@@ -31,6 +31,8 @@ FRONTENDS_KEPT = 256
 class RankRequests:
     """All requests of one life of a rank."""
 
+    INCIDENTAL = frozenset({"finished", "void"})
+
     def __init__(self, rank: int, incarnation: int) -> None:
         self.rank = rank
         self.incarnation = incarnation
