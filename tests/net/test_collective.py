@@ -145,7 +145,7 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
     blocked = four.pool.submit(four.groups[0].all_reduce, [1], "sum")
     four.groups[0].leave()
     four.groups[0].leave()
-    with pytest.raises(EpochEnded, match="generation 1"):
+    with pytest.raises(EpochEnded, match="epoch 1"):
         blocked.result(10)
     with pytest.raises(EpochEnded):
         four.groups[0].barrier()
@@ -174,7 +174,7 @@ def test_members_that_disagree_on_the_collective_are_told(four: Threads) -> None
 def test_member_that_does_not_come_is_named(tmp_path: Path) -> None:
     listener = GroupListener(group_path(tmp_path, 0))
     addresses = {rank: group_path(tmp_path, rank) for rank in range(3)}
-    with pytest.raises(StartupError, match=r"generation 9: rank 1, 2 did not come within 0\.3 s"):
+    with pytest.raises(StartupError, match=r"epoch 9: rank 1, 2 did not come within 0\.3 s"):
         form_group(listener, 9, 0, addresses, 0.3)
     listener.close()
 
@@ -261,7 +261,7 @@ def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim
         for rank in survivors:
             assert pipes[rank].poll(10)
             ended_at, text = pipes[rank].recv()
-            assert "generation 1 has ended" in text
+            assert "epoch 1 has ended" in text
             assert ended_at - killed_at < 1.0
         # They can end, also with an operation of theirs under way.
         wait_until(lambda: not any(processes[rank].is_alive() for rank in survivors), "the others have ended")
