@@ -13,7 +13,6 @@ How long a rank waits there for its peers is watched by a thread of its own, sin
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import struct
@@ -180,14 +179,6 @@ def form_group(
     listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SocketGroup:  # fmt: skip
-    """A group of sockets; see `connect_members`."""
-    return SocketGroup(epoch, rank, connect_members(listener, epoch, rank, addresses, timeout_s, cancelled))
-
-
-def connect_members(
-    listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> dict[int, socket.socket]:  # fmt: skip
     """Connect with all other members of `epoch`; `addresses` has every member's, this rank's included.
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
@@ -220,7 +211,7 @@ def connect_members(
         raise
     finally:
         handshakes.close()
-    return links
+    return SocketGroup(epoch, rank, links)
 
 
 def _connect(address: str, epoch: int, rank: int, peer: int) -> socket.socket | None:
@@ -269,11 +260,6 @@ def host_and_port(address: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
     return host.strip("[]"), int(port)
-
-
-def group_path(folder: str | os.PathLike[str], rank: int) -> str:
-    """The ipc address of a rank's listener in a folder."""
-    return f"ipc://{os.fspath(folder)}/group-{rank}"
 
 
 LOOKS_A_TIMEOUT = 5
