@@ -142,7 +142,6 @@ class Lockstep:
         return Node(self.processes.part(Process(incarnation, self.settings))).after(Process.loads)
 
     def known(self, state: State) -> Known:
-        """What the coordinator knows."""
         found = self._known.get(state.coordinator)
         if found is None:
             machine = state.coordinator.thing
@@ -172,11 +171,9 @@ class Lockstep:
         return True
 
     def stuck(self, state: State) -> str:
-        """Where everyone is."""
         return f"Stuck: {situation(state)}. Nothing that happens by itself brings this to an end."
 
     def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
-        """A move in words."""
         return told(before, what, after)
 
     # Which states are one --------------------------------------------------------------------------
@@ -243,7 +240,6 @@ class Lockstep:
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """Everything that can happen."""
         first = self._first(state) if self.commutes else None
         if first is not None:
             yield first
@@ -368,7 +364,7 @@ class Lockstep:
         yield from self.round(state, range(len(state.nodes)))
 
     def round(self, state: State, members: Sequence[int]) -> Iterator[Move]:
-        """Likewise, of these."""
+        """These ranks do so."""
         nodes = [state.nodes[rank] for rank in members]
         if all(node.process.steps_on and len(node.up) < self.bound.backlog for node in nodes):
             agreeing = all(node.process.agree is not None for node in nodes)
@@ -458,7 +454,6 @@ class Lockstep:
     # What the coordinator hears, and says -----------------------------------------------------------
 
     def happens(self, state: State, do: Callable[..., Answer], *given: Any) -> Answer:
-        """Something happens to the coordinator's machine."""
         state.coordinator, answer = state.coordinator.after(do, *given)
         return answer
 
@@ -509,7 +504,6 @@ class Lockstep:
         state.losses -= 1
 
     def same_links(self, state: State, other: State) -> bool:
-        """Whether the receivers are alike in both."""
         return state.nodes == other.nodes
 
     def broadcast(self, state: State, answer: Answer, lost: int) -> None:
