@@ -175,6 +175,11 @@ class Coordinator:
 
     # --------------------------------------------------------------------------------------------
 
+    def request_counts(self) -> list[list[int]]:
+        """[waiting, running] of each rank in order, as it last reported; zeros where it has not."""
+        last = (self._load_table.reports.get(rank) for rank in range(self.size))
+        return [[report.load.waiting, report.load.running] if report is not None else [0, 0] for report in last]
+
     def statistics(self) -> dict[str, object]:
         """What this machine knows, for `/health`, metrics and tests."""
         return {
