@@ -12,6 +12,7 @@ from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter
 from paceline.core.messages import LoadView, SendNotice
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import FrontendProcess
+from tests.pace import examples
 from tests.sim.deployments import ready, rest, seen
 
 numbers = st.integers(0, 250)
@@ -104,7 +105,7 @@ RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_fronten
 STEPS = st.lists(st.tuples(st.sampled_from([*ORDINARY, *RARE]), numbers, numbers), min_size=20, max_size=150)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(STEPS)
 def test_a_belief_is_a_report_and_the_sends_that_it_lacks(steps: list[tuple[str, int, int]]) -> None:
     walk = Walk()

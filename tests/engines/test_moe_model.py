@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
 from paceline.engines.moe_model import Alone, Floats, MoeConfig, MoeModel, MoeOptions, Piece, load_weights
+from tests.pace import examples
 
 Doubles = NDArray[np.float64]
 
@@ -28,7 +29,7 @@ EXPECTED = [logits_of(prompt) for prompt in PROMPTS]
 
 
 @given(seed=st.integers(0, 2**32), largest=st.sampled_from([1, 3, 20]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_chunks_and_batches_do_not_show(seed: int, largest: int) -> None:
     chance = random.Random(seed)
     kv = [MODEL.make_kv(len(prompt)) for prompt in PROMPTS]

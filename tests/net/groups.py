@@ -8,6 +8,7 @@ from typing import Any
 
 from paceline.engines.group import RankGroup
 from paceline.net.group import GroupListener, form_group
+from tests.pace import stretched
 
 
 class Threads:
@@ -27,7 +28,7 @@ class Threads:
 
     def each(self, call: Callable[[int], Any]) -> list[Any]:
         """What `call(rank)` returns at each, all at a time."""
-        return [future.result(60) for future in self.start(call)]
+        return [future.result(stretched(60)) for future in self.start(call)]
 
     def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:
         """Likewise, without waiting."""
