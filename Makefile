@@ -24,10 +24,11 @@ $(STAMP): pyproject.toml
 serve: $(STAMP) ## serve Gemma 3 270M over two ranks; flags by ARGS="--port 8001 -dp 4"
 	@exec $(BIN)/paceline serve $(ARGS)
 
-test: $(STAMP) ## lint, types, and all tests, the slow ones included
+test: $(STAMP) ## lint, types, dead code, and all tests, the slow ones included
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/vulture
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(or $(ARGS),-m "not alone")
 	@$(if $(ARGS),true,$(BIN)/python -m pytest -m alone)
 

@@ -14,7 +14,8 @@ from paceline.engines.base import EngineRequest, EngineSettings, StepResult
 from paceline.engines.group import EpochEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
 from paceline.net.collective import SocketGroup
-from paceline.net.group import GroupListener, form_group, group_path
+from paceline.net.group import GroupListener, form_group
+from tests.net.groups import group_path
 from tests.pace import stretched
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
 from paceline.engines.group import EpochEnded
 from paceline.engines.timed import CostModel, TimedLockstepEngine
-from paceline.net.group import group_path
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
 from tests.pace import stretched
 
 COSTS = CostModel(step_ms=1, prefill_ms=1, decode_ms=0)

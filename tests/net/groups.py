@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from paceline.engines.group import RankGroup
 from paceline.net.group import GroupListener, form_group
 from tests.pace import stretched
+
+
+def group_path(folder: str | os.PathLike[str], rank: int) -> str:
+    """The address of a rank's listener in a folder."""
+    return f"ipc://{os.fspath(folder)}/group-{rank}"
 
 
 class Threads:

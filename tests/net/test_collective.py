@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.engines.group import EpochEnded
 from paceline.errors import StartupError
-from paceline.net.group import GREETING, MAGIC, GroupListener, form_group, group_path
+from paceline.net.group import GREETING, MAGIC, GroupListener, form_group
 from paceline.process.spawn import spawn
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
 from tests.pace import examples, stretched
 from tests.serving import wait_until
 

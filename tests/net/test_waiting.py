@@ -17,8 +17,7 @@ import pytest
 from paceline.core.coordinator.epoch import Stalls
 from paceline.core.messages import StallReport
 from paceline.engines.group import EpochEnded, RankGroup, Waiting
-from paceline.net.group import group_path
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
 from tests.pace import stretched
 from tests.serving import wait_until
 
