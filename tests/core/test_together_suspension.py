@@ -23,6 +23,7 @@ from paceline.sim.deployment import Deployment
 from paceline.sim.processes import Call, FrontendProcess
 from paceline.sim.world import Delays
 from tests.core.harness import find
+from tests.pace import examples
 from tests.sim.deployments import ready, rest, seen, tokens
 
 
@@ -193,7 +194,7 @@ def perform(deployment: Deployment, what: str, which: Any, value: Any) -> None:
             deployment.start_coordinator()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
 @given(lockstep=st.booleans(), schedule=st.lists(STEPS, min_size=1, max_size=14))
 def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, Any, Any]]) -> None:
     deployment = ready(ranks=3, frontends=2, lockstep=lockstep)

@@ -30,6 +30,7 @@ from paceline.core.messages import (
 from paceline.net.coordinator import FrontendInbox
 from paceline.net.links import BadFrames
 from paceline.net.sockets import MESSAGES_A_TURN, open_socket
+from tests.pace import stretched
 
 DEADLINE_S = 10.0
 FRONTEND = 5
@@ -58,7 +59,7 @@ class Pair:
 
     def read(self, count: int) -> list[object]:
         """Read until so much was handled or found to be garbage; returns messages and other events in order."""
-        until = time.monotonic() + DEADLINE_S
+        until = time.monotonic() + stretched(DEADLINE_S)
         while len(self.handled()) + self.bad_frames.counts.total() < count:
             assert time.monotonic() < until, f"{len(self.handled())} of {count} came"
             self.inbox.read()

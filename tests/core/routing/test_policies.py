@@ -21,6 +21,7 @@ from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
 from paceline.core.requests import Output, Outputs, SamplingParams
 from paceline.core.routing import POLICIES, Candidate, Candidates, LeastLoad, LeastRequests, Query, RoundRobin
 from tests.core.harness import find, one
+from tests.pace import examples
 
 
 class Burst:
@@ -261,7 +262,7 @@ def test_round_robin_goes_round_whatever_the_load() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(st.tuples(*[st.integers(0, 2**40)] * 6), min_size=1, max_size=9), st.integers(0, 2**20))
 def test_every_policy_always_chooses_one_of_the_candidates(
     name: str, index: int, loads: list[tuple[int, ...]], tokens: int
