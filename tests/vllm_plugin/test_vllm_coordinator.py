@@ -26,6 +26,7 @@ from paceline.operate import loads_app
 from paceline.process.spawn import wait_gone
 from paceline.vllm.coordinator import VllmCoordinator
 from tests.net.peers import Context, context, send_garbage, shout_at
+from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +58,7 @@ class Deployment:
 
         One that is not, does not subscribe again when its coordinator comes back.
         """
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + stretched(DEADLINE_S)
         while not endpoint.poll(10):
             assert time.monotonic() < end, "nothing came"
             for other in (*self.inputs, *self.frontends):
@@ -96,7 +97,7 @@ class Deployment:
 
     def wait_view(self, wanted: Callable[[Any, int, bool], bool], frontend: int = 0) -> tuple[Any, int, bool]:
         """Read what front-ends hear until it is as wanted."""
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             counts, wave, running = msgspec.msgpack.decode(self.receive(self.frontends[frontend])[0])
             if wanted(counts, wave, running):
@@ -112,7 +113,7 @@ class Deployment:
 
     def child(self) -> int:
         """The coordinator's process, under its watchdog."""
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             found = subprocess.run(["pgrep", "-P", str(self.coordinator.proc.pid)], capture_output=True, check=False)
             if found.stdout:
@@ -211,7 +212,7 @@ def test_a_watchdogs_end_is_the_coordinators_end() -> None:
     with deployment(2) as running:
         child = running.child()
         running.coordinator.proc.kill()
-        assert wait_gone([running.coordinator.proc], DEADLINE_S)
+        assert wait_gone([running.coordinator.proc], stretched(DEADLINE_S))
         assert running.coordinator.proc.exitcode == -signal.SIGKILL
         wait_until(lambda: not alive(child))
 
@@ -328,7 +329,7 @@ def status(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def ask(port: int, path: str) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=stretched(10)) as answer:
             content = answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -346,7 +347,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + stretched(DEADLINE_S)
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0)

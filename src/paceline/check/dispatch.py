@@ -17,18 +17,18 @@ states in which it has heard it already: hearing it again changes nothing at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.check.search import Move
+from paceline.check.search import Move, Requests, Whole, told
 from paceline.check.state import NOW, Broken, Freezer, Part, Register
 from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.epoch import Epochs, Stalls
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.pause import CoordinatorPause
+from paceline.core.coordinator.pause import Pause
 from paceline.core.coordinator.publishing import Publisher
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.frontend import events as on_frontend
@@ -42,7 +42,7 @@ from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
 from paceline.core.routing.least import LeastLoad
 
 LIFE, FIRST = 7, 100
-BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, CoordinatorPause)
+BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, Pause)
 """No part of what is walked, or following from the rest: routing, which has one way to go; waves and suspensions."""
 Present = tuple[tuple[int, int], ...]
 
@@ -60,7 +60,7 @@ class Limits(Struct, frozen=True):
     without: frozenset[str] = frozenset()
 
 
-class State:
+class State(Whole):
     """All parts. `taken`, `present`, `step`, `reported`, `known`: of each rank. `open`: requests whose clients wait."""
 
     def __init__(self, limits: Limits, machines: list[Part[Frontend]]) -> None:
@@ -82,13 +82,8 @@ class State:
     def spare(self) -> int:
         return self.losses
 
-    def copy(self) -> State:
-        twin = object.__new__(State)
-        twin.__dict__.update({name: [*one] if type(one) is list else one for name, one in self.__dict__.items()})
-        return twin
 
-
-class Dispatch:
+class Dispatch(Requests):
     """The moves of one deployment."""
 
     def __init__(self, limits: Limits) -> None:
@@ -129,12 +124,6 @@ class Dispatch:
             return False
         return not list(state.coordinator.thing.dispatcher.descriptors())
 
-    def stuck(self, state: State) -> str:
-        return "a request can never come to its end any more"
-
-    def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
-        return str(what[0])
-
     def key(self, state: State) -> Hashable:
         rest = {**state.__dict__, "losses": 0, "lives": state.lives > 1}
         return tuple([tuple(one) if type(one) is list else one for one in rest.values()])
@@ -142,44 +131,43 @@ class Dispatch:
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """All that may happen next."""
         for request in range(1, self.limits.requests + 1):
             if request not in state.asked:
-                yield _move(f"request {request} comes", self._submit, request)
+                yield told(f"request {request} comes", self._submit, request)
             elif request in state.open and state.aborts:
-                yield _move(f"the client of request {request} goes", self._abort, request)
+                yield told(f"the client of request {request} goes", self._abort, request)
         for index in range(self.limits.frontends):
             yield from self._link_moves(state, index)
         for rank, present in enumerate(state.present):
             for pair in present[: self.limits.slots]:
-                yield _move(f"rank {rank} ends request {pair[1]}", self._end, rank, pair)
+                yield told(f"rank {rank} ends request {pair[1]}", self._end, rank, pair)
             if state.coordinator is not None and not state.reported[rank]:
-                yield _move(f"rank {rank} reports", self._report, rank)
+                yield told(f"rank {rank} reports", self._report, rank)
         if state.coordinator is None:
-            yield _move("a new coordinator starts", self._begin)
+            yield told("a new coordinator starts", self._begin)
             return
         if state.crashes and any(machine.thing.waiting_for_grant() for machine in state.machines):
-            yield _move("the coordinator dies", self._crash)
+            yield told("the coordinator dies", self._crash)
         if "queue" in state.coordinator.thing.timers() and not any(state.down) and max(map(len, state.up)) <= 1:
-            yield _move("the coordinator says again what it granted", self._coordinator, on_coordinator.Tick(), "queue")
+            yield told("the coordinator says again what it granted", self._coordinator, on_coordinator.Tick(), "queue")
         if not any(state.down) and state.losses < self.limits.losses:
-            yield _move("the coordinator publishes", self._coordinator, on_coordinator.FrontendSubscribed())
+            yield told("the coordinator publishes", self._coordinator, on_coordinator.FrontendSubscribed())
 
     def _link_moves(self, state: State, index: int) -> Iterator[Move]:
         who, timers = f"front-end {index}", state.machines[index].thing.timers()
         up, down, coordinator = state.up[index], state.down[index], state.coordinator
         if coordinator is not None and up:
-            yield _move(f"the coordinator hears {type(up[0].thing).__name__} of {who}", self._up, index)
+            yield told(f"the coordinator hears {type(up[0].thing).__name__} of {who}", self._up, index)
         if down:
             name = type(down[0].thing).__name__
-            yield _move(f"{who} hears {name}", self._down, index)
+            yield told(f"{who} hears {name}", self._down, index)
             if state.losses:
-                yield _move(f"{name} is lost on its way to {who}", self._lose, index)
+                yield told(f"{name} is lost on its way to {who}", self._lose, index)
         if coordinator is None:
             if "silence" in timers:
-                yield _move(f"{who} loses patience", self._frontend, index, on_frontend.Tick(), "silence")
+                yield told(f"{who} loses patience", self._frontend, index, on_frontend.Tick(), "silence")
         elif "ask" in timers and not up and not down and "queue" not in coordinator.thing.timers():
-            yield _move(f"{who} asks again", self._frontend, index, on_frontend.Tick(), "ask")
+            yield told(f"{who} asks again", self._frontend, index, on_frontend.Tick(), "ask")
 
     # What happens -----------------------------------------------------------------------------------
 
@@ -296,7 +284,3 @@ def handles(machine: Any, event: Part[Any], timer: str = "") -> tuple[Any, ...]:
     if isinstance(machine, Coordinator):
         machine.moment_passes()
     return tuple(effects)
-
-
-def _move(what: str, do: Callable[..., None], *given: Any) -> Move:
-    return Move((what,), True, do, given)

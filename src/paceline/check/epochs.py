@@ -16,9 +16,9 @@ wait. Where it is a living rank that says nothing, that counts as a loss, since 
 with a forming that takes too long, for a rank or for the coordinator; where it cannot succeed any more that happens by
 itself.
 
-Requests that a dead rank had, or that were on their way to it, are sent to others, by whoever believes what of the
-wave: each front-end sees the connection end. An answer that died on its way is one that was not given: its rank dies
-before the step was made, and the others after it.
+Requests that a dead rank had, or that were on their way to it, are sent to others, whatever their front-ends believe
+of the wave: each front-end sees the connection end. An answer that died on its way is one that was not given: its rank
+dies before the step was made, and the others after it.
 
 Left out: a question that is read late, when the rank has been told to form a group, of which it does not tell (with
 questions of any age there were two thirds more states, and nothing else was found).
@@ -51,7 +51,7 @@ class Epochs(Lockstep):
         self.commutes, self.tidies = False, bound.merge and bound.without <= OF_GENERATIONS
 
     def over(self, state: State) -> bool:
-        """Likewise; all ranks are members of one group then, and know the same wave."""
+        """As there; all ranks are members of one group then, and know the same wave."""
         if not super().over(state):
             return False
         nodes = self.deployed(state)
@@ -77,7 +77,7 @@ class Epochs(Lockstep):
                 state.nodes[rank] = node._replace(down=down) if len(down) < len(node.down) else node
 
     def check_left_out(self, wake: StartDPWave, node: Node) -> None:
-        """Likewise, of a rank whose first wave has not been broken off: a request that came in one that the coordinator
+        """Asked of a rank whose first wave has not been broken off: a request that came in one that the coordinator
         knew to be over may have been answered in that."""
         if node.process.machine.told <= 1:
             super().check_left_out(wake, node)
@@ -85,7 +85,6 @@ class Epochs(Lockstep):
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """Likewise."""
         if self.tidies and not (state.crashes or self.calls or self.requests_may_come(state)):
             for rank, node in enumerate(state.nodes):
                 if node.down and not node.process.steps_on and not node.process.busy:
@@ -111,7 +110,7 @@ class Epochs(Lockstep):
         return bool(state.unsent or state.stranded)
 
     def rank_moves(self, rank: int, node: Node) -> Iterator[Move]:
-        """Likewise; its next life loads, and it forms a group."""
+        """Besides, its next life loads, and it forms a group."""
         yield from super().rank_moves(rank, node)
         process = node.process
         if process.loading and not node.ended:
@@ -122,7 +121,7 @@ class Epochs(Lockstep):
             yield becomes(("formed", rank, process.group.number), node, Process.formed)
 
     def reaches(self, node: Node, word: Word) -> Node:
-        """Likewise. A rank is told an epoch once: that it is told again changes nothing but that it repeats itself."""
+        """A rank is told an epoch once: that it is told again changes nothing but that it repeats itself."""
         if isinstance(word.thing, Form):
             machine, own = node.process.machine, word.thing.members[0]
             if word.thing.generation <= machine.told or own.incarnation != machine.incarnation:
@@ -186,7 +185,7 @@ class Epochs(Lockstep):
     # Collectives ------------------------------------------------------------------------------------
 
     def rounds(self, state: State) -> Iterator[Move]:
-        """Likewise, of each group."""
+        """Each group steps by itself."""
         for group, members in groups(state).items():
             nodes = [state.nodes[rank] for rank in members]
             if all(node.process.steps_on for node in nodes):

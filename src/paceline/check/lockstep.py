@@ -142,7 +142,6 @@ class Lockstep:
         return Node(self.processes.part(Process(incarnation, self.settings))).after(Process.loads)
 
     def known(self, state: State) -> Known:
-        """What the coordinator knows."""
         found = self._known.get(state.coordinator)
         if found is None:
             machine = state.coordinator.thing
@@ -161,7 +160,7 @@ class Lockstep:
         """Whether all that was sent is finished and nothing is under way."""
         if state.settled:
             processes = [node.process.machine for node in state.nodes]
-            known = {f"rank {i}": (one.running, one.standing.number) for i, one in enumerate(processes)}
+            known = {f"rank {i}": (one.running, one.pause.number) for i, one in enumerate(processes)}
             demand(nothing_steps_while_suspended(state.settled, known))
         if state.asking or state.stranded or self.known(state).timers or not all(map(_quiet, self.deployed(state))):
             return False
@@ -172,11 +171,9 @@ class Lockstep:
         return True
 
     def stuck(self, state: State) -> str:
-        """Where everyone is."""
         return f"Stuck: {situation(state)}. Nothing that happens by itself brings this to an end."
 
     def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
-        """A move in words."""
         return told(before, what, after)
 
     # Which states are one --------------------------------------------------------------------------
@@ -243,7 +240,6 @@ class Lockstep:
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """Everything that can happen."""
         first = self._first(state) if self.commutes else None
         if first is not None:
             yield first
@@ -368,7 +364,7 @@ class Lockstep:
         yield from self.round(state, range(len(state.nodes)))
 
     def round(self, state: State, members: Sequence[int]) -> Iterator[Move]:
-        """Likewise, of these."""
+        """These ranks do so."""
         nodes = [state.nodes[rank] for rank in members]
         if all(node.process.steps_on and len(node.up) < self.bound.backlog for node in nodes):
             agreeing = all(node.process.agree is not None for node in nodes)
@@ -458,7 +454,6 @@ class Lockstep:
     # What the coordinator hears, and says -----------------------------------------------------------
 
     def happens(self, state: State, do: Callable[..., Answer], *given: Any) -> Answer:
-        """Something happens to the coordinator's machine."""
         state.coordinator, answer = state.coordinator.after(do, *given)
         return answer
 
@@ -509,7 +504,6 @@ class Lockstep:
         state.losses -= 1
 
     def same_links(self, state: State, other: State) -> bool:
-        """Whether the receivers are alike in both."""
         return state.nodes == other.nodes
 
     def broadcast(self, state: State, answer: Answer, lost: int) -> None:
@@ -536,7 +530,7 @@ class Lockstep:
         # The request that the notice was about may have been lost with the life before.
         if machine.incarnation == 1 and "abort" not in self.calls:
             # What it holds back, or has while it runs, it starts by itself, in whatever wave is current then.
-            own = node.process.unfinished if machine.running else machine.requests.held
+            own = node.process.unfinished if machine.running else machine.requests.kept_back
             coming = (*node.arriving, *[wake.wave] * own)
             demand(left_out_has_it(wake, machine.wave, machine.running, coming))
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
+from paceline.check.search import Whole
 from paceline.check.state import NOW, Freezer, Part, Register, demand
 from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.epoch import Stalls
@@ -124,12 +125,12 @@ class Process:
     @property
     def unfinished(self) -> int:
         """Requests that the rank has, with the engine or held back."""
-        return len(self.left) + self.machine.requests.held
+        return len(self.left) + self.machine.requests.kept_back
 
     def key(self, freeze: Freezer) -> object:
         """Equal for processes that behave alike: of requests it counts what is left of each, and not their names."""
         left = tuple(sorted(steps for _, steps in self.left.values()))
-        rest = (self.machine.requests.held, freeze(self.agree), self.group, self.to_form, self.forming)
+        rest = (self.machine.requests.kept_back, freeze(self.agree), self.group, self.to_form, self.forming)
         return (freeze(self.machine), left, *rest)
 
     # What happens to it; each returns what it says ---------------------------------------------------
@@ -299,7 +300,7 @@ class Bound(Struct, frozen=True):
     merge: bool = True
 
 
-class State:
+class State(Whole):
     """All parts, and what belongs to no one party.
 
     `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
@@ -324,13 +325,6 @@ class State:
     def spare(self) -> int:
         """Losses that are left."""
         return self.losses
-
-    def copy(self) -> State:
-        """One that can be changed."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        twin.nodes = [*self.nodes]
-        return twin
 
 
 # The coordinator: what happens to its machine. Each names the rank that it is about first, -1 for none ---------------

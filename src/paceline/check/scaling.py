@@ -104,7 +104,7 @@ class Scaled(Epochs):
         self.supervisors: Register[on_node.Node] = Register(freeze)
 
     def first_state(self) -> State:
-        """Likewise, and the place of one more."""
+        """Besides, there is the place of one more."""
         size = self.bound.ranks
         state = super().first_state()
         state.nodes.append(Node(self.processes.part(Process(0, self.settings)), ended=True))
@@ -115,12 +115,12 @@ class Scaled(Epochs):
         return state
 
     def begun(self, state: State) -> State:
-        """Likewise, with all changes before it."""
+        """All changes are still to come."""
         state.scale = state.scale._replace(left=self.bound.scales)
         return super().begun(state)
 
     def crashed(self, state: State, nodes: Sequence[Node]) -> None:
-        """Likewise; front-ends say to each coordinator what they know, and hear no more what it did not tell. It knows
+        """Front-ends say to each coordinator what they know, and hear no more what it did not tell. It knows
         nothing but how many ranks the node believes there are."""
         super().crashed(state, nodes)
         node = state.scale.node
@@ -136,12 +136,11 @@ class Scaled(Epochs):
         return range(_scaling(state.scale.known).serving)
 
     def alike(self, state: State) -> int:
-        """Likewise."""
         alike: int = state.scale.alike
         return alike
 
     def key(self, state: State) -> tuple[Any, ...]:
-        """Likewise, with the rank that must go, if one was chosen, behind those that are still alike."""
+        """The rank that must go comes, if one was chosen, behind those that are still alike."""
         scale = state.scale
         if scale.leaver >= 0:
             order = [rank for rank in range(scale.alike) if rank != scale.leaver]
@@ -150,7 +149,7 @@ class Scaled(Epochs):
         return (*super().key(state), state.scale)
 
     def over(self, state: State) -> bool:
-        """Likewise; nobody waits for a change, all know the same of the last one, and who has left is not there."""
+        """Besides, all know the same of the last change, and ranks that have left are not there."""
         node = state.scale.node
         if not _agreed(state) or not node.connected or node.up or node.down:
             return False
@@ -159,7 +158,7 @@ class Scaled(Epochs):
         return there == [rank < size for rank in range(self.places)] and super().over(state)
 
     def requests_may_come(self, state: State) -> bool:
-        """Likewise; what a rank has that is to leave, too."""
+        """What a rank has that is to leave may go elsewhere, too."""
         if super().requests_may_come(state):
             return True
         over = not state.scale.left and _agreed(state)
@@ -168,7 +167,6 @@ class Scaled(Epochs):
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """Likewise."""
         scale, held = state.scale, state.coordinator.thing.scaling
         known = {"the coordinator": held, "the node": scale.node.scaling, "the front-ends": _scaling(scale.known)}
         demand(one_size_a_number(known))
@@ -304,18 +302,17 @@ class Scaled(Epochs):
     # What follows -----------------------------------------------------------------------------------
 
     def answered(self, state: State, answer: Answer, lost: int) -> None:
-        """Likewise; front-ends can hear of a newer Scaling than before."""
+        """Besides, front-ends can hear of a newer Scaling than before."""
         newest = answer.scaling
         if newest is not None and _scaling(newest).number > _scaling(state.scale.published).number:
             _scale(state, published=newest)
         super().answered(state, answer, lost)
 
     def same_links(self, state: State, other: State) -> bool:
-        """Likewise."""
         return state.scale.node == other.scale.node and super().same_links(state, other)
 
     def broadcast(self, state: State, answer: Answer, lost: int) -> None:
-        """Likewise, to the node too: its place is behind the ranks'."""
+        """Besides, the node hears: its place is behind the ranks'."""
         for word in answer.broadcasts if lost != self.places else ():
             node = state.scale.node
             question = isinstance(word.thing, Identify)
@@ -329,7 +326,7 @@ class Scaled(Epochs):
         super().broadcast(state, answer, lost)
 
     def dies(self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node) -> Iterator[Move]:
-        """Likewise, of a rank on trial too: it is not started again, and the node says so."""
+        """A rank on trial dies too: it is not started again, and the node says so."""
         if not state.scale.node.machine.thing.provisional(rank):
             yield from super().dies(state, rank, members, others, last)
             return
@@ -342,7 +339,7 @@ class Scaled(Epochs):
         _scale(state, node=state.scale.node.after(rank)[0])
 
     def strand(self, state: State, rank: int, node: Node) -> None:
-        """Likewise, where it does not go on elsewhere already."""
+        """What does not go on elsewhere already, must."""
         if rank < _scaling(state.scale.known).limit:
             super().strand(state, rank, node)
 

@@ -33,8 +33,7 @@ class State(Protocol):
     @property
     def spare(self) -> int: ...
 
-    def copy(self) -> Self:
-        """One that can be changed."""
+    def copy(self) -> Self: ...
 
 
 S = TypeVar("S", bound=State)
@@ -53,6 +52,30 @@ class Move(NamedTuple):
     given: tuple[Any, ...] = ()
 
 
+class Whole:
+    """A state of plain attributes, of which lists alone are ever changed in place."""
+
+    def copy(self) -> Self:
+        twin = object.__new__(type(self))
+        twin.__dict__.update({name: [*one] if type(one) is list else one for name, one in self.__dict__.items()})
+        return twin
+
+
+class Requests:
+    """What models of requests have in common, whose moves all happen by themselves and are told as they are named."""
+
+    def stuck(self, _: Any) -> str:
+        return "a request can never come to its end any more"
+
+    def tell(self, _: Any, what: tuple[Any, ...], __: Any) -> str:
+        return str(what[0])
+
+
+def told(what: str, do: Callable[..., None], *given: Any) -> Move:
+    """A move with its name."""
+    return Move((what,), True, do, given)
+
+
 class Model(Protocol[S]):
     """What is searched."""
 
@@ -68,8 +91,7 @@ class Model(Protocol[S]):
     def key(self, state: S) -> Hashable:
         """Equal for states that go on alike, whatever their `spare`; the state may be brought into a normal form."""
 
-    def tell(self, before: S, what: tuple[Any, ...], after: S) -> str:
-        """A move in words."""
+    def tell(self, before: S, what: tuple[Any, ...], after: S) -> str: ...
 
     def stuck(self, state: S) -> str:
         """What is wrong with a state from which nothing that is over can be reached."""

@@ -21,13 +21,13 @@ that a scale-down ends no otherwise than where the rank has nothing left, so wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 from msgspec import Struct
 
 from paceline.check.dispatch import handles
-from paceline.check.search import Move
+from paceline.check.search import Move, Requests, Whole, told
 from paceline.check.state import NOW, Broken, Freezer, Part, Register
 from paceline.core import node as on_node
 from paceline.core.coordinator import events as on_coordinator
@@ -144,7 +144,7 @@ class Life:
         return (*effects, *self.machine.handle(on_rank.Stepped(outputs, Load(), bool(self.left)), NOW))
 
 
-class State:
+class State(Whole):
     """All parts. `said`: by rank, outputs on their way; `gone`: a life of which the coordinator is still to see the
     connection end; `links`: the front-end's, (life, whether it is up). `ending`: whether the node is about to end it;
     `failed`: ranks that have died on trial.
@@ -167,13 +167,8 @@ class State:
 
     spare = 0
 
-    def copy(self) -> State:
-        twin = object.__new__(State)
-        twin.__dict__.update({name: [*one] if type(one) is list else one for name, one in self.__dict__.items()})
-        return twin
 
-
-class Serving:
+class Serving(Requests):
     """The moves of one deployment."""
 
     def __init__(self, bounds: Bounds) -> None:
@@ -211,42 +206,35 @@ class Serving:
         size = list(range(scaling.size))
         return machine.ready_ranks() == size and (not self.bounds.scales or there == size)
 
-    def stuck(self, state: State) -> str:
-        return "a request can never come to its end any more"
-
-    def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
-        return str(what[0])
-
     def key(self, state: State) -> Hashable:
         return tuple([tuple(one) if type(one) is list else one for one in state.__dict__.values()])
 
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        """All that may happen next."""
         if state.asked < self.bounds.requests:
             for rank in state.desk.thing.machine.ready_ranks():
-                yield _move(f"a client asks, for rank {rank}", self._submit, rank)
+                yield told(f"a client asks, for rank {rank}", self._submit, rank)
         risk = self._at_risk(state)
         for rank in range(self.places):
             yield from self._rank_moves(state, rank, risk and state.crashes > 0)
             yield from self._link_moves(state, rank, risk and state.cuts > 0)
         if state.for_frontend:
             name = type(state.for_frontend[0].thing.message).__name__
-            yield _move(f"the front-end hears {name} from the coordinator", self._front_hears)
+            yield told(f"the front-end hears {name} from the coordinator", self._front_hears)
         if state.coordinator is None:
-            yield _move("another coordinator starts, which knows nothing", self._start_coordinator)
+            yield told("another coordinator starts, which knows nothing", self._start_coordinator)
             return
         if state.for_coordinator:
             rank, word = state.for_coordinator[0]
             name = type(word.thing.message).__name__
-            yield _move(f"the coordinator hears {name} of rank {rank}", self._coordinator_hears)
+            yield told(f"the coordinator hears {name} of rank {rank}", self._coordinator_hears)
         waits = "acquaintance" in state.coordinator.thing.timers()
         if waits:
             text = "the coordinator waits no longer for ranks that say nothing"
-            yield _move(text, self._coordinator, on_coordinator.Tick(), "acquaintance")
+            yield told(text, self._coordinator, on_coordinator.Tick(), "acquaintance")
         if risk and state.crashes:
-            yield _move("the coordinator dies", self._crash_coordinator)
+            yield told("the coordinator dies", self._crash_coordinator)
         if not waits and self.bounds.scales:
             yield from self._scaling_moves(state, state.coordinator.thing.scaling)
 
@@ -261,50 +249,50 @@ class Serving:
         kept = rank in state.node.thing.ranks and rank not in state.failed and not state.ending[rank]
         if not state.alive[rank]:
             if kept:
-                yield _move(f"the next life of rank {rank} is there", self._start_rank, rank)
+                yield told(f"the next life of rank {rank} is there", self._start_rank, rank)
         else:
             life = state.lives[rank].thing
             if state.inbox[rank]:
                 name = type(state.inbox[rank][0].thing.message).__name__
-                yield _move(f"rank {rank} reads {name}", self._rank_reads, rank)
+                yield told(f"rank {rank} reads {name}", self._rank_reads, rank)
             if life.left:
-                yield _move(f"rank {rank} makes a step", self._step, rank)
+                yield told(f"rank {rank} makes a step", self._step, rank)
             joins = life.machine.phase is on_rank.Phase.JOINING and state.coordinator is not None
             if joins and all(who != rank for who, _ in state.for_coordinator):
-                yield _move(f"rank {rank} says hello again", self._rank, rank, on_rank.Turn(Load(), False), 10.0)
+                yield told(f"rank {rank} says hello again", self._rank, rank, on_rank.Turn(Load(), False), 10.0)
             if dies and kept:
-                yield _move(f"rank {rank} dies", self._crash_rank, rank, False)
-                yield _move(f"rank {rank} dies, and with it what it had said", self._crash_rank, rank, True)
+                yield told(f"rank {rank} dies", self._crash_rank, rank, False)
+                yield told(f"rank {rank} dies, and with it what it had said", self._crash_rank, rank, True)
         if state.ending[rank]:
-            yield _move(f"the node ends rank {rank}", self._end_rank, rank, False)
+            yield told(f"the node ends rank {rank}", self._end_rank, rank, False)
             if state.said[rank]:
-                yield _move(f"the node ends rank {rank}, and what it had said is lost", self._end_rank, rank, True)
+                yield told(f"the node ends rank {rank}, and what it had said is lost", self._end_rank, rank, True)
 
     def _link_moves(self, state: State, rank: int, cuts: bool) -> Iterator[Move]:
         if state.said[rank]:
-            yield _move(f"the front-end hears rank {rank}", self._outputs, rank)
+            yield told(f"the front-end hears rank {rank}", self._outputs, rank)
         if state.gone[rank]:
-            yield _move(f"the coordinator sees the connection of rank {rank} end", self._seen_gone, rank)
+            yield told(f"the coordinator sees the connection of rank {rank} end", self._seen_gone, rank)
         if state.links[rank] is None:
             return
         life, up = state.links[rank] or (0, False)
         living = state.alive[rank] and state.lives[rank].thing.machine.incarnation == life
         if up and not living:
-            yield _move(f"the front-end sees its connection to rank {rank} end", self._link, rank, False)
+            yield told(f"the front-end sees its connection to rank {rank} end", self._link, rank, False)
         elif up and cuts:
-            yield _move(f"the front-end's connection to rank {rank} ends", self._cut, rank, False)
-            yield _move(f"the front-end's connection to rank {rank} ends with what is on it", self._cut, rank, True)
+            yield told(f"the front-end's connection to rank {rank} ends", self._cut, rank, False)
+            yield told(f"the front-end's connection to rank {rank} ends with what is on it", self._cut, rank, True)
         elif not up and living:
-            yield _move(f"the front-end is connected to rank {rank} again", self._link, rank, True)
+            yield told(f"the front-end is connected to rank {rank} again", self._link, rank, True)
 
     def _scaling_moves(self, state: State, scaling: Scaling) -> Iterator[Move]:
         if scaling.under_way:
             text = f"the time of the change to {scaling.target} is up"
-            yield _move(text, self._coordinator, on_coordinator.Tick(), "scaling-late")
+            yield told(text, self._coordinator, on_coordinator.Tick(), "scaling-late")
         elif state.scales:
             for size in (scaling.size - 1, scaling.size + 1):
                 if 0 < size <= self.places:
-                    yield _move(f"an operator asks for so many ranks: {size}", self._ask, size)
+                    yield told(f"an operator asks for so many ranks: {size}", self._ask, size)
 
     # The front-end ----------------------------------------------------------------------------------
 
@@ -481,7 +469,3 @@ class Serving:
             heard = isinstance(message, Identify) and any(who == rank for who, _ in state.for_coordinator)
             if alive and not heard:
                 self._rank(state, rank, on_rank.CoordinatorSaid(message))
-
-
-def _move(what: str, do: Callable[..., None], *given: Any) -> Move:
-    return Move((what,), True, do, given)
