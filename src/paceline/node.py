@@ -81,7 +81,7 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> DPCoordinator | No
         plan.join()
         return None
     config = plan.config
-    # Its notes of who is ready would run into the start-up display, which says the same.
+    # Its notes of what is ready would run into the start-up display, which says the same.
     level = "warning" if config.server.log_level == "info" else config.server.log_level
     coordinator = DPCoordinator(
         config.parallel, plan.lockstep, {"level": level}, rank_timeout_s=config.server.rank_timeout_s
@@ -169,17 +169,16 @@ class Plan:
     def rank_address(self, rank: int, life: int) -> str:
         """Where a rank's front-ends reach it: on this node alone, or from others too."""
         parallel = self.config.parallel
-        if parallel.one_node or parallel.balanced_ranks is not None:
-            return self.folder.address(f"rank-{rank}.{life}")
-        return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
+        return self._address(f"rank-{rank}.{life}", parallel.one_node or parallel.balanced_ranks is not None)
 
     def group_address(self, rank: int, life: int) -> str:
         """Where a rank's peers reach it for collectives; empty where there are none."""
+        return self._address(f"group-{rank}.{life}", self.config.parallel.one_node) if self.lockstep else ""
+
+    def _address(self, name: str, local: bool) -> str:
         parallel = self.config.parallel
-        if not self.lockstep:
-            return ""
-        if parallel.one_node:
-            return self.folder.address(f"group-{rank}.{life}")
+        if local:
+            return self.folder.address(name)
         return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
 
     def close(self) -> None:

@@ -153,7 +153,7 @@ class SocketGroup(RankGroup):
     def leave(self) -> None:
         self._ended = True
         for link in self._links.values():
-            # A shut-down wakes whoever polls it, here and at the peer; a close alone would not.
+            # A shut-down wakes a thread that polls it, here and at the peer; a close alone would not.
             try:
                 link.shutdown(socket.SHUT_RDWR)
             except OSError:
@@ -205,7 +205,7 @@ class SocketGroup(RankGroup):
         for peer, link in self._links.items():
             events = HANG_UP
             events |= select.POLLOUT if peer in transfer.sending else 0
-            # Who is not awaited may be ahead and have sent already: that is no reason to wake up.
+            # A peer that is not awaited may be ahead and have sent already: that is no reason to wake up.
             events |= select.POLLIN if peer in transfer.receiving else 0
             poller.register(link, events)
             by_descriptor[link.fileno()] = peer
@@ -270,7 +270,7 @@ class _Transfer:
         self.received: dict[int, bytes] = {}
 
     def missing(self) -> tuple[int, ...]:
-        """Whose part has not come, or who does not take ours. For any thread."""
+        """Ranks whose part has not come, or that do not take ours. For any thread."""
         while True:
             try:
                 return tuple(sorted({*self.receiving, *self.sending}))

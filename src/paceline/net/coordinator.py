@@ -246,7 +246,7 @@ class DPCoordinatorProc(CoordinatorLoop):
             lockstep=enable_wave_coordination,
             publish_loads=publish_loads,
             fresh=fresh,
-            # Ranks that are not of ours may begin without; who takes another's place must believe no stranger.
+            # Ranks that are not of ours may begin without; a coordinator in another's place must believe no stranger.
             presence=not fresh,
             most_ranks=most_ranks,
         )

@@ -2,9 +2,9 @@
 
 Each rank has one listening socket, and each pair of members one connection: the later rank connects to the earlier
 one. The first bytes on a connection are a handshake that says the epoch and the two ranks; a connection that says
-anything else is dropped, so that neither a stranger nor a rank of another epoch becomes a member. Anybody who reaches
-the address can connect and say nothing. That must not hold up those who are expected, so nobody is waited for: each is
-heard as its bytes come.
+anything else is dropped, so that neither a stranger nor a rank of another epoch becomes a member. Anybody
+that reaches the address can connect and say nothing. That must not hold up those that are expected, so nobody is
+waited for: each is heard as its bytes come.
 
 When all are connected the group is a `SocketGroup` (`net/collective.py`), in which the ranks agree after their steps.
 How long a rank waits there for its peers is watched by a thread of its own, since the engine's thread is what waits.
@@ -73,7 +73,7 @@ class Handshakes:
         self._handshakes: dict[int, _Handshake] = {}
 
     def wait(self, seconds: float) -> dict[int, socket.socket]:
-        """Hear whoever says something within this time, at least once; returns the links of those who are members."""
+        """Hear what is said within this time, at least once; returns the links of those that are members."""
         poller = select.poll()
         poller.register(self._listening, select.POLLIN)
         for descriptor in self._handshakes:
@@ -95,7 +95,7 @@ class Handshakes:
             self._handshakes.pop(descriptor).link.close()
 
     def _open(self) -> None:
-        """Let all in who are there."""
+        """Accept all that connect now."""
         for _ in range(MOST_WAITING):
             try:
                 link, _ = self._listening.accept()
@@ -138,7 +138,7 @@ class Handshakes:
 
 TRY_AGAIN_S = 0.02
 LOOK_UP_S = 0.2
-"""How often whoever only waits for others sees whether it is still wanted."""
+"""How often a rank that only waits for others sees whether it is still wanted."""
 LISTEN_BACKLOG = 1024
 
 
@@ -268,7 +268,7 @@ LONGEST_LOOK_S = 5.0
 
 class StallWatch:
     """Watches how long a rank has waited for its peers. It decides nothing: whom the ranks wait for goes to the
-    coordinator, which finds out of all answers who holds the group up (`core/coordinator/epoch.py`).
+    coordinator, which finds out of all answers which rank holds the group up (`core/coordinator/epoch.py`).
 
     It says `Waited` after `timeout_s` of waiting, again after each `timeout_s`, and when it is over.
 

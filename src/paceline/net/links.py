@@ -76,8 +76,8 @@ LOCK = ".lock"
 class SocketFolder:
     """A private folder for the ipc sockets of one deployment, removed with it.
 
-    A process that is killed removes nothing. So its folder holds a lock as long as it lives, and whoever makes the next
-    folder removes those whose lock is nobody's.
+    A process that is killed removes nothing. So its folder holds a lock as long as it lives, and the next
+    folder's maker removes those whose lock is nobody's.
     """
 
     def __init__(self) -> None:

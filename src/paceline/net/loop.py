@@ -5,9 +5,9 @@ poll knows whole milliseconds and takes longer than all else in a turn. So the l
 something, and sleeps in `select` on their file descriptors. Such a descriptor tells of a change and not of a state: it
 is slept on only after every socket was asked and had nothing.
 
-The order is that of urgency. What front-ends say comes first, since a request may wait for it; then who has come or
-gone, since nobody is heard of whose end nobody would learn; then the ranks, who say the most, and are read for a set
-time. What is due interrupts all of them. A turn in which nobody said anything is the time to give memory back.
+The order is that of urgency. What front-ends say comes first, since a request may wait for it; then what has
+come or gone, since only those are heard whose end will be learnt; then the ranks, which say the most and are read for a
+set time. What is due interrupts all of them. A turn in which nobody said anything is the time to give memory back.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LONGEST_SLEEP_S = 3600.0
 
 
 class CoordinatorLoop(ABC):
-    """A coordinator's sockets and its loop; who inherits it has the machine and the codecs."""
+    """A coordinator's sockets and its loop; a subclass has the machine and the codecs."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._bad_from_frontends = BadFrames(logger, "the front-ends' socket")

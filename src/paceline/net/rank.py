@@ -226,7 +226,7 @@ class RankTransport:
     # Front-ends that have died ------------------------------------------------------------------
 
     def _read_ends(self) -> None:
-        """Some connection has ended: look who is there, soon and again."""
+        """Some connection has ended: look which front-ends are there, soon and again."""
         for _ in drain(self._ends, self.bad_requests, parts=2):
             pass
         now = time.monotonic()
@@ -372,6 +372,15 @@ class EngineRank:
         self._transport.inbox.put(None)
 
     def _perform(self, effect: Effect) -> None:
+        try:
+            self._do(effect)
+        except GroupEnded as error:
+            if not self._stopping:
+                logger.warning("rank %d: %s", self._machine.rank, error)
+            self._feed(EpochEnded())
+
+    def _do(self, effect: Effect) -> None:
+        """Raises `engines.group.EpochEnded` where the epoch ends in a collective."""
         match effect:
             case Step(prefill_quota):
                 self._engine.limit_prefill(prefill_quota)
@@ -388,9 +397,10 @@ class EngineRank:
             case Wait(until) if not self._stopping:
                 self._take_in(None if until is None else max(0.001, until - time.monotonic()))
             case DummyStep():
-                self._dummy_step()
+                self._engine.dummy_step()
+                self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
             case Agree():
-                self._agree(effect)
+                self._feed(self._member().agree(effect))
             case FormGroup():
                 self._form(effect)
 
@@ -405,44 +415,18 @@ class EngineRank:
         self._engine.join(group)
         self._feed(Formed(wanted.epoch))
 
-    def _agree(self, agree: Agree) -> None:
-        membership = self._member()
-        try:
-            agreed = membership.agree(agree)
-        except GroupEnded as error:
-            self._ended(error)
-            return
-        self._feed(agreed)
-
     def _member(self) -> GroupMembership:
         if self._membership is None:
             raise EngineError(f"rank {self._machine.rank}: a lockstep engine without a group")
         return self._membership
 
-    def _ended(self, error: GroupEnded) -> None:
-        if not self._stopping:
-            logger.warning("rank %d: %s", self._machine.rank, error)
-        self._feed(EpochEnded())
-
     def _step(self) -> None:
         begin = time.monotonic()
-        try:
-            result = self._engine.step()
-        except GroupEnded as error:
-            self._ended(error)
-            return
+        result = self._engine.step()
         seconds = time.monotonic() - begin
         load, has_work = self._engine.load(), self._engine.has_work()
         made = (result.prefilled_tokens, result.decoded_tokens, seconds)
         self._feed(Stepped(result.outputs, load, has_work, *made, self._urged()))
-
-    def _dummy_step(self) -> None:
-        try:
-            self._engine.dummy_step()
-        except GroupEnded as error:
-            self._ended(error)
-            return
-        self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
 
     def _urged(self) -> bool:
         return self._membership is not None and self._membership.urged()

@@ -249,7 +249,7 @@ class Supervisor:
         return self._wakeup.set
 
     def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
-        """Have `restart` called when this process ends while all is serving; who started it also stops it."""
+        """Have `restart` called when this process ends while all is serving; whatever started it also stops it."""
         policy = Restarts(first_s=WATCHED_AGAIN_S, longest_s=WATCHED_AGAIN_S, steady_s=WATCHED_AGAIN_S)
         self._watched.append(Watched(process, restart, policy, time.monotonic()))
 
@@ -322,7 +322,7 @@ class Supervisor:
                     waits.append(wait_s)
                 else:
                     child.begin_again()
-                    # Whoever waits for the ends of children does not know of this one yet.
+                    # The wait for the ends of children does not know of this one yet.
                     waits.append(0.0)
         return min(waits, default=None)
 
@@ -407,7 +407,7 @@ class Supervisor:
     def _alive(self) -> list[int]:
         """What to wait on for the end of what runs now.
 
-        Taken before anything is asked about who has ended: what ends between the two is then seen by one of them.
+        Taken before anything is asked about what has ended: what ends between the two is then seen by one of them.
         """
         processes = [child.process for child in (*self._children.values(), *(child for child, _ in self._leaving))]
         processes += [watched.process for watched in self._watched]
