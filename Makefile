@@ -24,15 +24,16 @@ $(STAMP): pyproject.toml
 serve: $(STAMP) ## serve Gemma 3 270M over two ranks; flags by ARGS="--port 8001 -dp 4"
 	@exec $(BIN)/paceline serve $(ARGS)
 
-test: $(STAMP) ## lint, types, and all tests, the slow ones included
+test: $(STAMP) ## lint, types, dead code, and all tests, the slow ones included
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/vulture
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(or $(ARGS),-m "not alone")
 	@$(if $(ARGS),true,$(BIN)/python -m pytest -m alone)
 
-test-fast: $(STAMP) ## the tests that start no process and load no model
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test-fast: $(STAMP) ## the tests that start no process and load no model, properties with fewer examples
+	@HYPOTHESIS_PROFILE=fast $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 # vLLM has an environment of its own, .vllm/VERSION: 3.4 GB, made once. ARGS="--vllm-full" runs all of it.
 VLLM ?= 0.32.0

@@ -22,7 +22,7 @@ from typing import Any
 
 from paceline.core.rank.prefill_quota import PART_REDUCTIONS, Part, decide
 from paceline.engines.group import EpochEnded, RankGroup
-from paceline.net.group import GroupListener, form_group, group_path
+from paceline.net.group import GroupListener, form_group
 
 BLOCK = 200
 
@@ -52,7 +52,7 @@ def agreement(group: RankGroup, rank: int) -> None:
 
 def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, results: Connection) -> None:
     """One rank's process; rank 0 reports."""
-    addresses = {peer: group_path(folder, peer) for peer in range(size)}
+    addresses = {peer: f"ipc://{folder}/group-{peer}" for peer in range(size)}
     listener = GroupListener(addresses[rank])
     group = form_group(listener, 1, rank, addresses, 60.0)
     calls: dict[str, Callable[[], Any]] = {

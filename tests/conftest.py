@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.pace import examples
 from tests.serving import Deployment, deployment
 
 # A busy machine is no failure: a test that hangs is ended by its own deadline.
-settings.register_profile("paceline", deadline=None)
+settings.register_profile("paceline", deadline=None, max_examples=examples(100))
 settings.load_profile("paceline")
 
 # A shell without job control starts what runs in the background with Ctrl-C ignored, and our children would, too.

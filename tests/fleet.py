@@ -26,6 +26,7 @@ from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
 from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive
+from tests.pace import stretched
 from tests.serving import wait_until
 
 
@@ -144,7 +145,7 @@ async def frontends(made: Fleet, count: int) -> AsyncIterator[list[FrontendShell
     """Front-ends that know every rank."""
     clients = [made.frontend(index, count) for index in range(count)]
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(stretched(60)):
             for client in clients:
                 while len(client.machine.ready_ranks()) < made.size:
                     await client.wait_changed()

@@ -7,6 +7,8 @@ import socket
 import threading
 import time
 
+from tests.pace import stretched
+
 TEXT = b'"text":'
 
 
@@ -46,7 +48,7 @@ class RawStream(threading.Thread):
 
     def text(self, deadline_s: float = 60.0) -> str:
         """The whole text, once it has ended. Fails where it did not end as it should."""
-        self.join(deadline_s)
+        self.join(stretched(deadline_s))
         assert not self.is_alive(), f"no end after {deadline_s:g} s and {self.bytes} bytes"
         said = b"".join(self._parts)
         assert said.startswith(b"HTTP/1.1 200 "), said[:200]

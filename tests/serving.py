@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import IO, Any
@@ -16,19 +15,21 @@ from typing import IO, Any
 import httpx2
 import openai
 
+from tests.pace import Deadline, pace, stretched
+
 DEADLINE_S = 120.0
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 30.0) -> Any:
     """Poll `condition` until it is true; fails naming `what`. Returns what the condition returned."""
-    end = time.monotonic() + deadline_s
+    deadline = Deadline(deadline_s)
     pause = threading.Event()
     while True:
         value = condition()
         if value:
             return value
-        if time.monotonic() > end:
-            raise AssertionError(f"not within {deadline_s:g} s: {what}")
+        if deadline.over():
+            raise AssertionError(f"not within {deadline_s:g} s, stretched by {pace():.1f}: {what}")
         pause.wait(0.02)
 
 
@@ -70,10 +71,10 @@ class Command:
     def wait_end(self, deadline_s: float = DEADLINE_S) -> int:
         """Until the process has ended and all it printed is read; returns the exit status."""
         try:
-            status = self.process.wait(deadline_s)
+            status = self.process.wait(stretched(deadline_s))
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {deadline_s:g} s:\n{self.output}") from None
-        self._reader.join(10)
+        self._reader.join(stretched(10))
         return status
 
     def signal(self, number: int) -> None:
@@ -92,18 +93,18 @@ class Command:
     def open(self, url: str) -> None:
         """Open a client."""
         self.url = url
-        self.http = httpx2.Client(base_url=self.url, timeout=60.0)
+        self.http = httpx2.Client(base_url=self.url, timeout=stretched(60.0))
 
     @property
     def openai(self) -> openai.OpenAI:
         """The official client."""
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=stretched(60.0))
         self._clients.add(client)
         return client
 
     def async_openai(self) -> openai.AsyncOpenAI:
         """The official asynchronous client."""
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60.0)
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=stretched(60.0))
 
     def health(self) -> dict[str, Any]:
         """One front-end's `/health`."""
@@ -123,8 +124,8 @@ class Command:
         for pid in [self.process.pid, *left]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.wait(10)
-        self._reader.join(10)
+        self.process.wait(stretched(10))
+        self._reader.join(stretched(10))
         if self.process.stdout is not None:
             self.process.stdout.close()
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from tests.pace import stretched
 from tests.serving import Deployment, wait_until
 
 TIMED = ("--engine", "timed", "--engine-option", "step_ms=10")
@@ -47,7 +48,7 @@ class Streams:
     def wait(self) -> list[str]:
         """All texts, whole. Raises what a client got in place of one."""
         for future in self._futures:
-            future.result(60)
+            future.result(stretched(60))
         assert set(self.finishes) <= {"length", "stop"}
         return self.texts
 

@@ -14,12 +14,16 @@ import httpx2
 import pytest
 from msgspec import Struct
 
+from tests.pace import stretched
 from tests.serving import Deployment, deployment, process_name, wait_until
 
 pytestmark = pytest.mark.slow
 
 RANKS, SLOTS = 4, 4
-FLAGS = ["--engine", "timed", "-dp", str(RANKS), "--max-num-seqs", str(SLOTS), "--engine-option", "step_ms=10"]
+# The ranks are as much slower as the clients are: what is told of their order holds on a busy machine, too.
+SLOWER = stretched(1.0, most=4.0)
+FLAGS = ["--engine", "timed", "-dp", str(RANKS), "--max-num-seqs", str(SLOTS)]
+FLAGS += ["--engine-option", f"step_ms={10 * SLOWER}"]
 
 
 class Got(Struct):
@@ -49,14 +53,17 @@ async def stream(client: httpx2.AsyncClient, got: Got, tokens: int, priority: in
 async def burst(url: str, count: int, tokens: int, gap_s: float) -> list[Got]:
     """So many streams, each begun a moment after the one before, on connections of their own."""
     limits = httpx2.Limits(max_connections=count)
-    async with httpx2.AsyncClient(base_url=url, timeout=60.0, limits=limits) as client, asyncio.TaskGroup() as group:
+    async with (
+        httpx2.AsyncClient(base_url=url, timeout=stretched(60.0), limits=limits) as client,
+        asyncio.TaskGroup() as group,
+    ):
         answers: list[Got] = []
         begin = time.monotonic()
         for number in range(count):
             answers.append(Got(time.monotonic()))
             group.create_task(stream(client, answers[-1], tokens))
             # Spread over time by the clock, so that a late start is not made later.
-            await asyncio.sleep(max(0.0, begin + (number + 1) * gap_s - time.monotonic()))
+            await asyncio.sleep(max(0.0, begin + (number + 1) * gap_s * SLOWER - time.monotonic()))
     return answers
 
 
@@ -90,7 +97,7 @@ def test_nobody_waits_behind_a_full_rank() -> None:
         waiting = []
         while queued(running) > SLOTS:
             waiting.append(max(load["waiting"] for load in running.http.get("/loads").json()["ranks"]))
-        work.result(60)
+        work.result(stretched(60))
     # What has just been granted waits for the step that it begins with, and no longer.
     assert waiting
     assert max(waiting) <= SLOTS
@@ -99,7 +106,7 @@ def test_nobody_waits_behind_a_full_rank() -> None:
 
 def test_a_better_priority_goes_first() -> None:
     async def both(url: str) -> tuple[Got, Got]:
-        async with httpx2.AsyncClient(base_url=url, timeout=60.0) as client, asyncio.TaskGroup() as group:
+        async with httpx2.AsyncClient(base_url=url, timeout=stretched(60.0)) as client, asyncio.TaskGroup() as group:
             # All slots become free at about one time: what waits is more than fits then.
             fill = [Got(0.0) for _ in range(2 * RANKS * SLOTS)]
             streams = [group.create_task(stream(client, got, 60)) for got in fill]
@@ -129,7 +136,7 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
                 return any(name == "pl:coordinator" and pid != before for pid, name in names.items())
 
             wait_until(another_one, "another coordinator")
-        answers = work.result(90)
+        answers = work.result(stretched(90))
         assert {got.text for got in answers} == {whole(tokens)}
 
         probes = 0
@@ -151,7 +158,7 @@ def test_a_killed_frontend_leaves_nothing_in_the_queue() -> None:
 
     async def cut(url: str, victim: int) -> list[Got]:
         limits = httpx2.Limits(max_connections=count)
-        async with httpx2.AsyncClient(base_url=url, timeout=60.0, limits=limits) as client:
+        async with httpx2.AsyncClient(base_url=url, timeout=stretched(60.0), limits=limits) as client:
             answers = [Got(0.0) for _ in range(count)]
             streams = [asyncio.create_task(stream(client, got, tokens)) for got in answers]
             while sum(bool(got.first) for got in answers) < RANKS * SLOTS:

@@ -8,11 +8,16 @@ import sys
 import pytest
 
 from paceline import __version__
+from tests.pace import stretched
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "paceline", *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "paceline", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=stretched(60),
+        check=False,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pace import stretched
 from tests.serving import deployment
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +47,7 @@ def test_echo_engine_is_short() -> None:
 def test_trainer_changes_the_weights_under_load() -> None:
     """Answers are those of the weights that the last update wrote, at each rank in turn, and no request fails."""
     command = [sys.executable, str(ROOT / "examples" / "trainer.py"), "--updates", "40", "--streams", "4"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=stretched(110))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "40 updates" in done.stdout
     assert "0 failed, 0 wrong answers" in done.stdout

@@ -18,6 +18,7 @@ from paceline.engines.base import EngineSettings
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn, stop
 from paceline.process.supervisor import Ready
+from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +91,7 @@ def run_frontend(start: Start, addresses: Addresses, *arguments: str) -> tuple[i
     process = start(
         str(EXAMPLES / "foreign_frontend.py"), "--front-publish", addresses.front_publish, *arguments
     )  # fmt: skip
-    printed, _ = process.communicate(timeout=DEADLINE_S)
+    printed, _ = process.communicate(timeout=stretched(DEADLINE_S))
     return process.returncode, printed
 
 
@@ -100,7 +101,7 @@ def wait_members(addresses: Addresses, wanted: list[int]) -> Members:
         socket.connect(addresses.front_publish)
         socket.send(b"\x01")
         socket.send(b"\x01" + codec.frontend_topic(1))
-        while socket.poll(DEADLINE_S * 1000):
+        while socket.poll(stretched(DEADLINE_S) * 1000):
             message = codec.to_frontend().decode(socket.recv())
             if isinstance(message, Members) and [member.rank for member in message.members] == wanted:
                 return message
@@ -119,7 +120,7 @@ def test_foreign_rank_and_foreign_frontend(start: Start, addresses: Addresses) -
     status, printed = run_frontend(start, addresses, "--prompt", "3,1,4,1,5", "--max-tokens", "2")
     assert "rank 0 answered: 3 1 (length)" in printed.splitlines()
     rank.terminate()
-    assert rank.wait(DEADLINE_S) == 0
+    assert rank.wait(stretched(DEADLINE_S)) == 0
     [(number, _)] = wait_members(addresses, []).ended
     assert number == 0
 
@@ -129,7 +130,7 @@ def test_foreign_rank_outlives_its_coordinator(start: Start, addresses: Addresse
     start_rank(start, addresses)
     before = wait_members(addresses, [0])
     coordinator.kill()
-    coordinator.wait(DEADLINE_S)
+    coordinator.wait(stretched(DEADLINE_S))
     start_coordinator(start, addresses, "--no-wave-coordination")
     status, printed = run_frontend(start, addresses, "--timeout", "30")
     assert (status, printed.count("\n")) == (0, 2), printed
@@ -145,7 +146,7 @@ def test_restarted_foreign_rank_is_a_new_incarnation(start: Start, addresses: Ad
         rank = start_rank(start, addresses)
         incarnations.append(wait_members(addresses, [0]).members[0].incarnation)
         rank.terminate()
-        rank.wait(DEADLINE_S)
+        rank.wait(stretched(DEADLINE_S))
         wait_members(addresses, [])
     assert incarnations[0] != incarnations[1]
 
@@ -163,7 +164,7 @@ def test_foreign_frontend_with_our_rank(start: Start, addresses: Addresses) -> N
     process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
     writer.close()
     try:
-        while reader.poll(DEADLINE_S) and not isinstance(reader.recv(), Ready):
+        while reader.poll(stretched(DEADLINE_S)) and not isinstance(reader.recv(), Ready):
             pass
         status, printed = run_frontend(start, addresses, "--max-tokens", "4", "--timeout", "30")
     finally:
@@ -180,7 +181,7 @@ def test_deadlines_say_what_is_missing(start: Start, addresses: Addresses) -> No
     rank = start_rank(start, addresses, "--timeout", "0.3")
     status, printed = run_frontend(start, addresses, "--timeout", "0.3")
     assert (status, printed) == (1, "foreign front-end: a ready rank has not come within 0.3 s\n")
-    printed, _ = rank.communicate(timeout=DEADLINE_S)
+    printed, _ = rank.communicate(timeout=stretched(DEADLINE_S))
     assert (rank.returncode, printed) == (1, "foreign rank 0: no coordinator has admitted it within 0.3 s\n")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.pace import stretched
 from tests.serving import Command, Deployment, command, deployment, is_alive, process_name, wait_until
 
 pytestmark = pytest.mark.slow
@@ -143,7 +144,7 @@ def test_sigterm_drains() -> None:
         assert response.json()["error"]["code"] == "shutting_down"
         assert running.http.get("/health").status_code == 503
         expected = "".join(f" {index}" for index in range(1, 200))
-        assert [text.result(60) for text in texts] == [expected] * 8
+        assert [text.result(stretched(60)) for text in texts] == [expected] * 8
         assert running.wait_end() == 0
         assert "Traceback" not in running.output
         wait_until(lambda: not any(is_alive(pid) for pid in children), "children ended")
@@ -218,7 +219,7 @@ def test_killed_coordinator_is_not_noticed() -> None:
 
             wait_until(another_one, "another coordinator")
         expected = "".join(f" {index}" for index in range(400))
-        assert [text.result(60) for text in texts] == [expected] * 8
+        assert [text.result(stretched(60)) for text in texts] == [expected] * 8
         finished = sum(load["finished"] for load in running.http.get("/loads").json()["ranks"])
 
         def view_is_fresh() -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.pace import stretched
 from tests.serving import Deployment, deployment, wait_until
 from tests.streams import MOE, TIMED, streams, whole
 
@@ -31,7 +32,7 @@ def test_what_a_killed_frontend_has_sent_is_aborted_wherever_it_waits() -> None:
             running.http.close()
             for request in gone:
                 with pytest.raises(openai.APIConnectionError):
-                    request.result(30)
+                    request.result(stretched(30))
             running.wait_line("front-end 0 is back")
             running.wait_line("front-end 1 is back")
             running.connect()

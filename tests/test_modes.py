@@ -16,6 +16,7 @@ from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
 from paceline.net.coordinator import DPCoordinator
 from paceline.settings import ParallelConfig
+from tests.pace import stretched
 from tests.serving import Command, command, wait_until
 
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def rank_frames() -> list[bytes]:
 
 
 def read(socket_: zmq.Socket[bytes]) -> object:
-    assert socket_.poll(10_000), "nothing came from the coordinator"
+    assert socket_.poll(stretched(10) * 1000), "nothing came from the coordinator"
     return codec.to_frontend().decode(socket_.recv())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.pace import stretched
 from tests.serving import Deployment, deployment, is_alive, wait_until
 
 pytestmark = pytest.mark.slow
@@ -160,7 +161,7 @@ def test_sigterm_under_load_loses_nothing() -> None:
         texts = [pool.submit(lambda stream: [chunk.choices[0] for chunk in stream], stream) for stream in streams]
         running.signal(signal.SIGTERM)
         for text in texts:
-            choices = text.result(90)
+            choices = text.result(stretched(90))
             assert choices[-1].finish_reason in ("length", "stop")
         assert running.wait_end() == 0
         assert "Traceback" not in running.output

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.pace import stretched
 from tests.serving import Command, Deployment, command, deployment, is_alive, process_name, wait_until
 from tests.streams import MOE, TIMED, streams
 
@@ -90,7 +91,7 @@ def test_a_second_call_meanwhile_gets_409_and_bad_input_400() -> None:
             second = scale(running, 4)
             assert (second.status_code, second.json()["error"]["code"]) == (409, "scaling")
             assert "from 2 to 3 ranks" in second.json()["error"]["message"]
-            answer = first.result(60)
+            answer = first.result(stretched(60))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "rolled_back")
         assert "rank 2 had not loaded after 3 s" in answer.json()["error"]["message"]
         wait_until(lambda: "rank 2" not in names(running), "the new rank is gone")
@@ -136,12 +137,12 @@ def test_a_coordinator_that_dies_meanwhile_goes_on_with_it(engine: tuple[str, ..
             call = pool.submit(scale, running, 4)
             wait_until(lambda: "rank 2" in names(running), "the new ranks load")
             kill_coordinator(running)
-            assert call.result(60).json()["size"] == 4
+            assert call.result(stretched(60)).json()["size"] == 4
             wait_until(lambda: ready(running) == [0, 1, 2, 3], "all are there")
             call = pool.submit(scale, running, 1, drain_timeout=1)
             wait_until(lambda: is_scaling(running)["target"] == 1, "ranks leave")
             kill_coordinator(running)
-            assert call.result(60).json()["size"] == 1
+            assert call.result(stretched(60)).json()["size"] == 1
             assert len(read.wait()) == 4
         wait_until(lambda: ready(running) == [0] and not running.health()["missing"], "one is left")
         kill_coordinator(running)

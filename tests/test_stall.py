@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from paceline.control import Control
+from tests.pace import stretched
 from tests.serving import deployment, wait_until
 
 pytestmark = pytest.mark.slow
@@ -23,7 +24,7 @@ def test_a_rank_that_holds_the_group_up_is_named() -> None:
         assert control.health()["stalls"] == []
         stopped = running.pid_of(f"rank {CULPRIT}")
         request = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}
-        answer = pool.submit(running.http.post, "/v1/completions", json=request, timeout=100)
+        answer = pool.submit(running.http.post, "/v1/completions", json=request, timeout=stretched(100))
         wait_until(lambda: control.health()["running"], "a wave")
         os.kill(stopped, signal.SIGSTOP)
         try:

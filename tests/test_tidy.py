@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from paceline.cli import ELSEWHERE
+from tests.pace import stretched
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
@@ -109,7 +110,9 @@ for name in {list(names)!r}:
             raise
 print(json.dumps([name for name in set(sys.modules) - before if getattr(sys.modules[name], "__file__", None)]))
 """
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=stretched(60)
+    )
     return set(json.loads(done.stdout))
 
 

@@ -11,6 +11,7 @@ import pytest
 from paceline.core.requests import ControlAction
 from paceline.net.frontend import FrontendShell
 from tests.fleet import Answer, Fleet, ask, fleet, frontends
+from tests.pace import stretched
 from tests.test_waves import DEADLINE_S, RANKS, SMALL
 
 pytestmark = pytest.mark.slow
@@ -20,7 +21,7 @@ CALLS = 40
 
 
 async def answered(answers: list[Answer]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
+    async with asyncio.timeout(stretched(DEADLINE_S)):
         for answer in answers:
             await answer.done.wait()
 
@@ -41,7 +42,7 @@ async def kill_coordinators(made: Fleet) -> list[Answer]:
             await asyncio.to_thread(made.coordinator.restart)
             await answered(answers)
         # The last coordinator learns all that the ranks know, and both front-ends hear it.
-        async with asyncio.timeout(DEADLINE_S):
+        async with asyncio.timeout(stretched(DEADLINE_S)):
             while any(client.machine.running for client in clients) or len({c.machine.wave for c in clients}) > 1:
                 await asyncio.sleep(0)
     return answers

@@ -117,7 +117,7 @@ def _engine_options(texts: list[str]) -> dict[str, str]:
 
 def _serve(config: DeploymentConfig) -> None:
     from paceline.console import StartupDisplay
-    from paceline.deployment import Plan, serve
+    from paceline.node import Plan, serve
     from paceline.process.log import set_up_log
 
     set_up_log(config.server.log_level)

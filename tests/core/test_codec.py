@@ -30,6 +30,7 @@ from paceline.core.messages import (
     tag_of,
 )
 from paceline.core.requests import AddRequest, SamplingParams
+from tests.pace import examples
 
 DECODERS = {
     "rank → coordinator": codec.from_rank(),
@@ -106,7 +107,7 @@ def test_there_is_a_decoder_for_every_direction() -> None:
     assert list(DECODERS) == list(UNIONS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(any_message)
 def test_every_message_comes_out_as_it_went_in(case: tuple[str, Any]) -> None:
     direction, message = case
@@ -116,7 +117,7 @@ def test_every_message_comes_out_as_it_went_in(case: tuple[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("direction", "kind"), EVERY_CLASS, ids=lambda v: getattr(v, "__name__", None))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=examples(5))
 @given(st.data())
 def test_a_direction_refuses_the_messages_of_the_others(direction: str, kind: type, data: st.DataObject) -> None:
     frame = codec.encode(data.draw(messages_of(kind)))
@@ -127,7 +128,7 @@ def test_a_direction_refuses_the_messages_of_the_others(direction: str, kind: ty
             assert refusal(other, frame).kind == "malformed"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(any_message, st.one_of(st.integers(-5, 5), st.text(max_size=3), st.lists(st.none(), max_size=2), st.none()))
 def test_an_element_that_a_newer_version_appended_is_ignored(case: tuple[str, Any], extra: object) -> None:
     direction, message = case
@@ -161,7 +162,7 @@ def decode_anywhere(frame: bytes) -> None:
             assert error.kind in {"malformed", "version", "value"}
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 @given(st.binary(max_size=200))
 @example(b"")
 @example(b"\x00")
@@ -172,7 +173,7 @@ def test_random_bytes_are_a_bad_message(frame: bytes) -> None:
     decode_anywhere(b"\x93" + frame)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500))
 @given(any_message, st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), st.data())
 def test_a_valid_frame_with_some_bytes_changed_is_a_message_or_a_bad_one(
     case: tuple[str, Any], changes: list[tuple[int, int]], data: st.DataObject
@@ -185,7 +186,7 @@ def test_a_valid_frame_with_some_bytes_changed_is_a_message_or_a_bad_one(
     decode_anywhere(bytes(frame[:cut] + frame[cut + 1 :]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(any_message)
 def test_a_truncated_frame_is_malformed(case: tuple[str, Any]) -> None:
     direction, message = case
@@ -339,7 +340,7 @@ def test_any_other_topic_names_nobody(rest: bytes, beginning: bytes) -> None:
     assert of_rank is None or codec.rank_topic(*of_rank) == topic
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(any_message)
 def test_no_message_begins_as_a_presence_topic_does(case: tuple[str, Any]) -> None:
     assert codec.encode(case[1])[:1] not in {codec.FRONTEND_TOPIC, codec.RANK_TOPIC, b"\x00", b"\x01"}

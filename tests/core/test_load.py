@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
-from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter, believed, waiting_for_a_slot
+from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter, believed
 from paceline.core.messages import LoadView, SendNotice
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import FrontendProcess
+from tests.pace import examples
 from tests.sim.deployments import ready, rest, seen
 
 numbers = st.integers(0, 250)
@@ -104,7 +105,7 @@ RARE = ["cut_link", "cut_link", "restart_rank", "restart_rank", "restart_fronten
 STEPS = st.lists(st.tuples(st.sampled_from([*ORDINARY, *RARE]), numbers, numbers), min_size=20, max_size=150)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(STEPS)
 def test_a_belief_is_a_report_and_the_sends_that_it_lacks(steps: list[tuple[str, int, int]]) -> None:
     walk = Walk()
@@ -187,13 +188,6 @@ def test_a_belief_adds_to_what_waits_and_to_the_prompts() -> None:
     load = Load(waiting=2, running=3, slots=4, prefill_tokens=100)
     assert believed(load, 0, 0) == load
     assert believed(load, 5, 70) == replace(load, waiting=7, prefill_tokens=170)
-
-
-@pytest.mark.parametrize(
-    ("waiting", "running", "slots", "expected"), [(0, 0, 4, 0), (4, 0, 4, 0), (5, 0, 4, 1), (3, 3, 4, 2), (2, 6, 4, 2)]
-)
-def test_only_what_no_slot_is_free_for_waits_for_one(waiting: int, running: int, slots: int, expected: int) -> None:
-    assert waiting_for_a_slot(Load(waiting, running, slots)) == expected
 
 
 def test_a_speed_is_unknown_at_first_and_weighted_by_time() -> None:

@@ -9,6 +9,7 @@ from paceline.core.messages import LoadView, StartDPWave, WakeNotice
 from paceline.sim.deployment import Deployment
 from paceline.sim.world import Delays
 from tests.core.harness import find
+from tests.pace import examples
 from tests.sim.deployments import DELAY_S, deploy, placed, ready, rest, seen, tokens, waves
 
 # Cold starts and waves ------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def run_schedule(deployment: Deployment, schedule: list[tuple[float, str, int]])
     assert 0 not in tokens(deployment.frontends.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(schedules("lose", "slow"), st.booleans())
 def test_whatever_is_lost_or_late_every_request_is_answered(
     schedule: list[tuple[float, str, int]], lockstep: bool
@@ -282,7 +283,7 @@ def test_whatever_is_lost_or_late_every_request_is_answered(
     run_schedule(ready(ranks=3, frontends=2, lockstep=lockstep), schedule)
 
 
-@settings(max_examples=60, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=examples(60), phases=[Phase.explicit, Phase.generate])
 @example([(0.0, "submit", 0), (0.25, "restart", 0)], False)
 @example([(0.0, "crash", 0), (0.0, "submit", 0), (0.1, "lose", 0)], True)
 @given(schedules("lose", "slow", "crash", "restart"), st.booleans())

@@ -24,6 +24,7 @@ from paceline.core.messages import (
 from paceline.core.requests import ControlAction
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import FrontendProcess
+from tests.pace import examples
 from tests.sim.deployments import DELAY_S, STEP_S, placed, ready, rest as rest_of, seen
 
 SLOTS = 4
@@ -427,7 +428,7 @@ ACTS = st.lists(
 DOWN, UP = [Grants, LoadView, Members], [Ask, Withdraw, SendNotice, ReturnShares, FrontendHello]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(ACTS, st.booleans())
 def test_whatever_happens_every_request_has_one_place_and_an_end(acts: list[tuple[str, int]], lockstep: bool) -> None:
     deployment = late_binding(2, 2, lockstep=lockstep)

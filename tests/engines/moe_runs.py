@@ -14,7 +14,9 @@ from paceline.engines.base import EngineRequest, EngineSettings, StepResult
 from paceline.engines.group import EpochEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
 from paceline.net.collective import SocketGroup
-from paceline.net.group import GroupListener, form_group, group_path
+from paceline.net.group import GroupListener, form_group
+from tests.net.groups import group_path
+from tests.pace import stretched
 
 if TYPE_CHECKING:
     from paceline.engines.group import Array
@@ -78,10 +80,10 @@ class Deployment:
         addresses = {rank: self._listeners[rank].address for rank in members}
 
         def form(rank: int) -> SocketGroup:
-            return form_group(self._listeners[rank], epoch, rank, addresses, timeout_s=20.0)
+            return form_group(self._listeners[rank], epoch, rank, addresses, timeout_s=stretched(20.0))
 
         futures = [self._pool.submit(form, rank) for rank in members]
-        self.groups = dict(zip(members, [future.result(30) for future in futures], strict=True))
+        self.groups = dict(zip(members, [future.result(stretched(30)) for future in futures], strict=True))
         for rank, group in self.groups.items():
             self.engines[rank].join(group)
 
@@ -92,7 +94,7 @@ class Deployment:
     def run(self, until_step: int | None = None) -> None:
         """Step all members together until nobody has work, or a step is reached, or the generation ends."""
         for future in self.start(lambda rank: self.drive(rank, until_step)).values():
-            future.result(60)
+            future.result(stretched(60))
 
     def drive(self, rank: int, until_step: int | None = None) -> None:
         """One member's loop: a step, or a dummy step, then the agreement whether to go on."""

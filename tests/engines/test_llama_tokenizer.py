@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.chat import ChatTemplate
@@ -25,7 +25,6 @@ def test_it_knows_the_model(tokenizer: LlamaTokenizer) -> None:
 
 
 @given(text=st.text(max_size=60))
-@settings(deadline=None)
 def test_text_comes_back_as_it_was(tokenizer: LlamaTokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -13,6 +13,7 @@ import pytest
 
 from paceline.engines import gguf as models
 from paceline.engines.base import EngineError, Progress
+from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
 
@@ -62,10 +63,10 @@ def test_two_processes_may_make_it_at_once(cache: Path) -> None:
         process.start()
     answers = []
     for reader, _ in pipes:
-        assert reader.poll(60), "no answer in 60 s"
+        assert reader.poll(stretched(60)), "no answer in 60 s"
         answers.append(reader.recv())
     for process in processes:
-        process.join(10)
+        process.join(stretched(10))
     assert answers[0][:2] == answers[1][:2]
     models.check_gguf(Path(answers[0][0]))
     assert len(list(cache.iterdir())) == 2

@@ -12,6 +12,7 @@ import pytest
 from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.moe import EOS, MoeEngine
 from tests.engines.moe_runs import make_engine, request, run_alone, text_of
+from tests.pace import stretched
 
 
 def answer(tokens: int = 16, **params: Any) -> str:
@@ -176,7 +177,7 @@ def test_step_lasts_as_long_as_it_is_told() -> None:
     engine.add(request(0, tokens=2))
     begin = time.monotonic()
     run_alone(engine)
-    assert 0.04 <= time.monotonic() - begin < 5
+    assert time.monotonic() - begin >= 0.04
 
 
 def test_lockstep_engine_checks_its_settings_before_anything_starts() -> None:
@@ -193,4 +194,4 @@ def test_frontend_does_without_numpy() -> None:
         "import sys; from paceline.engines.base import EngineSettings; from paceline.engines.moe import MoeEngine; "
         "MoeEngine.tokenizer(EngineSettings()).encode('a'); sys.exit('numpy' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=stretched(60))

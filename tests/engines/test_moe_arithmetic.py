@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from paceline.engines.moe_model import MOST_ELEMENTS, Floats, attend, normalise, rows_times, softmax
+from tests.pace import examples
 
 RANDOM = np.random.default_rng(1)
 
@@ -21,7 +22,7 @@ MATRICES = [floats(64, columns) for columns in (8, 64, 128, 258)]
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=lambda matrix: str(matrix.shape[1]))
 @given(chosen=st.lists(st.integers(0, 69), max_size=70))
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_row_does_not_depend_on_its_company(matrix: Floats, chosen: list[int]) -> None:
     every = rows_times(ROWS, matrix)
     assert np.array_equal(rows_times(ROWS[chosen], matrix), every[chosen])

@@ -11,6 +11,7 @@ import pytest
 from paceline.engines.base import EngineError
 from paceline.engines.group import EpochEnded
 from tests.engines.moe_runs import Answers, Deployment, Leaving, make_engine, many_requests, request, run_alone
+from tests.pace import stretched
 
 REQUESTS = many_requests(64)
 NARROW = {"max_num_seqs": 6, "max_num_batched_tokens": 24}
@@ -101,19 +102,19 @@ def test_without_dummy_steps_it_blocks(deploy: Deploys) -> None:
     busy, idle = deployment.engines
     busy.add(request(0, tokens=9))
     futures = deployment.start(lambda rank: busy.step() if rank == 0 else idle.has_work())
-    assert futures[1].result(30) is False
+    assert futures[1].result(stretched(30)) is False
     with pytest.raises(TimeoutError):
         futures[0].result(BLOCKED_S)
     # It is the dummy step that was missing, and nothing else.
     idle.dummy_step()
-    assert len(futures[0].result(30).outputs) == 1
+    assert len(futures[0].result(stretched(30)).outputs) == 1
     # Blocked again; ended from without.
     futures = deployment.start(lambda rank: busy.step() if rank == 0 else None)
     with pytest.raises(TimeoutError):
         futures[0].result(BLOCKED_S)
     deployment.groups[1].leave()
     with pytest.raises(EpochEnded):
-        futures[0].result(30)
+        futures[0].result(stretched(30))
 
 
 def test_every_layer_has_two_all_to_alls(deploy: Deploys) -> None:
@@ -124,7 +125,7 @@ def test_every_layer_has_two_all_to_alls(deploy: Deploys) -> None:
     deployment.engines[0].add(request(0))
     futures = deployment.start(lambda rank: deployment.engines[rank].dummy_step() if rank else None)
     deployment.take(deployment.engines[0].step())
-    futures[1].result(30)
+    futures[1].result(stretched(30))
     assert len(deployment.answers[0]) == 1
     with pytest.raises(EpochEnded):
         deployment.engines[1].dummy_step()
@@ -202,4 +203,4 @@ def test_ranks_of_different_models(deploy: Deploys) -> None:
     other.join(deployment.groups[1])
     futures = deployment.start(lambda rank: other.dummy_step() if rank else deployment.engines[0].dummy_step())
     with pytest.raises(EngineError, match="rank 1 runs another model"):
-        futures[0].result(30)
+        futures[0].result(stretched(30))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from paceline.engines.moe import MoeConfig, MoeOptions
 from paceline.engines.moe_model import Alone, Floats, MoeModel, Piece, load_weights
+from tests.pace import examples
 
 Doubles = NDArray[np.float64]
 
@@ -29,7 +30,7 @@ EXPECTED = [logits_of(prompt) for prompt in PROMPTS]
 
 
 @given(seed=st.integers(0, 2**32), largest=st.sampled_from([1, 3, 20]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15))
 def test_chunks_and_batches_do_not_show(seed: int, largest: int) -> None:
     chance = random.Random(seed)
     kv = [MODEL.make_kv(len(prompt)) for prompt in PROMPTS]

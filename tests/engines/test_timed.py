@@ -99,7 +99,7 @@ def test_step_lasts_as_the_cost_model_says() -> None:
     begin = time.monotonic()
     run(made)
     lasted_ms = (time.monotonic() - begin) * 1000
-    assert 20 + 10 + 5 + 20 + 5 <= lasted_ms < 5000
+    assert lasted_ms >= 20 + 10 + 5 + 20 + 5
 
 
 @pytest.mark.parametrize("options", [{"speed": "1"}, {"step_ms": "x"}, {"step_ms": "-1"}, {"step_ms": "nan"}])

@@ -12,8 +12,8 @@ from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
 from paceline.engines.group import EpochEnded
 from paceline.engines.timed import CostModel, TimedLockstepEngine
-from paceline.net.group import group_path
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
+from tests.pace import stretched
 
 COSTS = CostModel(step_ms=1, prefill_ms=1, decode_ms=0)
 BLOCKED_S = 0.3
@@ -77,7 +77,7 @@ def test_a_step_that_its_generation_did_not_live_to_see_is_made_anew(two: Thread
         waiting.result(BLOCKED_S)
     two.groups[1].leave()
     with pytest.raises(EpochEnded):
-        waiting.result(30)
+        waiting.result(stretched(30))
     assert engines[0].load().prefill_tokens == before
     for group in two.groups:
         group.close()

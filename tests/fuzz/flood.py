@@ -16,6 +16,7 @@ import zmq
 from paceline.net.links import LOCK
 from tests.fuzz.corpus import frames_of
 from tests.fuzz.mutate import Mutator
+from tests.pace import stretched
 
 AT_ONCE = 200
 """Frames of one connection."""
@@ -83,7 +84,7 @@ class Flood(threading.Thread):
     def stop(self) -> None:
         """End it, and all its connections."""
         self._over.set()
-        self.join(30)
+        self.join(stretched(30))
         for one in self._open:
             one.close()
         self._context.destroy(linger=0)

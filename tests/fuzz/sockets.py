@@ -12,6 +12,7 @@ from bench.chaos_mischief import flood_of
 
 from tests.fuzz.blind import Row, rss_mb
 from tests.fuzz.flood import OURS, Flood
+from tests.pace import stretched
 from tests.serving import Deployment, deployment, process_name, wait_until
 
 CLIENTS = 3
@@ -50,7 +51,7 @@ def flood_sockets(engine: str, inputs: int, seed: int, progress: Callable[[Row],
         for reader in readers:
             reader.over.set()
         for reader in readers:
-            reader.join(60)
+            reader.join(stretched(60))
         return rows_of(engine, running, flood, tally, pids, before, time.monotonic() - begin)
 
 

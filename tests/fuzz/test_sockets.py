@@ -13,6 +13,7 @@ from tests.fuzz.blind import rss_mb
 from tests.fuzz.flood import addresses_in, socket_folders
 from tests.fuzz.sockets import flood_sockets
 from tests.fuzz.vllm_sockets import flood_vllm
+from tests.pace import stretched
 from tests.serving import deployment, wait_until
 
 pytestmark = pytest.mark.slow
@@ -49,7 +50,6 @@ def test_connections_that_break_after_an_answer_cost_a_frontend_nothing() -> Non
         assert rss_mb(frontend) < before + MOST_FOR_BROKEN_MB
 
 
-@pytest.mark.timeout(60)
 def test_what_a_burst_takes_of_a_coordinator_is_given_back() -> None:
     with deployment("--engine", "timed", "-dp", "1") as running, zmq.Context() as context:
         coordinator = running.pid_of("coordinator")
@@ -69,7 +69,7 @@ def test_what_a_burst_takes_of_a_coordinator_is_given_back() -> None:
 
 def break_connections(host: str, port: int, count: int) -> None:
     for _ in range(count):
-        with socket.create_connection((host, port), timeout=30) as peer:
+        with socket.create_connection((host, port), timeout=stretched(30)) as peer:
             peer.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
             assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
             # Closed with this it is broken off, with no end of what was said.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from tests.fuzz.blind import Row, rss_mb
 from tests.fuzz.flood import VLLM, Flood
 from tests.fuzz.sockets import MOST_GROWTH_MB, WARM_UP_SHARE
+from tests.pace import stretched
 from tests.serving import is_alive, wait_until
 from tests.vllm_plugin.test_vllm_coordinator import Deployment, deployment
 
@@ -64,7 +65,7 @@ def _flooded(running: Deployment, port: int, inputs: int, seed: int, progress: C
 def _answers(port: int) -> bool:
     def asked() -> bool:
         try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=stretched(5)).status == 200
         except urllib.error.HTTPError as error:
             return error.code == 503 and b"stalls" in error.read()
         except OSError:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from paceline.engines.group import RankGroup
 from paceline.net.group import GroupListener, form_group
+from tests.pace import stretched
+
+
+def group_path(folder: str | os.PathLike[str], rank: int) -> str:
+    """The address of a rank's listener in a folder."""
+    return f"ipc://{os.fspath(folder)}/group-{rank}"
 
 
 class Threads:
@@ -27,7 +34,7 @@ class Threads:
 
     def each(self, call: Callable[[int], Any]) -> list[Any]:
         """What `call(rank)` returns at each, all at a time."""
-        return [future.result(60) for future in self.start(call)]
+        return [future.result(stretched(60)) for future in self.start(call)]
 
     def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:
         """Likewise, without waiting."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import zmq
 
+from tests.pace import stretched
+
 Context = zmq.Context[zmq.Socket[bytes]]
 
 GARBAGE = [
@@ -42,7 +44,7 @@ def context() -> Iterator[Context]:
 
 def receive(endpoint: zmq.Socket[bytes], deadline_ms: int = 10_000) -> list[bytes]:
     """The next message; fails where none comes."""
-    assert endpoint.poll(deadline_ms), "nothing came"
+    assert endpoint.poll(stretched(deadline_ms)), "nothing came"
     return endpoint.recv_multipart()
 
 

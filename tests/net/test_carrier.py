@@ -18,6 +18,7 @@ from paceline.core.requests import AbortRequests, Output, Outputs
 from paceline.net.rank import OUTPUTS_QUEUED, RankTransport
 from paceline.net.sockets import SEND_QUEUE_MESSAGES
 from tests.net.peers import context
+from tests.pace import stretched
 
 RANK, LIFE, FRONTEND = 0, 7, 9
 STEPS = 4 * OUTPUTS_QUEUED
@@ -53,7 +54,7 @@ class Front:
 
     def backlog(self) -> int:
         """Messages that wait, once all has been sent or put there."""
-        until = time.monotonic() + 10.0
+        until = time.monotonic() + stretched(10.0)
         while self.transport._outbox:
             assert time.monotonic() < until
         return sum(len(backlog) for backlog in self.transport._backlogs.values())
@@ -73,7 +74,7 @@ def test_who_does_not_read_gets_all_of_it_later(front: Front) -> None:
     decode = codec.outputs().decode
     got: dict[int, list[int]] = {1: [], 2: []}
     while any(len(tokens) < STEPS for tokens in got.values()):
-        assert front.socket.poll(10_000), f"only {[len(tokens) for tokens in got.values()]} tokens came"
+        assert front.socket.poll(stretched(10) * 1000), f"only {[len(tokens) for tokens in got.values()]} tokens came"
         for output in decode(front.socket.recv()).outputs:
             got[output.request] += output.token_ids
             assert output.text == TEXT * len(output.token_ids)
@@ -94,7 +95,7 @@ def test_a_coordinator_that_does_not_read_gets_the_last_word_later(front: Front)
     decode, got = codec.from_rank().decode, 0
     last: dict[type, object] = {}
     while len(last) < 2 or last[WaveComplete] != WaveComplete(RANK, LIFE, REPORTS - 1):
-        assert pull.poll(10_000), f"the last word did not come: {last}"
+        assert pull.poll(stretched(10) * 1000), f"the last word did not come: {last}"
         message = decode(pull.recv())
         last[type(message)] = message
         got += 1
@@ -107,6 +108,6 @@ def test_who_dies_without_having_read_is_gone(front: Front) -> None:
     assert front.backlog() > 0
     front.socket.close(linger=0)
     assert front.next_event() == FrontendGone(FRONTEND)
-    until = time.monotonic() + 10.0
+    until = time.monotonic() + stretched(10.0)
     while front.backlog():
         assert time.monotonic() < until

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.engines.group import EpochEnded
 from paceline.errors import StartupError
-from paceline.net.group import GREETING, MAGIC, GroupListener, form_group, group_path
+from paceline.net.group import GREETING, MAGIC, GroupListener, form_group
 from paceline.process.spawn import spawn
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
+from tests.pace import examples, stretched
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def test_barrier_waits_for_the_last(four: Threads) -> None:
 
     def run(rank: int) -> None:
         if rank == 2:
-            release.wait(30)
+            release.wait(stretched(30))
         four.groups[rank].barrier()
         passed.append(rank)
 
@@ -69,7 +70,7 @@ def test_barrier_waits_for_the_last(four: Threads) -> None:
     assert not passed
     release.set()
     for future in futures:
-        future.result(30)
+        future.result(stretched(30))
     assert sorted(passed) == [0, 1, 2, 3]
 
 
@@ -103,7 +104,7 @@ def test_one_member_alone(tmp_path: Path) -> None:
     alone.close()
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["max", "sum", "and", "all_to_all", "barrier"]), max_size=20), st.integers(0, 1000))
 def test_any_sequence_of_collectives(four: Threads, calls: list[str], seed: int) -> None:
     def run(rank: int) -> list[Any]:
@@ -132,13 +133,13 @@ def test_any_sequence_of_collectives(four: Threads, calls: list[str], seed: int)
 
 def test_leave_ends_it_for_all_wherever_they_wait(four: Threads) -> None:
     waiting = four.start(lambda rank: four.groups[rank].barrier() if rank != 1 else None)
-    waiting[1].result(10)
+    waiting[1].result(stretched(10))
     begin = time.monotonic()
     four.groups[1].leave()
     for rank in (0, 2, 3):
         with pytest.raises(EpochEnded):
-            waiting[rank].result(10)
-    assert time.monotonic() - begin < 1.0
+            waiting[rank].result(stretched(10))
+    assert time.monotonic() - begin < stretched(1.0)
 
 
 def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -> None:
@@ -146,7 +147,7 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
     four.groups[0].leave()
     four.groups[0].leave()
     with pytest.raises(EpochEnded, match="generation 1"):
-        blocked.result(10)
+        blocked.result(stretched(10))
     with pytest.raises(EpochEnded):
         four.groups[0].barrier()
 
@@ -168,7 +169,7 @@ def test_members_that_disagree_on_the_collective_are_told(four: Threads) -> None
 
     for future in four.start(run):
         with pytest.raises(EpochEnded):
-            future.result(10)
+            future.result(stretched(10))
 
 
 def test_member_that_does_not_come_is_named(tmp_path: Path) -> None:
@@ -213,7 +214,7 @@ def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(form_group, listener, 5, rank, addresses, 20.0)
                    for rank, listener in enumerate((first, second))]  # fmt: skip
-        groups = [future.result(30) for future in futures]
+        groups = [future.result(stretched(30)) for future in futures]
         assert pool.submit(groups[0].all_reduce, [1], "sum").result is not None
         assert groups[1].all_reduce([2], "sum") == [3]
     for closing in (*groups, *strangers, first, second):
@@ -253,22 +254,22 @@ def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim
         pipes.append(reader)
     try:
         for pipe in pipes:
-            assert pipe.poll(60)
+            assert pipe.poll(stretched(60))
             assert pipe.recv() == "running"
         killed_at = time.monotonic()
         os.kill(processes[victim].pid or 0, signal.SIGKILL)
         survivors = [rank for rank in addresses if rank not in (victim, held)]
         for rank in survivors:
-            assert pipes[rank].poll(10)
+            assert pipes[rank].poll(stretched(10))
             ended_at, text = pipes[rank].recv()
             assert "generation 1 has ended" in text
-            assert ended_at - killed_at < 1.0
+            assert ended_at - killed_at < stretched(1.0)
         # They can end, also with an operation of theirs under way.
         wait_until(lambda: not any(processes[rank].is_alive() for rank in survivors), "the others have ended")
         assert [processes[rank].exitcode for rank in survivors] == [0] * len(survivors)
     finally:
         for process in processes:
             process.kill()
-            process.join(10)
+            process.join(stretched(10))
         for pipe in pipes:
             pipe.close()

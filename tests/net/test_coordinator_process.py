@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 import zmq
 
 from paceline.core import codec
+from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -21,6 +26,7 @@ from paceline.core.messages import (
     LoadView,
     Members,
     RankHello,
+    RankReport,
     StartDPWave,
     WakeNotice,
 )
@@ -29,6 +35,7 @@ from paceline.net.coordinator import DPCoordinator, DPCoordinatorProc
 from paceline.process.spawn import spawn
 from paceline.settings import ParallelConfig
 from tests.net.peers import context, receive, send_garbage, shout_at
+from tests.pace import stretched
 from tests.serving import command, is_alive, wait_until
 
 pytestmark = pytest.mark.slow
@@ -41,11 +48,6 @@ def coordinator() -> Iterator[DPCoordinator]:
     running.shutdown()
 
 
-def process_clock(pid: int) -> int:
-    """The kernel's clock of all CPU time of a process: CPUCLOCK_SCHED of its id."""
-    return (~pid << 3) | 2
-
-
 def resident_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
@@ -53,20 +55,18 @@ def resident_mb(pid: int) -> float:
 
 
 def test_ready_soon_and_small() -> None:
-    """0.25 s of wall time is the promise; on a busy machine the processor time is what can be held to it."""
-    wall, processor = [], []
+    """0.25 s is the promise on a machine that has nothing else to do."""
+    wall = []
     for _ in range(5):
         begin = time.monotonic()
         running = DPCoordinator(ParallelConfig())
         wall.append(time.monotonic() - begin)
         pid = running.proc.pid or 0
-        processor.append(time.clock_gettime(process_clock(pid)))
         memory_mb = resident_mb(pid)
         running.shutdown()
         assert memory_mb < 40
-    print(f"ready after {min(wall):.3f} s (best of 5), {min(processor):.3f} s of CPU, using {memory_mb:.0f} MB")
-    assert min(processor) < 0.25
-    assert min(wall) < 5.0
+    print(f"ready after {min(wall):.3f} s (best of 5), using {memory_mb:.0f} MB")
+    assert min(wall) < stretched(0.5)
 
 
 def test_loads_neither_engine_nor_http_stack(coordinator: DPCoordinator) -> None:
@@ -110,7 +110,7 @@ def test_restart_at_the_same_addresses(coordinator: DPCoordinator) -> None:
     for _ in range(3):
         before = coordinator.proc.pid or 0
         os.kill(before, signal.SIGKILL)
-        coordinator.proc.join(10)
+        coordinator.proc.join(stretched(10))
         assert coordinator.restart().pid != before
         assert coordinator.proc.is_alive()
         assert addresses == (coordinator.get_stats_publish_address(), *coordinator.get_engine_socket_addresses())
@@ -120,7 +120,7 @@ def test_start_that_fails_again_can_be_tried_again(coordinator: DPCoordinator) -
     """Something else sits at its address for a while: no sockets' folder and no process is given up for that."""
     path = Path(coordinator.get_stats_publish_address().removeprefix("ipc://"))
     coordinator.proc.kill()
-    coordinator.proc.join(10)
+    coordinator.proc.join(stretched(10))
     path.unlink()
     path.mkdir()
     with pytest.raises(StartupError, match="cannot bind"):
@@ -139,7 +139,7 @@ def test_address_that_cannot_be_bound(tmp_path: Path) -> None:
     process = spawn("coordinator", DPCoordinatorProc.run_coordinator, kwargs)
     writer.close()
     assert "cannot bind" in reader.recv()
-    process.join(10)
+    process.join(stretched(10))
     assert process.exitcode is not None
     reader.close()
 
@@ -162,7 +162,9 @@ def test_ends_with_its_parent(tmp_path: Path) -> None:
     )
     path = tmp_path / "parent.py"
     path.write_text(script)
-    run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=30, check=False)
+    run = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, timeout=stretched(30), check=False
+    )
     pid = int(run.stdout)
     wait_until(lambda: not is_alive(pid), "the coordinator ended", 2.0)
 
@@ -243,3 +245,57 @@ def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> Non
         while not (isinstance(message, Members) and message.members):
             message = codec.to_frontend().decode(receive(frontend)[0])
         assert resident_mb(coordinator.proc.pid or 0) < before_mb + 16
+
+
+# What the reference's users find -----------------------------------------------------------------
+
+
+def test_it_has_the_reference_s_names_and_arguments() -> None:
+    run = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
+    addresses = ["front_publish_address", "back_output_address", "back_publish_address"]
+    assert list(run)[:5] == ["engine_count", *addresses, "min_stats_update_interval_ms"]
+    assert run["min_stats_update_interval_ms"].default == 100
+    assert all(one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in list(run.values())[5:])
+    assert list(inspect.signature(DPCoordinatorProc.process_input_socket).parameters)[1:4] == addresses
+    assert list(inspect.signature(DPCoordinatorProc).parameters)[:2] == ["engine_count", "min_stats_update_interval_ms"]
+
+
+def test_start_wave_is_one_message_to_all_ranks(tmp_path: Path) -> None:
+    with context() as zmq_context:
+        coordinator, rank = zmq_context.socket(zmq.XPUB), zmq_context.socket(zmq.XSUB)
+        coordinator.bind(f"ipc://{tmp_path}/b")
+        rank.connect(f"ipc://{tmp_path}/b")
+        rank.send(b"\x01")
+        assert receive(coordinator) == [b"\x01"]
+        for exclude in (1, None):
+            DPCoordinatorProc._send_start_wave(coordinator, 3, exclude)
+            assert [codec.to_rank().decode(frame) for frame in receive(rank)] == [StartDPWave(3, exclude)]
+
+
+def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two ranks, one of them loaded: the counts, the log of them, and a wake, from `process_input_socket`."""
+    caplog.set_level(logging.DEBUG, "paceline.coordinator")
+    process = DPCoordinatorProc(2, 1)
+    bound: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
+    addresses = [f"ipc://{tmp_path}/{name}" for name in ("f", "o", "b")]
+    serving = threading.Thread(target=process.process_input_socket, args=(*addresses, bound.put), daemon=True)
+    serving.start()
+    assert list(bound.get(timeout=10)) == addresses
+    assert process._get_engine_counts() == [[0, 0], [0, 0]]
+    with context() as zmq_context:
+        rank, pushing = zmq_context.socket(zmq.XSUB), zmq_context.socket(zmq.PUSH)
+        rank.connect(addresses[2])
+        pushing.connect(addresses[1])
+        rank.send(b"\x01")
+        assert isinstance(codec.to_rank().decode(receive(rank)[0]), Identify)
+        for number in range(2):
+            pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, number, 7, "ipc:///rank", True)))
+        pushing.send(codec.encode(RankReport(1, 7, 1, 0, True, Load(waiting=4, running=2))))
+        while not isinstance(wake := codec.to_rank().decode(receive(rank)[0]), StartDPWave):
+            pass
+        assert wake.wave == 0
+        assert process._get_engine_counts() == [[0, 0], [4, 2]]
+        wait_until(lambda: "[[0, 0], [4, 2]]" in caplog.text, "the counts are logged")
+    process.stop()
+    serving.join(10)
+    assert not serving.is_alive()

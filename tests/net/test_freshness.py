@@ -19,6 +19,7 @@ from paceline.process.spawn import spawn, stop
 from paceline.settings import ParallelConfig
 from tests.net.feeding import Ranks, feed
 from tests.net.peers import context, receive
+from tests.pace import Deadline, stretched
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,7 @@ def test_the_first_change_after_quiet_goes_out_at_once(lockstep: bool) -> None:
             took.append(time.monotonic() - begin)
         ranks.close()
     # The interval is half a second: a first change that waited for it would take much of that.
-    assert statistics.median(took) < 0.05
+    assert statistics.median(took) < min(0.4, stretched(0.05))
 
 
 @pytest.mark.parametrize("ranks", [2, 64])
@@ -100,22 +101,23 @@ def test_the_publish_deadline_is_kept_while_ranks_report_as_fast_as_they_can(ran
         most_kb = int(status.split("VmHWM:")[1].split()[0])
         stop(feeding, 5.0)
     gaps = [after - before for before, after in itertools.pairwise(came)]
-    assert statistics.median(gaps) < 2 * interval_s
+    assert statistics.median(gaps) < stretched(2 * interval_s)
     # A view late by a stall of the machine is followed by one that is early, as it is seen here: on the whole not more.
-    assert came[-1] - came[0] > 0.9 * count * interval_s
+    assert came[-1] - came[0] + max(gaps) > 0.9 * count * interval_s
     assert (last.ranks or [])[0].step - (first.ranks or [])[0].step > count
     # What the ranks send faster than it is read stays with them.
     assert most_kb < 150 * 1024
 
 
 def test_in_lockstep_one_view_holds_one_step() -> None:
-    count, rounds = 8, 40
+    count, wanted = 8, 20
     whole = sound = 0
     with running(count, 20, lockstep=True) as (coordinator, subscriber):
         ranks = Ranks(count, inbox(coordinator))
         ranks.report()
         subscriber.view_of(count, 1)
-        for _ in range(rounds):
+        deadline = Deadline(30.0)
+        while sound < wanted and not deadline.over():
             subscriber.until_quiet(30)
             begin = time.monotonic()
             ranks.report()
@@ -127,7 +129,7 @@ def test_in_lockstep_one_view_holds_one_step() -> None:
                 whole += len({entry.step for entry in view.ranks or ()}) == 1
         ranks.close()
     print(f"{whole} of {sound} views hold one step")
-    assert sound >= rounds / 4
+    assert sound >= wanted / 2
     assert whole >= 0.8 * sound
 
 

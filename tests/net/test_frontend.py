@@ -23,6 +23,7 @@ from paceline.process.spawn import spawn
 from paceline.process.supervisor import Ready
 from paceline.server.process import FrontendSettings, reserve_port, run_frontend
 from tests.net.peers import Context, context, receive, send_garbage, shout_at
+from tests.pace import stretched
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow
@@ -85,7 +86,7 @@ class World:
         """POST a completion; status and body."""
         body = json.dumps({"prompt": "a", "max_tokens": 4} | fields).encode()
         try:
-            with urllib.request.urlopen(f"{self.url}/v1/completions", body, timeout=30) as response:
+            with urllib.request.urlopen(f"{self.url}/v1/completions", body, timeout=stretched(30)) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -93,7 +94,7 @@ class World:
 
     def statistics(self) -> Any:
         """What `/health` says."""
-        with urllib.request.urlopen(f"{self.url}/health", timeout=30) as response:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=stretched(30)) as response:
             return json.load(response)
 
 
@@ -106,7 +107,7 @@ def frontend(folder: Path) -> Iterator[tuple[World, Any]]:
             yield world, process
         finally:
             process.kill()
-            process.join(10)
+            process.join(stretched(10))
 
 
 def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +118,7 @@ def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[st
         send_garbage(world.rank, (identity,))
         shout_at(world.url.replace("http", "tcp"))
         world.answer(identity, add, "fine")
-        status, body = answer.result(30)
+        status, body = answer.result(stretched(30))
         assert (status, json.loads(body)["choices"][0]["text"]) == (200, "fine")
         assert process.is_alive()
     error = capfd.readouterr().err
@@ -133,17 +134,17 @@ def test_outputs_of_another_life_are_void(tmp_path: Path) -> None:
         identity, add = world.take()
         world.answer(identity, add, "from the grave", life=LIFE - 1)
         world.answer(identity, add, "alive")
-        assert json.loads(answer.result(30)[1])["choices"][0]["text"] == "alive"
+        assert json.loads(answer.result(stretched(30))[1])["choices"][0]["text"] == "alive"
 
 
 def test_an_answer_goes_on_at_the_rank_s_next_life(tmp_path: Path) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 4, "stream": True}).encode()
     with frontend(tmp_path) as (world, _), ThreadPoolExecutor() as pool:
-        opening = pool.submit(urllib.request.urlopen, f"{world.url}/v1/completions", body, timeout=30)
+        opening = pool.submit(urllib.request.urlopen, f"{world.url}/v1/completions", body, timeout=stretched(30))
         identity, first = world.take()
         begun = Output(first.request, [1], "begun")
         world.rank.send_multipart([identity, codec.encode(Outputs(0, LIFE, [begun]))])
-        with opening.result(30) as stream:
+        with opening.result(stretched(30)) as stream:
             while "begun" not in stream.readline().decode():
                 pass
             world.announce(LIFE + 1)
@@ -165,7 +166,7 @@ def test_a_life_whose_address_is_none_takes_nothing_with_it(tmp_path: Path, capf
         world.announce(LIFE + 2)
         identity, again = world.take()
         world.answer(identity, again, "fine", life=LIFE + 2)
-        status, body = answer.result(30)
+        status, body = answer.result(stretched(30))
         assert (status, json.loads(body)["choices"][0]["text"]) == (200, "fine")
     assert "Traceback" not in capfd.readouterr().err
 
@@ -176,7 +177,7 @@ def test_engine_error_reaches_the_client(tmp_path: Path) -> None:
         identity, add = world.take()
         failed = Output(add.request, [], finish_reason="error", error="does not fit")
         world.rank.send_multipart([identity, codec.encode(Outputs(0, LIFE, [failed]))])
-        status, body = answer.result(30)
+        status, body = answer.result(stretched(30))
         assert status == 500
         assert "does not fit" in json.loads(body)["error"]["message"]
 
@@ -189,5 +190,5 @@ def test_coordinator_that_comes_back_empty_loses_nothing(tmp_path: Path) -> None
         world.publish.send(codec.encode(LoadView(2, 1, 0, False, [RankView(0, LIFE, 9, Load(waiting=3), {})])))
         wait_until(lambda: world.statistics()["waiting"] >= 2, "the new coordinator's view is taken")
         world.answer(identity, add, "still here")
-        assert answer.result(30)[0] == 200
+        assert answer.result(stretched(30))[0] == 200
         assert world.statistics()["ready"] == [0]

@@ -27,9 +27,10 @@ from paceline.core.messages import (
     WakeNotice,
     Withdraw,
 )
-from paceline.net.coordinator import READ_AT_ONCE, FrontendInbox
+from paceline.net.coordinator import FrontendInbox
 from paceline.net.links import BadFrames
-from paceline.net.sockets import open_socket
+from paceline.net.sockets import MESSAGES_A_TURN, open_socket
+from tests.pace import stretched
 
 DEADLINE_S = 10.0
 FRONTEND = 5
@@ -58,7 +59,7 @@ class Pair:
 
     def read(self, count: int) -> list[object]:
         """Read until so much was handled or found to be garbage; returns messages and other events in order."""
-        until = time.monotonic() + DEADLINE_S
+        until = time.monotonic() + stretched(DEADLINE_S)
         while len(self.handled()) + self.bad_frames.counts.total() < count:
             assert time.monotonic() < until, f"{len(self.handled())} of {count} came"
             self.inbox.read()
@@ -87,7 +88,7 @@ def ask(request: int) -> Ask:
 
 def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
     pair.appear()
-    said = [ask(number) for number in range(2 * READ_AT_ONCE)]
+    said = [ask(number) for number in range(2 * MESSAGES_A_TURN)]
     pair.send(*said)
     assert pair.read(len(said)) == said
     assert len(pair.events) < len(said)

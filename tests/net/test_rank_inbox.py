@@ -16,6 +16,7 @@ from paceline.core.messages import PROTOCOL_VERSION, FromRank, NodeHello, RankFa
 from paceline.net.coordinator import HANDLED_AT_ONCE, LEAST_KEPT, RankInbox, reports_kept
 from paceline.net.links import BadFrames
 from paceline.net.sockets import open_socket
+from tests.pace import stretched
 
 DEADLINE_S = 10.0
 
@@ -33,7 +34,7 @@ class Pair:
 
     def read(self, messages: int) -> list[FromRank]:
         """Read until so many messages were handled or found to be garbage; returns the handled ones in order."""
-        until = time.monotonic() + DEADLINE_S
+        until = time.monotonic() + stretched(DEADLINE_S)
         while len(self.handled()) + self.bad_frames.counts.total() < messages:
             assert time.monotonic() < until, f"{len(self.handled())} of {messages} came"
             self.inbox.read(time.monotonic() + 1.0)
@@ -74,7 +75,7 @@ def test_in_lockstep_every_report_is_handled_in_batches(pair: Pair) -> None:
 def test_of_an_independent_rank_the_last_report_counts(pair: Pair) -> None:
     for step in range(50):
         pair.rank.send(codec.encode(report(step)))
-    until = time.monotonic() + DEADLINE_S
+    until = time.monotonic() + stretched(DEADLINE_S)
     while not pair.handled() or pair.handled()[-1] != report(49):
         assert time.monotonic() < until
         pair.inbox.read(time.monotonic() + 1.0)

@@ -23,6 +23,7 @@ from paceline.net.rank import EngineRank, RankSettings, RankTransport, run_rank
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Failed, Progressed, Ready
 from tests.net.peers import Context, context, receive, send_garbage, shout_at
+from tests.pace import stretched
 from tests.serving import wait_until
 
 pytestmark = pytest.mark.slow
@@ -95,7 +96,7 @@ def rank_process(world: World, step_ms: str = "5") -> Iterator[Any]:
     writer.close()
     yield process
     process.terminate()
-    process.join(10)
+    process.join(stretched(10))
     process.kill()
     reader.close()
 
@@ -227,7 +228,7 @@ def test_step_never_waits_for_the_network(tmp_path: Path) -> None:
         # It never reads; far more is made than any queue holds.
         wait_until(lambda: machine.step > 5000, "steps go on")
     running.stop()
-    thread.join(10)
+    thread.join(stretched(10))
     assert not thread.is_alive()
 
 
@@ -238,7 +239,7 @@ def test_engine_that_cannot_be_made_says_why(world: World) -> None:
     process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
     writer.close()
     assert "'x' is no number" in wait_for(reader, Failed).why
-    process.join(10)
+    process.join(stretched(10))
     assert process.exitcode == 1
     reader.close()
 
@@ -252,7 +253,7 @@ def test_a_rank_that_loads_ends_wherever_it_is(world: World) -> None:
     writer.close()
     wait_for(reader, Progressed)
     process.terminate()
-    process.join(10)
+    process.join(stretched(10))
     ended = process.exitcode
     process.kill()
     reader.close()

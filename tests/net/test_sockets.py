@@ -19,6 +19,7 @@ from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
 from paceline.net.sockets import bound_address, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
 from tests.net.peers import context, send_garbage
+from tests.pace import stretched
 
 
 def test_folder_is_private_and_removed() -> None:
@@ -90,7 +91,7 @@ def test_wakeup_from_another_thread() -> None:
     assert not poller.poll(0)
     thread = threading.Thread(target=wakeup.set)
     thread.start()
-    assert poller.poll(10_000)
+    assert poller.poll(stretched(10) * 1000)
     thread.join()
     for _ in range(100_000):
         wakeup.set()

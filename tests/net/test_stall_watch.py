@@ -7,6 +7,7 @@ import threading
 from paceline.core.rank.events import Waited
 from paceline.engines.group import Waiting
 from paceline.net.group import StallWatch
+from tests.pace import stretched
 
 
 def test_it_speaks_after_each_timeout_and_when_it_is_over() -> None:
@@ -34,7 +35,7 @@ def test_it_watches_until_it_is_stopped() -> None:
     spoken = threading.Event()
     watch = StallWatch(0.01, lambda: Waiting(1, "barrier", (0,), 5.0), lambda waited: spoken.set())
     watch.start()
-    assert spoken.wait(10)
+    assert spoken.wait(stretched(10))
     watch.stop()
-    watch._thread.join(10)
+    watch._thread.join(stretched(10))
     assert not watch._thread.is_alive()

@@ -17,8 +17,8 @@ import pytest
 from paceline.core.coordinator.epoch import Stalls
 from paceline.core.messages import StallReport
 from paceline.engines.group import EpochEnded, RankGroup, Waiting
-from paceline.net.group import group_path
-from tests.net.groups import Threads
+from tests.net.groups import Threads, group_path
+from tests.pace import stretched
 from tests.serving import wait_until
 
 CALLS: dict[str, Callable[[RankGroup], Any]] = {
@@ -54,7 +54,7 @@ def all_but(late: int, four: Threads, kind: str) -> Iterator[None]:
 
     def run(rank: int) -> None:
         if rank == late:
-            come.wait(60)
+            come.wait(stretched(60))
         CALLS[kind](four.groups[rank])
 
     futures = four.start(run)
@@ -63,7 +63,7 @@ def all_but(late: int, four: Threads, kind: str) -> Iterator[None]:
     finally:
         come.set()
         for future in futures:
-            future.result(30)
+            future.result(stretched(30))
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_who_has_left_waits_for_nobody(four: Threads) -> None:
     four.groups[0].leave()
     assert four.groups[0].waiting() is None
     with pytest.raises(EpochEnded):
-        blocked.result(10)
+        blocked.result(stretched(10))
     assert four.groups[0].waiting() is None
 
 
@@ -142,7 +142,7 @@ def test_asked_all_the_time_while_collectives_run(four: Threads) -> None:
             four.each(run)
         finally:
             done.set()
-            asking.result(30)
+            asking.result(stretched(30))
             asker.shutdown()
     kinds = list(CALLS)
     assert seen

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from paceline.process.log import LossyFile
+from tests.pace import stretched
 
 PROGRAM = """
 import logging, sys
@@ -45,10 +46,15 @@ def test_there_may_be_room_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_program_with_a_full_disk_ends_as_ever() -> None:
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-c", PROGRAM], stderr=full, timeout=60, check=False).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", PROGRAM], stderr=full, timeout=stretched(60), check=False).returncode
+            == 0
+        )
 
 
 @pytest.mark.slow
 def test_what_can_be_written_is() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=stretched(60), check=True
+    )
     assert len(done.stderr.splitlines()) == 6000

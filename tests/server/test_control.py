@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from paceline.control import Control, ControlError
+from tests.pace import stretched
 from tests.serving import Deployment, command, deployment, wait_until
 
 pytestmark = pytest.mark.slow
@@ -123,7 +124,7 @@ def test_keep_lets_no_rank_compute_and_loses_no_token(server: Deployment, backgr
     wait_until(lambda: _stands_still(server, 0.5), "no rank makes a token", 5.0)
     assert not any(answer.done() for answer in answers)
     done(post(server, "/resume"))
-    assert [words(answer.result(30)) for answer in answers] == [400, 400]
+    assert [words(answer.result(stretched(30))) for answer in answers] == [400, 400]
 
 
 def kv_used(server: Deployment) -> list[int]:
@@ -141,7 +142,7 @@ def _stands_still(server: Deployment, seconds: float) -> bool:
 def test_wait_returns_once_all_that_ran_is_finished(server: Deployment, background: ThreadPoolExecutor) -> None:
     answers = in_flight(server, background, 150)
     assert done(post(server, "/pause", mode="wait"))["status"] == "paused"
-    assert [words(answer.result(5)) for answer in answers] == [150, 150]
+    assert [words(answer.result(stretched(5))) for answer in answers] == [150, 150]
     wait_until(lambda: running(server) == 0, "nothing runs")
 
 
@@ -149,7 +150,7 @@ def test_abort_ends_what_runs(server: Deployment, background: ThreadPoolExecutor
     answers = in_flight(server, background, 90_000)
     done(post(server, "/pause", mode="abort"))
     for answer in answers:
-        choice = done(answer.result(5))["choices"][0]
+        choice = done(answer.result(stretched(5)))["choices"][0]
         assert choice["finish_reason"] == "abort"
     wait_until(lambda: sum(kv_used(server)) == 0, "their KV is free")
 
@@ -164,7 +165,7 @@ def test_a_request_that_comes_meanwhile_waits(server: Deployment, background: Th
     assert not any(answer.done() for answer in answers)
     assert running(server) == 0
     done(post(server, "/resume"))
-    assert [words(answer.result(10)) for answer in answers] == [3, 3, 3]
+    assert [words(answer.result(stretched(10))) for answer in answers] == [3, 3, 3]
 
 
 def test_a_request_that_comes_while_all_are_aborted_is_refused(server: Deployment) -> None:
@@ -208,7 +209,7 @@ def test_twice_is_once(server: Deployment, background: ThreadPoolExecutor) -> No
     asked: list[tuple[str, dict[str, str]]] = [("/pause", {"mode": "keep"}), ("/resume", {})]
     for path, query in asked:
         calls = [background.submit(post, server, path, **query) for _ in range(6)]
-        numbers = {done(call.result(30))["suspension"] for call in calls}
+        numbers = {done(call.result(stretched(30)))["suspension"] for call in calls}
         assert len(numbers) == 1
         assert done(post(server, path, **query))["suspension"] in numbers
 
@@ -237,7 +238,7 @@ def test_a_pause_that_is_taken_back_is_a_conflict(server: Deployment, background
         pausing = background.submit(post, server, "/pause", mode="keep", timeout=30)
         wait_until(lambda: state(server)["status"] == "pausing", "the pause is under way")
         error_of(post(server, "/resume", timeout=0.2), 504)
-        error = error_of(pausing.result(10), 409)
+        error = error_of(pausing.result(stretched(10)), 409)
     assert error["code"] == "superseded"
     assert "resume" in error["message"]
     assert done(post(server, "/resume"))["status"] == "resumed"
@@ -249,7 +250,7 @@ def test_many_times_in_a_row_under_load(server: Deployment, background: ThreadPo
     for round_ in range(40):
         with control.paused("keep", 10):
             assert round_ >= 0
-    assert [words(answer.result(30)) for answer in answers] == [300] * 4
+    assert [words(answer.result(stretched(30))) for answer in answers] == [300] * 4
 
 
 # From Python and the command line -------------------------------------------------------------

@@ -26,6 +26,7 @@ from paceline.core.frontend.events import Placed
 from paceline.core.requests import Output
 from paceline.server.http import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind, ResponseWriter
 from paceline.server.responses import CompletionFormat, Response, Submitted
+from tests.pace import stretched
 from tests.serving import deployment, wait_until
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -67,21 +68,21 @@ class Peer:
     async def send(self, data: bytes) -> None:
         """All of it, or as much as the other end takes before it breaks the connection."""
         try:
-            await asyncio.wait_for(self._loop.sock_sendall(self.socket, data), 30)
+            await asyncio.wait_for(self._loop.sock_sendall(self.socket, data), stretched(30))
         except (ConnectionResetError, BrokenPipeError):
             return
 
     async def wait_said(self, text: bytes) -> None:
         """Until the server has said it."""
         while text not in self.said:
-            part = await asyncio.wait_for(self._loop.sock_recv(self.socket, 1 << 16), 30)
+            part = await asyncio.wait_for(self._loop.sock_recv(self.socket, 1 << 16), stretched(30))
             assert part, self.said
             self.said += part
 
     async def wait_end(self) -> bytes:
         """Until the connection has ended; returns all that was said."""
         try:
-            while part := await asyncio.wait_for(self._loop.sock_recv(self.socket, 1 << 16), 30):
+            while part := await asyncio.wait_for(self._loop.sock_recv(self.socket, 1 << 16), stretched(30)):
                 self.said += part
         except ConnectionResetError:
             pass
@@ -119,7 +120,7 @@ def on_loop(test: Callable[..., Any]) -> Callable[..., None]:
     @functools.wraps(test)
     def run(**given: Any) -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(asyncio.wait_for(test(**given), 100))
+            runner.run(asyncio.wait_for(test(**given), stretched(100)))
 
     return run
 
@@ -144,7 +145,7 @@ async def wait_s(seconds: float) -> None:
 
 
 async def wait_for(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(stretched(30)):
         while not condition():
             await asyncio.sleep(0)
 
@@ -262,7 +263,7 @@ def test_clients_leave_descriptors_for_the_ranks() -> None:
         host, _, port = running.url.removeprefix("http://").rpartition(":")
         with contextlib.ExitStack() as held:
             for _ in range(300):
-                held.enter_context(socket.create_connection((host, int(port)), timeout=30))
+                held.enter_context(socket.create_connection((host, int(port)), timeout=stretched(30)))
             running.wait_line("more than 150 connections")
             os.kill(rank, signal.SIGKILL)
             running.wait_line("rank 0 is back")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.pace import stretched
 from tests.serving import Deployment, deployment, wait_until
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,7 @@ def schemathesis(server: Deployment, folder: Path, *arguments: str, exclude: tup
         "--max-examples", EXAMPLES, "--seed", "1", "--no-shrink", "--continue-on-failure", "--request-timeout", "30",
         "--generation-database", "none", *arguments,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=stretched(110), check=False)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.pace import stretched
 from tests.vllm import environment
 
 VERSION = os.environ.get("VLLM") or environment.DEFAULT_VERSION
@@ -51,7 +52,7 @@ class Server:
             return read
 
     def get(self, path: str, port: int | None = None) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port or self.port}{path}", timeout=stretched(10)) as answer:
             return str(answer.read().decode())
 
     def requests_by_rank(self) -> Counter[str]:
@@ -129,7 +130,7 @@ def free_port() -> int:
 
 
 def _wait_ready(server: Server) -> None:
-    end = time.monotonic() + READY_S
+    end = time.monotonic() + stretched(READY_S)
     while time.monotonic() < end:
         assert server.process.poll() is None, f"vLLM ended:\n{server.text()[-4000:]}"
         with contextlib.suppress(OSError):
@@ -145,7 +146,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
+        process.wait(stretched(20))
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -19,7 +19,7 @@ from tests.vllm import environment
 from tests.vllm.pairs import SETTLE_S, Neighbours, StockCoordinators, pair
 from tests.vllm.serving import VERSION
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 EVENTS = 30
 QUICK_S, SLOW_S, SLOWEST_S = 0.02, 0.2, 1.0

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from tests.vllm.serving import PROMPTS, VERSION, Server, burst, rest, vllm, waves
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 CASES = [("moe", 2), ("dense", 1), ("moe", 1), ("dense", 2)]
 SHORT = CASES[:2]

@@ -26,6 +26,7 @@ from paceline.operate import loads_app
 from paceline.process.spawn import wait_gone
 from paceline.vllm.coordinator import VllmCoordinator
 from tests.net.peers import Context, context, send_garbage, shout_at
+from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,7 @@ DEADLINE_S = 20.0
 
 
 class Deployment:
-    """A real keeper and coordinator; ranks and front-ends are bare sockets that speak as vLLM's do."""
+    """A real watchdog and coordinator; ranks and front-ends are bare sockets that speak as vLLM's do."""
 
     def __init__(self, zmq_context: Context, size: int = 2, *, waves: bool = True, **config: Any) -> None:
         fields = {"data_parallel_size_local": size, "data_parallel_master_ip": "127.0.0.1"} | config
@@ -57,7 +58,7 @@ class Deployment:
 
         One that is not, does not subscribe again when its coordinator comes back.
         """
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + stretched(DEADLINE_S)
         while not endpoint.poll(10):
             assert time.monotonic() < end, "nothing came"
             for other in (*self.inputs, *self.frontends):
@@ -96,7 +97,7 @@ class Deployment:
 
     def wait_view(self, wanted: Callable[[Any, int, bool], bool], frontend: int = 0) -> tuple[Any, int, bool]:
         """Read what front-ends hear until it is as wanted."""
-        end = time.monotonic() + DEADLINE_S
+        end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             counts, wave, running = msgspec.msgpack.decode(self.receive(self.frontends[frontend])[0])
             if wanted(counts, wave, running):
@@ -111,8 +112,8 @@ class Deployment:
         return known
 
     def child(self) -> int:
-        """The coordinator's process, under its keeper."""
-        end = time.monotonic() + DEADLINE_S
+        """The coordinator's process, under its watchdog."""
+        end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             found = subprocess.run(["pgrep", "-P", str(self.coordinator.proc.pid)], capture_output=True, check=False)
             if found.stdout:
@@ -207,11 +208,11 @@ def test_killed_again_and_again() -> None:
         assert running.coordinator.proc.pid == watchdog
 
 
-def test_a_keepers_end_is_the_coordinators_end() -> None:
+def test_a_watchdogs_end_is_the_coordinators_end() -> None:
     with deployment(2) as running:
         child = running.child()
         running.coordinator.proc.kill()
-        assert wait_gone([running.coordinator.proc], DEADLINE_S)
+        assert wait_gone([running.coordinator.proc], stretched(DEADLINE_S))
         assert running.coordinator.proc.exitcode == -signal.SIGKILL
         wait_until(lambda: not alive(child))
 
@@ -266,7 +267,7 @@ def test_garbage_is_counted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         def counted() -> bool:
             # Each socket is read in its turn: that one's reports are in the view says nothing of the others.
             bad_frames = ask(port, "/health")["garbage"]
-            return all(sum(bad_frames[whose].values()) > 50 for whose in ("ranks", "frontends"))
+            return all(sum(bad_frames[whose].values()) > 50 for whose in ("ranks", "front_ends"))
 
         wait_until(counted)
         assert ask(port, "/health")["restarts"] == 0
@@ -328,7 +329,7 @@ def status(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def ask(port: int, path: str) -> dict[str, Any]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=stretched(10)) as answer:
             content = answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -346,7 +347,7 @@ def alive(pid: int) -> bool:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + DEADLINE_S
+    end = time.monotonic() + stretched(DEADLINE_S)
     while not condition():
         assert time.monotonic() < end, "it never came"
         time.sleep(0)

@@ -16,6 +16,7 @@ from paceline.vllm.translation import (
     View,
     Wake,
 )
+from tests.pace import examples
 from tests.vllm_plugin import vllm_frames as frames
 from tests.vllm_plugin.vllm_deployment import VllmDeployment, greetings, last_view, views, wakes
 
@@ -260,7 +261,7 @@ words = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.lists(words, max_size=40), st.booleans())
 def test_whatever_is_said_the_wave_never_goes_back(said: list[tuple[object, ...]], lockstep: bool) -> None:
     deployment = VllmDeployment(3, lockstep=lockstep)

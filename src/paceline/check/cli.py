@@ -21,9 +21,9 @@ from paceline.check.parties import Bound
 from paceline.check.scaling import Scaled
 from paceline.check.search import Finding, Model, search
 from paceline.check.serving import Bounds, Serving
+from paceline.core.pause import MODES
 from paceline.core.requests import SuspendMode
 from paceline.core.rules import BINDING_RULES, OF_GENERATIONS, OF_SCALING, RULES, checked
-from paceline.core.standing import MODES
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "frontends", "requests", "losses", "crashes")

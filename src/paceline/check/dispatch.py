@@ -28,7 +28,7 @@ from paceline.check.state import NOW, Broken, Freezer, Part, Register
 from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.epoch import Epochs, Stalls
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.pause import CoordinatorPause
+from paceline.core.coordinator.pause import Pause
 from paceline.core.coordinator.publishing import Publisher
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.frontend import events as on_frontend
@@ -42,7 +42,7 @@ from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
 from paceline.core.routing.least import LeastLoad
 
 LIFE, FIRST = 7, 100
-BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, CoordinatorPause)
+BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, Pause)
 """No part of what is walked, or following from the rest: routing, which has one way to go; waves and suspensions."""
 Present = tuple[tuple[int, int], ...]
 

@@ -160,7 +160,7 @@ class Lockstep:
         """Whether all that was sent is finished and nothing is under way."""
         if state.settled:
             processes = [node.process.machine for node in state.nodes]
-            known = {f"rank {i}": (one.running, one.standing.number) for i, one in enumerate(processes)}
+            known = {f"rank {i}": (one.running, one.pause.number) for i, one in enumerate(processes)}
             demand(nothing_steps_while_suspended(state.settled, known))
         if state.asking or state.stranded or self.known(state).timers or not all(map(_quiet, self.deployed(state))):
             return False
@@ -530,7 +530,7 @@ class Lockstep:
         # The request that the notice was about may have been lost with the life before.
         if machine.incarnation == 1 and "abort" not in self.calls:
             # What it holds back, or has while it runs, it starts by itself, in whatever wave is current then.
-            own = node.process.unfinished if machine.running else machine.requests.held
+            own = node.process.unfinished if machine.running else machine.requests.kept_back
             coming = (*node.arriving, *[wake.wave] * own)
             demand(left_out_has_it(wake, machine.wave, machine.running, coming))
 

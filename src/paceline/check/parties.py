@@ -125,12 +125,12 @@ class Process:
     @property
     def unfinished(self) -> int:
         """Requests that the rank has, with the engine or held back."""
-        return len(self.left) + self.machine.requests.held
+        return len(self.left) + self.machine.requests.kept_back
 
     def key(self, freeze: Freezer) -> object:
         """Equal for processes that behave alike: of requests it counts what is left of each, and not their names."""
         left = tuple(sorted(steps for _, steps in self.left.values()))
-        rest = (self.machine.requests.held, freeze(self.agree), self.group, self.to_form, self.forming)
+        rest = (self.machine.requests.kept_back, freeze(self.agree), self.group, self.to_form, self.forming)
         return (freeze(self.machine), left, *rest)
 
     # What happens to it; each returns what it says ---------------------------------------------------

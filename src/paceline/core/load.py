@@ -136,11 +136,6 @@ def believed(load: Load, requests: int, tokens: int) -> Load:
     return msgspec.structs.replace(load, waiting=load.waiting + requests, prefill_tokens=load.prefill_tokens + tokens)
 
 
-def waiting_for_a_slot(load: Load) -> int:
-    """How many of the waiting requests cannot start at once, as far as slots go."""
-    return max(0, load.waiting - max(0, load.slots - load.running))
-
-
 class SpeedMeter:
     """A moving average of tokens a second, weighted by the time they took.
 

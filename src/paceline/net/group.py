@@ -20,7 +20,6 @@ A lockstep rank's seat among its peers: forms each generation's group, and agree
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import struct
@@ -276,11 +275,6 @@ def host_and_port(address: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
     return host.strip("[]"), int(port)
-
-
-def group_path(folder: str | os.PathLike[str], rank: int) -> str:
-    """The ipc address of a rank's listener in a folder."""
-    return f"ipc://{os.fspath(folder)}/group-{rank}"
 
 
 LOOKS_A_TIMEOUT = 5

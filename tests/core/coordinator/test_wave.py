@@ -10,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.messages import StartDPWave
 from paceline.core.retry import FIRST_S, LONGEST_S
+from tests.pace import examples
 
 
 def paused(ranks: int = 3, wave: int = 0) -> GroupWave:
@@ -250,7 +251,7 @@ words = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(st.lists(words, max_size=60))
 def test_whatever_is_said_the_wave_grows_and_a_wake_is_due_while_one_is_owed(
     said: list[tuple[str, int, int, bool, float]],

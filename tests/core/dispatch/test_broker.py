@@ -8,6 +8,7 @@ from paceline.core.dispatch.capacity import KV_SHARE, Amount
 from paceline.core.dispatch.queue import PATIENCE, PRIORITY_PATIENCE, CentralQueue, Entry
 from paceline.core.load import Load
 from paceline.core.messages import Descriptor
+from tests.pace import examples
 
 KV = 1000
 
@@ -225,7 +226,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(MOVES)
 @example([("ask", 0), ("ask", 50), ("grant", 0), ("ask", 0), ("ask", 47), ("confirm", 1), ("grant", 0)])
 @example([*[("ask", 0)] * 5, ("grant", 0), ("lose", 0), ("confirm", 2), ("grant", 0), ("confirm", 0)])

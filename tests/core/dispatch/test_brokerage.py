@@ -25,6 +25,7 @@ from paceline.core.messages import (
     SendNotice,
     Withdraw,
 )
+from tests.pace import examples
 
 GOOD, OTHER = 100, 101
 LARGEST = 2**53 - 1
@@ -95,7 +96,7 @@ class Told:
 
 
 @given(steps)
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_whatever_frontends_say_what_it_says_can_be_decoded_and_it_forgets_who_has_gone(
     story: list[tuple[FromFrontend, float]],
 ) -> None:

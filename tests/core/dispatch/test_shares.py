@@ -9,6 +9,7 @@ from paceline.core.dispatch.capacity import BUDGETS_AHEAD, KV_SHARE, Amount, Cap
 from paceline.core.dispatch.credits import ENTRIES, LEAST_RANKS, CreditBook
 from paceline.core.load import Load
 from paceline.core.messages import Send
+from tests.pace import examples
 
 SLOTS, BUDGET, KV = 16, 512, 10_000
 
@@ -129,7 +130,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(MOVES)
 def test_together_they_cannot_send_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
     made, shares = capacities(3), book(3)

@@ -10,7 +10,7 @@ import pytest
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import Abandon, CoordinatorSaid, Placed, Refuse, Submit
 from paceline.core.frontend.machine import Frontend
-from paceline.core.load import Load, waiting_for_a_slot
+from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
 from paceline.core.requests import Output, Outputs, SamplingParams
 from paceline.core.routing import LeastLoad
@@ -111,7 +111,9 @@ class World:
             # Asking brings what is kept up to date, so not every time.
             return effects
         loads = [self.frontend.believed(rank) for rank in self.frontend.ready_ranks()]
-        assert self.frontend.waiting() == sum(map(waiting_for_a_slot, loads))
+        assert self.frontend.waiting() == sum(
+            max(0, load.waiting - max(0, load.slots - load.running)) for load in loads
+        )
         return effects
 
 

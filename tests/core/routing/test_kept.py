@@ -11,6 +11,7 @@ from paceline.core.routing import LeastLoad, LeastRequests
 from paceline.core.routing.candidates import Candidate, Candidates
 from paceline.core.routing.policy import Query
 from tests.core import routing_reference as reference
+from tests.pace import examples
 
 PAIRS = [(LeastLoad, reference.LeastLoad), (LeastRequests, reference.LeastRequests)]
 
@@ -51,7 +52,7 @@ def change(chance: random.Random, candidates: Candidates, spread: int) -> None:
 
 
 @pytest.mark.parametrize(("kept", "plain"), PAIRS, ids=["least-load", "least-requests"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     st.integers(0, 2**32), st.sampled_from([1, 2, 5, 40, 130]), st.sampled_from([1, 3, 30, 10_000]),
     st.sampled_from([(0, 1), (1, 2), (3, 4), (7, 8)]),

@@ -21,6 +21,7 @@ from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
 from paceline.core.requests import Output, Outputs, SamplingParams
 from paceline.core.routing import POLICIES, Candidate, Candidates, LeastLoad, LeastRequests, Query, RoundRobin
 from tests.core.harness import find, one
+from tests.pace import examples
 
 
 class Burst:
@@ -33,7 +34,7 @@ class Burst:
             Frontend(100 + index, POLICIES[policy](index, frontends), relay_sends=frontends > 1)
             for index in range(frontends)
         ]
-        self.held: list[list[object]] = [[] for _ in self.frontends]
+        self.quiesced: list[list[object]] = [[] for _ in self.frontends]
         self.notices: list[object] = []
         self.loads: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
@@ -84,15 +85,15 @@ class Burst:
 
     def hear(self, index: int) -> None:
         """A front-end reads all views that are on their way to it."""
-        for message in self.held[index]:
+        for message in self.quiesced[index]:
             self.frontends[index].handle(CoordinatorSaid(message), self.now)
-        self.held[index].clear()
+        self.quiesced[index].clear()
 
     def _coordinator(self, event: coordinator.Event) -> None:
         self.now += 0.0001
         for effect in [*self.machine.handle(event, self.now), *self.machine.handle(Tick(), self.now)]:
             if isinstance(effect, coordinator.ToFrontends):
-                for queue in self.held:
+                for queue in self.quiesced:
                     queue.append(effect.message)
 
 
@@ -261,7 +262,7 @@ def test_round_robin_goes_round_whatever_the_load() -> None:
 
 @pytest.mark.parametrize("index", range(3))
 @pytest.mark.parametrize("name", POLICIES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50))
 @given(st.lists(st.tuples(*[st.integers(0, 2**40)] * 6), min_size=1, max_size=9), st.integers(0, 2**20))
 def test_every_policy_always_chooses_one_of_the_candidates(
     name: str, index: int, loads: list[tuple[int, ...]], tokens: int

@@ -11,6 +11,7 @@ from paceline.core.routing import LeastLoad, Prefix, prefix as routing_prefix
 from paceline.core.routing.candidates import Candidate, Candidates
 from paceline.core.routing.policy import GUARD_TOKENS, Query
 from paceline.core.routing.prefix import BLOCK_TOKENS, COMPARED, MAX_PROMPT_BLOCKS, BlockIndex, block_hashes
+from tests.pace import examples
 
 
 def idle(size: int) -> Candidates:
@@ -181,7 +182,7 @@ def test_what_is_used_stays_and_what_is_left_is_a_prefix() -> None:
     assert index.longest(kept[:1]) == (1, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 2), max_size=6)), max_size=60))
 def test_the_index_is_what_a_set_for_each_rank_would_be(sends: list[tuple[int, list[int]]]) -> None:
     index, sets = BlockIndex(), [set[int]() for _ in range(5)]

@@ -114,7 +114,7 @@ def test_a_session_has_two_ranks_that_are_there_however_many_have_gone() -> None
 
 def test_an_overloaded_rank_is_passed_over_for_the_next_of_the_session() -> None:
     policy, candidates = Session(), idle(*range(8))
-    first, second = policy.choose(candidates, Query(1, session="a")), policy.homes("a")[1]
+    first, second = policy.choose(candidates, Query(1, session="a")), list(policy.homes("a"))[1]
     assert policy.reason() == "the session's rank"
     load(candidates, first, GUARD_TOKENS)
     assert policy.choose(candidates, Query(1, session="a")) == first

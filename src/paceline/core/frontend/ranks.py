@@ -67,7 +67,7 @@ class RankHandle:
         candidate.since_view_requests = self.unheard.requests
         candidate.since_view_tokens = self.unheard.tokens
         candidate.finished = load.finished
-        # As `waiting_for_a_slot(self.believed())`, without making a Load of it.
+        # Those that cannot start at once, as far as slots go.
         free = load.slots - load.running
         waiting = load.waiting + accounting.requests - (free if free > 0 else 0)
         before, self.waiting = self.waiting, waiting if waiting > 0 else 0

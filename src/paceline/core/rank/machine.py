@@ -34,6 +34,7 @@ from paceline.core.messages import (
     ToRank,
     WaveComplete,
 )
+from paceline.core.pause import PauseState, stops
 from paceline.core.rank.events import (
     Again,
     Agree,
@@ -63,7 +64,6 @@ from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
 from paceline.core.requests import AbortRequests, AddRequest
 from paceline.core.rules import checked
-from paceline.core.standing import PauseState, stops
 
 
 class RankWaves:
@@ -154,7 +154,7 @@ class Rank:
         self.quota = RankQuota(prefill_quota)
         self.step = 0
         self.epoch = 0
-        self.standing = PauseState()
+        self.pause = PauseState()
         self.requests = RankRequests(rank, incarnation)
         self._lockstep = lockstep
         self._report_loads = report_loads
@@ -178,9 +178,9 @@ class Rank:
         return self.waves.running
 
     @property
-    def held(self) -> bool:
+    def quiesced(self) -> bool:
         """Whether the suspension keeps this rank from starting anything by itself, and it has stopped."""
-        if self.standing.free:
+        if self.pause.over:
             return False
         if self._lockstep:
             return not self.running
@@ -189,7 +189,7 @@ class Rank:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
         effects = self._handle(event, now)
-        if self.phase is Phase.READY and self._said != (self.standing.number, self.held):
+        if self.phase is Phase.READY and self._said != (self.pause.number, self.quiesced):
             effects.insert(0, self._hello())
         return effects
 
@@ -234,9 +234,9 @@ class Rank:
             "running": self.running,
             "step": self.step,
             "generation": self.epoch,
-            "suspension": self.standing.number,
-            "held": self.held,
-            "requests": len(self.requests) + self.requests.held,
+            "suspension": self.pause.number,
+            "held": self.quiesced,
+            "requests": len(self.requests) + self.requests.kept_back,
             "finished": self.requests.finished,
             "void_messages": self.requests.void,
         }
@@ -247,8 +247,8 @@ class Rank:
         refusal = self.requests.arrive(frontend, request)
         if refusal:
             return refusal
-        if not self.standing.free:
-            if self.standing.suspended and self.standing.mode == "abort":
+        if not self.pause.over:
+            if self.pause.paused and self.pause.mode == "abort":
                 return [self.requests.refuse(frontend, request)]
             self.requests.hold(frontend, request)
             return []
@@ -281,14 +281,16 @@ class Rank:
     def _may_step(self) -> bool:
         if self._lockstep:
             return self.running and bool(self.epoch or not self._group_address)
-        return self.standing.free or self.standing.draining
+        return self.pause.over or self.pause.draining
 
     def _catch_up(self) -> list[Effect]:
         """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""
-        if self.standing.suspended and self.standing.mode == "abort" and (len(self.requests) or self.requests.held):
+        if self.pause.paused and self.pause.mode == "abort" and (len(self.requests) or self.requests.kept_back):
             return self.requests.abort_all()
-        if self.standing.free and (self.requests.held or (self._lockstep and len(self.requests) and not self.running)):
-            effects = self.requests.take_held()
+        if self.pause.over and (
+            self.requests.kept_back or (self._lockstep and len(self.requests) and not self.running)
+        ):
+            effects = self.requests.take_kept_back()
             if self._lockstep and not self.running:
                 effects += self._start_by_itself(self.wave)
             return effects
@@ -302,7 +304,7 @@ class Rank:
         effects += self._report(done.load)
         if self._lockstep and self.waves.stepped(done.urged or self.quota.follows):
             self._mid_step = True
-            effects.append(Agree(done.has_work, self.wave, self.standing.packed, self.quota.contribution(done)))
+            effects.append(Agree(done.has_work, self.wave, self.pause.packed, self.quota.contribution(done)))
         return effects
 
     def _report(self, load: Load) -> list[Effect]:
@@ -330,9 +332,9 @@ class Rank:
             case Suspension():
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self.standing.hear(message)
+                self.pause.hear(message)
                 # The next agreement would stop the wave, some steps from now: it is brought forward.
-                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                urgent = self._lockstep and self.running and stops(self.pause.packed)
                 return [self._hello(), *([Urge()] if urgent else [])]
             case Admit():
                 return self._on_admit(message)
@@ -352,7 +354,7 @@ class Rank:
         self.phase = Phase.READY
         self._hello_due = None
         self.waves.reach(admit.wave)
-        self.standing.hear(admit.suspension)
+        self.pause.hear(admit.suspension)
         return [self._hello()]
 
     def _on_form(self, form: Form) -> list[Effect]:
@@ -363,7 +365,7 @@ class Rank:
             return [self._hello()] if form.generation == self.epoch else []
         if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
-        self.standing.hear(form.suspension)
+        self.pause.hear(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.epoch, self.told = 0, form.generation
         self._to_form = form
@@ -389,7 +391,7 @@ class Rank:
     def _on_agreed(self, agreed: Agreed, now: float) -> list[Effect]:
         self._mid_step = False
         self.waves.reach(agreed.wave)
-        self.standing.learn_packed(agreed.suspension)
+        self.pause.learn_packed(agreed.suspension)
         # All decide by what they agreed on: what this rank has heard meanwhile is its own.
         self.quota.agreed(agreed.quota, now)
         if agreed.any_work and not stops(agreed.suspension):
@@ -397,18 +399,18 @@ class Rank:
         self.quota.forget()
         effects: list[Effect] = [ToCoordinator(WaveComplete(self.rank, self.incarnation, self.waves.complete()))]
         overdue = self.waves.overdue
-        if overdue is not None or (len(self.requests) and self.standing.free):
+        if overdue is not None or (len(self.requests) and self.pause.over):
             # A request came in after the agreement was under way, or the next wave has begun already.
             effects += self._start_by_itself(overdue or self.wave)
         return effects
 
     def _hello(self) -> ToCoordinator:
-        standing, held = self.standing, self.held
-        self._said = standing.number, held
+        pause, quiesced = self.pause, self.quiesced
+        self._said = pause.number, quiesced
         return ToCoordinator(
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
-                self.running, standing.number, standing.mode, held, self._group_address, self.epoch,
+                self.running, pause.number, pause.mode, quiesced, self._group_address, self.epoch,
                 self.told,
             )
         )  # fmt: skip

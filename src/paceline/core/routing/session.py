@@ -71,7 +71,7 @@ class Session(Policy):
             self._take_members(candidates)
         works = self._least.works(candidates)
         limit = guard(works)
-        for number, rank in enumerate(self._in_turn(query.session)):
+        for number, rank in enumerate(self.homes(query.session)):
             place = candidates.place(rank)
             if place is not None and works.keys[place] <= limit:
                 self._reason = f"the session's {'next ' if number else ''}rank"
@@ -82,12 +82,8 @@ class Session(Policy):
     def reason(self) -> str:
         return self._reason
 
-    def homes(self, session: str) -> list[int]:
-        """The ranks that a key belongs to, the first one first; fewer than HOMES only where there are fewer."""
-        return list(self._in_turn(session))
-
-    def _in_turn(self, session: str) -> Iterator[int]:
-        """As `homes`: the next one is looked for only when it is asked for."""
+    def homes(self, session: str) -> Iterator[int]:
+        """The ranks that a key belongs to, the first one first; the next one is looked for when it is asked for."""
         probes, found = probes_of(session), set[int]()
         for _ in range(min(HOMES, len(self._ranks))):
             rank = self._closest(probes, found)

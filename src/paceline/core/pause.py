@@ -26,14 +26,14 @@ class PauseState:
         to finish would mean to go on."""
 
     @property
-    def suspended(self) -> bool:
+    def paused(self) -> bool:
         """Whether the newest word is to suspend."""
         return self.number % 2 == 1
 
     @property
-    def free(self) -> bool:
+    def over(self) -> bool:
         """Whether work may be started."""
-        return not self.suspended and self.released
+        return not self.paused and self.released
 
     @property
     def packed(self) -> int:
@@ -45,12 +45,12 @@ class PauseState:
         if not plausible(number, self.number):
             return False
         if number > self.number:
-            going = self.free or self.draining
+            going = self.over or self.draining
             self.number, self.mode = number, mode
-            self.draining = going and self.suspended and mode == "wait"
-            self.released = released and not self.suspended
+            self.draining = going and self.paused and mode == "wait"
+            self.released = released and not self.paused
             return True
-        if number == self.number and released and not self.released and not self.suspended:
+        if number == self.number and released and not self.released and not self.paused:
             self.released = True
             return True
         return False

@@ -7,8 +7,8 @@ import itertools
 import pytest
 from hypothesis import given, strategies as st
 
+from paceline.core.pause import MODES, PauseState, stops
 from paceline.core.requests import SuspendMode
-from paceline.core.standing import MODES, PauseState, stops
 
 WORDS = st.tuples(st.integers(0, 9), st.sampled_from(MODES), st.booleans())
 
@@ -21,7 +21,7 @@ def standing(number: int, mode: SuspendMode = "keep", released: bool = False) ->
 
 def test_work_may_be_started_at_first() -> None:
     fresh = PauseState()
-    assert (fresh.number, fresh.suspended, fresh.released, fresh.free) == (0, False, True, True)
+    assert (fresh.number, fresh.paused, fresh.released, fresh.over) == (0, False, True, True)
 
 
 @pytest.mark.parametrize(
@@ -32,29 +32,29 @@ def test_odd_is_suspended_and_even_is_free_once_released(
     number: int, released: bool, suspended: bool, free: bool
 ) -> None:
     found = standing(number, "wait", released)
-    assert (found.suspended, found.free, found.mode) == (suspended, free, "wait")
+    assert (found.paused, found.over, found.mode) == (suspended, free, "wait")
 
 
 def test_a_release_of_the_number_that_is_known_is_news_once() -> None:
     found = standing(2)
     assert found.learn(2, "keep", True)
-    assert found.free
+    assert found.over
     assert not found.learn(2, "keep", True)
     assert not found.learn(2, "keep", False)
-    assert found.free
+    assert found.over
 
 
 def test_a_suspension_cannot_be_released() -> None:
     found = standing(3)
     assert not found.learn(3, "keep", True)
     assert found.learn(4, "keep", False)
-    assert not found.free
+    assert not found.over
 
 
 def test_the_release_of_an_older_number_changes_nothing() -> None:
     found = standing(4)
     assert not found.learn(2, "keep", True)
-    assert not found.free
+    assert not found.over
 
 
 def test_the_mode_belongs_to_its_number() -> None:
@@ -76,7 +76,7 @@ def test_number_and_freedom_do_not_depend_on_the_order_of_words(
         one.learn(*word)
     for word in shuffled:
         other.learn(*word)
-    assert (one.number, one.free) == (other.number, other.free)
+    assert (one.number, one.over) == (other.number, other.over)
 
 
 @given(words=st.lists(WORDS, max_size=12))
@@ -87,7 +87,7 @@ def test_the_number_never_goes_down_and_news_is_said_to_be_news(words: list[tupl
         news = found.learn(*word)
         assert found.number >= before[0]
         assert news == (before != (found.number, found.mode, found.released))
-        assert not (found.suspended and found.free)
+        assert not (found.paused and found.over)
 
 
 @given(number=st.integers(0, 2**48), mode=st.sampled_from(MODES))
@@ -97,7 +97,7 @@ def test_packed_says_number_and_mode(number: int, mode: SuspendMode) -> None:
     learned.learn_packed(found.packed)
     assert learned.number == number
     assert learned.mode == (mode if number else "keep")
-    assert learned.free == (number == 0)
+    assert learned.over == (number == 0)
 
 
 def test_the_largest_packed_is_the_newest() -> None:
@@ -108,7 +108,7 @@ def test_the_largest_packed_is_the_newest() -> None:
 def test_what_was_agreed_never_releases() -> None:
     found = standing(2)
     assert not found.learn_packed(standing(2, released=True).packed)
-    assert not found.free
+    assert not found.over
 
 
 @pytest.mark.parametrize("mode", MODES)
