@@ -64,7 +64,7 @@ format: $(STAMP) ## format and fix what ruff can
 
 docs: $(STAMP) ## write the generated parts of docs/PROTOCOL.md and docs/WAVES.md anew
 	@$(BIN)/python tools/protocol_reference.py docs/PROTOCOL.md
-	@$(BIN)/python -m paceline.simulate.waves_document docs/WAVES.md
+	@$(BIN)/python tools/waves_document.py docs/WAVES.md
 
 bench-serve: $(STAMP) ## what the front-end costs per request and per streamed token
 	@$(BIN)/python bench/serve.py $(ARGS)

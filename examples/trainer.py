@@ -21,7 +21,8 @@ import urllib.request
 from pathlib import Path
 
 from paceline.control import Control
-from paceline.engines.moe_model import MoeConfig, write_weights
+from paceline.engines.moe import MoeConfig
+from paceline.engines.moe_model import write_weights
 
 
 class Server:

@@ -117,7 +117,7 @@ def _engine_options(texts: list[str]) -> dict[str, str]:
 
 def _serve(config: DeploymentConfig) -> None:
     from paceline.console import StartupDisplay
-    from paceline.deployment import Plan, serve
+    from paceline.node import Plan, serve
     from paceline.process.log import set_up_log
 
     set_up_log(config.server.log_level)
@@ -154,7 +154,7 @@ def _say_ready(config: DeploymentConfig, port: int) -> None:
 
 ELSEWHERE = {
     "simulate": ("simulate_cli", "Run the machines in virtual time, from a seed, with delays, losses and crashes."),
-    "check": ("check_cli", "Walk every interleaving of the machines in a small deployment."),
+    "check": ("check.cli", "Walk every interleaving of the machines in a small deployment."),
     "loads": ("operate", "Show what every rank of a running deployment has to do."),
     "scale": ("operate", "Let a running deployment have more ranks, or fewer."),
     "coordinator": ("coordinator_cli", "Run a coordinator alone, for ranks and front-ends of your own."),

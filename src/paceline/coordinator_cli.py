@@ -23,12 +23,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--data-parallel-size", "-dp", type=int, default=2, metavar="N", help="ranks in the deployment")
-    add(
-        "--max-data-parallel-size",
-        type=int,
-        metavar="N",
-        help="ranks that it may be scaled to",
-    )
+    add("--max-data-parallel-size", type=int, metavar="N", help="ranks that it may be scaled to")
     add("--front-publish-address", default="tcp://127.0.0.1:29551", metavar="ADDRESS", help="front-ends connect here")
     add("--back-output-address", default="tcp://127.0.0.1:29552", metavar="ADDRESS", help="ranks send here")
     add("--back-publish-address", default="tcp://127.0.0.1:29553", metavar="ADDRESS", help="ranks listen here")
@@ -60,13 +55,15 @@ def run_command(arguments: Sequence[str]) -> None:
             not options.restarted,
             most_ranks=most,
         )
-        addresses = process.bind(
-            options.front_publish_address, options.back_output_address, options.back_publish_address
-        )
         process.stop_on_signals()
-        for name, address in zip(("front-publish", "back-output", "back-publish"), addresses, strict=True):
-            print(f"{name:14}{address}", flush=True)
-        process.run()
+        process.process_input_socket(
+            options.front_publish_address, options.back_output_address, options.back_publish_address, _show
+        )
     except PacelineError as error:
         print(f"paceline: error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _show(addresses: tuple[str, str, str]) -> None:
+    for name, address in zip(("front-publish", "back-output", "back-publish"), addresses, strict=True):
+        print(f"{name:14}{address}", flush=True)

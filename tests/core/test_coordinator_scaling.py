@@ -182,11 +182,11 @@ def test_a_suspension_waits_for_new_ranks_and_not_for_those_that_left() -> None:
     machine.handle(FrontendSaid(ControlRequest(FRONTEND, 1, "keep")), 1.0)
     machine.handle(scale(3, call=2), 1.0)
     machine.handle(hello(2, ready=False), 1.0)
-    assert machine._suspension.header.waiting_for == [0, 1, 2]
+    assert machine._pause.header.waiting_for == [0, 1, 2]
     machine.handle(scale(1, call=3), 2.0)
     machine.handle(knows(Scaling(3, 3, 1)), 2.0)
     assert machine._scaling.state.size == 1
-    assert machine._suspension.header.waiting_for == [0]
+    assert machine._pause.header.waiting_for == [0]
 
 
 def test_a_new_coordinator_that_has_not_heard_all_ranks_waits_when_the_time_of_a_change_is_up() -> None:

@@ -109,7 +109,7 @@ def test_a_rank_takes_up_no_absurd_number(said: Any) -> None:
     for effect in itertools.chain(*effects):
         if isinstance(effect, ToCoordinator):
             decode(codec.encode(effect.message))
-    assert (machine.wave, machine.running, machine.standing.number) == (1, True, 0)
+    assert (machine.wave, machine.running, machine.pause.number) == (1, True, 0)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ def test_the_smallest_budget_is_everybodys() -> None:
     assert outcome(*ranks).quota == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long_share", [0.0, 0.1, 0.5])
 def test_a_backlog_is_done_sooner_in_shorter_steps(long_share: float) -> None:
     """Where prompts are all there is to do, as in the last case, nothing can be gained, and next to nothing is lost."""

@@ -58,7 +58,7 @@ def test_a_joining_rank_takes_up_the_wave_forms_and_is_ready() -> None:
     machine = grouped()
     effects = told(machine, form(1, wave=7, suspension=Suspension(1, "keep")))
     assert one(find(effects, FormGroup)).epoch == 1
-    assert (machine.phase.value, machine.wave, machine.standing.number) == ("joining", 7, 1)
+    assert (machine.phase.value, machine.wave, machine.pause.number) == ("joining", 7, 1)
     hello = one(said(machine.handle(Formed(1), 0.0), RankHello, generation=1))
     assert (hello.ready, hello.wave, hello.suspension, hello.held) == (True, 7, 1, True)
 

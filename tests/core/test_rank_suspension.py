@@ -6,6 +6,7 @@ import pytest
 
 from paceline.core.load import Load
 from paceline.core.messages import Admit, Identify, RankHello, StartDPWave, StartWave, Suspension, WaveComplete
+from paceline.core.pause import MODES, PauseState
 from paceline.core.rank.events import (
     IN_MID_STEP,
     Again,
@@ -30,7 +31,6 @@ from paceline.core.rank.events import (
 )
 from paceline.core.rank.machine import Rank
 from paceline.core.requests import AbortRequests, AddRequest, SamplingParams, SuspendMode
-from paceline.core.standing import MODES, PauseState
 from tests.core.harness import find, one, said
 
 NUMBER, LIFE, FRONTEND = 3, 33, 100
@@ -100,7 +100,7 @@ def test_a_rank_that_loads_does_not_answer_and_one_that_joins_does() -> None:
 @pytest.mark.parametrize("lockstep", [False, True])
 def test_who_joins_a_suspended_deployment_holds(lockstep: bool) -> None:
     machine = ready(lockstep, Suspension(5, "wait"))
-    assert (machine.standing.number, machine.held) == (5, True)
+    assert (machine.pause.number, machine.quiesced) == (5, True)
     assert find(add(machine), Take) == []
 
 
@@ -164,9 +164,9 @@ def test_what_is_held_can_be_abandoned() -> None:
     for request in (1, 2):
         add(machine, request)
     machine.handle(FrontendSaid(FRONTEND, AbortRequests([1])), 0.0)
-    assert machine.requests.held == 1
+    assert machine.requests.kept_back == 1
     machine.handle(FrontendGone(FRONTEND), 0.0)
-    assert machine.requests.held == 0
+    assert machine.requests.kept_back == 0
     tell(machine, 2, released=True)
     assert find(turn(machine), Wait)
 
@@ -318,7 +318,7 @@ def test_lockstep_released_in_mid_agreement_stops_with_the_others_and_starts_the
     effects = machine.handle(Agreed(True, 0, KEEP_1), 0.0)
     assert said(effects, WaveComplete, wave=0)
     assert said(effects, StartWave, wave=1)
-    assert machine.standing.number == 2
+    assert machine.pause.number == 2
 
 
 def test_lockstep_follows_a_wake_while_held_and_stops_at_the_first_agreement() -> None:

@@ -16,9 +16,9 @@ from paceline.core.messages import (
     Suspension,
     WakeNotice,
 )
+from paceline.core.pause import MODES
 from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction
-from paceline.core.standing import MODES
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import Call, FrontendProcess
 from paceline.sim.world import Delays
@@ -37,7 +37,7 @@ def control(deployment: Deployment, action: ControlAction, frontend: int = 0, li
 
 def number(deployment: Deployment) -> int:
     """The highest number that any rank knows."""
-    return max(rank.machine.standing.number for rank in deployment.ranks.values())
+    return max(rank.machine.pause.number for rank in deployment.ranks.values())
 
 
 def load(deployment: Deployment, requests: int = 6, max_tokens: int = 12) -> None:
@@ -74,7 +74,7 @@ def test_under_load_all_stop_and_all_finish_after_the_resume(
     assert not control(deployment, mode).superseded
     is_suspended(deployment)
     finished = all(frontend.finished() for frontend in deployment.frontends.values())
-    assert finished == (mode != "keep" and not any(r.machine.requests.held for r in deployment.ranks.values()))
+    assert finished == (mode != "keep" and not any(r.machine.requests.kept_back for r in deployment.ranks.values()))
     assert not control(deployment, "resume").superseded
     deployment.finish()
     if mode != "abort":
@@ -204,8 +204,8 @@ def test_calls_that_cross_never_block(lockstep: bool, schedule: list[tuple[str, 
     assert not control(deployment, "resume").superseded
     deployment.finish()
     deployment.world.run_for(5.0)
-    assert not any(rank.machine.held for rank in deployment.ranks.values())
-    assert len({rank.machine.standing.number for rank in deployment.ranks.values()}) == 1
+    assert not any(rank.machine.quiesced for rank in deployment.ranks.values())
+    assert len({rank.machine.pause.number for rank in deployment.ranks.values()}) == 1
     assert find(seen(deployment).broadcasts, Suspension) == [] or number(deployment) % 2 == 0
 
 

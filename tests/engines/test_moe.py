@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from paceline.engines.base import EngineError, EngineSettings
-from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_model import EOS
+from paceline.engines.moe import EOS, MoeEngine
 from tests.engines.moe_runs import make_engine, request, run_alone, text_of
 from tests.pace import stretched
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from numpy.typing import NDArray
 
-from paceline.engines.moe_model import Alone, Floats, MoeConfig, MoeModel, MoeOptions, Piece, load_weights
+from paceline.engines.moe import MoeConfig, MoeOptions
+from paceline.engines.moe_model import Alone, Floats, MoeModel, Piece, load_weights
 from tests.pace import examples
 
 Doubles = NDArray[np.float64]

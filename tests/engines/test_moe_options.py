@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from paceline.engines.base import EngineError, EngineSettings
-from paceline.engines.moe_model import MoeConfig, MoeOptions, read_limits, read_options
+from paceline.engines.moe import MoeConfig, MoeOptions, read_limits, read_options
 
 
 def test_defaults() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
-from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_model import MoeConfig, write_weights
+from paceline.engines.moe import MoeConfig, MoeEngine
+from paceline.engines.moe_model import write_weights
 from tests.engines.moe_runs import run_alone, text_of
 from tests.serving import Command, deployment
 

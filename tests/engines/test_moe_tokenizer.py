@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineSettings
-from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_model import BOS, EOS, MoeTokenizer
+from paceline.engines.moe import BOS, EOS, MoeEngine, MoeTokenizer
 
 TOKENIZER = MoeTokenizer(99)
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from paceline.engines.base import EngineError
-from paceline.engines.moe import MoeEngine
-from paceline.engines.moe_model import MoeConfig, MoeOptions, load_weights, make_weights, write_weights
+from paceline.engines.moe import MoeConfig, MoeEngine, MoeOptions
+from paceline.engines.moe_model import load_weights, make_weights, write_weights
 from tests.engines.moe_runs import make_engine, request, run_alone, text_of
 
 CONFIG = MoeConfig(layers=2, d_model=32, heads=2, expert_hidden=32)

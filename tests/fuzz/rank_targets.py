@@ -160,7 +160,7 @@ class Agreements(RankTarget):
     def feed(self, frame: bytes) -> None:
         self._row = frame[13:]
         # Where a peer has it suspended, it holds what it gets.
-        if not self.engine.has_work() and not self.machine.requests.held:
+        if not self.engine.has_work() and not self.machine.requests.kept_back:
             self._sent += 1
             request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
             self.handle(FrontendSaid(FRONTENDS[0], request))

@@ -57,6 +57,8 @@ class Target(ABC):
 class Frames:
     """Stands for a socket: what has come in, to be read without waiting."""
 
+    closed = False
+
     def __init__(self) -> None:
         self._messages: deque[list[bytes]] = deque()
         self._rest: list[bytes] = []
@@ -71,13 +73,6 @@ class Frames:
             raise zmq.Again
         self._rest = self._rest or self._messages.popleft()
         return self._rest.pop(0)
-
-    def recv_multipart(self, flags: int = 0) -> list[bytes]:
-        """As ZeroMQ's."""
-        frames = [self.recv()]
-        frames += self._rest
-        self._rest = []
-        return frames
 
     def getsockopt(self, option: int) -> int:
         """Whether the message has more frames."""

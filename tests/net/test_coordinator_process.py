@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import pytest
 import zmq
 
 from paceline.core import codec
+from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
@@ -21,6 +26,7 @@ from paceline.core.messages import (
     LoadView,
     Members,
     RankHello,
+    RankReport,
     StartDPWave,
     WakeNotice,
 )
@@ -239,3 +245,57 @@ def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> Non
         while not (isinstance(message, Members) and message.members):
             message = codec.to_frontend().decode(receive(frontend)[0])
         assert resident_mb(coordinator.proc.pid or 0) < before_mb + 16
+
+
+# What the reference's users find -----------------------------------------------------------------
+
+
+def test_it_has_the_reference_s_names_and_arguments() -> None:
+    run = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
+    addresses = ["front_publish_address", "back_output_address", "back_publish_address"]
+    assert list(run)[:5] == ["engine_count", *addresses, "min_stats_update_interval_ms"]
+    assert run["min_stats_update_interval_ms"].default == 100
+    assert all(one.default is not one.empty or one.kind is one.VAR_KEYWORD for one in list(run.values())[5:])
+    assert list(inspect.signature(DPCoordinatorProc.process_input_socket).parameters)[1:4] == addresses
+    assert list(inspect.signature(DPCoordinatorProc).parameters)[:2] == ["engine_count", "min_stats_update_interval_ms"]
+
+
+def test_start_wave_is_one_message_to_all_ranks(tmp_path: Path) -> None:
+    with context() as zmq_context:
+        coordinator, rank = zmq_context.socket(zmq.XPUB), zmq_context.socket(zmq.XSUB)
+        coordinator.bind(f"ipc://{tmp_path}/b")
+        rank.connect(f"ipc://{tmp_path}/b")
+        rank.send(b"\x01")
+        assert receive(coordinator) == [b"\x01"]
+        for exclude in (1, None):
+            DPCoordinatorProc._send_start_wave(coordinator, 3, exclude)
+            assert [codec.to_rank().decode(frame) for frame in receive(rank)] == [StartDPWave(3, exclude)]
+
+
+def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two ranks, one of them loaded: the counts, the log of them, and a wake, from `process_input_socket`."""
+    caplog.set_level(logging.DEBUG, "paceline.coordinator")
+    process = DPCoordinatorProc(2, 1)
+    bound: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
+    addresses = [f"ipc://{tmp_path}/{name}" for name in ("f", "o", "b")]
+    serving = threading.Thread(target=process.process_input_socket, args=(*addresses, bound.put), daemon=True)
+    serving.start()
+    assert list(bound.get(timeout=stretched(10))) == addresses
+    assert process._get_engine_counts() == [[0, 0], [0, 0]]
+    with context() as zmq_context:
+        rank, pushing = zmq_context.socket(zmq.XSUB), zmq_context.socket(zmq.PUSH)
+        rank.connect(addresses[2])
+        pushing.connect(addresses[1])
+        rank.send(b"\x01")
+        assert isinstance(codec.to_rank().decode(receive(rank)[0]), Identify)
+        for number in range(2):
+            pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, number, 7, "ipc:///rank", True)))
+        pushing.send(codec.encode(RankReport(1, 7, 1, 0, True, Load(waiting=4, running=2))))
+        while not isinstance(wake := codec.to_rank().decode(receive(rank)[0]), StartDPWave):
+            pass
+        assert wake.wave == 0
+        assert process._get_engine_counts() == [[0, 0], [4, 2]]
+        wait_until(lambda: "[[0, 0], [4, 2]]" in caplog.text, "the counts are logged")
+    process.stop()
+    serving.join(10)
+    assert not serving.is_alive()

@@ -27,9 +27,9 @@ from paceline.core.messages import (
     WakeNotice,
     Withdraw,
 )
-from paceline.net.coordinator import READ_AT_ONCE, FrontendInbox
+from paceline.net.coordinator import FrontendInbox
 from paceline.net.links import BadFrames
-from paceline.net.sockets import open_socket
+from paceline.net.sockets import MESSAGES_A_TURN, open_socket
 from tests.pace import stretched
 
 DEADLINE_S = 10.0
@@ -88,7 +88,7 @@ def ask(request: int) -> Ask:
 
 def test_what_is_said_of_requests_is_handled_together(pair: Pair) -> None:
     pair.appear()
-    said = [ask(number) for number in range(2 * READ_AT_ONCE)]
+    said = [ask(number) for number in range(2 * MESSAGES_A_TURN)]
     pair.send(*said)
     assert pair.read(len(said)) == said
     assert len(pair.events) < len(said)

@@ -232,7 +232,7 @@ def a_wake_for_each_start(patch: pytest.MonkeyPatch) -> None:
 
     def started(self: GroupWave, rank: int, wave: int, now: float) -> None:
         real(self, rank, wave, now)
-        self._wake_due = now
+        self._retry.start(now)
 
     patch.setattr(GroupWave, "started", started)
 

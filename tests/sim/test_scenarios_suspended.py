@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from paceline.core.coordinator.pause import PauseTransaction
+from paceline.core.coordinator.pause import Pause
 from paceline.core.messages import StartDPWave
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import Call, FrontendProcess
@@ -111,7 +111,7 @@ def test_two_resumes_around_a_new_wave(without: frozenset[str]) -> None:
     deployment.finish()
     assert first.over
     assert (first.number, second.number) == (2, 2)
-    assert {rank.machine.standing.number for rank in deployment.ranks.values()} == {2}
+    assert {rank.machine.pause.number for rank in deployment.ranks.values()} == {2}
     check_quiescence(deployment)
     assert waves(deployment) == {1}
 
@@ -124,11 +124,9 @@ def test_a_suspension_right_after_a_resume_does_not_count_words_from_before(with
     control(deployment, frontend, "keep")
     frontend.submit(rank=3, max_tokens=20)
     frontend.control("resume")
-    deployment.world.run_until(lambda: late.machine.standing.number == 2)
+    deployment.world.run_until(lambda: late.machine.pause.number == 2)
     late.broadcasts.hold()
-    deployment.world.run_until(
-        lambda: all(rank.machine.standing.released for rank in list(deployment.ranks.values())[:3])
-    )
+    deployment.world.run_until(lambda: all(rank.machine.pause.released for rank in list(deployment.ranks.values())[:3]))
     call = frontend.calls[frontend.control("keep")]
     deployment.world.run_for(0.4)
     assert not call.over
@@ -159,18 +157,18 @@ def test_without_its_rule_it_fails(scenario: Callable[[frozenset[str]], None], r
 
 
 def settled_when_told(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PauseTransaction, "_lacks", lambda self, rank: False)
+    patch.setattr(Pause, "_lacks", lambda self, rank: False)
 
 
 def each_resume_counts(patch: pytest.MonkeyPatch) -> None:
-    real = PauseTransaction.ask
+    real = Pause.ask
 
-    def ask(self: PauseTransaction, action: Any, now: float) -> int:
-        if action == "resume" and not self.standing.suspended:
-            self._begin(self.standing.number + 2, "keep", now)
+    def ask(self: Pause, action: Any, now: float) -> int:
+        if action == "resume" and not self.pause.paused:
+            self._begin(self.pause.number + 2, "keep", now)
         return real(self, action, now)
 
-    patch.setattr(PauseTransaction, "ask", ask)
+    patch.setattr(Pause, "ask", ask)
 
 
 def agreements_without_the_suspension(patch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ DEADLINE_S = 20.0
 
 
 class Deployment:
-    """A real keeper and coordinator; ranks and front-ends are bare sockets that speak as vLLM's do."""
+    """A real watchdog and coordinator; ranks and front-ends are bare sockets that speak as vLLM's do."""
 
     def __init__(self, zmq_context: Context, size: int = 2, *, waves: bool = True, **config: Any) -> None:
         fields = {"data_parallel_size_local": size, "data_parallel_master_ip": "127.0.0.1"} | config
@@ -112,7 +112,7 @@ class Deployment:
         return known
 
     def child(self) -> int:
-        """The coordinator's process, under its keeper."""
+        """The coordinator's process, under its watchdog."""
         end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             found = subprocess.run(["pgrep", "-P", str(self.coordinator.proc.pid)], capture_output=True, check=False)
@@ -208,7 +208,7 @@ def test_killed_again_and_again() -> None:
         assert running.coordinator.proc.pid == watchdog
 
 
-def test_a_keepers_end_is_the_coordinators_end() -> None:
+def test_a_watchdogs_end_is_the_coordinators_end() -> None:
     with deployment(2) as running:
         child = running.child()
         running.coordinator.proc.kill()
@@ -267,7 +267,7 @@ def test_garbage_is_counted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         def counted() -> bool:
             # Each socket is read in its turn: that one's reports are in the view says nothing of the others.
             bad_frames = ask(port, "/health")["garbage"]
-            return all(sum(bad_frames[whose].values()) > 50 for whose in ("ranks", "frontends"))
+            return all(sum(bad_frames[whose].values()) > 50 for whose in ("ranks", "front_ends"))
 
         wait_until(counted)
         assert ask(port, "/health")["restarts"] == 0

@@ -40,8 +40,8 @@ class Load(Message, frozen=True):
     `answer_token_s`: what a step costs, by the rank's own measurement: so many seconds, and more for each prompt
     token and for each token of an answer; all 0 until known. `step_tokens`: tokens that a step computes at most,
     0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens of KV that the
-    running requests may come to need. `answers_left`: tokens that the running requests' answers are expected to lack,
-    together. `first_end`: tokens that the one lacks which ends first. `answer_tokens`: the expected length of one
+    running requests may come to need. `answers_left`, `first_end`: of an earlier version, 0 now.
+    `answer_tokens`: the expected length of one
     answer, a mean over all requests there. `kv_waiting`: tokens of KV that the waiting requests may come to need.
     `startable_tokens`: those of `prefill_tokens` that the next step could compute, of running requests and of those
     for which there is a slot and memory; null where the engine does not say. `prefill_quota`: prompt tokens that a

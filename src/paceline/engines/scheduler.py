@@ -40,6 +40,10 @@ def why_never(request: EngineRequest, length: int, vocabulary: int) -> str | Non
     return None
 
 
+LOOKED_AT = 64
+"""So many of those that wait tell how long answers are expected to be."""
+
+
 class Sequence:
     """A request on its way: its tokens so far, and how many of them are in KV."""
 
@@ -94,6 +98,8 @@ class Schedule:
         self._sequences: dict[int, Sequence] = {}
         self._held = False
         self._lengths = AnswerLengths()
+        # Of those that wait, kept beside them: a load is made before and after each step.
+        self._waiting_tokens = self._waiting_reserved = 0
 
     @property
     def waiting(self) -> int:
@@ -105,44 +111,31 @@ class Schedule:
         """How many hold a slot."""
         return len(self._running)
 
-    @property
-    def kv_used(self) -> int:
-        """Tokens in KV now."""
-        return sum(sequence.computed for sequence in self._running)
-
-    @property
-    def to_prefill(self) -> int:
-        """Prompt tokens not yet computed, of all."""
-        return sum(sequence.to_prefill for sequence in self._sequences.values())
-
     def load(self) -> Load:
         """All that is queued."""
-        lengths, running = self._lengths, self._running
-        left = [lengths.left(one.request.params, one.room - one.made) for one in running]
-        # Of the whole answers, also of those half written: requests that wait are expected to be like these.
-        whole = sum(left) + sum(one.made for one in running)
-        whole += sum(lengths.left(one.request.params, one.room) for one in self._waiting)
-        count = len(running) + len(self._waiting)
+        running, waiting, budget = self._running, self._waiting, self._budget
+        to_prefill = kv_used = decoding = 0
+        # Of whole answers, also of those half written: requests that wait are expected to be like these.
+        whole, left = 0.0, self._lengths.left
+        for one in running:
+            missing = one.to_prefill
+            to_prefill += missing
+            decoding += not missing
+            kv_used += one.computed
+            whole += one.made + left(one.request.params, one.room - one.made)
+        looked_at = waiting[:LOOKED_AT]
+        whole += sum(left(one.request.params, one.room) for one in looked_at)
+        count = len(running) + len(looked_at)
         return Load(
-            len(self._waiting),
-            len(running),
-            self._slots,
-            self.to_prefill,
-            self.kv_used,
-            self._kv_tokens,
-            step_tokens=self._budget,
-            decoding=sum(not one.to_prefill for one in running),
-            kv_reserved=self._kv_reserved,
-            answers_left=round(sum(left)),
-            first_end=round(min(left, default=0)),
-            answer_tokens=round(whole / count) if count else 0,
-            kv_waiting=sum(one.reserved for one in self._waiting),
-            startable_tokens=self._startable(),
-        )
+            len(waiting), len(running), self._slots, to_prefill + self._waiting_tokens, kv_used, self._kv_tokens,
+            step_tokens=budget, decoding=decoding, kv_reserved=self._kv_reserved,
+            answer_tokens=round(whole / count) if count else 0, kv_waiting=self._waiting_reserved,
+            startable_tokens=to_prefill + self._startable(),
+        )  # fmt: skip
 
     def _startable(self) -> int:
-        """Prompt tokens that the next step could compute, with the budget of any size: of whom runs or will start."""
-        tokens = sum(sequence.to_prefill for sequence in self._running)
+        """Prompt tokens of those that wait and will start with the next step, with a budget of any size."""
+        tokens = 0
         if not (self._held and self._running):
             room = self._kv_tokens - self._kv_reserved
             for sequence in self._waiting[: len(self._free_slots)]:
@@ -152,12 +145,22 @@ class Schedule:
                 tokens += sequence.to_prefill
         return tokens
 
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+        self._waiting_tokens += sequence.to_prefill
+        self._waiting_reserved += sequence.reserved
+
+    def _wait_no_more(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        self._waiting_tokens -= sequence.to_prefill
+        self._waiting_reserved -= sequence.reserved
+
     def add(self, sequence: Sequence) -> None:
         """Queue it. It must fit into an empty memory."""
         self._arrivals += 1
         sequence.arrival = self._arrivals
         self._sequences[sequence.request.key] = sequence
-        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+        self._wait(sequence)
 
     def remove(self, key: int) -> Sequence | None:
         """Forget one and free what it holds; whoever calls frees its KV where its slot is not -1."""
@@ -166,7 +169,7 @@ class Schedule:
             return None
         self._lengths.ended(sequence.request.params, sequence.made, sequence.room)
         if sequence.slot < 0:
-            self._waiting.remove(sequence)
+            self._wait_no_more(sequence)
         else:
             self._leave(sequence)
             self._held = False
@@ -178,7 +181,7 @@ class Schedule:
             first = self._waiting[0]
             if self._kv_reserved + first.reserved > self._kv_tokens:
                 return
-            del self._waiting[0]
+            self._wait_no_more(first)
             # The lowest free slot: streams side by side are computed together (see `llama.py`).
             first.slot = heappop(self._free_slots)
             self._kv_reserved += first.reserved
@@ -206,7 +209,7 @@ class Schedule:
         self._leave(sequence)
         sequence.slot = -1
         sequence.computed = 0
-        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+        self._wait(sequence)
         self._held = True
         return slot
 

@@ -19,8 +19,7 @@ is obeyed. For comparing how lockstep ranks are driven, where `moe` would measur
 from __future__ import annotations
 
 import time
-from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence as Many
 from typing import TYPE_CHECKING, ClassVar
 
 from msgspec import Struct
@@ -28,6 +27,7 @@ from msgspec import Struct
 from paceline.core.load import Load
 from paceline.core.rank.events import StepOutput
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
+from paceline.engines.scheduler import Schedule, Sequence
 
 if TYPE_CHECKING:
     from paceline.engines.group import RankGroup
@@ -49,25 +49,6 @@ class CostModel(Struct, frozen=True):
         return (self.step_ms + self.prefill_ms * prefill_tokens + self.decode_ms * decoding) / 1000
 
 
-class _Sequence:
-    __slots__ = ("made", "request", "to_prefill")
-
-    def __init__(self, request: EngineRequest) -> None:
-        self.request = request
-        self.made = len(request.made_token_ids)
-        self.to_prefill = len(request.prompt_token_ids) + self.made
-
-    @property
-    def kv(self) -> int:
-        """Tokens in KV now."""
-        return len(self.request.prompt_token_ids) - self.to_prefill + self.made
-
-    @property
-    def kv_reserved(self) -> int:
-        """Tokens of KV that it may come to need."""
-        return len(self.request.prompt_token_ids) + self.request.params.max_tokens
-
-
 class TimedEngine(Engine):
     """An engine that only takes time."""
 
@@ -75,12 +56,8 @@ class TimedEngine(Engine):
 
     def __init__(self, settings: EngineSettings, costs: CostModel) -> None:
         self._costs = costs
-        self._slots = settings.max_num_seqs
-        self._budget = settings.max_num_batched_tokens
         self._kv_total = settings.kv_cache_tokens or DEFAULT_MAX_MODEL_LEN * 8
-        self._kv_reserved = 0
-        self._waiting: list[_Sequence] = []
-        self._running: dict[int, _Sequence] = {}
+        self._schedule = Schedule(settings.max_num_seqs, self._kv_total, settings.max_num_batched_tokens)
         self._refused: list[StepOutput] = []
         self._prefill_limit: int | None = None
 
@@ -101,100 +78,51 @@ class TimedEngine(Engine):
         read_costs(settings.options)
 
     def add(self, request: EngineRequest) -> None:
-        sequence = _Sequence(request)
-        if sequence.made >= request.params.max_tokens:
-            error = f"the {sequence.made} tokens made already are the whole answer"
-            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
-        elif sequence.kv_reserved > self._kv_total:
-            error = f"needs {sequence.kv_reserved} tokens of KV memory, there are {self._kv_total}"
-            self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
+        sequence = Sequence(request, request.params.max_tokens)
+        if sequence.made >= sequence.room:
+            self._refuse(request, f"the {sequence.made} tokens made already are the whole answer")
+        elif sequence.reserved > self._kv_total:
+            self._refuse(request, f"needs {sequence.reserved} tokens of KV memory, there are {self._kv_total}")
         else:
-            insort(self._waiting, sequence, key=lambda waiting: waiting.request.priority)
+            self._schedule.add(sequence)
+
+    def _refuse(self, request: EngineRequest, error: str) -> None:
+        self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
 
     def abort(self, key: int) -> None:
-        sequence = self._running.pop(key, None)
-        if sequence is not None:
-            self._kv_reserved -= sequence.kv_reserved
-        else:
-            self._waiting = [waiting for waiting in self._waiting if waiting.request.key != key]
+        self._schedule.remove(key)
 
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting or self._refused)
+        return bool(self._schedule.running or self._schedule.waiting or self._refused)
 
     def step(self) -> StepResult:
         begin = time.monotonic()
-        self._admit()
-        writing = [sequence for sequence in self._running.values() if not sequence.to_prefill]
-        chunks = self._chunks(self._budget - len(writing))
-        writing += [sequence for sequence, count in chunks if count == sequence.to_prefill]
-        prefilled = sum(count for _, count in chunks)
+        self._schedule.admit()
+        chunks = self._schedule.chunks(self._prefill_limit)
+        prefilled = sum(count for sequence, count in chunks if sequence.to_prefill)
+        writing = [sequence for sequence, count in chunks if sequence.computed + count == len(sequence.tokens)]
         self._take_time(begin, prefilled, len(writing))
         for sequence, count in chunks:
-            sequence.to_prefill -= count
+            sequence.computed += count
         outputs, self._refused = self._refused, []
         outputs += [self._emit(sequence) for sequence in writing]
         return StepResult(outputs, prefilled, len(writing))
 
     def load(self) -> Load:
-        running = self._running.values()
-        prefill = sum(sequence.to_prefill for sequence in (*running, *self._waiting))
-        kv_used = sum(sequence.kv for sequence in running)
-        left = [sequence.request.params.max_tokens - sequence.made for sequence in running]
-        whole = [sequence.request.params.max_tokens for sequence in (*running, *self._waiting)]
-        return Load(
-            len(self._waiting), len(running), self._slots, prefill, kv_used, self._kv_total,
-            step_tokens=self._budget, decoding=sum(not sequence.to_prefill for sequence in running),
-            kv_reserved=self._kv_reserved, answers_left=sum(left), first_end=min(left, default=0),
-            answer_tokens=round(sum(whole) / len(whole)) if whole else 0,
-            kv_waiting=sum(sequence.kv_reserved for sequence in self._waiting),
-            startable_tokens=self._startable(),
-        )  # fmt: skip
-
-    def _startable(self) -> int:
-        """Prompt tokens of whom runs, and of whom the next step will start."""
-        room, free = self._kv_total - self._kv_reserved, max(0, self._slots - len(self._running))
-        tokens = sum(sequence.to_prefill for sequence in self._running.values())
-        for sequence in self._waiting[:free]:
-            room -= sequence.kv_reserved
-            if room < 0:
-                break
-            tokens += sequence.to_prefill
-        return tokens
-
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._slots:
-            first = self._waiting[0]
-            if self._kv_reserved + first.kv_reserved > self._kv_total:
-                return
-            self._kv_reserved += first.kv_reserved
-            self._running[first.request.key] = self._waiting.pop(0)
-
-    def _chunks(self, left: int) -> list[tuple[_Sequence, int]]:
-        """Whose prompt tokens a step computes, and how many of each, up to `left` together and the limit."""
-        if self._prefill_limit is not None:
-            left = min(left, self._prefill_limit)
-        chunks: list[tuple[_Sequence, int]] = []
-        for sequence in self._running.values():
-            count = min(sequence.to_prefill, left)
-            if count > 0:
-                chunks.append((sequence, count))
-                left -= count
-        return chunks
+        return self._schedule.load()
 
     def _take_time(self, begin: float, prefilled: int, writing: int) -> None:
         """Let the step last as long as it costs; it began at `begin`."""
         if prefilled or writing:
             sleep_until(begin + self._costs.seconds(prefilled, writing))
 
-    def _emit(self, sequence: _Sequence) -> StepOutput:
-        request = sequence.request
+    def _emit(self, sequence: Sequence) -> StepOutput:
         text = word(sequence.made)
-        sequence.made += 1
-        finished = sequence.made >= request.params.max_tokens
+        sequence.tokens.append((sequence.made + 1) % VOCABULARY)
+        finished = sequence.made >= sequence.room
         if finished:
-            self._kv_reserved -= sequence.kv_reserved
-            del self._running[request.key]
-        return StepOutput(request.key, [sequence.made % VOCABULARY], text, "length" if finished else None)
+            self._schedule.remove(sequence.request.key)
+        return StepOutput(sequence.request.key, sequence.tokens[-1:], text, "length" if finished else None)
 
 
 class ByteTokenizer:
@@ -208,12 +136,10 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Many[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Many[Mapping[str, object]], *, add_generation_prompt: bool = True) -> str:
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
         return "".join(lines) + ("assistant:" if add_generation_prompt else "")
 

@@ -1,24 +1,17 @@
 """The coordinator as a process: three sockets around its machine.
 
-Imports are kept to pyzmq, msgspec and the standard library: the process is up in well under a quarter of
-a second and small. The names, arguments and defaults of `DPCoordinator` and `DPCoordinatorProc` are those
-of vLLM (`vllm/v1/engine/coordinator.py`), so that an engine that starts its coordinator can start this one.
-
-What ranks say to the coordinator, read in batches: a report costs little, and what is due is not late for it.
-
-What front-ends say to the coordinator, read in batches: the more they say, the less each of it costs.
+Imports are kept to pyzmq, msgspec and the standard library: the process is up in well under a quarter of a second and
+small. The names, arguments and defaults of `DPCoordinator` and `DPCoordinatorProc` are those of vLLM
+(`vllm/v1/engine/coordinator.py`); `docs/reference.md` sets what they do beside vLLM's. The loop is that of every
+coordinator (`net/loop.py`). Here are our machine, our codecs, and the two inboxes that read in batches: the more is
+said, the less each word of it costs.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import select
-import signal
 import time
-import weakref
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
@@ -43,14 +36,20 @@ from paceline.core.coordinator.events import (
     ToRanks,
 )
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.messages import FromFrontend, FromRank, NodeHello, OfRequests, RankFailed, RankReport
+from paceline.core.messages import FromRank, LoadView, NodeHello, OfRequests, RankFailed, RankReport, StartDPWave
 from paceline.errors import StartupError
-from paceline.net.links import BadFrames, SocketFolder, new_identity
-from paceline.net.sockets import bound_address, giving_up_after, open_socket, tcp_address
-from paceline.process.spawn import MallocTrim, Wakeup, spawn, stop
+from paceline.net.handle import ADDRESSES, CoordinatorHandle
+from paceline.net.links import BadFrames, new_identity
+from paceline.net.loop import CoordinatorLoop, ReportInbox
+from paceline.net.sockets import MESSAGES_A_TURN, NOBLOCK, CoordinatorSockets, drain, giving_up_after
+from paceline.process.spawn import stop
 
 if TYPE_CHECKING:
     from paceline.settings import ParallelConfig
+
+logger = logging.getLogger("paceline.coordinator")
+
+PROCESS_NAME = "coordinator"
 
 READ_S = 0.002
 """As long may be read before what has come is handled."""
@@ -65,80 +64,40 @@ def reports_kept(ranks: int) -> int:
     return max(LEAST_KEPT, REPORTS_KEPT // ranks)
 
 
-class RankInbox:
-    """The coordinator's end of the ranks' PUSH sockets. `handle`: the machine's door.
-
-    `every_report`: in lockstep a view wants one step's loads, so none is left out. Else a rank's last one says all.
-    """
+class RankInbox(ReportInbox[FromRank]):
+    """What ranks and nodes say to the coordinator. `handle`: the machine's door."""
 
     def __init__(
         self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None], *, every_report: bool
     ) -> None:
-        self._socket = socket
-        self._bad_frames = bad_frames
+        super().__init__(socket, bad_frames, parts=1, every_report=every_report, at_once=HANDLED_AT_ONCE)
         self._handle = handle
-        self._every_report = every_report
         self._decoder = codec.from_rank()
         self.nodes: set[int] = set()
         """Nodes whose presence has appeared; no other is heard, since nobody would learn that it has gone."""
 
     def read(self, deadline: float) -> None:
-        """Read until nothing is there, or something is due (`deadline`, by the monotonic clock)."""
-        until = min(time.monotonic() + READ_S, deadline)
-        reports: dict[bytes | int, bytes] = {}
-        while True:
-            try:
-                frame = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            if self._socket.getsockopt(zmq.RCVMORE):
-                frames = 1 + len(self._socket.recv_multipart())
-                self._bad_frames.add("frames", f"{frames} frames in place of one")
-                continue
-            whose = codec.whose_report(frame)
-            if whose is None:
-                # What else a rank says is heard in its place.
-                self._reported(reports.values())
-                reports.clear()
-                self._said(frame)
-            elif self._every_report:
-                reports[len(reports)] = frame
-                if len(reports) == HANDLED_AT_ONCE:
-                    self._reported(reports.values())
-                    reports.clear()
-            else:
-                reports[whose] = frame
-            if time.monotonic() >= until:
-                break
-        self._reported(reports.values())
+        """Read for READ_S at most; what is due at `deadline` (of the monotonic clock) does not wait for it."""
+        self.read_until(min(time.monotonic() + READ_S, deadline))
 
-    def _reported(self, frames: Iterable[bytes]) -> None:
-        remaining = iter(frames)
-        while chunk := list(islice(remaining, HANDLED_AT_ONCE)):
-            messages = [self._decoded(frame) for frame in chunk]
-            self._handle(RanksReported([message for message in messages if isinstance(message, RankReport)]))
+    def _whose_report(self, frame: bytes) -> bytes | None:
+        return codec.whose_report(frame)
 
-    def _said(self, frame: bytes) -> None:
-        message = self._decoded(frame)
+    def _decode(self, frame: bytes) -> FromRank:
+        return self._decoder.decode(frame)
+
+    def _on_reports(self, messages: list[FromRank]) -> None:
+        self._handle(RanksReported([message for message in messages if isinstance(message, RankReport)]))
+
+    def _on_message(self, message: FromRank) -> None:
         if isinstance(message, NodeHello | RankFailed) and message.node not in self.nodes:
             self._bad_frames.add("no-presence", f"node {message.node} has not subscribed its presence")
-        elif message is not None:
+        else:
             self._handle(RankSaid(message))
 
-    def _decoded(self, frame: bytes) -> FromRank | None:
-        try:
-            return self._decoder.decode(frame)
-        except codec.BadMessage as error:
-            self._bad_frames.add(error.kind, error.detail)
-            return None
-
-
-READ_AT_ONCE = 256
-"""Messages that are read before others get their turn and what is due is sent."""
 
 MAX_PRESENT = 65536
 """Front-ends that are heard at once: in external mode each of as many ranks as there can be has one."""
-
 
 MOST_QUEUED, LEAST_QUEUED = 1_000, 64
 QUEUED_BYTES, VIEW_BYTES_A_RANK = 64 << 20, 512
@@ -153,7 +112,7 @@ def views_queued(ranks: int) -> int:
 
 
 class FrontendInbox:
-    """The coordinator's end of the front-ends' sockets. `handle`: the machine's door.
+    """The coordinator's end of the front-ends' sockets, read in batches. `handle`: the machine's door.
 
     What a front-end has said is kept until its presence ends. So only those are heard whose presence has appeared: of
     any other nobody would ever learn that it has gone, and ids that somebody invents would be kept for ever.
@@ -168,27 +127,21 @@ class FrontendInbox:
         self._present: set[int] = set()
 
     def read(self) -> None:
-        """Read what is there, up to READ_AT_ONCE."""
-        for _ in range(READ_AT_ONCE):
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            if len(frames) != 1 or not frames[0]:
-                self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
-            elif frames[0][0] in (0, 1):
-                self._on_subscription(frames[0])
+        """Read what is there, up to MESSAGES_A_TURN."""
+        for [frame] in drain(self._socket, self._bad_frames, messages=MESSAGES_A_TURN):
+            if frame[:1] in (b"\x00", b"\x01"):
+                self._on_subscription(frame)
+                continue
+            message = self._bad_frames.decoded(self._decoder.decode, frame)
+            if message is None:
+                continue
+            if message.frontend not in self._present:
+                self._bad_frames.add("no-presence", f"front-end {message.frontend} has not subscribed its presence")
+            elif isinstance(message, OfRequests):
+                self._of_requests.append(message)
             else:
-                message = self._decoded(frames[0])
-                if message is None:
-                    continue
-                if message.frontend not in self._present:
-                    self._bad_frames.add("no-presence", f"front-end {message.frontend} has not subscribed its presence")
-                elif isinstance(message, OfRequests):
-                    self._of_requests.append(message)
-                else:
-                    self._flush()
-                    self._handle(FrontendSaid(message))
+                self._flush()
+                self._handle(FrontendSaid(message))
         self._flush()
 
     def _flush(self) -> None:
@@ -211,22 +164,8 @@ class FrontendInbox:
             self._present.discard(frontend)
             self._handle(FrontendGone(frontend))
 
-    def _decoded(self, frame: bytes) -> FromFrontend | None:
-        try:
-            return self._decoder.decode(frame)
-        except codec.BadMessage as error:
-            self._bad_frames.add(error.kind, error.detail)
-            return None
 
-
-logger = logging.getLogger("paceline.coordinator")
-
-PROCESS_NAME = "coordinator"
-MESSAGES_A_TURN = 256
-"""Read from one socket before the others get their turn and what is due is sent."""
-
-
-class DPCoordinator:
+class DPCoordinator(CoordinatorHandle):
     """Starts a coordinator process and knows its addresses.
 
     `parallel_config`: any object with the fields of `paceline.settings.ParallelConfig`, vLLM's own included.
@@ -242,24 +181,25 @@ class DPCoordinator:
         startup_timeout_s: float = 30.0,
         rank_timeout_s: float = 0.0,
     ) -> None:
-        self._folder = SocketFolder()
-        self._arguments = _process_arguments(parallel_config, self._folder)
-        self._arguments["enable_wave_coordination"] = enable_wave_coordination
-        self._arguments["rank_timeout_s"] = rank_timeout_s
+        super().__init__()
+        external = parallel_config.data_parallel_external_lb
+        self._arguments: dict[str, Any] = self._chosen_addresses(parallel_config) | {
+            "engine_count": parallel_config.data_parallel_size,
+            # vLLM's configuration has neither this nor `most_ranks`.
+            "min_stats_update_interval_ms":
+                0 if external else getattr(parallel_config, "min_stats_update_interval_ms", 100),
+            "publish_loads": not external,
+            "most_ranks": getattr(parallel_config, "most_ranks", None),
+            "enable_wave_coordination": enable_wave_coordination,
+            "rank_timeout_s": rank_timeout_s,
+        }  # fmt: skip
         self._log_level = (logging_config or {}).get("level", "info")
         self._startup_timeout_s = startup_timeout_s
-        self._processes: list[SpawnProcess] = []
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._folder)
         try:
             self._start()
         except StartupError:
             self.shutdown()
             raise
-
-    @property
-    def proc(self) -> SpawnProcess:
-        """The process that runs now."""
-        return self._processes[-1]
 
     def restart(self) -> SpawnProcess:
         """Start another in place of one that has ended, at the same addresses.
@@ -278,34 +218,18 @@ class DPCoordinator:
         self._arguments["engine_count"] = size
 
     def _start(self) -> None:
-        reader, writer = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        kwargs = self._arguments | {"zmq_addr_pipe": writer}
-        self._processes.append(spawn(PROCESS_NAME, DPCoordinatorProc.run_coordinator, kwargs, self._log_level))
-        writer.close()
-        try:
-            addresses = _read_addresses(reader, self._startup_timeout_s)
-        finally:
-            reader.close()
-        self._front_publish, self._back_output, self._back_publish = addresses
-        names = ("front_publish_address", "back_output_address", "back_publish_address")
-        self._arguments |= dict(zip(names, addresses, strict=True)) | {"fresh": False}
-
-    def get_stats_publish_address(self) -> str:
-        """Where front-ends connect."""
-        return self._front_publish
-
-    def get_engine_socket_addresses(self) -> tuple[str, str]:
-        """Where ranks connect: (their input, the coordinator's broadcasts; their output, its inbox)."""
-        return self._back_publish, self._back_output
-
-    def shutdown(self, timeout: float | None = None) -> None:
-        """End the process, waiting up to `timeout` seconds before it is killed. May be called twice."""
-        if self._finalizer.detach():
-            _end(self._processes, self._folder, timeout)
+        target = DPCoordinatorProc.run_coordinator
+        self._start_process(
+            PROCESS_NAME, target, "zmq_addr_pipe", self._arguments, self._log_level, self._startup_timeout_s
+        )
+        self._arguments |= dict(zip(ADDRESSES, self._addresses, strict=True)) | {"fresh": False}
 
 
-class DPCoordinatorProc:
-    """The sockets and the loop of one coordinator."""
+class DPCoordinatorProc(CoordinatorLoop):
+    """One coordinator: its machine behind its sockets.
+
+    `publish_loads`: False in external mode. `fresh`: False where it takes the place of one that has ended.
+    """
 
     def __init__(
         self,
@@ -317,6 +241,7 @@ class DPCoordinatorProc:
         rank_timeout_s: float = 0.0,
         most_ranks: int | None = None,
     ) -> None:
+        super().__init__(logger)
         self._machine = Coordinator(
             engine_count,
             identity=new_identity(),
@@ -330,12 +255,6 @@ class DPCoordinatorProc:
         )
         self._engine_count = engine_count
         self._patience = giving_up_after(rank_timeout_s)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._bad_from_frontends = BadFrames(logger, "the front-ends' socket")
-        self._bad_from_ranks = BadFrames(logger, "the ranks' socket")
-        self._stopping = False
-        self._wakeup = Wakeup()
-        self._malloc_trim = MallocTrim()
 
     @staticmethod
     def run_coordinator(
@@ -343,97 +262,62 @@ class DPCoordinatorProc:
         front_publish_address: str,
         back_output_address: str,
         back_publish_address: str,
-        zmq_addr_pipe: Connection | None = None,
         min_stats_update_interval_ms: int = 100,
-        enable_wave_coordination: bool = True,
-        publish_loads: bool = True,
-        fresh: bool = True,
-        rank_timeout_s: float = 0.0,
-        most_ranks: int | None = None,
+        zmq_addr_pipe: Connection | None = None,
+        **further: Any,
     ) -> None:
         """Bind, report the bound addresses through the pipe, and run until SIGTERM.
 
-        The pipe gets `(front_publish, back_output, back_publish)` once all three are bound, or a string
-        that says why they cannot be. `fresh`: False where it takes the place of one that has ended.
+        The pipe gets `(front_publish, back_output, back_publish)` once all three are bound, or a string that says why
+        they cannot be. `further`: what else `DPCoordinatorProc` takes.
         """
-        interval_ms, waves = min_stats_update_interval_ms, enable_wave_coordination
-        process = DPCoordinatorProc(engine_count, interval_ms, waves, publish_loads, fresh, rank_timeout_s, most_ranks)
+        process = DPCoordinatorProc(engine_count, min_stats_update_interval_ms, **further)
         process.stop_on_signals()
+
+        def report(addresses: tuple[str, str, str]) -> None:
+            if zmq_addr_pipe is not None:
+                zmq_addr_pipe.send(addresses)
+                zmq_addr_pipe.close()
+
         try:
-            addresses = process.bind(front_publish_address, back_output_address, back_publish_address)
+            process.process_input_socket(front_publish_address, back_output_address, back_publish_address, report)
         except StartupError as error:
             if zmq_addr_pipe is None:
                 raise
             zmq_addr_pipe.send(str(error))
-            return
-        if zmq_addr_pipe is not None:
-            zmq_addr_pipe.send(addresses)
-            zmq_addr_pipe.close()
-        process.run()
 
-    def bind(self, front_publish: str, back_output: str, back_publish: str) -> tuple[str, str, str]:
-        """Bind the three sockets; returns where each can be reached. Raises StartupError."""
-        limit = codec.MAX_CONTROL_BYTES
-        queued = {zmq.SNDHWM: views_queued(self._engine_count)}
-        self._front = open_socket(self._context, zmq.XPUB, bind=front_publish, max_bytes=limit, options=queued)
-        self._front_inbox = FrontendInbox(self._front, self._bad_from_frontends, self._handle)
-        kept = reports_kept(self._engine_count)
-        self._back_in = open_socket(self._context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
-        self._inbox = RankInbox(self._back_in, self._bad_from_ranks, self._handle, every_report=self._machine.lockstep)
-        patience = self._patience
-        self._back_out = open_socket(self._context, zmq.XPUB, bind=back_publish, max_bytes=limit, options=patience)
-        return bound_address(self._front), bound_address(self._back_in), bound_address(self._back_out)
+    def process_input_socket(
+        self,
+        front_publish_address: str,
+        back_output_address: str,
+        back_publish_address: str,
+        on_bound: Callable[[tuple[str, str, str]], None] = lambda addresses: None,
+    ) -> None:
+        """Bind the three sockets, say where each can be reached, and serve until stopped. Raises StartupError."""
+        self._sockets = CoordinatorSockets(
+            front_publish_address, back_output_address, back_publish_address, kept=reports_kept(self._engine_count),
+            front_options={zmq.SNDHWM: views_queued(self._engine_count)}, back_options=self._patience,
+        )  # fmt: skip
+        front, back_in = self._sockets.front, self._sockets.back_in
+        self._front_inbox = FrontendInbox(front, self._bad_from_frontends, self._handle)
+        self._inbox = RankInbox(back_in, self._bad_from_ranks, self._handle, every_report=self._machine.lockstep)
+        on_bound(self._sockets.addresses())
+        self._serve()
 
-    def stop_on_signals(self) -> None:
-        """Let SIGTERM, and Ctrl-C where it is not ignored, end `run`."""
-        signal.signal(signal.SIGTERM, lambda *_: self.stop())
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, lambda *_: self.stop())
+    @property
+    def deadline(self) -> float:
+        return self._machine.deadline
 
-    def stop(self) -> None:
-        """Make `run` return. Safe in a signal handler."""
-        self._stopping = True
-        self._wakeup.set()
+    def _tick(self) -> None:
+        self._handle(Tick())
 
-    def run(self) -> None:
-        """Serve until stopped."""
-        poller = zmq.Poller()
-        for socket in (self._front, self._back_in, self._back_out):
-            poller.register(socket, zmq.POLLIN)
-        poller.register(self._wakeup, zmq.POLLIN)
-        files: list[Any] = [self._front.fd, self._back_in.fd, self._back_out.fd, self._wakeup.fileno()]
-        while not self._stopping:
-            ready = dict(poller.poll(0))
-            if not ready and (now := time.monotonic()) < self._machine.deadline:
-                self._malloc_trim.look(now)
-                # ZeroMQ's poll knows whole milliseconds, too coarse for what is due in this protocol.
-                select.select(files, (), (), max(0.0, self._machine.deadline - time.monotonic()))
-                ready = dict(poller.poll(0))
-            if self._back_out in ready:
-                self._read_subscriptions()
-            if self._front in ready:
-                self._front_inbox.read()
-            if self._back_in in ready:
-                self._inbox.read(self._machine.deadline)
-            self._handle(Tick())
-        self._wakeup.close()
-        self._context.destroy(linger=0)
+    def _read_frontends(self) -> None:
+        self._front_inbox.read()
 
-    def statistics(self) -> dict[str, object]:
-        """The machine's figures and the garbage seen."""
-        bad_frames = {"front_ends": dict(self._bad_from_frontends.counts), "ranks": dict(self._bad_from_ranks.counts)}
-        return self._machine.statistics() | {"garbage": bad_frames}
+    def _read_ranks(self) -> None:
+        self._inbox.read(self._machine.deadline)
 
-    def _read_subscriptions(self) -> None:
-        for _ in range(MESSAGES_A_TURN):
-            try:
-                frames = self._back_out.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_rank_subscription(frames)
-
-    def _on_rank_subscription(self, frames: list[bytes]) -> None:
-        frame = frames[0] if len(frames) == 1 else b""
+    def _on_rank_subscription(self, frame: bytes) -> None:
         life, node = codec.read_rank_topic(frame[1:]), codec.read_node_topic(frame[1:])
         if frame[:1] == b"\x01":
             if node is not None:
@@ -452,48 +336,21 @@ class DPCoordinatorProc:
         for effect in self._machine.handle(event, time.monotonic()):
             match effect:
                 case ToFrontends(message):
-                    self._front.send(codec.encode(message), zmq.NOBLOCK)
+                    self._sockets.front.send(codec.encode(message), NOBLOCK)
+                    if isinstance(message, LoadView) and logger.isEnabledFor(logging.DEBUG):
+                        logger.debug("published, as [waiting, running] by rank: %s", self._get_engine_counts())
+                case ToRanks(StartDPWave(wave, exclude)):
+                    self._send_start_wave(self._sockets.back_out, wave, exclude)
                 case ToRanks(message):
-                    self._back_out.send(codec.encode(message), zmq.NOBLOCK)
+                    self._sockets.back_out.send(codec.encode(message), NOBLOCK)
                 case Note(text, urgent):
                     logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
 
+    @staticmethod
+    def _send_start_wave(socket: zmq.Socket[bytes], wave: int, exclude_engine_index: int | None) -> None:
+        """Broadcast START_DP_WAVE: every paused rank starts running in `wave`, but for the one that runs already."""
+        socket.send(codec.encode(StartDPWave(wave, exclude_engine_index)), NOBLOCK)
 
-def _process_arguments(config: ParallelConfig, folder: SocketFolder) -> dict[str, Any]:
-    """Addresses and interval as the reference chooses them."""
-    host = config.data_parallel_master_ip
-    external = config.data_parallel_external_lb
-    front_local = not (external or getattr(config, "data_parallel_hybrid_lb", False))
-    back_local = config.data_parallel_size == config.data_parallel_size_local
-
-    def address(local: bool, name: str) -> str:
-        return folder.address(name) if local else tcp_address(host)
-
-    return {
-        "engine_count": config.data_parallel_size,
-        "front_publish_address": address(front_local, "front-publish"),
-        "back_output_address": address(back_local, "back-output"),
-        "back_publish_address": address(back_local, "back-publish"),
-        # vLLM's configuration has neither this nor the last one.
-        "min_stats_update_interval_ms": 0 if external else getattr(config, "min_stats_update_interval_ms", 100),
-        "publish_loads": not external,
-        "most_ranks": getattr(config, "most_ranks", None),
-    }
-
-
-def _read_addresses(reader: Connection, timeout_s: float) -> tuple[str, str, str]:
-    try:
-        if not reader.poll(timeout_s):
-            raise StartupError(f"the coordinator did not report its addresses within {timeout_s:g} s")
-        answer = reader.recv()
-    except EOFError:
-        raise StartupError("the coordinator ended before it was up") from None
-    if isinstance(answer, str):
-        raise StartupError(f"coordinator: {answer}")
-    addresses: tuple[str, str, str] = answer
-    return addresses
-
-
-def _end(processes: list[SpawnProcess], folder: SocketFolder, timeout_s: float | None = None) -> None:
-    stop(processes, 2.0 if timeout_s is None else timeout_s)
-    folder.close()
+    def _get_engine_counts(self) -> list[list[int]]:
+        """[waiting, running] of each rank, in order; zeros where it has not reported."""
+        return self._machine.request_counts()

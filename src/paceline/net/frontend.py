@@ -20,7 +20,7 @@ from paceline.core.messages import FromFrontend, FrontendLeaving, Member
 from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Output, Outputs, SamplingParams
 from paceline.errors import StartupError
 from paceline.net.links import BadFrames, LinkMonitor
-from paceline.net.sockets import giving_up_after, open_socket
+from paceline.net.sockets import drain, giving_up_after, has_message, open_socket
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -323,32 +323,18 @@ class WatchedSocket(Generic[T]):
             logger.warning("%s does not read: a message to it was dropped", to)
             return False
         # A send can swallow the descriptor's sign that something has come in.
-        if self.socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator, arg-type]
+        if has_message(self.socket):
             self._loop.call_soon(self.drain)
         return True
 
     def drain(self) -> None:
         """Read what is there; the rest in the loop's next turn, where it is much."""
-        for _ in range(MESSAGES_A_TURN):
-            if self.socket.closed:
-                return
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_frames(frames)
-        self._loop.call_soon(self.drain)
-
-    def _on_frames(self, frames: list[bytes]) -> None:
-        if len(frames) != 1:
-            self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
-            return
-        try:
-            message = self._decode(frames[0])
-        except codec.BadMessage as error:
-            self._bad_frames.add(error.kind, error.detail)
-            return
-        self._on_message(message)
+        for [frame] in drain(self.socket, self._bad_frames, messages=MESSAGES_A_TURN):
+            message = self._bad_frames.decoded(self._decode, frame)
+            if message is not None:
+                self._on_message(message)
+        if not self.socket.closed and has_message(self.socket):
+            self._loop.call_soon(self.drain)
 
     def close(self) -> None:
         self._loop.remove_reader(self.socket.fileno())

@@ -1,15 +1,9 @@
-"""Numbers by which a life of a process is told from all others.
+"""What every process of a deployment needs to be told from others, to be found, and to know who is connected.
 
-What happens to garbage: it is counted, and the first of each kind is logged.
-
-Wakes a poll from another thread or from a signal handler.
-
-Where the ipc sockets of one deployment are.
-
-Whether a connecting socket's one connection is up, as ZeroMQ's own thread sees it.
-
-That thread answers and sends heartbeats whatever the program does, so a peer in a long step is up, and one that is
-dead, stopped or cut off is not.
+A process's life has a number that no other has. The ipc sockets of a deployment lie in a folder of its own, which goes
+with it. What arrives and is no message is counted. And a connecting socket knows whether its one connection is up, as
+ZeroMQ's own thread sees it: that thread answers and sends heartbeats whatever the program does, so a peer in a long
+step is up, and one that is dead, stopped or cut off is not.
 """
 
 from __future__ import annotations
@@ -24,11 +18,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from paceline.core.codec import BadMessage
 from paceline.errors import StartupError
+from paceline.net.sockets import drain
+
+T = TypeVar("T")
+
+logger = logging.getLogger("paceline.links")
 
 
 def new_identity(index: int = 0) -> int:
@@ -47,8 +48,15 @@ class BadFrames:
         self._socket_name = socket_name
         self.counts: Counter[str] = Counter()
 
+    def decoded(self, decode: Callable[[bytes], T], frame: bytes) -> T | None:
+        """The message that a frame is; None where it is none, which is counted."""
+        try:
+            return decode(frame)
+        except BadMessage as error:
+            self.add(error.kind, error.detail)
+            return None
+
     def add(self, kind: str, detail: str) -> None:
-        """One more of `kind`."""
         self.counts[kind] += 1
         if self.counts[kind] == 1:
             # What a stranger sent does not belong in a log unescaped, or whole.
@@ -106,7 +114,7 @@ DOWN = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED
 
 
 class LinkMonitor:
-    """Watches one socket. `on_change` is called with True and False as the connection comes up and ends.
+    """Watches one socket's connection. `on_change` is called with True and False as the connection comes up and ends.
 
     What has not been up yet is taken to come up: only a try that failed is an end. The socket's owner calls `read`
     whenever `socket` can be read, and `close` before it closes its own.
@@ -116,15 +124,12 @@ class LinkMonitor:
         self._watched = watched
         self._on_change = on_change
         self._up = True
+        self._bad_frames = BadFrames(logger, "a monitor's socket")
         self.socket: zmq.Socket[bytes] = watched.get_monitor_socket(UP | DOWN)
 
     def read(self) -> None:
         """Take in all that has happened."""
-        while not self.socket.closed:
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        for frames in drain(self.socket, self._bad_frames, parts=2):
             up = bool(parse_monitor_message(frames)["event"] & UP)
             if up != self._up:
                 self._up = up

@@ -1,9 +1,8 @@
-"""How a node that joins finds the coordinator: it asks at the one address that everybody was given.
+"""How a node finds the coordinator, and how the two then talk about how many ranks there are to be.
 
-The node with rank 0 answers at `--data-parallel-address`:`--data-parallel-rpc-port` with the coordinator's
-addresses, for as long as it serves. The joining node repeats its question until it is answered.
-
-A node's connection to the coordinator: what it says of how many ranks there are to be, and what the node answers.
+The node with rank 0 answers at `--data-parallel-address`:`--data-parallel-rpc-port` with the coordinator's addresses,
+for as long as it serves; a node that joins repeats its question until it is answered. From then on it has a connection
+to the coordinator, on which it hears of changes of the size and says what has become of its ranks.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling
 from paceline.errors import StartupError
 from paceline.net.links import BadFrames
-from paceline.net.sockets import open_socket, tcp_address
+from paceline.net.sockets import MESSAGES_A_TURN, drain, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
 
 logger = logging.getLogger("paceline.supervisor")
 
 
 class NodeLink:
-    """Carries a node's messages, in a thread, until `close`.
+    """A node's connection to the coordinator, served by a thread until `close`.
 
     `node`: its identity. `coordinator_input`, `coordinator_output`: as `DPCoordinator.get_engine_socket_addresses()`
     returns them. `on_news`: called by the thread when there is something in `inbox`. Raises StartupError.
@@ -60,7 +59,7 @@ class NodeLink:
         self._wakeup.set()
 
     def close(self) -> None:
-        """Stop carrying."""
+        """Send and hear nothing more."""
         self._closing = True
         self._wakeup.set()
         self._thread.join(timeout=2.0)
@@ -77,7 +76,8 @@ class NodeLink:
             while self._outbox:
                 self._send(codec.encode(self._outbox.popleft()))
             if self._broadcasts in ready:
-                self._read(self._broadcasts.recv_multipart())
+                for [frame] in drain(self._broadcasts, self._bad_frames, messages=MESSAGES_A_TURN):
+                    self._read(frame)
         self._context.destroy(linger=0)
 
     def _send(self, frame: bytes) -> None:
@@ -87,15 +87,8 @@ class NodeLink:
             # It is away, and asks again when it is back.
             return
 
-    def _read(self, frames: list[bytes]) -> None:
-        if len(frames) != 1:
-            self._bad_frames.add("frames", f"{len(frames)} frames in place of one")
-            return
-        try:
-            message = self._decode(frames[0])
-        except codec.BadMessage as error:
-            self._bad_frames.add(error.kind, error.detail)
-            return
+    def _read(self, frame: bytes) -> None:
+        message = self._bad_frames.decoded(self._decode, frame)
         # All else is for ranks.
         if isinstance(message, Scaling | Identify):
             self.inbox.put(message)
@@ -152,14 +145,14 @@ class Rendezvous:
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
         while not self._closing:
-            if self._socket in dict(poller.poll()):
-                frames = self._socket.recv_multipart()
-                question = read_question(frames[-1])
+            poller.poll()
+            for node, frame in drain(self._socket, self._bad_frames, parts=2, messages=MESSAGES_A_TURN):
+                question = read_question(frame)
                 if isinstance(question, str):
                     self._bad_frames.add("malformed", question)
                     continue
                 answer = answer_to(question, self._here, self._dp_size, self._engine)
-                self._socket.send_multipart([frames[0], msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
+                self._socket.send_multipart([node, msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
         self._context.destroy(linger=0)
 
 

@@ -1,21 +1,8 @@
-"""Carries a rank's bytes: a thread that owns the rank's sockets.
+"""A rank as a process: one thread turns the engine, another carries bytes.
 
-Everything that arrives becomes an event in `inbox`; everything to be sent comes through `_outbox` with a
-wake-up of the poll. Nothing here waits for anybody: the coordinator may be away (of what it does not read,
-the last of each kind is kept), a front-end may not read (its queue is bounded; when it is full, what each of its
-requests gets is put together until it reads again: so it costs a set amount of memory, and loses nothing).
-
-A front-end that has died is found out at once, not when there is something to send to it: its requests may wait for
-long. The end of a connection does not say whose it was, so each front-end is then sent an empty message, which
-ZeroMQ refuses where nobody is there.
-
-A rank as a process: one thread turns the engine, another carries bytes.
-
-The engine's thread runs the machine and the steps and never touches a socket; the carrier's thread owns all
-sockets and never touches the engine. Between them are two queues. A step therefore never waits for the
-network, and what a step made is encoded and sent while the next one computes.
-
-The target of a rank's process: make the engine, join, serve, and tell the supervisor how it goes.
+The engine's thread runs the machine and the steps and never touches a socket; the transport's thread owns all sockets
+and never touches the engine. Between them are two queues. A step therefore never waits for the network, and what a
+step made is encoded and sent while the next one computes.
 """
 
 from __future__ import annotations
@@ -72,7 +59,7 @@ from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.net.group import StallWatch
 from paceline.net.links import BadFrames, new_identity
-from paceline.net.sockets import bound_address, open_socket
+from paceline.net.sockets import MESSAGES_A_TURN, bound_address, drain, open_socket
 from paceline.process.spawn import Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
 
@@ -81,7 +68,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("paceline.rank")
 
-MESSAGES_A_TURN = 256
 PROBES_S = (0.01, 0.1, 0.5)
 """When front-ends are asked for, after the end of a connection: that is seen before the connection is taken away."""
 
@@ -89,11 +75,20 @@ OUTPUTS_QUEUED = 1_000
 """Messages in the queue to one front-end, beyond which they are put together."""
 
 READS_AGAIN_MS = 20
-"""How often who does not read is tried again."""
+"""How often one that does not read is tried again."""
 
 
 class RankTransport:
-    """The sockets of one rank.
+    """The sockets of one rank, and the thread that owns them.
+
+    Everything that arrives becomes an event in `inbox`; everything to be sent comes through a queue with a wake-up of
+    the poll. Nothing here waits for anybody. The coordinator may be away: of what it does not read, the last of each
+    kind is kept. A front-end may not read: its queue is bounded, and when it is full, what each of its requests gets
+    is put together until it reads again; so it costs a set amount of memory, and loses nothing.
+
+    A front-end that has died is found out at once, not when there is something to send to it: its requests may wait
+    for long. The end of a connection does not say whose it was, so each front-end is then sent an empty message, which
+    ZeroMQ refuses where nobody is there.
 
     `bind`: where front-ends reach the rank. `coordinator_input`, `coordinator_output`: the coordinator's
     addresses as `DPCoordinator.get_engine_socket_addresses()` returns them. Raises StartupError where an
@@ -106,7 +101,7 @@ class RankTransport:
         self._wakeup = Wakeup()
         self._closing = False
         self.on_broadcast: Callable[[ToRank], None] = lambda message: self.inbox.put(CoordinatorSaid(message))
-        """What is done, in the carrier's thread, with each message from the coordinator."""
+        """What is done, in the transport's thread, with each message from the coordinator."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
         queued = {zmq.SNDHWM: OUTPUTS_QUEUED}
@@ -127,19 +122,19 @@ class RankTransport:
         self.bad_broadcasts = BadFrames(logger, "the coordinator's broadcasts")
         self._decode_request = codec.request().decode
         self._decode_broadcast = codec.to_rank().decode
-        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="transport", daemon=True)
 
     def start(self) -> None:
-        """Begin to carry."""
+        """Begin to send and hear."""
         self._thread.start()
 
     def send_coordinator(self, message: FromRank) -> None:
-        """Send when the carrier comes to it. Called by the engine's thread; never blocks."""
+        """Send when the thread comes to it. Called by the engine's thread; never blocks."""
         self._outbox.append((None, message))
         self._wakeup.set()
 
     def send_frontend(self, frontend: int, message: Outputs) -> None:
-        """Likewise, to one front-end."""
+        """The same, to one front-end."""
         self._outbox.append((frontend, message))
         self._wakeup.set()
 
@@ -232,11 +227,8 @@ class RankTransport:
 
     def _read_ends(self) -> None:
         """Some connection has ended: look who is there, soon and again."""
-        while True:
-            try:
-                self._ends.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
+        for _ in drain(self._ends, self.bad_requests, parts=2):
+            pass
         now = time.monotonic()
         self._probes_due = sorted([*self._probes_due[-1:], *(now + after_s for after_s in PROBES_S)])
 
@@ -253,42 +245,26 @@ class RankTransport:
     # In -----------------------------------------------------------------------------------------
 
     def _read_broadcasts(self) -> None:
-        for _ in range(MESSAGES_A_TURN):
-            try:
-                frames = self._broadcasts.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            if len(frames) != 1:
-                self.bad_broadcasts.add("frames", f"{len(frames)} frames in place of one")
-                continue
-            try:
-                self.on_broadcast(self._decode_broadcast(frames[0]))
-            except codec.BadMessage as error:
-                self.bad_broadcasts.add(error.kind, error.detail)
+        for [frame] in drain(self._broadcasts, self.bad_broadcasts, messages=MESSAGES_A_TURN):
+            message = self.bad_broadcasts.decoded(self._decode_broadcast, frame)
+            if message is not None:
+                self.on_broadcast(message)
 
     def _read_requests(self) -> None:
-        for _ in range(MESSAGES_A_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        for sender, frame in drain(self._router, self.bad_requests, parts=2, messages=MESSAGES_A_TURN):
             # A peer that set no routing id of ours is given one of five bytes that begins with zero.
-            frontend = int.from_bytes(frames[0], "little")
-            if len(frames) != 2 or len(frames[0]) != 8 or frontend >= 2**63:
-                kind = "frames" if len(frames) != 2 else "identity"
-                self.bad_requests.add(kind, f"{len(frames)} frames from {frames[0]!r}")
+            frontend = int.from_bytes(sender, "little")
+            if len(sender) != 8 or frontend >= 2**63:
+                self.bad_requests.add("identity", f"a message from {sender!r}")
                 continue
-            try:
-                message = self._decode_request(frames[1])
-            except codec.BadMessage as error:
-                self.bad_requests.add(error.kind, error.detail)
-                continue
-            self._frontends.add(frontend)
-            self.inbox.put(FrontendSaid(frontend, message))
+            message = self.bad_requests.decoded(self._decode_request, frame)
+            if message is not None:
+                self._frontends.add(frontend)
+                self.inbox.put(FrontendSaid(frontend, message))
 
 
 SWITCH_INTERVAL_S = 0.0005
-"""How long the engine's thread may keep the interpreter while the carrier has something to send."""
+"""How long the engine's thread may keep the interpreter while the transport has something to send."""
 
 
 class EngineRank:
@@ -384,7 +360,7 @@ class EngineRank:
         return True
 
     def _on_broadcast(self, message: ToRank) -> None:
-        """In the carrier's thread."""
+        """In the transport's thread."""
         if not isinstance(message, IN_MID_STEP):
             if isinstance(message, Form) and self._membership is not None:
                 # Its members may wait in a collective for one that is stopped, or cut off, and not of the new group.
@@ -479,7 +455,7 @@ class RankSettings(Struct, frozen=True):
     `DPCoordinator.get_engine_socket_addresses()` returns them. `report_loads`: False in external mode.
     `group_bind`: where the other ranks reach it, for lockstep engines. `sync_interval`: steps between agreements.
     `stall_timeout_s`: how long it waits for its peers in a collective before it says so.
-    `prefill_quota`: how it is set (`protocol/quota.py`), for lockstep engines.
+    `prefill_quota`: how it is set (`core/rank/prefill_quota.py`), for lockstep engines.
     """
 
     engine: str

@@ -1,19 +1,34 @@
-"""ZeroMQ sockets as all shells use them: addresses and limits.
+"""ZeroMQ sockets as all shells use them: how one is opened, and the one loop in which all are read.
 
-Every socket drops its queue when it is closed, bounds what it keeps for a peer that does not read, and
-refuses frames that are too large before they are in memory.
+Every socket drops its queue when it is closed, bounds what it keeps for a peer that does not read, and refuses frames
+that are too large before they are in memory. A shell reads a socket until nothing is left or a bound is reached, so
+that no peer, however much it says, keeps the others from their turn.
+
+A coordinator under vLLM binds its sockets before it imports anything else, so this module imports pyzmq alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import zmq
 
+from paceline.core.limits import MAX_CONTROL_BYTES
 from paceline.errors import StartupError
+
+if TYPE_CHECKING:
+    from paceline.net.links import BadFrames
 
 SEND_QUEUE_MESSAGES = 10_000
 RECEIVE_QUEUE_MESSAGES = 100_000
+MESSAGES_A_TURN = 256
+"""Read from one socket before the others get their turn and what is due is sent."""
+
+# As plain numbers: to combine enumerations takes longer than to receive.
+NOBLOCK, MORE, EVENTS, POLLIN = int(zmq.NOBLOCK), int(zmq.RCVMORE), int(zmq.EVENTS), int(zmq.POLLIN)
 
 
 def tcp_address(host: str, port: int = 0) -> str:
@@ -84,3 +99,63 @@ def giving_up_after(silence_s: float) -> dict[zmq.SocketOption, int]:
 def bound_address(socket: zmq.Socket[bytes]) -> str:
     """Where a bound socket can be reached, with the port that was found for port 0."""
     return socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
+def has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether something can be read now; this costs a fraction of what a poll does."""
+    return bool(int(socket.getsockopt(EVENTS)) & POLLIN)
+
+
+def drain(
+    socket: zmq.Socket[bytes], bad_frames: BadFrames, *, parts: int | None = 1, messages: int = sys.maxsize,
+    until: float = float("inf"), clock: Callable[[], float] = time.monotonic,
+) -> Iterator[list[bytes]]:  # fmt: skip
+    """What is there, a message of `parts` frames at a time; messages of other lengths are bad frames.
+
+    It ends when nothing is left, after so many `messages`, at the time `until`, or when the socket is closed.
+    `parts`: None takes each frame for a message. To ask after each whether it was the last costs as much as all else;
+    what belongs to none is then no message either.
+    """
+    receive, more = socket.recv, socket.getsockopt
+    for _ in range(messages):
+        if socket.closed:
+            return
+        try:
+            message = [receive(NOBLOCK)]
+        except zmq.Again:
+            return
+        if parts is not None:
+            while more(MORE):
+                message.append(receive(NOBLOCK))
+            if len(message) != parts:
+                bad_frames.add("frames", f"{len(message)} frames in place of {parts}")
+                continue
+        yield message
+        if clock() >= until:
+            return
+
+
+class CoordinatorSockets:
+    """The three sockets of a coordinator, bound; raises StartupError where an address cannot be.
+
+    `front`: what front-ends hear, and say; `back_in`: what ranks say; `back_out`: what ranks hear. `kept`: messages of
+    one rank that wait unread. `front_options`, `back_options`: ZeroMQ's, for the two that publish.
+    """
+
+    def __init__(
+        self, front_publish: str, back_output: str, back_publish: str, *, kept: int,
+        front_options: Mapping[zmq.SocketOption, int], back_options: Mapping[zmq.SocketOption, int],
+    ) -> None:  # fmt: skip
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context, limit = self._context, MAX_CONTROL_BYTES
+        self.front = open_socket(context, zmq.XPUB, bind=front_publish, max_bytes=limit, options=front_options)
+        self.back_in = open_socket(context, zmq.PULL, bind=back_output, max_bytes=limit, kept=kept)
+        self.back_out = open_socket(context, zmq.XPUB, bind=back_publish, max_bytes=limit, options=back_options)
+
+    def addresses(self) -> tuple[str, str, str]:
+        """Where each of the three can be reached, with the ports that were found for port 0."""
+        return bound_address(self.front), bound_address(self.back_in), bound_address(self.back_out)
+
+    def close(self) -> None:
+        """Close all three."""
+        self._context.destroy(linger=0)

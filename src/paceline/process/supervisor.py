@@ -2,21 +2,13 @@
 
     starting --all ready--> serving --SIGTERM--> draining --done--> ended
 
-A child that ends before all are ready, or a second signal, leads to the end of all of them. While serving, whoever
-ends is started again: a rank with back-off, up to a number of times in a row, after which the deployment goes on
-without it, since the others serve; the node ends when none of its ranks is left. A front-end and the coordinator are
-started again for ever. Nothing is left behind: children end with this process even when it is killed, because each
-watches for that itself.
+A child that ends before all are ready, or a second signal, leads to the end of all of them. While serving, whatever
+ends is started again (`process/restarts.py` says when): a rank up to a number of times in a row, after which the
+deployment goes on without it, since the others serve; the node ends when none of its ranks is left. A front-end and
+the coordinator are started again for ever. Nothing is left behind: children end with this process even when it is
+killed, because each watches for that itself.
 
-What a child process tells its supervisor, through its own pipe.
-
-When a process that has ended is started again: at once the first time, then ever later, then not at all.
-
-A process that served for a while and died met an accident; one that dies each time it is up will do so again, and
-starting it in a circle costs its neighbours. So what is counted is restarts in a row: a life that served for
-`STEADY_S` begins the count anew.
-
-One process of a node over all its lives: started, heard, started again.
+A child tells its supervisor how it goes on a pipe of its own.
 """
 
 from __future__ import annotations
@@ -34,6 +26,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from paceline.errors import StartupError
+from paceline.process.restarts import Restarts
 from paceline.process.spawn import Wakeup, spawn, stop
 
 
@@ -63,39 +56,12 @@ class Failed(Struct, frozen=True):
 Status = Progressed | Waiting | Ready | Failed
 
 
-STEADY_S = 10.0
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 30.0
-
-
-class Restarts:
-    """The restarts of one process. `limit`: in a row, before it is given up; None for never."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.in_a_row = 0
-
-    def ended(self, served_s: float) -> float | None:
-        """It has ended, `served_s` seconds after it was ready, 0 where it never was.
-
-        Returns after how many seconds to start it again, or None where it is given up.
-        """
-        if served_s >= STEADY_S:
-            self.in_a_row = 0
-        if self.limit is not None and self.in_a_row >= self.limit:
-            return None
-        self.in_a_row += 1
-        if self.in_a_row == 1:
-            return 0.0
-        return float(min(FIRST_WAIT_S * 2 ** (self.in_a_row - 2), LONGEST_WAIT_S))
-
-
 Settings = Callable[[int], object]
 """What a life is started with, by its number: 0 for the first."""
 
 
 class Child:
-    """A child process that says on a pipe when it is ready.
+    """One process of a node over all its lives; it says on a pipe when it is ready.
 
     `name`: shown to people. `kind`: what it is one of ("rank"). `target`: run as `target(settings=…, status=pipe)`.
     `drains`: it finishes its work on SIGTERM, and is told first.
@@ -147,10 +113,9 @@ class Child:
     def ended(self) -> float | None:
         """It has ended: decides when it is started again. Returns in how many seconds; None: never."""
         now = time.monotonic()
-        wait_s = self._restarts.ended(0.0 if self._ready_at is None else now - self._ready_at)
-        self.given_up = wait_s is None
-        self.due = None if wait_s is None else now + wait_s
-        return wait_s
+        self.due = self._restarts.ended(0.0 if self._ready_at is None else now - self._ready_at, now)
+        self.given_up = self.due is None
+        return None if self.due is None else self.due - now
 
     def begin_again(self) -> None:
         """Start its next life."""
@@ -180,7 +145,8 @@ logger = logging.getLogger("paceline.supervisor")
 
 STOP_TIMEOUT_S = 5.0
 DRAIN_GRACE_S = 2.0
-RESTART_INTERVAL_S = 0.5
+WATCHED_AGAIN_S = 0.5
+"""Between two restarts of what others cannot do without, however often it ends."""
 
 
 class Reporter(Protocol):
@@ -198,7 +164,9 @@ class Watched(Struct):
 
     process: SpawnProcess
     restart: Callable[[], SpawnProcess]
+    restarts: Restarts
     started: float
+    due: float | None = None
 
 
 class Supervisor:
@@ -282,7 +250,8 @@ class Supervisor:
 
     def watch(self, process: SpawnProcess, restart: Callable[[], SpawnProcess]) -> None:
         """Have `restart` called when this process ends while all is serving; who started it also stops it."""
-        self._watched.append(Watched(process, restart, time.monotonic()))
+        policy = Restarts(first_s=WATCHED_AGAIN_S, longest_s=WATCHED_AGAIN_S, steady_s=WATCHED_AGAIN_S)
+        self._watched.append(Watched(process, restart, policy, time.monotonic()))
 
     def at_end(self, close: Callable[[], None]) -> None:
         """Call when the children have ended; the last one given is called first."""
@@ -388,13 +357,14 @@ class Supervisor:
         for watched in self._watched:
             if watched.process.is_alive():
                 continue
-            # One that cannot live is not started in a circle.
-            rest_s = watched.started + RESTART_INTERVAL_S - time.monotonic()
-            if rest_s > 0:
-                return rest_s
+            now = time.monotonic()
+            if watched.due is None:
+                watched.due = watched.restarts.ended(now - watched.started, now)
+            if watched.due is not None and watched.due > now:
+                return watched.due - now
+            watched.started, watched.due = now, None
             logger.warning("%s ended (%s); starting it again", watched.process.name, how(watched.process.exitcode))
             try:
-                watched.started = time.monotonic()
                 watched.process = watched.restart()
             except StartupError as error:
                 logger.error("%s", error)

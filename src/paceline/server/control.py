@@ -14,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from paceline.core.messages import SuspensionState
+from paceline.core.pause import MODES
 from paceline.core.requests import ControlAction
-from paceline.core.standing import MODES
 from paceline.net.frontend import FrontendShell
 from paceline.server.errors import ApiError, bad, route
 from paceline.server.http import read_body

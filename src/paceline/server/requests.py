@@ -30,6 +30,9 @@ MAX_SESSION_CHARACTERS = 512
 
 T = TypeVar("T")
 
+Prompt = tuple[list[int], int, str]
+"""Token ids, the tokens that may be made, and the text that the answer begins with (`echo`)."""
+
 
 # Types --------------------------------------------------------------------------------------------
 
@@ -161,14 +164,6 @@ class Models(Struct):
     limit: int
 
 
-class Prompt(Struct):
-    """One prompt, the tokens that may be made, and the text that the answer begins with (`echo`)."""
-
-    token_ids: list[int]
-    max_tokens: int
-    opening_text: str = ""
-
-
 class Part(Struct):
     """One choice of an answer, which is a request of its own to the ranks."""
 
@@ -207,19 +202,19 @@ def prepare(request: GenerationRequest, headers: Headers, models: Models, identi
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         prompts, form = [chat_prompt(request, models)], ChatFormat
     params = sampling_params(request, logprobs, models.tokenizer.vocabulary_size)
-    return Prepared(
-        [Part(one.token_ids, _for(one, copy, params), one.opening_text)
-         for one in prompts for copy in range(request.n or 1)],
-        form(identity, models.name, int(time.time()), with_usage),
-        sum(len(prompt.token_ids) for prompt in prompts),
-        bool(request.stream), with_usage, rank, request.priority, session_of(headers, request.user), asks_why(headers),
-    )  # fmt: skip
-
-
-def _for(prompt: Prompt, copy: int, params: SamplingParams) -> SamplingParams:
-    # Copies of one prompt with one seed would be one answer n times over.
-    seed = None if params.seed is None else (params.seed + copy) % 2**32
-    return msgspec.structs.replace(params, max_tokens=prompt.max_tokens, seed=seed)
+    parts: list[Part] = []
+    prompt_tokens = 0
+    for token_ids, max_tokens, opening_text in prompts:
+        prompt_tokens += len(token_ids)
+        for copy in range(request.n or 1):
+            # Copies of one prompt with one seed would be one answer n times over.
+            seed = None if params.seed is None else (params.seed + copy) % 2**32
+            part_params = msgspec.structs.replace(params, max_tokens=max_tokens, seed=seed)
+            parts.append(Part(token_ids, part_params, opening_text))
+    worded = form(identity, models.name, int(time.time()), with_usage)
+    session = session_of(headers, request.user)
+    asked = (bool(request.stream), with_usage, rank, request.priority, session, asks_why(headers))
+    return Prepared(parts, worded, prompt_tokens, *asked)
 
 
 def check_supported(request: GenerationRequest) -> None:
@@ -296,7 +291,7 @@ def completion_prompts(request: CompletionRequest, models: Models) -> list[Promp
         default = DEFAULT_COMPLETION_TOKENS
         tokens = max_tokens_of("max_tokens", request.max_tokens, default, len(ids), models.limit, "prompt")
         echo = (part if isinstance(part, str) else tokenizer.decode(part)) if request.echo else ""
-        prompts.append(Prompt(ids, tokens, echo))
+        prompts.append((ids, tokens, echo))
     return prompts
 
 
@@ -327,7 +322,7 @@ def chat_prompt(request: ChatCompletionRequest, models: Models) -> Prompt:
     asked, param = request.max_tokens, "max_tokens"
     if request.max_completion_tokens is not None:
         asked, param = request.max_completion_tokens, "max_completion_tokens"
-    return Prompt(ids, max_tokens_of(param, asked, None, len(ids), models.limit, "messages"))
+    return ids, max_tokens_of(param, asked, None, len(ids), models.limit, "messages"), ""
 
 
 def _plain(place: int, message: ChatMessage) -> dict[str, Any]:

@@ -143,10 +143,10 @@ class Response:
         match event:
             case Output():
                 return self._on_output(event)
-            case Placed(_, rank, decision):
-                return self._on_placed(rank, decision)
-            case Submitted(requests):
-                self._choice_of = dict(zip(requests, self._choices, strict=True))
+            case Placed():
+                return self._on_placed(event)
+            case Submitted():
+                self._choice_of = dict(zip(event.requests, self._choices, strict=True))
                 return self._begin_when_placed()
             case Refuse():
                 return self._fail(of_refusal(event))
@@ -161,12 +161,12 @@ class Response:
 
     # Beginning and ending -----------------------------------------------------------------------
 
-    def _on_placed(self, rank: int, decision: Decision | None) -> Effect | None:
+    def _on_placed(self, placed: Placed) -> Effect | None:
         self._unplaced -= 1
-        if rank not in self._ranks:
-            self._ranks.append(rank)
-        if self._decisions is not None and decision is not None:
-            self._decisions.append(decision)
+        if placed.rank not in self._ranks:
+            self._ranks.append(placed.rank)
+        if self._decisions is not None and placed.decision is not None:
+            self._decisions.append(placed.decision)
         return self._begin_when_placed()
 
     def _begin_when_placed(self) -> Effect | None:

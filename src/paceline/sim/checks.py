@@ -93,7 +93,7 @@ class Checks(Watch):
     def reported(self, rank: RankProcess, report: RankReport) -> None:
         """A report is true: the engine's load, and for each front-end the requests that had arrived."""
         load, said = rank.engine.load(), report.load
-        held = rank.machine.requests.held
+        held = rank.machine.requests.kept_back
         wrong = (load.waiting + held, load.running) != (said.waiting, said.running)
         if wrong or (not held and load.prefill_tokens != said.prefill_tokens):
             raise Violation(f"{rank.name} reports {said} and has {load}", rank.name)
@@ -113,12 +113,12 @@ class Checks(Watch):
             return
         if not rank.lockstep:
             # Each goes on as it hears of the end. One that was not ready, nobody waited for.
-            knew, number = rank.machine.incarnation in self._settled_lives, rank.machine.standing.number
+            knew, number = rank.machine.incarnation in self._settled_lives, rank.machine.pause.number
             if knew and number <= self._settled:
                 text = f"{rank.name} steps in the settled suspension {self._settled}, and knows of {number}"
                 raise Violation(text, rank.name, COORDINATOR)
             return
-        known = {rank.name: rank.machine.standing.number for rank in self._ready()}
+        known = {rank.name: rank.machine.pause.number for rank in self._ready()}
         unaware = [name for name, number in known.items() if number <= self._settled]
         # Where all that knew have died, the suspension has died with them.
         if unaware and max(known.values()) >= self._settled:
@@ -191,7 +191,7 @@ class Checks(Watch):
         self._settled = state.number
         self._settled_lives = frozenset(rank.machine.incarnation for rank in self._ready())
         for rank in self._ready():
-            known, held = rank.machine.standing.number, rank.machine.held
+            known, held = rank.machine.pause.number, rank.machine.quiesced
             if known < state.number or (known == state.number and not held):
                 text = f"suspension {state.number} is called settled; {rank.name} knows {known}, held: {held}"
                 raise Violation(text, COORDINATOR, rank.name)
@@ -201,9 +201,9 @@ class Checks(Watch):
         if answer.superseded:
             return
         for rank in self._ready():
-            standing = rank.machine.standing
+            pause = rank.machine.pause
             # A life that has come since the resumption need not know its number, if it is free all the same.
-            if standing.number < answer.number and not (answer.number % 2 == 0 and standing.free):
+            if pause.number < answer.number and not (answer.number % 2 == 0 and pause.over):
                 text = (
                     f"{frontend.name}: call {answer.call} returns at {answer.number}, {rank.name} knows no such number"
                 )

@@ -1,9 +1,9 @@
-"""The keeper: what vLLM watches as its coordinator, and what starts the coordinator again when that dies.
+"""The watchdog: what vLLM watches as its coordinator, and what starts the coordinator again when that dies.
 
 vLLM ends a deployment when its coordinator's process ends. This process is small enough not to: it imports the standard
 library alone, holds no socket of the protocol, and remembers for the coordinator the few values that ranks cannot be
 asked for again. A coordinator that dies is started anew at the same addresses at once, and when that fails, again and
-again. The coordinator ends when the keeper does, and the keeper with its parent.
+again. The coordinator ends when the watchdog does, and the watchdog with its parent.
 
 It also serves `/health` and `/loads`, which it asks the coordinator for: so they answer while there is none.
 """
@@ -23,14 +23,14 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from paceline.process.restarts import Restarts
 from paceline.process.spawn import Wakeup
 
 logger = logging.getLogger("paceline.vllm")
 
-FIRST_PAUSE_S = 0.02
-LONGEST_PAUSE_S = 1.0
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.02, 1.0
 LIVED_S = 1.0
-"""Who lived so long did not fail at its start."""
+"""A coordinator that lived so long did not fail at its start."""
 ANSWER_S = 1.0
 """How long `/health` waits for the coordinator, and for its client."""
 MOST_BYTES = 1 << 20
@@ -52,7 +52,7 @@ class Watchdog:
         self._child: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._started_at = 0.0
-        self._pause_s = FIRST_PAUSE_S
+        self._policy = Restarts(first_s=FIRST_WAIT_S, longest_s=LONGEST_WAIT_S, steady_s=LIVED_S)
         self._due: float | None = None
         self._restarts = 0
         self._stopping = False
@@ -130,11 +130,9 @@ class Watchdog:
         if self._report is not None:
             self._report.send(f"it ended at its start (exit status {status})")
             sys.exit(1)
-        if time.monotonic() >= self._started_at + LIVED_S:
-            self._pause_s = FIRST_PAUSE_S
         self._restarts += 1
-        self._due = time.monotonic() + self._pause_s
-        self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+        now = time.monotonic()
+        self._due = self._policy.ended(now - self._started_at, now)
         logger.warning("the coordinator has ended (%s) and is started again", status)
 
     def _close(self) -> int:
@@ -226,7 +224,7 @@ def _error(message: str) -> dict[str, Any]:
 
 
 def run_watchdog(settings: dict[str, Any], report: Connection) -> None:
-    """The keeper process."""
+    """The target of the watchdog's process."""
     watchdog = Watchdog(settings, report)
     signal.signal(signal.SIGTERM, lambda *_: watchdog.stop())
     watchdog.run()

@@ -5,28 +5,28 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core.coordinator.pause import PauseTransaction
+from paceline.core.coordinator.pause import Pause
 from paceline.core.messages import Suspension, SuspensionState
 from paceline.core.retry import FIRST_S, LONGEST_S
 
 RANKS = (0, 1)
 
 
-def ready() -> PauseTransaction:
+def ready() -> Pause:
     """Two ranks that know of no suspension."""
-    group = PauseTransaction()
+    group = Pause()
     for rank in RANKS:
         say(group, rank, 0, False)
     return group
 
 
-def say(group: PauseTransaction, rank: int, number: int, held: bool, now: float = 0.0) -> SuspensionState:
+def say(group: Pause, rank: int, number: int, held: bool, now: float = 0.0) -> SuspensionState:
     group.heard(rank, number, "keep", held, now)
     group.advance(RANKS, now)
     return group.state(RANKS)
 
 
-def suspended() -> PauseTransaction:
+def suspended() -> Pause:
     group = ready()
     group.ask("keep", 0.0)
     for rank in RANKS:
@@ -183,7 +183,7 @@ def test_a_rank_that_says_it_is_not_held_any_more_is_told_again() -> None:
 
 
 def test_without_its_rule_any_acknowledgement_counts() -> None:
-    group = PauseTransaction({"suspension-number"})
+    group = Pause(without={"suspension-number"})
     for rank in RANKS:
         say(group, rank, 1, True)
     group.ask("resume", 0.0)

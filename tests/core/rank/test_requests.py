@@ -54,7 +54,7 @@ def test_a_request_that_comes_twice_is_refused_whether_the_first_is_held_or_take
     assert found.arrive(FIRST, request(1)) == []
     found.hold(FIRST, request(1))
     assert ended(found.arrive(FIRST, request(1))) == [(FIRST, 1, "error")]
-    found.take_held()
+    found.take_kept_back()
     assert ended(found.arrive(FIRST, request(1))) == [(FIRST, 1, "error")]
     assert found.arrive(SECOND, request(1)) == [], "another front-end's names are its own"
 
@@ -72,10 +72,10 @@ def test_what_is_held_is_given_in_its_order_and_once() -> None:
     for frontend, number in arrivals:
         found.hold(frontend, request(number))
     assert (len(found), found.held) == (0, 3)
-    taken = find(found.take_held(), Take)
+    taken = find(found.take_kept_back(), Take)
     assert [effect.request.request for effect in taken] == [number for _, number in arrivals]
     assert [effect.key for effect in taken] == sorted(effect.key for effect in taken)
-    assert (len(found), found.held, found.take_held()) == (3, 0, [])
+    assert (len(found), found.held, found.take_kept_back()) == (3, 0, [])
 
 
 def test_what_is_held_counts_as_waiting() -> None:
@@ -83,7 +83,7 @@ def test_what_is_held_counts_as_waiting() -> None:
     found.hold(FIRST, request(1, tokens=5))
     found.hold(FIRST, request(2, tokens=2))
     assert found.load(Load(1, 2, 8, 10)) == Load(3, 2, 8, 17)
-    found.take_held()
+    found.take_kept_back()
     assert found.load(Load(1, 2, 8, 10)) == Load(1, 2, 8, 10)
 
 
@@ -176,7 +176,7 @@ def test_every_request_is_held_or_taken_or_finished_once(steps: list[tuple[str, 
                 else:
                     effects = [found.take(frontend, request(count))]
             case "take held":
-                effects = found.take_held()
+                effects = found.take_kept_back()
             case "drop":
                 effects = found.drop(frontend, list(range(1, count + 1, 2)))
             case "gone":

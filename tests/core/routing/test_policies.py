@@ -34,7 +34,7 @@ class Burst:
             Frontend(100 + index, POLICIES[policy](index, frontends), relay_sends=frontends > 1)
             for index in range(frontends)
         ]
-        self.held: list[list[object]] = [[] for _ in self.frontends]
+        self.quiesced: list[list[object]] = [[] for _ in self.frontends]
         self.notices: list[object] = []
         self.loads: Counter[int] = Counter()
         self.finished: Counter[int] = Counter()
@@ -85,15 +85,15 @@ class Burst:
 
     def hear(self, index: int) -> None:
         """A front-end reads all views that are on their way to it."""
-        for message in self.held[index]:
+        for message in self.quiesced[index]:
             self.frontends[index].handle(CoordinatorSaid(message), self.now)
-        self.held[index].clear()
+        self.quiesced[index].clear()
 
     def _coordinator(self, event: coordinator.Event) -> None:
         self.now += 0.0001
         for effect in [*self.machine.handle(event, self.now), *self.machine.handle(Tick(), self.now)]:
             if isinstance(effect, coordinator.ToFrontends):
-                for queue in self.held:
+                for queue in self.quiesced:
                     queue.append(effect.message)
 
 

@@ -95,6 +95,33 @@ class Epochs:
         timers = [at for at in (self._retry.due, self._lost_at, self._silent_at) if at is not None]
         return min(timers, default=None)
 
+    def timers(self) -> dict[str, list[int]]:
+        """What is waited for, each with the ranks whose word would end that."""
+        spoken = self._spoken or set()
+        found = {
+            "generation": (self._retry.due, list(self._members)),
+            "patience": (None if self._retry.due is None else self._give_up_at, list(self._members)),
+            "lost": (self._lost_at, sorted(self._lost)),
+            "silent": (self._silent_at, [rank for rank in range(self._size) if rank not in spoken]),
+        }
+        return {name: ranks for name, (at, ranks) in found.items() if at is not None}
+
+    def expire(self, timer: str, now: float) -> None:
+        """One of these has come, whatever its time was. That one takes too long is seen as it is told again."""
+        match timer:
+            case "generation":
+                self._retry.due = now
+            case "patience":
+                self._retry.due = self._give_up_at = now
+            case "lost":
+                self._lost_at = now
+            case "silent":
+                self._silent_at = now
+
+    def members(self) -> dict[int, int]:
+        """By rank, the lives that the generation is, or is to be, formed of; empty while there is none."""
+        return self._members if self._spoken is None else {}
+
     def heard(self, rank: int, position: Position, now: float) -> None:
         """A rank said hello."""
         if not plausible(max(position.epoch, position.told), self.number):
@@ -188,7 +215,7 @@ class Epochs:
 
     def _end(self, now: float) -> None:
         self._retry.stop()
-        self._spoken = set()
+        self._spoken, self._members = set(), {}
         self._silent_at = now + SILENT_S
         self.asks = True
 

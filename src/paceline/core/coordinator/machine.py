@@ -5,8 +5,6 @@
 Events are what sockets brought (already decoded) and the passing of time. After every call, arrange for
 a `Tick` at `coordinator.deadline` at the latest. All state is soft: what is lost with the process comes
 back from what ranks and front-ends say when they are asked, so there is nothing to save or restore.
-
-All that one coordinator knows of its deployment, part by part, and what concerns several parts at once.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from paceline.core.coordinator.events import (
 )
 from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable
 from paceline.core.coordinator.membership import PATIENCE_S, Membership, RollCall
-from paceline.core.coordinator.pause import CoordinatorPause
+from paceline.core.coordinator.pause import Pause
 from paceline.core.coordinator.publishing import Publisher, SnapshotHeader
 from paceline.core.coordinator.scaling import DeploymentScaling
 from paceline.core.coordinator.wave import GroupWave
@@ -56,6 +54,7 @@ from paceline.core.messages import (
     RankReport,
     ReturnShares,
     ScaleRequest,
+    Scaling,
     SendNotice,
     StallReport,
     StartWave,
@@ -66,8 +65,8 @@ from paceline.core.messages import (
 from paceline.core.rules import checked
 
 
-class Knowledge:
-    """The parts, and who is forgotten in all of them.
+class Coordinator:
+    """One life of the coordinator: the parts, who is forgotten in all of them, and what each event does to them.
 
     `engine_count`: ranks in the deployment. `identity`: this life's own number.
     `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
@@ -93,7 +92,7 @@ class Knowledge:
         self._epochs = Epochs(engine_count)
         self._scaling = DeploymentScaling(engine_count, most_ranks, self._without)
         self._stalls = Stalls()
-        self._suspension = CoordinatorPause(identity, lockstep, self._without)
+        self._pause = Pause(identity, lockstep, self._without)
         self._load_table = LoadTable()
         self.dispatcher = Dispatcher(identity, self._without)
         wait_s = step_wait_s if lockstep else None
@@ -109,9 +108,77 @@ class Knowledge:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        waking, suspending, forming = self._group.wake_due, self._suspension.due, self._epochs.due
+        waking, suspending, forming = self._group.wake_due, self._pause.due, self._epochs.due
         timers = (waking, suspending, forming, self._roll_call.due, self.dispatcher.due, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
+
+    # What the explorer asks, for which time is a choice -----------------------------------------
+
+    INCIDENTAL = frozenset({"_dropped"})
+    """Attributes that nothing depends on which this machine does later: counters for people, here and in its parts."""
+
+    def timers(self) -> dict[str, list[int]]:
+        """The timers that are set, each with the ranks whose word it waits for."""
+        found = {**self._epochs.timers(), **self._scaling.timers()}
+        if self._group.wake_due is not None:
+            found["wake"] = self._group.lagging()
+        if self._roll_call.due is not None:
+            found["question"] = self._unheard()
+        if self._roll_call.impatient:
+            found["acquaintance"] = self._membership.missing()
+        if self._pause.due is not None:
+            found["suspension"] = self._pause.header.waiting_for
+        if self.dispatcher.due is not None:
+            found["queue"] = []
+        return found
+
+    def expire(self, timer: str, now: float) -> None:
+        """Let one of them be due at the next Tick, whatever its time was."""
+        match timer:
+            case "wake":
+                self._group.expire(now)
+            case "question" | "acquaintance":
+                self._roll_call.expire(now, patience=timer == "acquaintance")
+            case "suspension":
+                self._pause.expire(now)
+            case "queue":
+                self.dispatcher.expire(now)
+            case "scaling" | "scaling-late":
+                self._scaling.expire(timer, now)
+            case _:
+                self._epochs.expire(timer, now)
+
+    def moment_passes(self) -> None:
+        """Nothing is put off any more because the same was done a moment ago."""
+        self._roll_call.moment_passes(asks=bool(self._unheard()))
+
+    def epoch(self) -> tuple[int, dict[int, int]]:
+        """The epoch that is, or is to be, formed, and by rank the lives that it is formed of."""
+        return self._epochs.number, self._epochs.members()
+
+    @property
+    def scaling(self) -> Scaling:
+        """How many ranks there are, or are to be."""
+        return self._scaling.state
+
+    def lives(self) -> dict[int, int]:
+        """By rank, the lives that are ready."""
+        return self._membership.lives()
+
+    def is_retired(self, rank: int, incarnation: int) -> bool:
+        """Whether this life of a rank is known to be over."""
+        return self._membership.is_retired(rank, incarnation)
+
+    def acknowledged(self, rank: int) -> tuple[int, bool] | None:
+        """The number of the suspension that a rank last said it knows, and whether it holds."""
+        return self._pause.acknowledged(rank)
+
+    # --------------------------------------------------------------------------------------------
+
+    def request_counts(self) -> list[list[int]]:
+        """[waiting, running] of each rank in order, as it last reported; zeros where it has not."""
+        last = (self._load_table.reports.get(rank) for rank in range(self.size))
+        return [[report.load.waiting, report.load.running] if report is not None else [0, 0] for report in last]
 
     def statistics(self) -> dict[str, object]:
         """What this machine knows, for `/health`, metrics and tests."""
@@ -123,8 +190,8 @@ class Knowledge:
             "lagging": self._group.lagging(),
             "stalls": [describe(stall) for stall in self._stalls.found],
             "generation": self._epochs.number,
-            "suspension": self._suspension.header.number,
-            "suspension_settled": self._suspension.header.settled,
+            "suspension": self._pause.header.number,
+            "suspension_settled": self._pause.header.settled,
             "front_ends": len(self._frontends),
             "queued": self.dispatcher.queued,
             "views_published": self._publisher.views,
@@ -136,34 +203,34 @@ class Knowledge:
         self._load_table.forget_rank(rank)
         self._group.forget(rank, now)
         self._epochs.forget(rank, now)
-        self._suspension.forget(rank)
+        self._pause.forget(rank)
         self._stalls.forget(rank)
         self._scaling.lost(rank)
         self.dispatcher.lost(rank)
-        self._suspension_changed(now)
+        self._pause_changed(now)
         self._publisher.members_changed(now)
 
     def _forget_frontend(self, frontend: int, now: float) -> None:
-        self._suspension.calls.forget_frontend(frontend)
+        self._pause.served.forget_frontend(frontend)
         self._scaling.forget_frontend(frontend)
         self._frontends.discard(frontend)
         self._load_table.forget_frontend(frontend)
         self.dispatcher.forget_frontend(frontend)
         self._publisher.loads_changed(now)
 
-    def _suspension_changed(self, now: float) -> None:
-        if self._suspension.settle(self._membership, self._epochs, now):
+    def _pause_changed(self, now: float) -> None:
+        if self._pause.settle(self._membership, self._epochs, now):
             self._publisher.changed(now)
-        if not self._suspension.standing.free:
+        if not self._pause.pause.over:
             self._group.no_notice(now)
+
+    def _unheard(self) -> list[int]:
+        """Ranks that are to be asked who they are."""
+        return [*self._membership.missing(), *self._epochs.silent(), *self._late()]
 
     def _late(self) -> list[int]:
         """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
         return self._group.late() if self._epochs.number else []
-
-
-class Coordinator(Knowledge):
-    """One life of the coordinator; its arguments are those of Knowledge."""
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to send, in order."""
@@ -257,15 +324,15 @@ class Coordinator(Knowledge):
         if self._membership.is_ready(hello.rank):
             if self.lockstep:
                 self._group.observe(hello.rank, hello.wave, hello.running, now)
-            self._suspension.hello(hello, now)
-            self._suspension_changed(now)
+            self._pause.hello(hello, now)
+            self._pause_changed(now)
             self.dispatcher.mark(hello.rank)
             if not was_ready:
                 effects.append(Note(f"rank {hello.rank} is ready"))
                 self._publisher.members_changed(now)
         asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
         if asks and self._roll_call.admits(hello.rank, hello.incarnation, now):
-            admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._suspension.told())
+            admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._pause.told())
             effects.append(ToRanks(admit))
 
     # Front-ends -------------------------------------------------------------------------------
@@ -280,20 +347,20 @@ class Coordinator(Knowledge):
                 self._frontends.add(frontend)
                 self._scaling.frontend(frontend, message.scaling, now)
                 self.dispatcher.hello(message, (member.rank for member in self._membership.members()))
-                self._suspension.known(suspension, mode, now)
-                self._suspension_changed(now)
+                self._pause.known(suspension, mode, now)
+                self._pause_changed(now)
                 self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
                 # While the deployment is suspended nobody is woken for new work: each rank holds its own.
-                if self.lockstep and self._suspension.standing.free and self._roll_call.acquainted(now):
+                if self.lockstep and self._pause.pause.over and self._roll_call.acquainted(now):
                     self._group.noticed(rank, wave, now)
             case ScaleRequest() if self._roll_call.acquainted(now):
                 self._scaling.ask(message, now)
                 self._publisher.members_changed(now)
             case ControlRequest(known=number, mode=mode):
-                self._suspension.known(number, mode, now)
-                self._suspension_changed(now)
-                self._suspension.calls.request(message)
+                self._pause.known(number, mode, now)
+                self._pause_changed(now)
+                self._pause.request(message)
             case FrontendLeaving(frontend):
                 self._forget_frontend(frontend, now)
 
@@ -309,19 +376,17 @@ class Coordinator(Knowledge):
 
     def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
         self._scale(now, effects)
-        if len(self._suspension.calls) and self._roll_call.acquainted(now):
-            effects += map(ToFrontends, self._suspension.answers(now))
-            self._suspension_changed(now)
+        if self._pause.asked and self._roll_call.acquainted(now):
+            effects += map(ToFrontends, self._pause.answers(now))
+            self._pause_changed(now)
         self._tell_ranks(now, effects)
-        free = self._suspension.standing.free
+        free = self._pause.pause.over
         if (grants := self.dispatcher.grants(self._load_table, self._membership, free, now)) is not None:
             effects.append(ToFrontends(grants))
         if self.dispatcher.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
-        header = SnapshotHeader(
-            self._group.wave, self._group.running, self._suspension.header, free, self._scaling.state
-        )
+        header = SnapshotHeader(self._group.wave, self._group.running, self._pause.header, free, self._scaling.state)
         effects += self._publisher.publish(
             header, self._load_table, self._membership, self._stalls.found, self.dispatcher, now
         )
@@ -336,7 +401,7 @@ class Coordinator(Knowledge):
                 self._forget_rank(rank, now)
             for hello in scaling.arrivals():
                 self._on_hello(hello, now, effects)
-            self._suspension_changed(now)
+            self._pause_changed(now)
             self._publisher.members_changed(now)
             effects.append(Note(scaling.line()))
         if (told := scaling.message(now)) is not None:
@@ -348,18 +413,18 @@ class Coordinator(Knowledge):
             # Nothing is to be learned from who is not there: nobody waits for its word, or runs for its sake.
             self._roll_call.heard(rank)
             self._group.forget(rank, now)
-            self._suspension_changed(now)
+            self._pause_changed(now)
         if formed is not None:
-            effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._suspension.told())))
+            effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._pause.told())))
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
-        if self._roll_call.ask(now, lambda: [*self._membership.missing(), *self._epochs.silent(), *self._late()]):
+        if self._roll_call.ask(now, self._unheard):
             effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
             effects.append(ToRanks(wake))
-            if self._suspension.standing.suspended:
-                self._suspension.woke(now)
-                self._suspension.settle(self._membership, self._epochs, now)
-        if (suspension := self._suspension.message(now)) is not None:
+            if self._pause.pause.paused:
+                self._pause.woke(now)
+                self._pause.settle(self._membership, self._epochs, now)
+        if (suspension := self._pause.message(now)) is not None:
             effects.append(ToRanks(suspension))

@@ -101,6 +101,8 @@ class RankEntry(Struct):
 class Membership:
     """The register of ranks, part of the coordinator's machine. `size`: ranks in the deployment."""
 
+    INCIDENTAL = frozenset({"_members"})
+
     def __init__(self, size: int, *, presence: bool = False) -> None:
         self.size = size
         self.limit = size
@@ -190,6 +192,10 @@ class Membership:
         """Whether this life of the rank is known to be over, or is of no rank of the deployment."""
         return rank >= self.limit or incarnation in self._retired.get(rank, ())
 
+    def lives(self) -> dict[int, int]:
+        """By rank, the lives that take requests."""
+        return {member.rank: member.incarnation for member in self.members()}
+
     def is_ready(self, rank: int) -> bool:
         """Whether the rank takes requests."""
         entry = self._entries.get(rank)
@@ -263,6 +269,25 @@ class RollCall:
         if self._unheard and self._begun is not None and self._patience_s is not None:
             return min(self._retry.due or float("inf"), self._begun + self._patience_s)
         return self._retry.due
+
+    def expire(self, now: float, *, patience: bool = False) -> None:
+        """The next question is due, whatever its time was; or patience with the ranks that say nothing is over."""
+        if patience:
+            self._begun = float("-inf")
+        else:
+            self._retry.due = now
+
+    @property
+    def impatient(self) -> bool:
+        """Whether ranks are waited for that may be dead, and not for ever."""
+        return bool(self._unheard) and self._patience_s is not None
+
+    def moment_passes(self, *, asks: bool) -> None:
+        """The last question and the last admission are long ago: nothing is put off for their sake. `asks`: whether
+        there is anybody to ask."""
+        self._asked = float("-inf")
+        self._admitted.clear()
+        self._retry.due = self._retry.due if asks else None
 
     def resize(self, size: int, now: float) -> None:
         """The deployment has so many ranks: nobody waits for a word of the others, and new ones are asked."""

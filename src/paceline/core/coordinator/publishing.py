@@ -28,6 +28,8 @@ class Publisher:
     waits for ranks that have not reported the same step; None where no view waits.
     """
 
+    INCIDENTAL = frozenset({"views"})
+
     def __init__(
         self, identity: int, interval_s: float, *, with_loads: bool, step_wait_s: float | None = STEP_WAIT_S
     ) -> None:

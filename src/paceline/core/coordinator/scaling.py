@@ -1,9 +1,8 @@
 """The coordinator's part in scaling: a numbered change of how many ranks the deployment has.
 
-Like a suspension it is one counter. An odd number is a change under way, the even number after it says how it ended;
-the higher number is the newer word, whoever brings it. Front-ends and nodes keep the newest that they have heard, so a
-new coordinator learns from them where the last one was. It goes on with a change under a number of its own: the last
-one may have ended it, and said so to somebody who has not spoken yet. When that is heard, it ends as it did there.
+Front-ends and nodes keep the newest number that they have heard (`transaction.py`), so a new coordinator learns from
+them where the last one was. It goes on with a change under a number of its own: the last one may have ended it, and
+said so to somebody that has not spoken yet. When that is heard, it ends as it did there.
 
 Up: the new ranks are given numbers behind the others and nodes to run on, the one with the fewest first. They load
 beside the traffic, and nobody counts on them: while the number is odd, `size` is what it was. When the last of them
@@ -28,9 +27,8 @@ from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership, RollCall
 from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.limits import most_ranks
-from paceline.core.load import plausible
 from paceline.core.messages import NodeHello, Outcome, RankFailed, RankHello, ScaleRequest, Scaling
-from paceline.core.retry import Retry
+from paceline.core.transaction import Transaction
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
@@ -46,12 +44,13 @@ class KnownNode(Struct):
     fixed: bool
 
 
-class DeploymentScaling:
+class DeploymentScaling(Transaction):
     """How many ranks there are, and what is under way. `size`: at the start. `most`: what there may ever be, None for
     `most_ranks`. `without`: rules left out.
     """
 
     def __init__(self, size: int, most: int | None = None, without: Set[str] = frozenset()) -> None:
+        super().__init__()
         self.state = Scaling(0, size, size)
         self._most = max(size, most or most_ranks(size))
         self._without = without
@@ -62,15 +61,29 @@ class DeploymentScaling:
         self._loaded: dict[int, RankHello] = {}
         self._nodes: dict[int, KnownNode] = {}
         self._known_by: dict[int, int] = {}
-        self._served: dict[int, int] = {}
         self._nodeless_since: float | None = None
         self._deadline: float | None = None
-        self._retry = Retry()
+
+    @property
+    def number(self) -> int:
+        return self.state.number
 
     @property
     def due(self) -> float | None:
         """When nodes must be told (again), or time is up; None for neither."""
         return min((at for at in (self._retry.due, self._deadline) if at is not None), default=None)
+
+    def timers(self) -> dict[str, list[int]]:
+        """What is waited for."""
+        found = {"scaling": self._retry.due, "scaling-late": self._deadline}
+        return {name: [] for name, at in found.items() if at is not None}
+
+    def expire(self, timer: str, now: float) -> None:
+        """One of these has come, whatever its time was."""
+        if timer == "scaling":
+            self._retry.due = now
+        else:
+            self._deadline = now
 
     # What is heard ------------------------------------------------------------------------------
 
@@ -80,9 +93,9 @@ class DeploymentScaling:
         While a change is under way nothing else is begun: whoever asks sees by the state that it is another's.
         """
         state, size = self.state, request.size
-        if state.under_way or request.call <= self._served.get(request.frontend, -1) or self._waits_for_nodes(now):
+        if state.under_way or request.call <= self.served.newest(request.frontend) or self._waits_for_nodes(now):
             return
-        self._served[request.frontend] = request.call
+        self.served.serve(request.frontend, request.call, state.number)
         asked = replace(
             state, target=size, frontend=request.frontend, call=request.call, drain_ms=request.drain_ms,
             startup_ms=request.startup_ms, outcome="done", why="",
@@ -102,17 +115,17 @@ class DeploymentScaling:
         """Somebody knows this; it counts where it is news, and can be: each rank that there may be costs something."""
         if not state.fits(self._most):
             return
-        before, number = self._taken_over, self.state.number
+        before, number = self._taken_over, self.number
         if before is not None and (state.number, number) == (before + 1, before + 2):
             self._change(replace(state, number=number + 1), now)
-        elif state.number > number and plausible(state.number, number):
+        elif self.is_news(state.number):
             self._taken_over = state.number if state.under_way else None
             self._change(replace(state, number=state.number + 2) if state.under_way else state, now)
 
     def _change(self, state: Scaling, now: float) -> None:
         self.state = state
         self.changed = True
-        self._served[state.frontend] = max(state.call, self._served.get(state.frontend, 0))
+        self.served.serve(state.frontend, state.call, state.number)
         allowed_ms = state.startup_ms if state.joining else state.drain_ms
         self._deadline = now + allowed_ms / 1000 if state.under_way else None
         self._retry.start(now)
@@ -143,7 +156,7 @@ class DeploymentScaling:
     def forget_frontend(self, frontend: int) -> None:
         """It is gone: nobody waits for its word."""
         self._known_by.pop(frontend, None)
-        self._served.pop(frontend, None)
+        self.served.forget_frontend(frontend)
 
     def hello(self, hello: RankHello) -> None:
         """A rank that is to join has loaded."""

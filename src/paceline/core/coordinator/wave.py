@@ -71,6 +71,10 @@ class GroupWave:
         """When the wake must be sent (again), or None while no rank owes an answer."""
         return self._retry.due
 
+    def expire(self, now: float) -> None:
+        """The wake is due, whatever its time was."""
+        self._retry.due = now
+
     def observe(self, rank: int, wave: int, running: bool, now: float) -> None:
         """A rank said that it runs in `wave`, or that it is paused and `wave` comes next."""
         before = self._observed.get(rank)
@@ -169,6 +173,7 @@ class GroupWave:
     def _advance(self, wave: int) -> None:
         if wave > self.wave and plausible(wave, self.wave):
             self.wave = wave
+            self._noticed_wave = -1
             for rank, state in self._observed.items():
                 self._place(rank, state)
 
@@ -191,7 +196,7 @@ class GroupWave:
                 self._prompt_wake = prompt
             return
         self._retry.stop()
-        self._exclude = None
+        self._exclude, self._prompt_wake = None, False
         # Where everyone runs, the notice is served: the wave's end must not bring it back.
         if not self._behind or self._noticed_wave < self.wave:
             self._noticed_wave = -1

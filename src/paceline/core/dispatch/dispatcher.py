@@ -48,6 +48,10 @@ class Dispatcher:
         """When front-ends must hear of the queue again, or None where it is empty."""
         return self._due
 
+    def expire(self, now: float) -> None:
+        """Front-ends are to hear of the queue again, whatever the time was."""
+        self._due = now
+
     @property
     def queued(self) -> int:
         """Descriptors that wait."""

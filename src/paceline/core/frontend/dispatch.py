@@ -85,6 +85,18 @@ class Binding:
         away = self._answered + SILENCE_S
         return min(away, self._behind_since + ASK_AGAIN_S) if self._told > self._heard and self._asks_again else away
 
+    def timers(self) -> list[str]:
+        """What is waited for: that the coordinator has heard all (`ask`), and that it is not away (`silence`)."""
+        behind = self._told > self._heard and self._asks_again
+        return [*(["ask"] if behind else []), "silence"] if self.waiting_for_grant else []
+
+    def expire(self, timer: str, now: float) -> None:
+        """One of these has been waited for long enough."""
+        if timer == "ask":
+            self._behind_since = now - ASK_AGAIN_S
+        else:
+            self._answered = now - SILENCE_S
+
     # Going without a word -----------------------------------------------------------------------
 
     def fits(self, handle: RankHandle, tokens: int, kv: int) -> bool:

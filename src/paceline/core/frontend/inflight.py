@@ -94,6 +94,8 @@ class InFlight(Struct, gc=False):
 class InFlightRequests:
     """What this front-end, `identity`, has sent to which rank. `relay_sends`: whether the coordinator is told."""
 
+    INCIDENTAL = frozenset({"void", "moved"})
+
     def __init__(self, identity: int, router: Router, *, relay_sends: bool, lockstep: bool) -> None:
         self.wave = 0
         """The wave that is believed current; sends are stamped with it."""

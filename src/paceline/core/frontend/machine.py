@@ -148,6 +148,24 @@ class Frontend:
         """When the next Tick is due, at the latest."""
         return min(self._placement.deadline, self._failover.deadline)
 
+    # What the explorer asks, for which time is a choice -----------------------------------------
+
+    INCIDENTAL = frozenset({"_void", "_view_number"})
+    """Attributes that nothing depends on which this machine does later, or only whether the next number is higher."""
+
+    def timers(self) -> list[str]:
+        """The timers that are set, of what waits for the coordinator."""
+        return self._binding.timers()
+
+    def expire(self, timer: str, now: float) -> None:
+        """Let one of them be due at the next Tick, whatever its time was."""
+        self._binding.expire(timer, now)
+
+    @property
+    def next_view(self) -> int:
+        """The least number that a view must have to be news."""
+        return self._view_number + 1
+
     # What the machine knows ---------------------------------------------------------------------
 
     @property

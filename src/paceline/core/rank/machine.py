@@ -34,6 +34,7 @@ from paceline.core.messages import (
     ToRank,
     WaveComplete,
 )
+from paceline.core.pause import PauseState, stops
 from paceline.core.rank.events import (
     Again,
     Agree,
@@ -63,7 +64,6 @@ from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
 from paceline.core.requests import AbortRequests, AddRequest
 from paceline.core.rules import checked
-from paceline.core.standing import PauseState, stops
 
 
 class RankWaves:
@@ -79,11 +79,11 @@ class RankWaves:
     def reach(self, wave: int) -> None:
         """The others are in this wave, or it is the one that they run next."""
         if plausible(wave, self.wave):
-            self.wave = max(self.wave, wave)
+            self._is(max(self.wave, wave))
 
     def start(self, wave: int) -> None:
         """Run in this wave."""
-        self.wave = wave
+        self._is(wave)
         self.running = True
         self.recount()
 
@@ -98,6 +98,7 @@ class RankWaves:
         if self.running:
             # The group is a wave ahead: this rank has not yet come to the end that they agreed on.
             self.wanted = max(self.wanted, wave)
+            self._is(self.wave)
         else:
             self.start(wave)
 
@@ -112,7 +113,14 @@ class RankWaves:
         finished = self.wave
         self.wave += 1
         self.running = False
+        self.recount()
         return finished
+
+    def _is(self, wave: int) -> None:
+        self.wave = wave
+        if self.wanted <= wave:
+            # It is asked for when this wave has ended, and then it is over.
+            self.wanted = -1
 
     @property
     def overdue(self) -> int | None:
@@ -131,6 +139,9 @@ class Rank:
     `prefill_quota`: how it is set (`quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
+    INCIDENTAL = frozenset({"step"})
+    """Attributes that nothing depends on which this machine does later: they are only told."""
+
     def __init__(
         self, rank: int, incarnation: int, address: str, *, lockstep: bool = False, report_loads: bool = True,
         sync_interval: int = 16, group_address: str = "", prefill_quota: int = OFF, without: Set[str] = frozenset(),
@@ -143,7 +154,7 @@ class Rank:
         self.quota = RankQuota(prefill_quota)
         self.step = 0
         self.epoch = 0
-        self.standing = PauseState()
+        self.pause = PauseState()
         self.requests = RankRequests(rank, incarnation)
         self._lockstep = lockstep
         self._report_loads = report_loads
@@ -167,9 +178,9 @@ class Rank:
         return self.waves.running
 
     @property
-    def held(self) -> bool:
+    def quiesced(self) -> bool:
         """Whether the suspension keeps this rank from starting anything by itself, and it has stopped."""
-        if self.standing.free:
+        if self.pause.over:
             return False
         if self._lockstep:
             return not self.running
@@ -178,7 +189,7 @@ class Rank:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event; returns what to do, in order."""
         effects = self._handle(event, now)
-        if self.phase is Phase.READY and self._said != (self.standing.number, self.held):
+        if self.phase is Phase.READY and self._said != (self.pause.number, self.quiesced):
             effects.insert(0, self._hello())
         return effects
 
@@ -223,9 +234,9 @@ class Rank:
             "running": self.running,
             "step": self.step,
             "generation": self.epoch,
-            "suspension": self.standing.number,
-            "held": self.held,
-            "requests": len(self.requests) + self.requests.held,
+            "suspension": self.pause.number,
+            "held": self.quiesced,
+            "requests": len(self.requests) + self.requests.kept_back,
             "finished": self.requests.finished,
             "void_messages": self.requests.void,
         }
@@ -236,8 +247,8 @@ class Rank:
         refusal = self.requests.arrive(frontend, request)
         if refusal:
             return refusal
-        if not self.standing.free:
-            if self.standing.suspended and self.standing.mode == "abort":
+        if not self.pause.over:
+            if self.pause.paused and self.pause.mode == "abort":
                 return [self.requests.refuse(frontend, request)]
             self.requests.hold(frontend, request)
             return []
@@ -270,14 +281,16 @@ class Rank:
     def _may_step(self) -> bool:
         if self._lockstep:
             return self.running and bool(self.epoch or not self._group_address)
-        return self.standing.free or self.standing.draining
+        return self.pause.over or self.pause.draining
 
     def _catch_up(self) -> list[Effect]:
         """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""
-        if self.standing.suspended and self.standing.mode == "abort" and (len(self.requests) or self.requests.held):
+        if self.pause.paused and self.pause.mode == "abort" and (len(self.requests) or self.requests.kept_back):
             return self.requests.abort_all()
-        if self.standing.free and (self.requests.held or (self._lockstep and len(self.requests) and not self.running)):
-            effects = self.requests.take_held()
+        if self.pause.over and (
+            self.requests.kept_back or (self._lockstep and len(self.requests) and not self.running)
+        ):
+            effects = self.requests.take_kept_back()
             if self._lockstep and not self.running:
                 effects += self._start_by_itself(self.wave)
             return effects
@@ -291,7 +304,7 @@ class Rank:
         effects += self._report(done.load)
         if self._lockstep and self.waves.stepped(done.urged or self.quota.follows):
             self._mid_step = True
-            effects.append(Agree(done.has_work, self.wave, self.standing.packed, self.quota.contribution(done)))
+            effects.append(Agree(done.has_work, self.wave, self.pause.packed, self.quota.contribution(done)))
         return effects
 
     def _report(self, load: Load) -> list[Effect]:
@@ -319,9 +332,9 @@ class Rank:
             case Suspension():
                 if self.phase not in (Phase.JOINING, Phase.READY):
                     return []
-                self.standing.hear(message)
+                self.pause.hear(message)
                 # The next agreement would stop the wave, some steps from now: it is brought forward.
-                urgent = self._lockstep and self.running and stops(self.standing.packed)
+                urgent = self._lockstep and self.running and stops(self.pause.packed)
                 return [self._hello(), *([Urge()] if urgent else [])]
             case Admit():
                 return self._on_admit(message)
@@ -341,7 +354,7 @@ class Rank:
         self.phase = Phase.READY
         self._hello_due = None
         self.waves.reach(admit.wave)
-        self.standing.hear(admit.suspension)
+        self.pause.hear(admit.suspension)
         return [self._hello()]
 
     def _on_form(self, form: Form) -> list[Effect]:
@@ -352,7 +365,7 @@ class Rank:
             return [self._hello()] if form.generation == self.epoch else []
         if not self.running:  # it joins, or the others went on without it for a while
             self.waves.reach(form.wave)
-        self.standing.hear(form.suspension)
+        self.pause.hear(form.suspension)
         # Formed at the next turn, since by then a newer one may have come: they are not to be worked off one by one.
         self.epoch, self.told = 0, form.generation
         self._to_form = form
@@ -378,7 +391,7 @@ class Rank:
     def _on_agreed(self, agreed: Agreed, now: float) -> list[Effect]:
         self._mid_step = False
         self.waves.reach(agreed.wave)
-        self.standing.learn_packed(agreed.suspension)
+        self.pause.learn_packed(agreed.suspension)
         # All decide by what they agreed on: what this rank has heard meanwhile is its own.
         self.quota.agreed(agreed.quota, now)
         if agreed.any_work and not stops(agreed.suspension):
@@ -386,18 +399,18 @@ class Rank:
         self.quota.forget()
         effects: list[Effect] = [ToCoordinator(WaveComplete(self.rank, self.incarnation, self.waves.complete()))]
         overdue = self.waves.overdue
-        if overdue is not None or (len(self.requests) and self.standing.free):
+        if overdue is not None or (len(self.requests) and self.pause.over):
             # A request came in after the agreement was under way, or the next wave has begun already.
             effects += self._start_by_itself(overdue or self.wave)
         return effects
 
     def _hello(self) -> ToCoordinator:
-        standing, held = self.standing, self.held
-        self._said = standing.number, held
+        pause, quiesced = self.pause, self.quiesced
+        self._said = pause.number, quiesced
         return ToCoordinator(
             RankHello(
                 PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY, self.wave,
-                self.running, standing.number, standing.mode, held, self._group_address, self.epoch,
+                self.running, pause.number, pause.mode, quiesced, self._group_address, self.epoch,
                 self.told,
             )
         )  # fmt: skip

@@ -31,6 +31,8 @@ FRONTENDS_KEPT = 256
 class RankRequests:
     """All requests of one life of a rank."""
 
+    INCIDENTAL = frozenset({"finished", "void"})
+
     def __init__(self, rank: int, incarnation: int) -> None:
         self.rank = rank
         self.incarnation = incarnation
@@ -39,7 +41,7 @@ class RankRequests:
         self.void = 0
         self._keys: dict[Pair, int] = {}
         self._owners: dict[int, Pair] = {}
-        self._held: dict[Pair, AddRequest] = {}
+        self._kept_back: dict[Pair, AddRequest] = {}
         self._next_key = 1
 
     def __len__(self) -> int:
@@ -47,9 +49,9 @@ class RankRequests:
         return len(self._keys)
 
     @property
-    def held(self) -> int:
+    def kept_back(self) -> int:
         """Requests held back from the engine."""
-        return len(self._held)
+        return len(self._kept_back)
 
     def arrive(self, frontend: int, request: AddRequest) -> list[Effect]:
         """A request came in: it counts as taken. Returns its refusal where it is not for this life, or comes twice."""
@@ -58,7 +60,7 @@ class RankRequests:
             self.void += 1
             return [self._end(pair, "error", f"rank {self.rank}: meant for another life of this rank")]
         self.taken[frontend] = max(request.number, self.taken.get(frontend, 0))
-        if pair in self._keys or pair in self._held:
+        if pair in self._keys or pair in self._kept_back:
             self.void += 1
             return [self._end(pair, "error", f"rank {self.rank}: sent twice")]
         return []
@@ -73,13 +75,13 @@ class RankRequests:
         return Take(key, request)
 
     def hold(self, frontend: int, request: AddRequest) -> None:
-        """Keep it from the engine until `take_held`."""
-        self._held[(frontend, request.request)] = request
+        """Keep it from the engine until `take_kept_back`."""
+        self._kept_back[(frontend, request.request)] = request
 
-    def take_held(self) -> list[Effect]:
+    def take_kept_back(self) -> list[Effect]:
         """Give all that is held to the engine, in the order in which it came."""
-        held, self._held = self._held, {}
-        return [self.take(frontend, request) for (frontend, _), request in held.items()]
+        kept, self._kept_back = self._kept_back, {}
+        return [self.take(frontend, request) for (frontend, _), request in kept.items()]
 
     def refuse(self, frontend: int, request: AddRequest) -> Effect:
         """End a request that came while all are aborted."""
@@ -95,15 +97,15 @@ class RankRequests:
         How many of its sends were taken is kept: it may be there all the same, and only its connection new.
         """
         if len(self.taken) > FRONTENDS_KEPT:
-            busy = {owner for owner, _ in (*self._keys, *self._held)}
+            busy = {owner for owner, _ in (*self._keys, *self._kept_back)}
             idle = next((one for one in self.taken if one not in busy and one != frontend), None)
             if idle is not None:
                 del self.taken[idle]
-        return self._drop([pair for pair in (*self._keys, *self._held) if pair[0] == frontend])
+        return self._drop([pair for pair in (*self._keys, *self._kept_back) if pair[0] == frontend])
 
     def abort_all(self) -> list[Effect]:
         """End every request, and tell whose it was."""
-        pairs = [*self._keys, *self._held]
+        pairs = [*self._keys, *self._kept_back]
         return self._drop(pairs) + [self._end(pair, "abort", None) for pair in pairs]
 
     def hand_out(self, outputs: Sequence[StepOutput]) -> list[Effect]:
@@ -126,12 +128,12 @@ class RankRequests:
 
     def load(self, engine: Load) -> Load:
         """The engine's load, with what is held, and what has been finished."""
-        if not self._held:
+        if not self._kept_back:
             return msgspec.structs.replace(engine, finished=self.finished)
-        tokens = sum(request.tokens for request in self._held.values())
+        tokens = sum(request.tokens for request in self._kept_back.values())
         return msgspec.structs.replace(
             engine,
-            waiting=engine.waiting + len(self._held),
+            waiting=engine.waiting + len(self._kept_back),
             prefill_tokens=engine.prefill_tokens + tokens,
             finished=self.finished,
         )
@@ -139,7 +141,7 @@ class RankRequests:
     def _drop(self, pairs: Sequence[Pair]) -> list[Effect]:
         effects: list[Effect] = []
         for pair in pairs:
-            if self._held.pop(pair, None) is not None:
+            if self._kept_back.pop(pair, None) is not None:
                 self.finished += 1
             key = self._keys.pop(pair, None)
             if key is not None:

@@ -1,0 +1,1 @@
+"""`paceline check`: every interleaving of the production machines in small deployments (one search, three models)."""
