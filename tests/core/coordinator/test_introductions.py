@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from paceline.core.coordinator.membership import (
-    ADMIT_AGAIN_S,
-    FIRST_AGAIN_S,
-    GATHER_S,
-    LONGEST_AGAIN_S,
-    RollCall,
-)
+from paceline.core.coordinator.membership import ADMIT_AGAIN_S, FIRST_AGAIN_S, GATHER_S, LONGEST_AGAIN_S, RollCall
 
 
 def roll_call(fresh: bool = True, patience_s: float | None = 1.0, **more: Any) -> RollCall:
