@@ -1,4 +1,4 @@
-"""Grants in advance: level, never more than there is room for, and given back when somebody waits."""
+"""Credits: level, never more than there is capacity for, and given back when somebody waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suspending and resuming a whole deployment of machines: it never blocks, and nobody steps while it is suspended."""
+"""Pausing and resuming a whole deployment of machines: it never blocks, and nobody steps while it is paused."""
 
 from __future__ import annotations
 
