@@ -325,10 +325,6 @@ def _made(engine: MemoryEngine, sequence: Sequence) -> int:
     return sequence.made + (engine.steps - sequence.begins if sequence.ends else 0)
 
 
-CLIENTS: dict[str, type[Client]] = {
-    "vllm-0.32": Vllm032,
-    "vllm-0.9": Vllm09,
-    "sglang-total-tokens": SglangTotalTokens,
-}
+CLIENTS: dict[str, type[Client]] = {"vllm-0.32": Vllm032, "vllm-0.9": Vllm09, "sglang-total-tokens": SglangTotalTokens}
 QUEUES: dict[str, type[Queue]] = {"bf-io": BfIo, "trtllm-adp": AdpBalance, "oracle": Oracle}
 """`--routing` name to class."""

@@ -53,7 +53,6 @@ def test_nothing_is_wrong_in_a_pause(mode: SuspendMode) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("bound", [{}, {"ranks": 3}, {"requests": 1, "crashes": 0, "suspensions": 1}])
 def test_nothing_is_wrong_in_larger_bounds(bound: dict[str, int]) -> None:
     found = walked(**bound)

@@ -135,8 +135,8 @@ def test_the_accounting_is_exact_over_a_million_events() -> None:
 
 
 def test_the_accounting_is_exact_in_many_short_walks() -> None:
-    for seed in range(10):
-        random_walk(seed, events=3_000)
+    for seed in range(examples(10)):
+        random_walk(seed, events=1_500)
 
 
 def test_a_ledger_holds_what_no_report_holds() -> None:

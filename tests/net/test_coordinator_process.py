@@ -280,7 +280,7 @@ def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureF
     addresses = [f"ipc://{tmp_path}/{name}" for name in ("f", "o", "b")]
     serving = threading.Thread(target=process.process_input_socket, args=(*addresses, bound.put), daemon=True)
     serving.start()
-    assert list(bound.get(timeout=10)) == addresses
+    assert list(bound.get(timeout=stretched(10))) == addresses
     assert process._get_engine_counts() == [[0, 0], [0, 0]]
     with context() as zmq_context:
         rank, pushing = zmq_context.socket(zmq.XSUB), zmq_context.socket(zmq.PUSH)

@@ -10,13 +10,7 @@ import pytest
 import zmq
 
 from paceline.core import codec
-from paceline.core.coordinator.events import (
-    Event,
-    FrontendGone,
-    FrontendSaid,
-    FrontendsSaid,
-    FrontendSubscribed,
-)
+from paceline.core.coordinator.events import Event, FrontendGone, FrontendSaid, FrontendsSaid, FrontendSubscribed
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Ask,

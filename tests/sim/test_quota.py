@@ -17,6 +17,7 @@ from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.processes import RankProcess
 from paceline.sim.run import Options, Outcome, simulate
 from paceline.sim.world import Violation
+from tests.pace import examples
 
 COSTS = CostModel(step_ms=6.0, prefill_ms=0.09, decode_ms=0.02)
 SHAPE = Shape(ranks=4, costs=COSTS, slots=8, budget=512)
@@ -106,7 +107,7 @@ def test_idle_ranks_prefill_with_their_whole_budget() -> None:
     assert wait_s < 3 * (0.006 + 0.09 * 0.512) + 0.02
 
 
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 100 + examples(30)))
 def test_seeds_with_it(seed: int) -> None:
     outcome = simulate(Options(seed, lockstep=True))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])

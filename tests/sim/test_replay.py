@@ -159,6 +159,7 @@ def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     assert dispatcher.ttft_p99_ms < bound.ttft_p99_ms * 1.1
 
 
+@pytest.mark.slow
 def test_no_herd_forms_where_frontends_bind_at_arrival() -> None:
     # Lockstep shows it most: a rank that gets too much holds all up.
     def p99_ms(**settings: Any) -> float:

@@ -19,6 +19,7 @@ from paceline.core.rank.requests import RankRequests
 from paceline.core.rules import OF_SCALING, RULES
 from paceline.sim.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_app as app
+from tests.pace import examples
 
 PROGRAM = "from paceline.simulate_cli import simulate_app\nsimulate_app()"
 
@@ -36,7 +37,7 @@ def in_a_process_of_its_own(*flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(examples(30)))
 def test_seed_passes(seed: int) -> None:
     outcome = simulate(Options(seed))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])

@@ -1,4 +1,4 @@
-"""Grants in advance: level, never more than there is room for, and given back when somebody waits."""
+"""Credits: level, never more than there is capacity for, and given back when somebody waits."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_together_they_cannot_send_more_than_there_is_room_for(moves: list[tuple
             running[rank] = max(0, running[rank] - number % 4)
             made.heard(rank, 10 + rank, Load(0, running[rank], SLOTS, step_tokens=BUDGET), Amount())
         elif what == "return":
-            shares.returned(frontend, shares._holdings[frontend].edition, made)
+            shares.returned(frontend, shares._holdings[frontend].epoch, made)
         elif what == "leave":
             shares.leave(frontend, made)
         elif what == "lose":

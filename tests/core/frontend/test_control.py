@@ -1,4 +1,4 @@
-"""A front-end's machine: calls to suspend and to resume, what becomes of them, and what it believes."""
+"""A front-end's machine: calls to pause and to resume, what becomes of them, and what it believes."""
 
 from __future__ import annotations
 

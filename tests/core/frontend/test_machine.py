@@ -183,10 +183,7 @@ def test_what_clients_abandon_is_aborted_rank_by_rank_and_comes_no_more() -> Non
     for request, rank in ((1, 0), (2, 1), (3, 0), (4, 1)):
         submit(machine, request, rank=rank)
     effects = machine.handle(Abandon([1, 2, 3, 77]), 0.0)
-    assert [(e.rank, e.message) for e in find(effects, ToRank)] == [
-        (0, AbortRequests([1, 3])),
-        (1, AbortRequests([2])),
-    ]
+    assert [(e.rank, e.message) for e in find(effects, ToRank)] == [(0, AbortRequests([1, 3])), (1, AbortRequests([2]))]
     assert machine.in_flight() == 1
     assert machine.handle(outputs(0, 10, 1, 3), 0.0) == []
     delivered = one(find(machine.handle(outputs(1, 11, 2, 4), 0.0), Deliver)).outputs

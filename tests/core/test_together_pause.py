@@ -1,4 +1,4 @@
-"""Suspending and resuming a whole deployment of machines: it never blocks, and nobody steps while it is suspended."""
+"""Pausing and resuming a whole deployment of machines: it never blocks, and nobody steps while it is paused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from paceline.core.messages import (
-    ControlAnswer,
-    ControlRequest,
-    LoadView,
-    StartDPWave,
-    Suspension,
-    WakeNotice,
-)
+from paceline.core.messages import ControlAnswer, ControlRequest, LoadView, StartDPWave, Suspension, WakeNotice
 from paceline.core.pause import MODES
 from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction

@@ -1,4 +1,4 @@
-"""The coordinator's side of brokered binding, told anything that can be decoded."""
+"""The coordinator's side of late binding, told anything that can be decoded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator's machine: suspensions that are asked for, told, acknowledged and published; generations."""
+"""The coordinator's machine: pauses that are asked for, told, acknowledged and published; epochs."""
 
 from __future__ import annotations
 

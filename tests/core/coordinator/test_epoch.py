@@ -1,4 +1,4 @@
-"""Generations: which lives form one group, when the next one is due, and what a new coordinator takes up."""
+"""Epochs: which lives form one group, when the next one is due, and what a new coordinator takes up."""
 
 from __future__ import annotations
 

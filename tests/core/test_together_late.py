@@ -1,4 +1,4 @@
-"""Brokered binding by real machines on fake links: nobody waits behind a rank, and nothing is lost or sent twice."""
+"""Late binding by real machines on fake links: nobody waits behind a rank, and nothing is lost or sent twice."""
 
 from __future__ import annotations
 

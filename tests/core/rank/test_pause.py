@@ -1,4 +1,4 @@
-"""A rank's machine while the deployment is suspended."""
+"""A rank's machine while the deployment is paused."""
 
 from __future__ import annotations
 
