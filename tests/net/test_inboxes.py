@@ -39,6 +39,7 @@ from paceline.core.messages import (
 from paceline.net.coordinator import HANDLED_AT_ONCE, LEAST_KEPT, FrontendInbox, RankInbox, reports_kept
 from paceline.net.links import BadFrames
 from paceline.net.sockets import MESSAGES_A_TURN, open_socket
+from tests.pace import stretched
 
 DEADLINE_S = 10.0
 FRONTEND = 5
