@@ -297,5 +297,5 @@ def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureF
         assert process._get_engine_counts() == [[0, 0], [4, 2]]
         wait_until(lambda: "[[0, 0], [4, 2]]" in caplog.text, "the counts are logged")
     process.stop()
-    serving.join(10)
+    serving.join(stretched(10))
     assert not serving.is_alive()

@@ -1,14 +1,17 @@
-"""Addresses, limits and the log of garbage; waking a poll; a joining node's question."""
+"""Addresses, limits, draining, and the log of garbage; waking a poll; a joining node's question."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -16,7 +19,7 @@ import zmq
 from paceline.errors import StartupError
 from paceline.net.links import BadFrames, SocketFolder
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
-from paceline.net.sockets import bound_address, open_socket, tcp_address
+from paceline.net.sockets import bound_address, drain, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
 from tests.net.peers import context, send_garbage
 from tests.pace import stretched
@@ -82,6 +85,45 @@ def test_garbage_is_counted_and_logged_once_a_kind(caplog: pytest.LogCaptureFixt
     assert len(caplog.messages) == 2
     assert "\n" not in caplog.messages[0]
     assert len(caplog.messages[0]) < 400
+
+
+@pytest.fixture
+def queued() -> Iterator[zmq.Socket[bytes]]:
+    """A socket in which five messages wait, the third of two frames."""
+    with context() as zmq_context:
+        receiver = open_socket(zmq_context, zmq.PULL, bind="inproc://drained", max_bytes=100)
+        sender = open_socket(zmq_context, zmq.PUSH, connect="inproc://drained", max_bytes=100)
+        for frames in ([b"1"], [b"2"], [b"3", b"more"], [b"4"], [b"5"]):
+            sender.send_multipart(frames)
+        yield receiver
+
+
+@pytest.mark.parametrize(
+    ("bounds", "read", "bad"),
+    [
+        ({}, [b"1", b"2", b"4", b"5"], 1),
+        ({"messages": 2}, [b"1", b"2"], 0),
+        ({"messages": 4}, [b"1", b"2", b"4"], 1),
+        ({"until": 2.0}, [b"1", b"2"], 0),
+        ({"until": 3.0}, [b"1", b"2"], 1),
+        ({"parts": 2}, [b"3"], 4),
+        ({"parts": None}, [b"1", b"2", b"3", b"more", b"4", b"5"], 0),
+    ],
+)
+def test_a_socket_is_drained_within_bounds(
+    queued: zmq.Socket[bytes], bounds: dict[str, Any], read: list[bytes], bad: int
+) -> None:
+    """The clock counts the messages that were read."""
+    bad_frames, times = BadFrames(logging.getLogger("test"), "a socket"), itertools.count(1)
+    came = [message[0] for message in drain(queued, bad_frames, clock=lambda: next(times), **bounds)]
+    assert came == read
+    assert bad_frames.counts.total() == bad
+
+
+def test_who_reads_a_socket_may_close_it(queued: zmq.Socket[bytes]) -> None:
+    for came, _ in enumerate(drain(queued, BadFrames(logging.getLogger("test"), "a socket"))):
+        assert came == 0
+        queued.close()
 
 
 def test_wakeup_from_another_thread() -> None:

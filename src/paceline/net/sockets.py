@@ -124,13 +124,13 @@ def drain(
             message = [receive(NOBLOCK)]
         except zmq.Again:
             return
-        if parts is not None:
-            while more(MORE):
-                message.append(receive(NOBLOCK))
-            if len(message) != parts:
-                bad_frames.add("frames", f"{len(message)} frames in place of {parts}")
-                continue
-        yield message
+        while parts is not None and more(MORE):
+            message.append(receive(NOBLOCK))
+        if parts is None or len(message) == parts:
+            yield message
+        else:
+            bad_frames.add("frames", f"{len(message)} frames in place of {parts}")
+        # A flood of bad frames is bounded too.
         if clock() >= until:
             return
 
