@@ -66,6 +66,7 @@ def first_token_s(made: Deployment, request: int) -> float:
     return answer.first - answer.asked
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_hold_the_others_up() -> None:
     found = {}
     for setting in (quota.OFF, quota.AUTO):

@@ -61,6 +61,7 @@ def times(done: Done) -> list[float]:
     return [when for answer in done.answers.values() for when in (answer.first, answer.ended)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("routing", ["round-robin", "sglang-total-tokens", "least-load"])
 def test_many_steps_at_once_are_as_many_single_ones(

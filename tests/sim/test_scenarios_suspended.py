@@ -69,6 +69,7 @@ def test_a_suspension_that_reaches_one_of_32_idle_ranks_late(without: frozenset[
     assert waves(deployment) == {1}
 
 
+@pytest.mark.slow
 def test_a_suspension_that_reaches_one_of_32_ranks_late_in_mid_wave(without: frozenset[str]) -> None:
     """The same while all run: the rank that has not heard stops with the others, at the same step, since what
     they know travels with their agreement."""
