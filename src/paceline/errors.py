@@ -1,4 +1,8 @@
-"""What goes wrong in ways that a user can mend: one class, one line of text, no traceback."""
+"""What goes wrong in ways that a user can mend: one class, one line of text, no traceback.
+
+These few lines are a file because engines, shells and commands raise them and the core does not: in
+`paceline/__init__.py` the core would import them too.
+"""
 
 from __future__ import annotations
 

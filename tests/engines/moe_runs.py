@@ -15,7 +15,6 @@ from paceline.engines.group import EpochEnded, RankGroup, Reduction
 from paceline.engines.moe import MoeEngine
 from paceline.net.collective import SocketGroup
 from paceline.net.group import GroupListener, form_group
-from tests.net.groups import group_path
 from tests.pace import stretched
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class Deployment:
         self.steps = [0] * dp_size
         self.quota: Callable[[int], int | None] = lambda step: None
         self.groups: dict[int, SocketGroup] = {}
-        self._listeners = [GroupListener(group_path(folder, rank)) for rank in range(dp_size)]
+        self._listeners = [GroupListener(f"ipc://{folder}/group-{rank}") for rank in range(dp_size)]
         self._pool = ThreadPoolExecutor(dp_size)
 
     def form(self, epoch: int, members: Sequence[int]) -> None:

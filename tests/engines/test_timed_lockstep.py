@@ -12,7 +12,7 @@ from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings
 from paceline.engines.group import EpochEnded
 from paceline.engines.timed import CostModel, TimedLockstepEngine
-from tests.net.groups import Threads, group_path
+from tests.net.groups import Threads
 from tests.pace import stretched
 
 COSTS = CostModel(step_ms=1, prefill_ms=1, decode_ms=0)
@@ -29,7 +29,7 @@ def request(key: int, prompt: int = 4, tokens: int = 3) -> EngineRequest:
 
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[Threads]:
-    members = Threads([group_path(tmp_path, rank) for rank in range(2)])
+    members = Threads([f"ipc://{tmp_path}/group-{rank}" for rank in range(2)])
     yield members
     members.close()
 

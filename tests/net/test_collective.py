@@ -22,7 +22,7 @@ from paceline.engines.group import EpochEnded
 from paceline.errors import StartupError
 from paceline.net.group import GREETING, MAGIC, GroupListener, form_group
 from paceline.process.spawn import spawn
-from tests.net.groups import Threads, group_path
+from tests.net.groups import Threads
 from tests.pace import examples, stretched
 from tests.serving import wait_until
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(params=["ipc", "tcp"])
 def four(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Threads]:
     tcp = request.param == "tcp"
-    addresses = ["tcp://127.0.0.1:0" if tcp else group_path(tmp_path, rank) for rank in range(4)]
+    addresses = ["tcp://127.0.0.1:0" if tcp else f"ipc://{tmp_path}/group-{rank}" for rank in range(4)]
     members = Threads(addresses)
     yield members
     members.close()
@@ -48,7 +48,7 @@ def test_all_reduce(four: Threads) -> None:
 
 
 def test_integers_that_are_too_large_to_be_summed_end_the_generation(tmp_path: Path) -> None:
-    pair = Threads([group_path(tmp_path, rank) for rank in range(2)])
+    pair = Threads([f"ipc://{tmp_path}/group-{rank}" for rank in range(2)])
     try:
         for future in pair.start(lambda rank: pair.groups[rank].all_reduce([2**63 - 1], "sum")):
             assert isinstance(future.exception(10), EpochEnded)
@@ -96,7 +96,7 @@ def test_all_to_all_of_more_than_the_sockets_hold(four: Threads) -> None:
 
 
 def test_one_member_alone(tmp_path: Path) -> None:
-    alone = Threads([group_path(tmp_path, 0)])
+    alone = Threads([f"ipc://{tmp_path}/group-{0}"])
     assert alone.groups[0].all_reduce([7], "sum") == [7]
     alone.groups[0].barrier()
     (block,) = alone.groups[0].all_to_all([np.ones(3)])
@@ -146,7 +146,7 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
     blocked = four.pool.submit(four.groups[0].all_reduce, [1], "sum")
     four.groups[0].leave()
     four.groups[0].leave()
-    with pytest.raises(EpochEnded, match="generation 1"):
+    with pytest.raises(EpochEnded, match="epoch 1"):
         blocked.result(stretched(10))
     with pytest.raises(EpochEnded):
         four.groups[0].barrier()
@@ -173,15 +173,15 @@ def test_members_that_disagree_on_the_collective_are_told(four: Threads) -> None
 
 
 def test_member_that_does_not_come_is_named(tmp_path: Path) -> None:
-    listener = GroupListener(group_path(tmp_path, 0))
-    addresses = {rank: group_path(tmp_path, rank) for rank in range(3)}
-    with pytest.raises(StartupError, match=r"generation 9: rank 1, 2 did not come within 0\.3 s"):
+    listener = GroupListener(f"ipc://{tmp_path}/group-{0}")
+    addresses = {rank: f"ipc://{tmp_path}/group-{rank}" for rank in range(3)}
+    with pytest.raises(StartupError, match=r"epoch 9: rank 1, 2 did not come within 0\.3 s"):
         form_group(listener, 9, 0, addresses, 0.3)
     listener.close()
 
 
 def test_strangers_who_say_nothing_hold_nobody_up(tmp_path: Path) -> None:
-    addresses = [group_path(tmp_path, rank) for rank in range(3)]
+    addresses = [f"ipc://{tmp_path}/group-{rank}" for rank in range(3)]
     members = Threads(addresses)
     strangers = []
     try:
@@ -202,7 +202,7 @@ def test_strangers_who_say_nothing_hold_nobody_up(tmp_path: Path) -> None:
 
 
 def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -> None:
-    first, second = (GroupListener(group_path(tmp_path, rank)) for rank in range(2))
+    first, second = (GroupListener(f"ipc://{tmp_path}/group-{rank}") for rank in range(2))
     addresses = {0: first.address, 1: second.address}
     strangers = []
     for payload in (b"GET / HTTP/1.1\r\n\r\n", GREETING.pack(MAGIC, 4, 1, 0), GREETING.pack(MAGIC, 5, 7, 0), b""):
@@ -242,7 +242,7 @@ def member(rank: int, addresses: dict[int, str], held: int | None, status: Conne
 # Where one member is held up, the others wait for it and not for the one that dies.
 @pytest.mark.parametrize(("victim", "held"), [(0, None), (3, None), (3, 1), (0, 2)])
 def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim: int, held: int | None) -> None:
-    addresses = {rank: group_path(tmp_path, rank) for rank in range(4)}
+    addresses = {rank: f"ipc://{tmp_path}/group-{rank}" for rank in range(4)}
     pipes, processes = [], []
     for rank in addresses:
         reader, writer = get_context("spawn").Pipe(duplex=False)
@@ -262,7 +262,7 @@ def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim
         for rank in survivors:
             assert pipes[rank].poll(stretched(10))
             ended_at, text = pipes[rank].recv()
-            assert "generation 1 has ended" in text
+            assert "epoch 1 has ended" in text
             assert ended_at - killed_at < stretched(1.0)
         # They can end, also with an operation of theirs under way.
         wait_until(lambda: not any(processes[rank].is_alive() for rank in survivors), "the others have ended")

@@ -17,7 +17,7 @@ import pytest
 from paceline.core.coordinator.epoch import Stalls
 from paceline.core.messages import StallReport
 from paceline.engines.group import EpochEnded, RankGroup, Waiting
-from tests.net.groups import Threads, group_path
+from tests.net.groups import Threads
 from tests.pace import stretched
 from tests.serving import wait_until
 
@@ -30,7 +30,7 @@ CALLS: dict[str, Callable[[RankGroup], Any]] = {
 
 @pytest.fixture
 def four(tmp_path: Path) -> Iterator[Threads]:
-    members = Threads([group_path(tmp_path, rank) for rank in range(4)])
+    members = Threads([f"ipc://{tmp_path}/group-{rank}" for rank in range(4)])
     yield members
     members.close()
 

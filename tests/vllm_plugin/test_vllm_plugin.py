@@ -62,7 +62,7 @@ def test_a_dialect_that_cannot_be_is_named(wrong: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_keeper_needs_the_standard_library_alone() -> None:
+def test_the_watchdog_needs_the_standard_library_alone() -> None:
     # It stays beside every deployment and must not be what breaks.
     top = {module.split(".")[0] for module in loaded_by("paceline.vllm.watchdog")}
     assert "multiprocessing" in top

@@ -1,16 +1,14 @@
-"""Collectives among the ranks of one generation, which end at once when the generation does.
+"""Collectives among the ranks of one epoch, which end at once when the epoch does.
 
 A forward pass with collectives blocks until every rank takes part. When one dies, the others must not wait for
 it: libraries made for training wait for a time-out of minutes, since to them a dead peer and a slow one look
-the same. Here every pair of ranks holds a connection, and whoever waits watches all of them. A peer's end closes
-its connections, so each blocked call raises `EpochEnded` within milliseconds, whoever it was waiting for;
-whoever raises closes its own, which tells the rest. A slow peer keeps its connections and is waited for.
+the same. Here every pair of ranks holds a connection, and a rank that waits watches all of them. A peer's end closes
+its connections, so each blocked call raises `EpochEnded` within milliseconds, whichever rank it was waiting for; a rank
+that raises closes its own, which tells the rest. A slow peer keeps its connections and is waited for.
 
 Small values are reduced through the first member (two short messages a member: on few cores that beats every
-rank talking to every other). Arrays go straight to whom they are for, all at the same time, because two ranks
+rank talking to every other). Arrays go straight to the rank they are for, all at the same time, because two ranks
 that both send first, more than the sockets hold, would wait for each other.
-
-NumPy arrays as bytes, for the groups that send them.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ def read_array(payload: bytes | memoryview) -> Array:
     return np.frombuffer(payload, kind, offset=head + -head % ALIGNMENT_BYTES).reshape(shape)
 
 
-# kind, number of the collective in its generation, bytes that follow
+# kind, number of the collective in its epoch, bytes that follow
 HEADER = struct.Struct("<BQI")
 GATHER, RESULT, BLOCK = 1, 2, 3
 URGENT = 0x80
@@ -75,7 +73,7 @@ HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class SocketGroup(RankGroup):
-    """A group over one stream socket for each pair of members. `group_link.form_group` makes one."""
+    """A group over one stream socket for each pair of members. `net.group.form_group` makes one."""
 
     def __init__(self, epoch: int, rank: int, links: Mapping[int, socket.socket]) -> None:
         super().__init__(epoch, rank, [rank, *links])
@@ -187,7 +185,7 @@ class SocketGroup(RankGroup):
     ) -> dict[int, bytes]:  # fmt: skip
         """Send a payload to each of `outgoing` and get one from each of `incoming`, all at a time."""
         if self._ended:
-            raise EpochEnded(f"generation {self.epoch} has ended")
+            raise EpochEnded(f"epoch {self.epoch} has ended")
         transfer = _Transfer(kind, self._number, outgoing, incoming, urging)
         for peer in list(transfer.sending):
             self._guard(transfer.send, peer)
@@ -236,7 +234,7 @@ class SocketGroup(RankGroup):
         if self._ended:
             why = "this rank was told to leave"
         self.leave()
-        return EpochEnded(f"generation {self.epoch} has ended: {why}")
+        return EpochEnded(f"epoch {self.epoch} has ended: {why}")
 
 
 class _Confused(Exception):

@@ -64,27 +64,24 @@ def reports_kept(ranks: int) -> int:
     return max(LEAST_KEPT, REPORTS_KEPT // ranks)
 
 
-class RankInbox(ReportInbox[FromRank]):
+class RankInbox:
     """What ranks and nodes say to the coordinator. `handle`: the machine's door."""
 
     def __init__(
         self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None], *, every_report: bool
     ) -> None:
-        super().__init__(socket, bad_frames, parts=1, every_report=every_report, at_once=HANDLED_AT_ONCE)
+        self._bad_frames = bad_frames
         self._handle = handle
-        self._decoder = codec.from_rank()
+        self._inbox = ReportInbox(
+            socket, bad_frames, codec.whose_report, codec.from_rank().decode, self._on_reports, self._on_message,
+            parts=1, every_report=every_report, at_once=HANDLED_AT_ONCE,
+        )  # fmt: skip
         self.nodes: set[int] = set()
         """Nodes whose presence has appeared; no other is heard, since nobody would learn that it has gone."""
 
     def read(self, deadline: float) -> None:
         """Read for READ_S at most; what is due at `deadline` (of the monotonic clock) does not wait for it."""
-        self.read_until(min(time.monotonic() + READ_S, deadline))
-
-    def _whose_report(self, frame: bytes) -> bytes | None:
-        return codec.whose_report(frame)
-
-    def _decode(self, frame: bytes) -> FromRank:
-        return self._decoder.decode(frame)
+        self._inbox.read_until(min(time.monotonic() + READ_S, deadline))
 
     def _on_reports(self, messages: list[FromRank]) -> None:
         self._handle(RanksReported([message for message in messages if isinstance(message, RankReport)]))

@@ -1,20 +1,13 @@
-"""How the members of a generation find each other: one listening socket a rank, one connection a pair.
+"""A lockstep rank as a member of its group: how the members of an epoch find each other, agree, and wait.
 
-Of each pair the later rank connects to the earlier one. The first bytes on a connection say the generation and
-the two ranks; a connection that says anything else is dropped, so that neither a stranger nor a rank of another
-generation becomes a member.
+Each rank has one listening socket, and each pair of members one connection: the later rank connects to the earlier
+one. The first bytes on a connection are a handshake that says the epoch and the two ranks; a connection that says
+anything else is dropped, so that neither a stranger nor a rank of another epoch becomes a member. Anybody who reaches
+the address can connect and say nothing. That must not hold up those who are expected, so nobody is waited for: each is
+heard as its bytes come.
 
-Who knocks at a rank's address for its peers while a generation forms: all are heard at once.
-
-Anybody who reaches the address can connect and say nothing, or something else; that must not hold up those who are
-expected. So nobody is waited for: each is heard as its bytes come.
-
-Watches how long a lockstep rank has been waiting for its peers, and says so when it is too long.
-
-A thread of its own, since the engine's thread is what waits. It decides nothing: whom the ranks wait for goes to
-the coordinator, which finds out of all answers who holds the group up (`protocol/coordination/stalls.py`).
-
-A lockstep rank's seat among its peers: forms each generation's group, and agrees with the others in it.
+When all are connected the group is a `SocketGroup` (`net/collective.py`), in which the ranks agree after their steps.
+How long a rank waits there for its peers is watched by a thread of its own, since the engine's thread is what waits.
 """
 
 from __future__ import annotations
@@ -43,7 +36,7 @@ MOST_WAITING = 128
 """Connections that have not said all of their greeting; beyond that the oldest is dropped."""
 
 Greeting = tuple[int, int, int]
-"""(generation, whose it is, whom it means)."""
+"""(epoch, whose it is, whom it means)."""
 
 
 def packed(greeting: Greeting) -> bytes:
@@ -74,7 +67,7 @@ class Handshakes:
 
     def __init__(self, listening: socket.socket, epoch: int, rank: int, later: Set[int]) -> None:
         self._listening = listening
-        self._generation = epoch
+        self._epoch = epoch
         self._rank = rank
         self._later = later
         self._handshakes: dict[int, _Handshake] = {}
@@ -122,7 +115,7 @@ class Handshakes:
                 return None
             greeting = read_greeting(handshake.data) if part else None
             if handshake.answered is None and greeting is not None and self._expects(greeting):
-                handshake.link.sendall(packed((self._generation, self._rank, greeting[1])))
+                handshake.link.sendall(packed((self._epoch, self._rank, greeting[1])))
                 handshake.answered, handshake.data = greeting, bytearray()
                 return None
             if greeting is not None and greeting == handshake.answered:
@@ -136,7 +129,7 @@ class Handshakes:
 
     def _expects(self, greeting: Greeting) -> bool:
         epoch, peer, meant = greeting
-        return epoch == self._generation and meant == self._rank and peer in self._later
+        return epoch == self._epoch and meant == self._rank and peer in self._later
 
     def _drop(self, handshake: _Handshake) -> None:
         del self._handshakes[handshake.link.fileno()]
@@ -152,7 +145,7 @@ LISTEN_BACKLOG = 1024
 class GroupListener:
     """A rank's address for its peers: `ipc://PATH` or `tcp://HOST:PORT`, port 0 for a free one.
 
-    It outlives generations. Raises StartupError where the address cannot be had.
+    It outlives epochs. Raises StartupError where the address cannot be had.
     """
 
     def __init__(self, address: str) -> None:
@@ -186,14 +179,6 @@ def form_group(
     listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SocketGroup:  # fmt: skip
-    """A group of sockets; see `connect_members`."""
-    return SocketGroup(epoch, rank, connect_members(listener, epoch, rank, addresses, timeout_s, cancelled))
-
-
-def connect_members(
-    listener: GroupListener, epoch: int, rank: int, addresses: Mapping[int, str], timeout_s: float,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> dict[int, socket.socket]:  # fmt: skip
     """Connect with all other members of `epoch`; `addresses` has every member's, this rank's included.
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
@@ -212,7 +197,7 @@ def connect_members(
             left_s = deadline - time.monotonic()
             if left_s <= 0 or cancelled():
                 missing = ", ".join(str(peer) for peer in sorted(addresses) if peer != rank and peer not in links)
-                raise StartupError(f"generation {epoch}: rank {missing} did not come within {timeout_s:g} s")
+                raise StartupError(f"epoch {epoch}: rank {missing} did not come within {timeout_s:g} s")
             waits_for_others = any(peer not in links for peer in earlier)
             pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
             for peer, link in handshakes.wait(pause_s).items():
@@ -226,7 +211,7 @@ def connect_members(
         raise
     finally:
         handshakes.close()
-    return links
+    return SocketGroup(epoch, rank, links)
 
 
 def _connect(address: str, epoch: int, rank: int, peer: int) -> socket.socket | None:
@@ -243,7 +228,7 @@ def _connect(address: str, epoch: int, rank: int, peer: int) -> socket.socket | 
         link.connect(target)  # type: ignore[arg-type]
         _prefer_latency(link)
         link.sendall(packed((epoch, rank, peer)))
-        # The peer answers when it forms the same generation; until then this connection waits in its queue.
+        # The peer answers when it forms the same epoch; until then this connection waits in its queue.
         if _answer_on(link) == (epoch, peer, rank):
             link.sendall(packed((epoch, rank, peer)))
             return link
@@ -282,7 +267,10 @@ LONGEST_LOOK_S = 5.0
 
 
 class StallWatch:
-    """Says `Waited` after `timeout_s` of waiting, again after each `timeout_s`, and when it is over.
+    """Watches how long a rank has waited for its peers. It decides nothing: whom the ranks wait for goes to the
+    coordinator, which finds out of all answers who holds the group up (`core/coordinator/epoch.py`).
+
+    It says `Waited` after `timeout_s` of waiting, again after each `timeout_s`, and when it is over.
 
     `waiting`: what `RankGroup.waiting` says; `say`: called in the watch's thread.
     """
@@ -326,7 +314,7 @@ FORM_TIMEOUT_S = 1.0
 
 
 class GroupMembership:
-    """The listener that peers connect to, and the group of the current generation, if there is one.
+    """The listener that peers connect to, and the group of the current epoch, if there is one.
 
     `address`: where to listen, as for `GroupListener`. All but `leave` is called by the engine's thread.
     """
@@ -346,15 +334,15 @@ class GroupMembership:
         return self._group
 
     def agree(self, agree: Agree) -> Agreed:
-        """What all ranks' parts come to. Raises GenerationEnded."""
+        """What all ranks' parts come to. Raises EpochEnded."""
         if self._group is None:
-            raise EpochEnded("this rank is in no generation")
+            raise EpochEnded("this rank is in no epoch")
         reduced = self._group.all_reduce(integers(agree), REDUCTIONS)
         try:
             return outcome(reduced)
         except ValueError as error:
             self._group.leave()
-            raise EpochEnded(f"generation {self._group.epoch} has ended: {error}") from None
+            raise EpochEnded(f"epoch {self._group.epoch} has ended: {error}") from None
 
     def urge(self) -> None:
         """Have all ranks agree soon; any thread may call it."""
@@ -371,7 +359,7 @@ class GroupMembership:
         return None if group is None else group.waiting()
 
     def break_off(self, epoch: int) -> None:
-        """End the group that there is for all its members, if it is of an earlier generation; any thread may call it.
+        """End the group that there is for all its members, if it is of an earlier epoch; any thread may call it.
 
         A step that is in it is made anew in the next one.
         """
@@ -380,7 +368,7 @@ class GroupMembership:
             group.leave()
 
     def leave(self) -> None:
-        """End the generation for this rank and so for all, for good; any thread may call it."""
+        """End the epoch for this rank and so for all, for good; any thread may call it."""
         self._left = True
         if self._group is not None:
             self._group.leave()

@@ -17,7 +17,7 @@ import select
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -114,39 +114,25 @@ class CoordinatorLoop(ABC):
         self._sockets.close()
 
 
-class ReportInbox(ABC, Generic[M]):
+class ReportInbox(Generic[M]):
     """The coordinator's end of the ranks' PUSH sockets: reports are handed on in batches, all else in its place.
 
     Nearly all that comes is load reports, hundreds of thousands a second where there are many ranks. In a batch each
-    costs little. `every_report`: in lockstep a view wants one step's loads, so none is left out; else the last of each
+    costs little. `whose_report` tells whose a report is without decoding it, and None of anything else; `decode` raises
+    BadMessage. `every_report`: in lockstep a view wants one step's loads, so none is left out; else the last of each
     rank says all, and the others are not even decoded. `at_once`: the largest batch, where what is due must not wait
     for a larger one. `parts`: as for `drain`.
     """
 
     def __init__(
-        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, *, parts: int | None, every_report: bool, at_once: int
-    ) -> None:
-        self._socket = socket
-        self._bad_frames = bad_frames
-        self._parts = parts
-        self._every_report = every_report
-        self._at_once = at_once
-
-    @abstractmethod
-    def _whose_report(self, frame: bytes) -> bytes | None:
-        """Whose report a frame is, without decoding it; None for anything else."""
-
-    @abstractmethod
-    def _decode(self, frame: bytes) -> M:
-        """The message in a frame. Raises BadMessage."""
-
-    @abstractmethod
-    def _on_reports(self, messages: list[M]) -> None:
-        """Reports have come together."""
-
-    @abstractmethod
-    def _on_message(self, message: M) -> None:
-        """Something else has come."""
+        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, whose_report: Callable[[bytes], bytes | None],
+        decode: Callable[[bytes], M], on_reports: Callable[[list[M]], None], on_message: Callable[[M], None], *,
+        parts: int | None, every_report: bool, at_once: int,
+    ) -> None:  # fmt: skip
+        self._socket, self._bad_frames, self._parts = socket, bad_frames, parts
+        self._whose_report, self._decode = whose_report, decode
+        self._on_reports, self._on_message = on_reports, on_message
+        self._every_report, self._at_once = every_report, at_once
 
     def read_until(self, until: float) -> None:
         """Read until nothing is there, or the time `until`."""
@@ -168,7 +154,7 @@ class ReportInbox(ABC, Generic[M]):
         self._flush(reports)
 
     def _flush(self, reports: dict[bytes | int, bytes]) -> None:
-        remaining: Iterable[bytes] = iter(reports.values())
+        remaining = iter(reports.values())
         while chunk := list(islice(remaining, self._at_once)):
             messages = [self._bad_frames.decoded(self._decode, frame) for frame in chunk]
             self._on_reports([message for message in messages if message is not None])

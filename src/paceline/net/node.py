@@ -7,6 +7,7 @@ to the coordinator, on which it hears of changes of the size and says what has b
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -29,34 +30,15 @@ from paceline.process.spawn import Wakeup
 logger = logging.getLogger("paceline.supervisor")
 
 
-class NodeLink:
-    """A node's connection to the coordinator, served by a thread until `close`.
+class _SocketThread:
+    """A thread that reads one socket, and does what else is to be done, until `close`."""
 
-    `node`: its identity. `coordinator_input`, `coordinator_output`: as `DPCoordinator.get_engine_socket_addresses()`
-    returns them. `on_news`: called by the thread when there is something in `inbox`. Raises StartupError.
-    """
-
-    def __init__(self, node: int, coordinator_input: str, coordinator_output: str, on_news: Callable[[], None]) -> None:
-        self.inbox: queue.SimpleQueue[Scaling | Identify] = queue.SimpleQueue()
-        self._on_news = on_news
-        self._outbox: deque[NodeHello | RankFailed] = deque()
+    def __init__(self, name: str) -> None:
         self._closing = False
         self._wakeup = Wakeup()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        limit = codec.MAX_CONTROL_BYTES
-        self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit)
-        self._answers = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit)
-        self._broadcasts.send(b"\x01")
-        self._broadcasts.send(b"\x01" + codec.node_topic(node))
-        self._decode = codec.to_rank().decode
-        self._bad_frames = BadFrames(logger, "the coordinator's broadcasts")
-        self._thread = threading.Thread(target=self._run, name="node-link", daemon=True)
-        self._thread.start()
-
-    def send(self, message: NodeHello | RankFailed) -> None:
-        """Send when the thread comes to it; never blocks."""
-        self._outbox.append(message)
-        self._wakeup.set()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._socket: zmq.Socket[bytes]
 
     def close(self) -> None:
         """Send and hear nothing more."""
@@ -67,32 +49,55 @@ class NodeLink:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._broadcasts, zmq.POLLIN)
+        poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
         while not self._closing:
-            ready = dict(poller.poll())
-            if self._wakeup.fileno() in ready:
-                self._wakeup.clear()
-            while self._outbox:
-                self._send(codec.encode(self._outbox.popleft()))
-            if self._broadcasts in ready:
-                for [frame] in drain(self._broadcasts, self._bad_frames, messages=MESSAGES_A_TURN):
-                    self._read(frame)
+            poller.poll()
+            self._wakeup.clear()
+            self._turn()
         self._context.destroy(linger=0)
 
-    def _send(self, frame: bytes) -> None:
-        try:
-            self._answers.send(frame, zmq.NOBLOCK)
-        except zmq.Again:
-            # It is away, and asks again when it is back.
-            return
+    def _turn(self) -> None:
+        raise NotImplementedError
 
-    def _read(self, frame: bytes) -> None:
-        message = self._bad_frames.decoded(self._decode, frame)
-        # All else is for ranks.
-        if isinstance(message, Scaling | Identify):
-            self.inbox.put(message)
-            self._on_news()
+
+class NodeLink(_SocketThread):
+    """A node's connection to the coordinator, served by a thread until `close`.
+
+    `node`: its identity. `coordinator_input`, `coordinator_output`: as `DPCoordinator.get_engine_socket_addresses()`
+    returns them. `on_news`: called by the thread when there is something in `inbox`. Raises StartupError.
+    """
+
+    def __init__(self, node: int, coordinator_input: str, coordinator_output: str, on_news: Callable[[], None]) -> None:
+        super().__init__("node-link")
+        self.inbox: queue.SimpleQueue[Scaling | Identify] = queue.SimpleQueue()
+        self._on_news = on_news
+        self._outbox: deque[NodeHello | RankFailed] = deque()
+        limit = codec.MAX_CONTROL_BYTES
+        self._socket = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit)
+        self._answers = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit)
+        self._socket.send(b"\x01")
+        self._socket.send(b"\x01" + codec.node_topic(node))
+        self._decode = codec.to_rank().decode
+        self._bad_frames = BadFrames(logger, "the coordinator's broadcasts")
+        self._thread.start()
+
+    def send(self, message: NodeHello | RankFailed) -> None:
+        """Send when the thread comes to it; never blocks."""
+        self._outbox.append(message)
+        self._wakeup.set()
+
+    def _turn(self) -> None:
+        while self._outbox:
+            # Where nobody reads, the coordinator is away, and asks again when it is back.
+            with contextlib.suppress(zmq.Again):
+                self._answers.send(codec.encode(self._outbox.popleft()), zmq.NOBLOCK)
+        for [frame] in drain(self._socket, self._bad_frames, messages=MESSAGES_A_TURN):
+            message = self._bad_frames.decoded(self._decode, frame)
+            # All else is for ranks.
+            if isinstance(message, Scaling | Identify):
+                self.inbox.put(message)
+                self._on_news()
 
 
 MAX_BYTES = 4096
@@ -116,44 +121,28 @@ class Here(Struct, frozen=True, array_like=True, tag="here"):
     refusal: str = ""
 
 
-class Rendezvous:
+class Rendezvous(_SocketThread):
     """Answers joining nodes, in a thread, until `close`. Raises StartupError where it cannot be bound."""
 
     def __init__(self, host: str, port: int, dp_size: int, engine: str, here: Here) -> None:
+        super().__init__("rendezvous")
         self._dp_size = dp_size
         self._engine = engine
         self._here = here
-        self._closing = False
-        self._wakeup = Wakeup()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = open_socket(self._context, zmq.ROUTER, bind=tcp_address(host, port), max_bytes=MAX_BYTES)
         # A node that gave up waiting for the answer is no reason to raise.
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
         self._bad_frames = BadFrames(logger, "the rendezvous socket")
-        self._thread = threading.Thread(target=self._run, name="rendezvous", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop answering."""
-        self._closing = True
-        self._wakeup.set()
-        self._thread.join(timeout=2.0)
-        self._wakeup.close()
-
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._wakeup, zmq.POLLIN)
-        while not self._closing:
-            poller.poll()
-            for node, frame in drain(self._socket, self._bad_frames, parts=2, messages=MESSAGES_A_TURN):
-                question = read_question(frame)
-                if isinstance(question, str):
-                    self._bad_frames.add("malformed", question)
-                    continue
-                answer = answer_to(question, self._here, self._dp_size, self._engine)
-                self._socket.send_multipart([node, msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
-        self._context.destroy(linger=0)
+    def _turn(self) -> None:
+        for node, frame in drain(self._socket, self._bad_frames, parts=2, messages=MESSAGES_A_TURN):
+            question = read_question(frame)
+            if isinstance(question, str):
+                self._bad_frames.add("malformed", question)
+                continue
+            answer = answer_to(question, self._here, self._dp_size, self._engine)
+            self._socket.send_multipart([node, msgspec.msgpack.encode(answer)], zmq.NOBLOCK)
 
 
 def read_question(frame: bytes) -> WhereIs | str:

@@ -1,6 +1,6 @@
-"""What cannot be written to stderr is lost, and nothing else happens: a full disk must not end a deployment.
+"""The log of a process: lines on stderr; what cannot be written is lost, since a full disk must not end a deployment.
 
-The log of a process: lines on stderr.
+It is a file of its own because commands that start no child log as well.
 """
 
 from __future__ import annotations

@@ -1,13 +1,9 @@
-"""Child processes: started clean, ended with their parent.
+"""Child processes: started clean, ended with their parent, and small.
 
-Children are spawned, never forked. A spawned child imports its parent's main module again, which for a
-command line drags in everything that the command line imports; a coordinator that must be up in a quarter
-of a second cannot afford that, and no child of ours needs it, so the main module is hidden meanwhile.
-
-Memory that a burst has taken goes back to the system when it is over.
-
-What ZeroMQ's thread reads comes into an arena of its own, and is freed by another thread, here and there. malloc gives
-back only what lies at an arena's end: a process that once fell behind for a second would stay as large for ever.
+Children are spawned, never forked. A spawned child imports its parent's main module again, which for a command line
+drags in everything that the command line imports; a coordinator that must be up in a quarter of a second cannot afford
+that, and no child of ours needs it, so the main module is hidden meanwhile. What a burst has taken of memory goes back
+to the system when it is over.
 """
 
 from __future__ import annotations
@@ -123,7 +119,12 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class MallocTrim:
-    """The free memory of this process. Its owner looks whenever it has nothing to do."""
+    """The free memory of this process. Its owner looks whenever it has nothing to do.
+
+    What ZeroMQ's thread reads comes into an arena of its own, and is freed by another thread, here and there. malloc
+    gives back only what lies at an arena's end: a process that once fell behind for a second would stay as large for
+    ever.
+    """
 
     def __init__(self) -> None:
         self._look_at = 0.0

@@ -4,11 +4,8 @@ Every version from 0.10 on says the same in slightly different frames. A rank's 
 its end, so a shorter one lacks what it did not know; the statistics in it are a map of which five keys are read, so
 other keys do not matter and a missing one is zero. What goes out depends on the version (`VllmDialect`): it is told.
 
-Nothing here is unpickled, and a frame that is none of these is a `BadMessage` of a countable kind.
-
-In what vLLM's versions differ, as far as a coordinator notices.
-
-What vLLM's ranks said last, and what it means to the coordinator's machine; `vllm_translation.py` says why.
+Nothing here is unpickled, and a frame that is none of these is a `BadMessage` of a countable kind. What a rank said
+last is kept as values of our machine's (`RankWords`); `translation.py` says what they mean.
 """
 
 from __future__ import annotations

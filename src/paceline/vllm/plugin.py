@@ -1,9 +1,8 @@
 """The plugin: vLLM's launcher gets Paceline's coordinator where the environment says `PACELINE_VLLM=1`.
 
 vLLM loads it by its entry point in the group `vllm.general_plugins`, in every one of its processes and before the
-launcher makes a coordinator. Without the variable it does nothing and says nothing.
-
-`paceline vllm ...`: the `vllm` command with Paceline's coordinator, the same as with PACELINE_VLLM=1 set.
+launcher makes a coordinator. Without the variable it does nothing and says nothing. `paceline vllm ...` is the `vllm`
+command with that variable set.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ import zmq
 from msgspec import Struct
 
 from paceline.core.coordinator.events import Note
-from paceline.net.links import BadFrames, new_identity
+from paceline.net.links import new_identity
 from paceline.net.loop import CoordinatorLoop, ReportInbox
 from paceline.net.sockets import MESSAGES_A_TURN, NOBLOCK, CoordinatorSockets, drain
 from paceline.process.log import set_up_log
 from paceline.vllm import codec
-from paceline.vllm.codec import Notice, RankMessage, VllmDialect
+from paceline.vllm.codec import Notice, VllmDialect
 from paceline.vllm.translation import (
     Event,
     FrontendSaid,
@@ -91,26 +91,6 @@ class Said(Struct, frozen=True, omit_defaults=True):
     status: Status | None = None
 
 
-class VllmRankInbox(ReportInbox[RankMessage]):
-    """What vLLM's ranks say to the coordinator, read for the sake of `process`."""
-
-    def __init__(self, socket: zmq.Socket[bytes], bad_frames: BadFrames, process: VllmProcess) -> None:
-        super().__init__(socket, bad_frames, parts=None, every_report=False, at_once=codec.MOST_RANKS)
-        self._process = process
-
-    def _whose_report(self, frame: bytes) -> bytes | None:
-        return codec.whose_report(frame)
-
-    def _decode(self, frame: bytes) -> RankMessage:
-        return codec.read_rank(frame)
-
-    def _on_reports(self, messages: list[RankMessage]) -> None:
-        self._process.handle(RanksReported(messages))
-
-    def _on_message(self, message: RankMessage) -> None:
-        self._process.handle(RankSaid(message))
-
-
 class VllmProcess(CoordinatorLoop):
     """One coordinator under vLLM: the translation behind its sockets."""
 
@@ -123,7 +103,11 @@ class VllmProcess(CoordinatorLoop):
             lockstep=settings.lockstep, publish_loads=settings.publish_loads, restarted=settings.restarted,
             stall_s=settings.stall_s,
         )  # fmt: skip
-        self._inbox = VllmRankInbox(sockets.back_in, self._bad_from_ranks, self)
+        self._inbox = ReportInbox(
+            sockets.back_in, self._bad_from_ranks, codec.whose_report, codec.read_rank,
+            lambda messages: self._handle(RanksReported(messages)), lambda message: self._handle(RankSaid(message)),
+            parts=None, every_report=False, at_once=codec.MOST_RANKS,
+        )  # fmt: skip
 
     def run(self) -> None:
         """Serve until stopped, or until the watchdog is gone."""
@@ -134,7 +118,7 @@ class VllmProcess(CoordinatorLoop):
         return self._translation.deadline
 
     def _tick(self) -> None:
-        self.handle(Tick())
+        self._handle(Tick())
 
     def _on_watchdog(self) -> None:
         """The watchdog asks how things stand, or is gone."""
@@ -156,9 +140,9 @@ class VllmProcess(CoordinatorLoop):
     def _on_rank_subscription(self, frame: bytes) -> None:
         if frame == b"\x01":
             self._sockets.back_out.setsockopt(zmq.SUBSCRIBE, b"")
-            self.handle(RankSubscribed())
+            self._handle(RankSubscribed())
         elif frame == b"\x00":
-            self.handle(RankUnsubscribed())
+            self._handle(RankUnsubscribed())
         else:
             self._bad_from_ranks.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
@@ -169,20 +153,20 @@ class VllmProcess(CoordinatorLoop):
     def _on_frontend_frame(self, frame: bytes) -> None:
         kind = frame[:1]
         if kind == b"\x01":
-            self.handle(FrontendSubscribed())
+            self._handle(FrontendSubscribed())
         elif kind != b"\x00" and (message := self._bad_from_frontends.decoded(codec.read_frontend, frame)) is not None:
             sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
             if sent is not None:
                 self._wake(sent)
                 time.sleep(REST_S)
-            self.handle(FrontendSaid(message), sent)
+            self._handle(FrontendSaid(message), sent)
 
     def _wake(self, wake: Wake) -> None:
         kind, what = codec.wake(wake.wave, wake.exclude)
         self._sockets.back_out.send(kind, SEND_MORE)
         self._sockets.back_out.send(what, NOBLOCK)
 
-    def handle(self, event: Event, sent: Wake | None = None) -> None:
+    def _handle(self, event: Event, sent: Wake | None = None) -> None:
         """The machine's door. `sent`: of the effects, what has been sent already."""
         for effect in self._translation.handle(event, time.monotonic()):
             match effect:

@@ -1,8 +1,8 @@
 """vLLM's ranks and front-ends, as the coordinator's machine sees them: what they say, and all that they do not.
 
-There is one coordinator, `protocol/coordinator.py`, and this is its interpreter: vLLM's values go in as events of that
-machine, its effects come out as vLLM's values. Its rules are the machine's; what is decided here is only what a vLLM
-rank's words mean.
+There is one coordinator, `core/coordinator/machine.py`, and this is its interpreter: vLLM's values go in as events of
+that machine, its effects come out as vLLM's values. Its rules are the machine's; what is decided here is only what a
+vLLM rank's words mean.
 
 **Hellos.** A vLLM rank never introduces itself, and when it dies, vLLM ends. So all ranks of the deployment are
 introduced at the start, with one life that never ends, and nobody is asked anything. Scaling makes a new machine of
@@ -23,21 +23,13 @@ ranks that run and have nothing to report; to them it means nothing. A rank that
 front-end's notice was lost, is running by its own report, so the others are woken: that heals the cold start of
 headless ranks (vllm #51983, #54762).
 
-**Restarts.** Ranks cannot be asked for the wave, and a paused rank reports nothing. So the keeper remembers the last
+**Restarts.** Ranks cannot be asked for the wave, and a paused rank reports nothing. So the watchdog remembers the last
 word (`Memory`), and when all ranks listen again they are woken once. If a message was lost with the old coordinator, a
 rank may wait alone in its first collective with nothing left to say: this frees it. If all were paused, they run one
 wave without work. Where a version's sleeping ranks could not bear that, only a wave that ran is woken.
 
 A rank that has not reported to this coordinator has counts that front-ends know and it does not, so for a second after
 a restart they are told none.
-
-What happens to vLLM's coordinator, and what it asks its shell to do (`vllm_translation.py`).
-
-Whether the last wake has been answered, and since when not: the stall watchdog under vLLM.
-
-A vLLM rank does not acknowledge a wake. It answers by any sign that it runs in that wave, or a later one, and rank 0
-answers for all when its loop has come through an all-reduce. Who has given no sign is looked up when that is wanted:
-a wake is urgent, and there may be hundreds of ranks.
 """
 
 from __future__ import annotations
@@ -133,7 +125,13 @@ Effect = Greet | Wake | View | Remember | Note
 
 
 class Answers:
-    """The last wake. `stall_s`: after so long without an answer the ranks are named that `silent(wave)` finds."""
+    """Whether the last wake has been answered, and since when not. `stall_s`: after so long without an answer the
+    ranks are named that `silent(wave)` finds.
+
+    A vLLM rank does not acknowledge a wake. It answers by any sign that it runs in that wave, or a later one, and rank
+    0 answers for all when its loop has come through an all-reduce. Which ranks have given no sign is looked up when
+    that is wanted: a wake is urgent, and there may be hundreds of ranks.
+    """
 
     def __init__(self, stall_s: float, silent: Callable[[int], list[int]]) -> None:
         self._stall_s = stall_s
