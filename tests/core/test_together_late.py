@@ -47,8 +47,6 @@ def queued(deployment: Deployment) -> int:
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
-    """To be asked after each event."""
-
     def check() -> None:
         for rank in deployment.ranks.values():
             load = rank.engine.load()

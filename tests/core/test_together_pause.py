@@ -21,7 +21,6 @@ from tests.sim.deployments import ready, rest, seen, tokens
 
 
 def control(deployment: Deployment, action: ControlAction, frontend: int = 0, limit_s: float = 30.0) -> Call:
-    """Ask, and run until that is served."""
     process = deployment.frontends[frontend]
     call = process.calls[process.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s)
@@ -29,7 +28,6 @@ def control(deployment: Deployment, action: ControlAction, frontend: int = 0, li
 
 
 def number(deployment: Deployment) -> int:
-    """The highest number that any rank knows."""
     return max(rank.machine.pause.number for rank in deployment.ranks.values())
 
 

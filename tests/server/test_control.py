@@ -23,7 +23,6 @@ STEP_MS = 5
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Deployment]:
-    """Two front-ends over two ranks."""
     with deployment("--engine", "timed", "-dp", "2", "--api-server-count", "2", "--max-model-len", "100000",
                     "--engine-option", f"step_ms={STEP_MS}") as running:  # fmt: skip
         wait_until(lambda: running.health()["ready"] == [0, 1], "both ranks are ready")

@@ -44,7 +44,6 @@ class Steps(Checks):
         self.agreements += rank.machine.rank == 0 and isinstance(event, rank_events.Agreed)
 
     def longest_step_s(self, since: int) -> float:
-        """Between the ends of two steps."""
         times = self.begun[since:]
         return max(after - before for before, after in itertools.pairwise(times))
 

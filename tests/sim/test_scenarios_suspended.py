@@ -20,7 +20,6 @@ from tests.sim.test_scenarios import deploy, run_a_wave, running, waves
 
 
 def control(deployment: Deployment, frontend: FrontendProcess, action: Any, limit_s: float = 2.0) -> Call:
-    """Ask, and wait for the answer."""
     call = frontend.calls[frontend.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s, f"that {action} is answered")
     return call

@@ -79,7 +79,6 @@ def suspended(lockstep: bool = True, mode: SuspendMode = "keep") -> Coordinator:
 
 
 def state(effects: list[Effect]) -> SuspensionState:
-    """What the last view says."""
     view = said(find(effects, ToFrontends), LoadView)[-1]
     assert isinstance(view, LoadView)
     return view.suspension

@@ -15,7 +15,6 @@ RANKS = (0, 1)
 
 
 def ready() -> Pause:
-    """Two ranks that know of no suspension."""
     group = Pause()
     for rank in RANKS:
         say(group, rank, 0, False)

@@ -30,7 +30,6 @@ def book(frontends: int) -> CreditBook:
 
 
 def held(shares: CreditBook, made: Capacities) -> list[list[tuple[int, int, int]]]:
-    """By front-end and rank: requests, tokens, KV."""
     return [[(s.requests, s.tokens, s.kv_tokens) for s in one.shares] for one in shares.shares(made)]
 
 
