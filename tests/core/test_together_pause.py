@@ -77,7 +77,7 @@ def test_under_load_all_stop_and_all_finish_after_the_resume(
 
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, lockstep: bool) -> None:
+def test_an_idle_deployment_is_paused_without_a_step(mode: ControlAction, lockstep: bool) -> None:
     deployment = ready(ranks=4, lockstep=lockstep)
     for _ in range(3):
         assert not control(deployment, mode, limit_s=0.1).superseded
@@ -88,7 +88,7 @@ def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, loc
 
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_request_that_comes_while_suspended(mode: ControlAction, lockstep: bool) -> None:
+def test_a_request_that_comes_while_paused(mode: ControlAction, lockstep: bool) -> None:
     deployment = ready(ranks=2, frontends=2, lockstep=lockstep)
     control(deployment, mode)
     deployment.world.run_for(1.0)
@@ -216,7 +216,7 @@ def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gone_s", [0.0, 0.5])
-def test_a_new_life_of_a_rank_holds_the_suspension_and_serves_after_it(mode: ControlAction, gone_s: float) -> None:
+def test_a_new_life_of_a_rank_holds_the_pause_and_serves_after_it(mode: ControlAction, gone_s: float) -> None:
     deployment = ready(ranks=2, lockstep=False)
     control(deployment, mode)
     deployment.crash_rank(1)

@@ -47,7 +47,7 @@ def test_all_reduce(four: Threads) -> None:
     assert four.each(lambda rank: groups[rank].all_reduce([rank, rank, rank], each)) == [[3, 6, 0]] * 4
 
 
-def test_integers_that_are_too_large_to_be_summed_end_the_generation(tmp_path: Path) -> None:
+def test_integers_that_are_too_large_to_be_summed_end_the_epoch(tmp_path: Path) -> None:
     pair = Threads([f"ipc://{tmp_path}/group-{rank}" for rank in range(2)])
     try:
         for future in pair.start(lambda rank: pair.groups[rank].all_reduce([2**63 - 1], "sum")):
@@ -152,7 +152,7 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
         four.groups[0].barrier()
 
 
-def test_next_generation_of_the_same_ranks(four: Threads) -> None:
+def test_next_epoch_of_the_same_ranks(four: Threads) -> None:
     for epoch in (2, 3, 4):
         for group in four.groups:
             group.close()
@@ -201,7 +201,7 @@ def test_strangers_who_say_nothing_hold_nobody_up(tmp_path: Path) -> None:
         members.close()
 
 
-def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -> None:
+def test_strangers_and_other_epochs_do_not_become_members(tmp_path: Path) -> None:
     first, second = (GroupListener(f"ipc://{tmp_path}/group-{rank}") for rank in range(2))
     addresses = {0: first.address, 1: second.address}
     strangers = []

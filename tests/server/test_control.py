@@ -101,7 +101,7 @@ def words(response: Any) -> int:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
-def test_an_idle_deployment_is_suspended_and_resumed(server: Deployment, mode: str) -> None:
+def test_an_idle_deployment_is_paused_and_resumed(server: Deployment, mode: str) -> None:
     paused = done(post(server, "/pause", mode=mode))
     assert (paused["status"], paused["mode"], paused["waiting_for"]) == ("paused", mode, [])
     assert paused["suspension"] % 2 == 1
