@@ -25,7 +25,6 @@ BUSY_MACHINE = 5
 
 
 def pids(running: Deployment) -> dict[int, str]:
-    """The node's children, by process id."""
     return {pid: process_name(pid).removeprefix("pl:") for pid in running.children() if is_alive(pid)}
 
 

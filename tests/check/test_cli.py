@@ -38,6 +38,7 @@ def test_as_json(flags: list[str]) -> None:
     assert found["states"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

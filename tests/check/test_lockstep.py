@@ -64,6 +64,7 @@ def test_every_rule_of_waves_has_a_story() -> None:
     assert MOVES.keys() | OF_GENERATIONS | OF_SCALING == RULES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", MOVES)
 def test_a_rule_that_is_left_out_is_found(rule: str) -> None:
     found = without_rule(rule)

@@ -46,7 +46,7 @@ def test_answered_once(finished: list[int], effects: list[Effect], broken: bool)
 
 
 @pytest.mark.parametrize(("known", "broken"), [({"a": 2, "b": 2}, False), ({"a": 2, "b": 3}, True), ({"a": 0}, True)])
-def test_same_generation(known: dict[str, int], broken: bool) -> None:
+def test_same_epoch(known: dict[str, int], broken: bool) -> None:
     assert (invariants.same_generation(2, known) is not None) == broken
 
 
@@ -88,7 +88,7 @@ def test_joiner_is_told(told: int, broken: bool) -> None:
         ({"rank 0": (True, 1), "rank 1": (False, 2)}, True),
     ],
 )
-def test_nothing_steps_while_suspended(ranks: dict[str, tuple[bool, int]], broken: bool) -> None:
+def test_nothing_steps_while_paused(ranks: dict[str, tuple[bool, int]], broken: bool) -> None:
     assert (invariants.nothing_steps_while_suspended(1, ranks) is not None) == broken
 
 

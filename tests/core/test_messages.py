@@ -219,7 +219,7 @@ def test_the_coordinator_takes_up_no_absurd_number(said: Any) -> None:
     assert (known["wave"], known["suspension"], known["generation"]) == (4, 0, 1)
 
 
-def test_a_frontend_does_not_move_the_suspension_out_of_reach() -> None:
+def test_a_frontend_does_not_move_the_pause_out_of_reach() -> None:
     machine = Coordinator(1, 7, 0.0)
     machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, 5, FAR - 1)), 0.0)
     assert plausible(int(str(machine.statistics()["suspension"])) + 1000, 0)

@@ -44,7 +44,6 @@ class Steps(Checks):
         self.agreements += rank.machine.rank == 0 and isinstance(event, rank_events.Agreed)
 
     def longest_step_s(self, since: int) -> float:
-        """Between the ends of two steps."""
         times = self.begun[since:]
         return max(after - before for before, after in itertools.pairwise(times))
 
@@ -66,6 +65,7 @@ def first_token_s(made: Deployment, request: int) -> float:
     return answer.first - answer.asked
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_hold_the_others_up() -> None:
     found = {}
     for setting in (quota.OFF, quota.AUTO):

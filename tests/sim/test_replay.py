@@ -51,7 +51,6 @@ def test_the_same_seed_is_the_same_run(routing: str, lockstep: bool) -> None:
 
 
 def one_by_one(patch: pytest.MonkeyPatch) -> None:
-    """Engines take each step alone."""
     plan, dummy = MemoryEngine.plan, MemoryEngine.plan_dummy
     patch.setattr(MemoryEngine, "plan", lambda self, quota=None: Planned(plan(self, quota).step_s))
     patch.setattr(MemoryEngine, "plan_dummy", lambda self: Planned(dummy(self).step_s))
@@ -61,6 +60,7 @@ def times(done: Done) -> list[float]:
     return [when for answer in done.answers.values() for when in (answer.first, answer.ended)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("routing", ["round-robin", "sglang-total-tokens", "least-load"])
 def test_many_steps_at_once_are_as_many_single_ones(

@@ -43,7 +43,6 @@ def subclasses(base: type[Message]) -> Iterator[type[Message]]:
 
 
 def section(document: str, message: type[Message]) -> str:
-    """What the document has on one message."""
     _, after = re.split(rf"\n#### {message.__name__}\b", document)
     return after.split("\n#### ")[0]
 

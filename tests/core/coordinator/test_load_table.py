@@ -66,7 +66,7 @@ def test_only_ready_ranks_are_shown_in_their_order() -> None:
     assert [entry.rank for entry in load_table.views(MEMBERS)] == [0, 1]
 
 
-def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
+def test_sends_are_unacked_until_the_rank_has_taken_them() -> None:
     load_table = LoadTable()
     load_table.report(report(0, 1))
     for number, tokens in ((1, 10), (2, 20)):
@@ -79,7 +79,7 @@ def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
     assert view(load_table, 0).on_the_wire == []
 
 
-def test_a_send_that_was_taken_before_word_of_it_came_is_not_on_the_wire() -> None:
+def test_a_send_that_was_taken_before_word_of_it_came_is_not_unacked() -> None:
     load_table = LoadTable()
     load_table.report(report(0, 1, f100=2))
     load_table.sent(FIRST, Send(0, 10, 2, 10))
@@ -268,7 +268,7 @@ def test_further_changes_do_not_move_the_deadline() -> None:
 # What is on the wire to a rank: the sum is the sum of the ledgers, whatever is told in whatever -----
 
 
-def test_a_send_is_on_the_wire_until_it_is_reported() -> None:
+def test_a_send_is_unacked_until_it_is_reported() -> None:
     unacked = UnackedSends()
     assert unacked.sent(100, Send(0, 10, 1, 5, 7), {})
     assert unacked.total == Amount(1, 5, 12)
@@ -284,7 +284,7 @@ def test_what_the_rank_had_taken_in_before_anything_was_told_is_not() -> None:
     assert unacked.total == Amount(1, 5, 12)
 
 
-def test_the_sum_is_the_sum_of_the_ledgers() -> None:
+def test_the_sum_is_the_sum_of_the_accountings() -> None:
     chance = random.Random(3)
     unacked, numbers = UnackedSends(), dict.fromkeys(range(5), 0)
     for _ in range(3000):

@@ -15,7 +15,6 @@ RANKS = (0, 1)
 
 
 def ready() -> Pause:
-    """Two ranks that know of no suspension."""
     group = Pause()
     for rank in RANKS:
         say(group, rank, 0, False)
@@ -44,7 +43,7 @@ def test_nothing_is_told_before_anybody_asks() -> None:
     assert group.state(RANKS) == SuspensionState(0, "keep", True, [])
 
 
-def test_a_suspension_is_settled_when_each_rank_has_said_that_it_holds_it() -> None:
+def test_a_pause_is_settled_when_each_rank_has_said_that_it_holds_it() -> None:
     group = ready()
     assert group.ask("wait", 0.0) == 1
     assert group.message(0.0) == Suspension(1, "wait", False)
@@ -105,13 +104,13 @@ def test_asking_for_what_is_so_changes_nothing() -> None:
     assert group.due is None
 
 
-def test_another_mode_is_another_suspension() -> None:
+def test_another_mode_is_another_pause() -> None:
     group = suspended()
     assert group.ask("abort", 0.0) == 3
     assert group.state(RANKS) == SuspensionState(3, "abort", False, [0, 1])
 
 
-def test_the_next_suspension_may_come_before_the_release() -> None:
+def test_the_next_pause_may_come_before_the_release() -> None:
     group = suspended()
     group.ask("resume", 0.0)
     say(group, 0, 2, True)
@@ -142,7 +141,7 @@ def test_a_wake_makes_what_was_said_before_it_void() -> None:
     assert group.state(RANKS).settled
 
 
-def test_a_wake_while_nothing_is_suspended_changes_nothing() -> None:
+def test_a_wake_while_nothing_is_paused_changes_nothing() -> None:
     group = ready()
     group.woke(0.0)
     assert group.told().number == 0
@@ -276,7 +275,7 @@ def test_a_repeat_gets_the_same_answer_also_after_the_contrary() -> None:
     assert desk.number == 2
 
 
-def test_a_repeated_resume_that_was_answered_with_nothing_ends_no_later_suspension() -> None:
+def test_a_repeated_resume_that_was_answered_with_nothing_ends_no_later_pause() -> None:
     desk = Desk()
     assert desk.ask(FIRST, 1, "resume") == [(FIRST, 1, 0)]
     desk.ask(SECOND, 1, "keep")

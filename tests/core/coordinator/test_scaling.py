@@ -493,7 +493,7 @@ def test_nothing_is_begun_before_the_ranks_are_heard() -> None:
     assert said(machine.handle(scale(4), 0.2), Scaling)
 
 
-def test_a_suspension_waits_for_new_ranks_and_not_for_those_that_left() -> None:
+def test_a_pause_waits_for_new_ranks_and_not_for_those_that_left() -> None:
     machine = started(2, False)
     machine.handle(FrontendSaid(ControlRequest(FRONTEND, 1, "keep")), 1.0)
     machine.handle(scale(3, call=2), 1.0)

@@ -230,7 +230,7 @@ MOVES = st.lists(
 @given(MOVES)
 @example([("ask", 0), ("ask", 50), ("grant", 0), ("ask", 0), ("ask", 47), ("confirm", 1), ("grant", 0)])
 @example([*[("ask", 0)] * 5, ("grant", 0), ("lose", 0), ("confirm", 2), ("grant", 0), ("confirm", 0)])
-def test_what_is_granted_is_never_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
+def test_what_is_granted_is_never_more_than_there_is_capacity_for(moves: list[tuple[str, int]]) -> None:
     ranks = Ranks(3, slots=2)
     queue, asked, sent = ranks.queue, 0, set()
     for what, number in moves:

@@ -399,7 +399,7 @@ def test_a_form_that_comes_again_or_late_or_for_another_life_changes_nothing() -
     assert find(told(machine, form(1)), FormGroup) == []
 
 
-def test_the_end_of_a_generation_is_told_and_stops_the_steps_until_the_next_is_formed() -> None:
+def test_the_end_of_an_epoch_is_told_and_stops_the_steps_until_the_next_is_formed() -> None:
     machine = grouped()
     told(machine, form(1))
     machine.handle(Formed(1), 0.0)
@@ -418,14 +418,14 @@ def test_the_end_of_a_generation_is_told_and_stops_the_steps_until_the_next_is_f
     assert find(step_done(machine), Agree), "the count of steps begins anew"
 
 
-def test_the_end_of_a_generation_that_is_being_formed_leaves_the_rank_without_one() -> None:
+def test_the_end_of_an_epoch_that_is_being_formed_leaves_the_rank_without_one() -> None:
     machine = grouped()
     told(machine, form(1))
     assert said(machine.handle(EpochEnded(), 0.0), RankHello, generation=0, ready=False)
     assert find(told(machine, form(2)), FormGroup)
 
 
-def test_a_suspension_holds_a_rank_whose_generation_has_ended_only_when_it_has_stopped() -> None:
+def test_a_pause_holds_a_rank_whose_epoch_has_ended_only_when_it_has_stopped() -> None:
     machine = grouped()
     told(machine, form(1))
     machine.handle(Formed(1), 0.0)

@@ -321,7 +321,7 @@ def test_a_prompt_does_not_wait_for_ever() -> None:
     assert quotas == [0] * (PATIENCE + 1) + [BUDGET // 8, 0]
 
 
-def test_the_end_of_a_wave_or_generation_makes_it_void() -> None:
+def test_the_end_of_a_wave_or_epoch_makes_it_void() -> None:
     machine = settled()
     _, done = step(machine, DECODING, DECODING, urged=True)
     machine.handle(Agreed(False, 0, 0, [*one(find(done, Agree)).quota]), 1.0)
