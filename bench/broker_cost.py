@@ -96,7 +96,6 @@ class Rig:
 
 
 def clock(spent: list[float], action: Callable[[], list[Grants]]) -> list[Grants]:
-    """Do it and add what it took."""
     begin = time.process_time()
     found = action()
     spent[0] += time.process_time() - begin
@@ -104,7 +103,6 @@ def clock(spent: list[float], action: Callable[[], list[Grants]]) -> list[Grants
 
 
 def run(ranks: int, late_binding: bool, turn: int) -> float:
-    """Microseconds of the coordinator's a request."""
     rig = Rig(ranks)
     rig.hear_ranks([rig.report(rank, SLOTS) for rank in range(ranks)])
     number, spent, done = 0, [0.0], 0

@@ -40,7 +40,6 @@ class Served:
         raise SystemExit(f"--bind {bind} did not come up")
 
     def ask(self, prompt: str) -> float:
-        """Milliseconds to the first token of one request."""
         body = json.dumps({"prompt": prompt, "max_tokens": 1, "stream": True})
         begin = time.perf_counter()
         self._connection.request("POST", "/v1/completions", body)

@@ -86,12 +86,7 @@ class Client(threading.Thread):
         self._count(wrong=wrong)
 
     def _count(
-        self,
-        *,
-        cut: bool = False,
-        refused: bool = False,
-        lost: str | None = None,
-        wrong: str | None = None,
+        self, *, cut: bool = False, refused: bool = False, lost: str | None = None, wrong: str | None = None
     ) -> None:
         tally = self._tally
         with tally.lock:

@@ -83,7 +83,6 @@ def member(rank: int, size: int, folder: str, blocks: int, with_gloo: bool, resu
 
 
 def main() -> None:
-    """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--blocks", type=int, default=25, help=f"blocks of {BLOCK} all-reduces of each kind")

@@ -92,7 +92,6 @@ class Fleet:
 
 @asynccontextmanager
 async def connected(fleet: Fleet) -> AsyncIterator[tuple[FrontendShell, DatedFrontend]]:
-    """A front-end that knows every rank."""
     machine = DatedFrontend(new_identity(), LeastLoad(0, 1), lockstep=fleet.lockstep)
     client = FrontendShell(machine, fleet.coordinator.get_stats_publish_address())
     try:

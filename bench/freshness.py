@@ -52,7 +52,6 @@ class Subscribers:
             self._poller.register(socket, zmq.POLLIN)
 
     def also(self, socket: zmq.Socket[bytes]) -> None:
-        """Note when something comes to this one, too."""
         self._poller.register(socket, zmq.POLLIN)
 
     def read(self, until: float) -> list[tuple[int, bytes]]:
@@ -71,7 +70,6 @@ class Subscribers:
         return found
 
     def wait_members(self, count: int) -> None:
-        """Read until all ranks are ready."""
         while True:
             message = self.decode(self._sockets[0].recv())
             if isinstance(message, Members) and len(message.members) == count:
@@ -88,13 +86,11 @@ class Subscribers:
                 return came, len(steps) == 1
 
     def close(self) -> None:
-        """Give the sockets back."""
         self._context.destroy(linger=0)
 
 
 @contextmanager
 def running(ranks: int, interval_ms: int, lockstep: bool) -> Iterator[tuple[DPCoordinator, Subscribers]]:
-    """A coordinator and its front-ends."""
     config = ParallelConfig(
         data_parallel_size=ranks, data_parallel_size_local=ranks, min_stats_update_interval_ms=interval_ms
     )
@@ -194,12 +190,10 @@ def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_
 
 
 def numbers(text: str) -> list[int]:
-    """A list of whole numbers."""
     return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
-    """Run, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=numbers, default=[2, 64, 384])
     parser.add_argument("--intervals", type=numbers, default=[100, 20, 5], help="milliseconds")

@@ -49,7 +49,6 @@ class Ranks:
             socket.send(codec.encode(RankHello(PROTOCOL_VERSION, rank, 1 + rank, "ipc:///nobody", True)))
 
     def report(self) -> None:
-        """One report of every rank, of one step."""
         self.step += 1
         for rank in self._sockets:
             self._send(rank)
@@ -70,7 +69,6 @@ class Ranks:
             self.refused += 1
 
     def close(self) -> None:
-        """Drop what is not sent yet."""
         self._context.destroy(linger=0)
 
 

@@ -15,7 +15,6 @@ MAX_BYTES = 1 << 20
 
 
 def relay(inbox: str, outlet: str) -> None:
-    """Pass on until ended."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     pulling = open_socket(context, zmq.PULL, bind=inbox, max_bytes=MAX_BYTES)
     publishing = open_socket(context, zmq.XPUB, bind=outlet, max_bytes=MAX_BYTES)
@@ -25,7 +24,6 @@ def relay(inbox: str, outlet: str) -> None:
 
 
 def tick(outlet: str, interval_s: float) -> None:
-    """Send a frame every interval until ended."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     publishing = open_socket(context, zmq.XPUB, bind=outlet, max_bytes=MAX_BYTES)
     while True:
@@ -47,7 +45,6 @@ class Timer:
         self.socket.send(b"\x01")
 
     def close(self) -> None:
-        """End it."""
         self._context.destroy(linger=0)
         self._process.terminate()
         self._process.join()
@@ -75,7 +72,6 @@ class Relay:
         return now_us() - begin
 
     def close(self) -> None:
-        """End it."""
         self._context.destroy(linger=0)
         self._process.terminate()
         self._process.join()

@@ -39,7 +39,6 @@ GOAL_OVER_MS = 5.0
 
 
 def named(lockstep: bool) -> str:
-    """What the ranks are called."""
     return "lockstep" if lockstep else "independent"
 
 
@@ -71,7 +70,6 @@ class Quiet:
     one_step: float
 
     def ms(self, share: float) -> float:
-        """A percentile, in milliseconds."""
         return percentile(self.took_us, share) / 1000
 
     def __str__(self) -> str:
@@ -188,7 +186,6 @@ def _beside_timer(cells: Sequence[Cell]) -> str:
 
 
 def to_markdown(arguments: str, cores: int, seconds: float, firsts: Sequence[Quiet], cells: Sequence[Cell]) -> str:
-    """`results/freshness.md`."""
     command = f'make bench-freshness ARGS="{arguments}"'
     parts = [
         "# How fresh the loads are",

@@ -47,7 +47,6 @@ class Times(Struct):
 
 
 def serve_arguments(engine: str, extra: list[str]) -> list[str]:
-    """What is typed after `paceline`."""
     options = {"step_ms": COSTS.step_ms, "prefill_ms": COSTS.prefill_ms, "decode_ms": COSTS.decode_ms}
     return [
         "serve", "--engine", engine, "--port", "0", "-dp", str(RANKS), "--api-server-count", str(FRONTENDS),
@@ -81,13 +80,11 @@ async def send(port: int, one: Arrival, begin: float) -> Times:
 
 
 async def load(port: int, arrivals: list[Arrival]) -> list[Times]:
-    """All of them."""
     begin = time.monotonic() + 1.0
     return list(await asyncio.gather(*(send(port, one, begin) for one in arrivals)))
 
 
 def figures(waits: list[float], tokens: int, span: float) -> list[float]:
-    """In the order of FIGURES."""
     return [*(float(np.percentile(waits, percent)) for percent in (50, 90, 99)), tokens / span]
 
 
@@ -105,7 +102,6 @@ def real(arguments: list[str], arrivals: list[Arrival]) -> tuple[list[float], li
 
 
 def virtual(arrivals: list[Arrival], lockstep: bool, bind: str, seed: int) -> list[float]:
-    """In the simulator."""
     run = Replay(Setup(RANKS, FRONTENDS, lockstep, engine=SHAPE, delay_s=0.0005, bind=bind, seed=seed), arrivals)
     outcome = run.run()
     waits = [one.first - one.asked for answers in run.answers() for one in answers.values()]
@@ -121,7 +117,6 @@ def segment(data: Path, count: int, a_second: float) -> list[Arrival]:
 
 
 def table(rows: list[tuple[str, list[float], list[float]]]) -> str:
-    """Real and virtual next to each other."""
     lines = ["| deployment | figure | processes | simulator | simulator / processes | within 15% |", "| --- " * 6 + "|"]
     for name, measured, simulated in rows:
         for figure, one, two in zip(FIGURES, measured, simulated, strict=True):
@@ -132,7 +127,6 @@ def table(rows: list[tuple[str, list[float], list[float]]]) -> str:
 
 
 def main() -> int:
-    """Measure and show."""
     parser = argparse.ArgumentParser(prog="honest.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--rates", type=lambda text: [float(one) for one in text.split(",")], default=[4.5, 8.0])
@@ -161,7 +155,6 @@ def main() -> int:
 
 
 def document(rows: list[tuple[str, list[float], list[float]]], command: str, requests: int) -> str:
-    """The results file."""
     return f"""# The simulator against real processes
 
     {command}

@@ -86,7 +86,6 @@ class Memory(threading.Thread):
             self.read.append((time.monotonic(), now))
 
     def stop(self) -> None:
-        """Read no more."""
         self._over.set()
         self.join()
 
@@ -99,19 +98,16 @@ class Memory(threading.Thread):
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that the process has."""
     with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def flags(bind: str) -> list[str]:
-    """What is typed after `paceline serve`."""
     return ["--engine", "timed", "-dp", str(RANKS), "-asc", str(FRONTENDS), "--max-num-seqs", str(SLOTS),
             "--engine-option", f"step_ms={STEP_MS}", "--max-waiting", str(QUEUE), "--bind", bind]  # fmt: skip
 
 
 async def measure(running: Deployment, shape: Shape) -> Figures:
-    """All parts, one after the other."""
     load = Load(int(running.url.rsplit(":", 1)[1]))
     best = await best_of(load, shape.best_s)
     rate = best / statistics.mean(got.tokens for got in load.got if got.served)
@@ -169,12 +165,10 @@ def others(asked: list[list[Got]]) -> int:
 
 
 def at_share(ordered: list[float], share: float) -> float:
-    """A quantile."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def run(bind: str, shape: Shape) -> Figures:
-    """One way of binding."""
     with deployment(*flags(bind)) as running:
         figures = asyncio.run(measure(running, shape))
         if "Traceback" in running.output:
@@ -183,7 +177,6 @@ def run(bind: str, shape: Shape) -> Figures:
 
 
 def table(found: dict[str, Figures]) -> str:
-    """Rows of figures, one column a binding."""
     rows = {
         "best throughput, tokens/s": lambda one: f"{one.best:.0f}",
         "under overload, tokens/s": lambda one: f"{one.under_overload:.0f}",
@@ -210,7 +203,6 @@ def table(found: dict[str, Figures]) -> str:
 
 
 def document(found: dict[str, Figures], shape: Shape) -> str:
-    """The results file."""
     return f"""# Overload
 
     make bench-overload ARGS='{" ".join(sys.argv[1:])}'
@@ -229,7 +221,6 @@ after which no half second's median is above twice the p99 of before. The burst:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=Shape().over_s, help="of overload")
     parser.add_argument("--bind", choices=["broker", "arrival"], action="append", help="may be repeated; default both")

@@ -28,12 +28,10 @@ class Got(Struct):
 
     @property
     def served(self) -> bool:
-        """Whether the whole answer came."""
         return self.status == 200 and self.tokens == ANSWER_TOKENS
 
     @property
     def wait_s(self) -> float:
-        """The time to the first token."""
         return self.first - self.at
 
 
@@ -96,12 +94,10 @@ class Load:
         return tries
 
     def tokens_a_second(self, begin: float, end: float) -> float:
-        """Tokens that came in that span, a second."""
         return sum(begin <= at < end for at in self.tokens_at) / (end - begin)
 
 
 def poisson(begin: float, end: float, a_second: float, seed: int) -> list[float]:
-    """Moments of independent requests."""
     chance, moments, at = random.Random(seed), [], begin
     while (at := at + chance.expovariate(a_second)) < end:
         moments.append(at)

@@ -141,7 +141,6 @@ class Rank:
         self.given: list[Sequence] = []
 
     def there(self) -> list[Sequence]:
-        """All requests that it has."""
         self.given = [sequence for sequence in self.given if not sequence.key]
         return [*self.engine.running, *self.engine.waiting, *self.given]
 
@@ -321,14 +320,9 @@ def _fits(engine: MemoryEngine, there: Many[Sequence], sequence: Sequence) -> bo
 
 
 def _made(engine: MemoryEngine, sequence: Sequence) -> int:
-    """Tokens of its answer that there are."""
     return sequence.made + (engine.steps - sequence.begins if sequence.ends else 0)
 
 
-CLIENTS: dict[str, type[Client]] = {
-    "vllm-0.32": Vllm032,
-    "vllm-0.9": Vllm09,
-    "sglang-total-tokens": SglangTotalTokens,
-}
+CLIENTS: dict[str, type[Client]] = {"vllm-0.32": Vllm032, "vllm-0.9": Vllm09, "sglang-total-tokens": SglangTotalTokens}
 QUEUES: dict[str, type[Queue]] = {"bf-io": BfIo, "trtllm-adp": AdpBalance, "oracle": Oracle}
 """`--routing` name to class."""

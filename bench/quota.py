@@ -50,7 +50,6 @@ def sizes(trace: Path | None, seed: int) -> list[Size]:
 
 
 async def turn(number: int, name: str, client: FrontendShell, drawn: list[Size], args: argparse.Namespace) -> Turn:
-    """Load one deployment, and measure."""
     load = FullLoad(client, drawn, args.ranks * (args.slots + WAITING), args.warm_up)
     seconds = await load.run(args.seconds)
     cuts = statistics.quantiles(load.gaps, n=100)
@@ -59,7 +58,6 @@ async def turn(number: int, name: str, client: FrontendShell, drawn: list[Size],
 
 
 async def measure(args: argparse.Namespace) -> list[Turn]:
-    """All rounds."""
     turns: list[Turn] = []
     async with AsyncExitStack() as stack:
         clients: dict[str, FrontendShell] = {}
@@ -81,7 +79,6 @@ async def measure(args: argparse.Namespace) -> list[Turn]:
 
 
 def main() -> int:
-    """Measure and show."""
     parser = argparse.ArgumentParser(prog="quota.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--slots", type=int, default=32, help="requests that run at once on a rank (default: 32)")

@@ -64,7 +64,6 @@ class FullLoad:
         return counted
 
     def token(self, answer: Answer, now: float) -> None:
-        """One came."""
         if now < self._begin or self._over:
             return
         self.tokens += 1
@@ -74,7 +73,6 @@ class FullLoad:
             self.gaps.append(now - answer.last)
 
     def ended(self, answer: Answer) -> None:
-        """An answer is whole."""
         self._open.discard(answer)
         if not self._over:
             self._send()

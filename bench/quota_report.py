@@ -51,7 +51,6 @@ def ratio(values: list[float]) -> str:
 
 
 def to_console(turns: list[Turn]) -> str:
-    """The latest round's turns, a line each."""
     return "\n".join(
         f"round {turn.round}, {turn.variant}: {turn.tokens_per_s:,.0f} tokens/s, gap p50"
         f" {turn.gap_p50_s * 1000:.0f} ms, p99 {turn.gap_p99_s * 1000:.0f} ms, first token p50 {turn.first_p50_s:.2f} s"
@@ -61,19 +60,16 @@ def to_console(turns: list[Turn]) -> str:
 
 
 def table(turns: list[Turn]) -> str:
-    """Markdown."""
     lines = [HEADINGS, ["---"] * len(HEADINGS), *rows(turns)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def section(turns: list[Turn], ranks: int, command: str, about: str) -> str:
-    """The part of bench/results/quota.md for so many ranks."""
     cores = f"{os.cpu_count()} cores, shared with other work: {os.getloadavg()[0]:.1f} ran or waited to run at the end."
     return f"{heading(ranks)}\n\n    {command}\n\n{cores}\n\n{about}\n\n{table(turns)}\n"
 
 
 def heading(ranks: int) -> str:
-    """What a section begins with."""
     return f"## {ranks} ranks"
 
 

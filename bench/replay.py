@@ -42,12 +42,10 @@ class ClientReplay(Replay):
         self._ticking = False
 
     def client(self, frontend: FrontendProcess) -> Client:
-        """The one that chooses for this front-end."""
         places = [place for place, one in self.frontends.items() if one is frontend]
         return self.clients[0 if self.kind.one else places[0]]
 
     def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
-        """Choose, and send."""
         client = self.client(frontend)
         rank = client.choose(sequence)
         client.in_flight[rank] += 1
@@ -80,7 +78,6 @@ class ClientRecorder(Recorder):
         self._heard = heard
 
     def frontend(self, frontend: FrontendProcess, event: frontend_events.Event) -> None:
-        """An event at a front-end."""
         if isinstance(event, frontend_events.RankSaid):
             self._heard(frontend, event.message)
 
@@ -120,16 +117,13 @@ class QueueReplay(Replay):
         return self.engines[-1]
 
     def answers(self) -> list[Answers]:
-        """What clients got of the queue."""
         return [self.asked]
 
     def submit(self, frontend: FrontendProcess, sequence: Sequence) -> None:
-        """On its way to the queue."""
         self.asked.asked(self.params.max_tokens, sequence.number)
         self.world.after(self.setup.delay_s, partial(self._queue_up, sequence))
 
     def back(self, rank: RankProcess, identity: int) -> Link | None:
-        """Outputs go to the clients."""
         return self._to_clients if identity == NOBODY else super().back(rank, identity)
 
     def _queue_up(self, sequence: Sequence) -> None:
@@ -181,7 +175,6 @@ class QueueRecorder(Recorder):
         self._turned = turned
 
     def turn(self, rank: RankProcess) -> None:
-        """A rank is between two steps."""
         self._turned(rank)
 
 
@@ -195,7 +188,6 @@ class GatedEngine(MemoryEngine):
         self._prefills = prefills
 
     def plan(self, prefill_quota: int | None = None) -> Planned:
-        """The next step."""
         return super().plan(None if self._prefills() else 0)
 
 
@@ -248,7 +240,6 @@ def plot(run: Replay, path: Path) -> None:
 
 
 def replay_command(given: Given) -> None:
-    """Serve the trace, print the figures, draw them."""
     if given["trace"] is None:
         raise ConfigError("--trace: which one?")
     if given["plot"] is not None:

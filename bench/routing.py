@@ -64,7 +64,6 @@ class Bench:
         self._kept: dict[tuple[Cell, str, int], Outcome] = {}
 
     def row(self, cell: Cell) -> Iterator[Measured]:
-        """All figures of one row."""
         for policy in LOCKSTEP if cell.lockstep else INDEPENDENT:
             yield Measured(cell, policy, DEFAULT_BUDGET, self._outcome(cell, policy, DEFAULT_BUDGET))
         if cell.lockstep:
@@ -72,7 +71,6 @@ class Bench:
             yield Measured(cell, TUNED, budget, self._outcome(cell, "vllm-0.32", budget))
 
     def ours(self, cell: Cell) -> Measured:
-        """Our figure of one row."""
         return Measured(cell, OURS, DEFAULT_BUDGET, self._outcome(cell, OURS, DEFAULT_BUDGET))
 
     def _tuned(self, cell: Cell) -> int:
@@ -85,7 +83,6 @@ class Bench:
         return self._budgets[group]
 
     def _outcome(self, cell: Cell, policy: str, budget: int) -> Outcome:
-        """One run, or what it came to before."""
         key = (replace(cell, frontends=1) if policy in ONCE else cell, policy, budget)
         if key not in self._kept:
             self._kept[key] = replay_of(self._setup(key[0], policy, budget), self._arrivals(cell)).run()
@@ -154,7 +151,6 @@ def merit(outcome: Outcome, load: str) -> float:
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
-    """All rows, small ones first."""
     return [
         Cell(trace, lockstep, ranks, frontends, load)
         for ranks in args.ranks
@@ -178,7 +174,6 @@ def numbers(text: str) -> list[int]:
 
 
 def main() -> int:
-    """Measure and show."""
     parser = argparse.ArgumentParser(prog="routing.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="8 ranks, 1 and 4 front-ends, a quarter of the requests")
     parser.add_argument("--ranks", type=numbers, default=[8, 32, 128])

@@ -28,7 +28,6 @@ FRONTEND = (1, 4)
 
 
 def candidates_of(size: int, seed: int) -> Candidates:
-    """Ranks with the loads of a busy deployment."""
     chance = random.Random(seed)
     return Candidates(
         Candidate(
@@ -113,7 +112,6 @@ def least(call: Callable[[], object], times: int) -> float:
 
 
 def main() -> None:
-    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="*", default=list(GOALS_US))
     parser.add_argument("--prompt-tokens", type=int, default=512)

@@ -37,7 +37,6 @@ class Row:
         return self.by[policy].outcome.ttft_p99_ms
 
     def tokens(self, policy: str) -> float:
-        """Output tokens a second."""
         return self.by[policy].outcome.throughput_tokens_per_s
 
     def ratio(self, policy: str) -> float:
@@ -45,7 +44,6 @@ class Row:
         return self.tokens(policy) / self.tokens(BOUND) if self.saturated else self.p99(policy) / self.p99(BOUND)
 
     def peers(self) -> list[str]:
-        """All others."""
         return [policy for policy in self.by if policy not in (OURS, BOUND)]
 
     def goals(self) -> list[tuple[str, bool, str]]:
@@ -100,14 +98,12 @@ def grouped(measured: Iterable[Measured]) -> list[Row]:
 
 
 def named(row: Row) -> str:
-    """A row, in words."""
     cell = row.cell
     kind = "lockstep" if cell.lockstep else "independent"
     return f"{cell.trace}, {kind}, {cell.load}, {cell.ranks} ranks, {cell.frontends} front-ends"
 
 
 def to_console(measured: list[Measured], progress: str) -> str:
-    """One line."""
     row = Row(measured)
     figures = "  ".join(f"{policy} {row.ratio(policy):.2f}" for policy in row.by if policy != BOUND)
     what = f"{row.tokens(BOUND):,.0f} tokens/s" if row.saturated else f"p99 {row.p99(BOUND):,.0f} ms"
@@ -136,7 +132,6 @@ def table(rows: list[Row]) -> str:
 
 
 def verdicts(rows: list[Row]) -> str:
-    """How many rows meet each goal."""
     met: dict[str, list[bool]] = {}
     for row in rows:
         kind = "lockstep" if row.cell.lockstep else "independent"
@@ -148,7 +143,6 @@ def verdicts(rows: list[Row]) -> str:
 
 
 def write(measured: list[Measured], folder: Path) -> None:
-    """The results file and its plots."""
     from bench.routing_words import BEHIND, HEAD
 
     rows = grouped(measured)
@@ -168,7 +162,6 @@ def write(measured: list[Measured], folder: Path) -> None:
 
 
 def picture(lockstep: bool) -> str:
-    """The plot's file."""
     return f"routing_{'lockstep' if lockstep else 'independent'}.png"
 
 

@@ -47,7 +47,6 @@ def load(deployment: Deployment, job: dict[str, Any], apart: bool) -> dict[str, 
 
 
 def plan(args: argparse.Namespace) -> list[tuple[int, float, list[tuple[str, int]]]]:
-    """(front-ends, step, [(kind, connections)]), one for each deployment."""
     few = [("streams", count) for count in args.streams if count <= MANY_STREAMS]
     many = [("streams", count) for count in args.streams if count > MANY_STREAMS]
     free = few + many + [(kind, count) for kind in ("requests", "streamed requests") for count in CONNECTIONS]

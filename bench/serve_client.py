@@ -218,7 +218,6 @@ class Pool:
 
 
 def run_streams(job: Job) -> dict[str, Any]:
-    """`connections` streams at once."""
     pool, clock, gaps = Pool(job.port, job.connections), Clock(job.processes), array("d")
     # A lone stream and the probes must meet at one rank.
     rank = 0 if job.connections == 1 else None

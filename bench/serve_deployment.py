@@ -82,7 +82,6 @@ class Deployment:
                     os.sched_setaffinity(int(thread), pinned)
 
     def complaints(self) -> list[str]:
-        """Warnings and errors that it has printed."""
         assert self._process.stdout is not None
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self._process.stdout.fileno(), 65536):
@@ -91,7 +90,6 @@ class Deployment:
         return [line for line in lines if " WARNING " in line or " ERROR " in line]
 
     def close(self) -> None:
-        """End all of it: asked first, then killed."""
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_S)

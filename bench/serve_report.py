@@ -33,7 +33,6 @@ class Report:
 
 
 def machine() -> str:
-    """The machine in words: nothing that names it."""
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     cores = f"{len(os.sched_getaffinity(0))} {found[1] if found else platform.machine()} virtual cores, shared"
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
@@ -88,7 +87,6 @@ TABLES: dict[str, tuple[set[str], Callable[[Cell], bool]]] = {
 
 
 def tables(report: Report) -> str:
-    """All tables, in Markdown with aligned columns."""
     parts: list[str] = []
     for title, (without, belongs) in TABLES.items():
         columns = {name: column for name, column in COLUMNS.items() if name not in without}

@@ -24,7 +24,6 @@ PUSHED_A_SECOND = 20_000
 
 
 def measure(stock: StockCoordinators, size: int, frontends: int, quick: bool) -> Row:
-    """One row: everything at this size."""
     found: dict[str, Any] = {}
     with rigs(stock, size, frontends, waves=True, echo=True) as made:
         found["wakes"] = wakes(made, 60 if quick else 300 if size < 384 else 150)

@@ -89,11 +89,9 @@ class Rig:
         return total / 1e9
 
     def memory_mb(self) -> float:
-        """Resident memory of its processes."""
         return sum(map(memory_mb, self.pids))
 
     def drain(self) -> None:
-        """Forget what has come."""
         for endpoint in (*self.inputs, *self.frontends):
             with contextlib.suppress(zmq.Again):
                 while True:

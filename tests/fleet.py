@@ -99,7 +99,6 @@ class Fleet:
         return process
 
     def frontend(self, index: int, count: int) -> FrontendShell:
-        """A front-end in the running event loop."""
         machine = Watching(new_identity(), LeastLoad(index, count), relay_sends=count > 1, lockstep=True)
         return FrontendShell(machine, self.coordinator.get_stats_publish_address())
 
@@ -142,7 +141,6 @@ def fleet(folder: Path, size: int, engine: str, options: dict[str, str], sync_in
 
 @contextlib.asynccontextmanager
 async def frontends(made: Fleet, count: int) -> AsyncIterator[list[FrontendShell]]:
-    """Front-ends that know every rank."""
     clients = [made.frontend(index, count) for index in range(count)]
     try:
         async with asyncio.timeout(stretched(60)):
@@ -156,7 +154,6 @@ async def frontends(made: Fleet, count: int) -> AsyncIterator[list[FrontendShell
 
 
 def ask(client: FrontendShell, tokens: int, rank: int | None = None) -> Answer:
-    """Send a request of `tokens` answer tokens."""
     answer = Answer()
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     client.submit(answer.handle, [1, 2, 3, 4], params, rank)

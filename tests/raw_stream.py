@@ -31,7 +31,6 @@ class RawStream(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Read to the end."""
         if self._reads:
             with self.socket:
                 self._read()
@@ -57,10 +56,8 @@ class RawStream(threading.Thread):
         return "".join(json.loads(event[6:])["choices"][0]["text"] for event in events)
 
     def close(self) -> None:
-        """Go away."""
         self.socket.close()
 
 
 def expected(tokens: int) -> str:
-    """What the timed engine answers."""
     return "".join(f" {index}" for index in range(tokens))

@@ -52,7 +52,6 @@ class Command:
 
     @property
     def output(self) -> str:
-        """All printed so far."""
         return "".join(self.lines)
 
     def wait_line(self, text: str, deadline_s: float = DEADLINE_S) -> str:
@@ -82,7 +81,6 @@ class Command:
         self.process.send_signal(number)
 
     def children(self) -> list[int]:
-        """Process ids of all descendants."""
         return descendants(self.process.pid)
 
     def connect(self) -> None:
@@ -91,23 +89,19 @@ class Command:
         self.open(line.split("serves on ")[1].split("/v1")[0])
 
     def open(self, url: str) -> None:
-        """Open a client."""
         self.url = url
         self.http = httpx2.Client(base_url=self.url, timeout=stretched(60.0))
 
     @property
     def openai(self) -> openai.OpenAI:
-        """The official client."""
         client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=stretched(60.0))
         self._clients.add(client)
         return client
 
     def async_openai(self) -> openai.AsyncOpenAI:
-        """The official asynchronous client."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=stretched(60.0))
 
     def health(self) -> dict[str, Any]:
-        """One front-end's `/health`."""
         return dict(self.http.get("/health").json())
 
     def pid_of(self, name: str) -> int:
@@ -115,7 +109,6 @@ class Command:
         return next(pid for pid in self.children() if process_name(pid) == f"pl:{name}")
 
     def close(self) -> None:
-        """End it, and its descendants, at once."""
         if self.http is not None:
             self.http.close()
         for client in list(self._clients):
@@ -161,7 +154,6 @@ def deployment(*arguments: str) -> Iterator[Deployment]:
 
 @contextlib.contextmanager
 def command(*arguments: str, to: IO[str] | None = None) -> Iterator[Command]:
-    """Likewise any `paceline` command."""
     running = Command(*arguments, to=to)
     try:
         yield running
@@ -170,7 +162,6 @@ def command(*arguments: str, to: IO[str] | None = None) -> Iterator[Command]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ids of all descendants of `pid`."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit() and (fields := _stat(int(entry))) is not None:

@@ -61,7 +61,6 @@ class Streams:
 
 
 def whole(running: Deployment, ask: dict[str, Any]) -> str:
-    """The text of an undisturbed answer."""
     return str(running.openai.completions.create(**{"model": model(running), **ask}).choices[0].text)
 
 

@@ -21,6 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_version() -> None:
     assert run("--version").stdout.strip() == f"paceline {__version__}"
 
@@ -40,6 +41,7 @@ def test_serve_has_the_flag(flag: str) -> None:
     assert f"{flag} " in help_text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["serve", "--nonsense"], ["nonsense"], ["serve", "--port", "x"]])
 def test_wrong_usage(arguments: list[str]) -> None:
     done = run(*arguments)
@@ -47,6 +49,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

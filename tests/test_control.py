@@ -67,7 +67,6 @@ def serving(*answers: bytes) -> Iterator[Server]:
 
 
 def free_url() -> str:
-    """An address at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"http://127.0.0.1:{probe.getsockname()[1]}"
 

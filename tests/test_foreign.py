@@ -61,7 +61,6 @@ def start() -> Iterator[Start]:
 
 
 def start_coordinator(start: Start, addresses: Addresses, *arguments: str) -> subprocess.Popen[str]:
-    """A coordinator for one rank, bound."""
     process = start(
         "-m", "paceline", "coordinator", "-dp", "1", *arguments,
         "--front-publish-address", addresses.front_publish,

@@ -25,7 +25,6 @@ BUSY_MACHINE = 5
 
 
 def pids(running: Deployment) -> dict[int, str]:
-    """The node's children, by process id."""
     return {pid: process_name(pid).removeprefix("pl:") for pid in running.children() if is_alive(pid)}
 
 
@@ -131,10 +130,7 @@ def test_what_a_killed_frontend_had_is_aborted_within_a_second_and_its_kv_is_fre
     pace = ("--engine-option", "step_ms=100", "--engine-option", "prefill_ms=0.01")
     count, prompt, tokens = 24, 3000, 8000
     ask = {"model": "timed", "prompt": "a" * prompt, "max_tokens": tokens}
-    with (
-        deployment("--engine", "timed", *pace, "-dp", "2", "-asc", "2") as running,
-        ThreadPoolExecutor(count) as pool,
-    ):
+    with deployment("--engine", "timed", *pace, "-dp", "2", "-asc", "2") as running, ThreadPoolExecutor(count) as pool:
 
         def total(figure: str) -> int:
             return sum(rank[figure] for rank in running.http.get("/loads").json()["ranks"])

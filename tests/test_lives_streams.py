@@ -46,7 +46,6 @@ def kill(running: Deployment, name: str) -> None:
 
 
 def loads(running: Deployment, name: str) -> list[int]:
-    """One figure of each rank's load."""
     return [load[name] for load in running.http.get("/loads").json()["ranks"]]
 
 

@@ -26,7 +26,6 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    """What one engine alone says."""
     settings = EngineSettings(options=OPTIONS)
     engine = MoeEngine.create(settings, lambda what, share: None)
     for key, prompt in enumerate(PROMPTS):
@@ -60,7 +59,6 @@ def test_four_ranks_say_with_any_quota_what_one_engine_says(quota: str, expected
 
 
 def shown_quotas(running: Command) -> list[Any]:
-    """What `paceline loads --json` says."""
     done = CliRunner().invoke(app, ["--url", running.url, "--json"])
     assert done.exit_code == 0, done.output
     return [entry["prefill_quota"] for entry in json.loads(done.stdout)["ranks"]]

@@ -59,7 +59,6 @@ def test_up_and_down_under_streams(engine: tuple[str, ...]) -> None:
 
 
 def names(running: Command) -> list[str]:
-    """The node's processes."""
     return list(pids(running).values())
 
 

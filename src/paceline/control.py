@@ -1,4 +1,4 @@
-"""Suspending, resuming and scaling a running deployment from Python.
+"""Pausing, resuming and scaling a running deployment from Python.
 
     from paceline.control import Control
 
@@ -41,7 +41,7 @@ class Control:
         self.url = url.rstrip("/")
 
     def pause(self, mode: str = "abort", timeout_s: float = 60.0) -> dict[str, object]:
-        """Suspend all ranks; returns once none computes. Pausing twice is pausing once.
+        """Pause all ranks; returns once none computes. Pausing twice is pausing once.
 
         `mode`: `keep` requests as they are, `wait` until they are finished, `abort` them. Raises ControlError:
         status 504 after `timeout_s`, naming the ranks that have not stopped (it stays asked for, so calling again
@@ -54,7 +54,7 @@ class Control:
         return self._post("resume", timeout_s)
 
     def is_paused(self) -> bool:
-        """Whether all ranks are suspended. Raises ControlError."""
+        """Whether all ranks are paused. Raises ControlError."""
         return bool(self._ask("is_paused", "GET", 10.0).get("is_paused"))
 
     def scale(self, size: int, drain_timeout_s: float = 120.0, startup_timeout_s: float = 300.0) -> dict[str, object]:

@@ -220,13 +220,13 @@ def pause(
     timeout: PauseTimeoutFlag = 60.0,
     url: UrlFlag = HERE,
 ) -> None:
-    """Suspend a running deployment; returns once no rank computes."""
+    """Pause a running deployment; returns once no rank computes."""
     _control(lambda: Control(url).pause(mode, timeout))
 
 
 @resume_app.command()
 def resume(timeout: PauseTimeoutFlag = 60.0, url: UrlFlag = HERE) -> None:
-    """Let a suspended deployment go on."""
+    """Let a paused deployment go on."""
     _control(lambda: Control(url).resume(timeout))
 
 

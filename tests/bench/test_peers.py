@@ -231,6 +231,7 @@ def test_nobody_is_ever_pushed_out() -> None:
     assert done.outcome.kv_peak > 0.8
 
 
+@pytest.mark.slow
 def test_it_is_no_slower_than_anybody_under_load() -> None:
     arrivals = drawn(800, 60.0)
     best = finished(arrivals, ranks=4, routing="oracle").outcome

@@ -38,6 +38,7 @@ def test_as_json(flags: list[str]) -> None:
     assert found["states"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -77,7 +78,6 @@ def test_what_the_walk_would_not_look_at_is_refused(flags: list[str], named: str
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("flags", [[], ["--grouped"], ["--scales", "1"], ["--binding"], ["--answers"]])
 def test_the_defaults_find_nothing(flags: list[str]) -> None:
     found = json.loads(ran(*flags, "--json"))

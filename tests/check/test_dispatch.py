@@ -30,7 +30,6 @@ def test_nothing_is_found(limits: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", ["aborts", "losses", "crashes"])
 def test_nothing_is_found_with_each_fault(fault: str) -> None:
     found = walked(**{fault: 1})
@@ -42,7 +41,6 @@ def test_every_rule_has_a_walk_that_misses_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("rule", BREAKS)
 def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
     limits, violation, moves = BREAKS[rule]

@@ -53,7 +53,6 @@ def test_nothing_is_wrong_in_a_pause(mode: SuspendMode) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("bound", [{}, {"ranks": 3}, {"requests": 1, "crashes": 0, "suspensions": 1}])
 def test_nothing_is_wrong_in_larger_bounds(bound: dict[str, int]) -> None:
     found = walked(**bound)
@@ -65,6 +64,7 @@ def test_every_rule_of_waves_has_a_story() -> None:
     assert MOVES.keys() | OF_GENERATIONS | OF_SCALING == RULES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", MOVES)
 def test_a_rule_that_is_left_out_is_found(rule: str) -> None:
     found = without_rule(rule)

@@ -28,7 +28,6 @@ def test_nothing_is_wrong() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("bound", [{"requests": 1}, {"losses": 1}, {"ranks": 2}])
 def test_nothing_is_wrong_in_larger_bounds(bound: dict[str, int]) -> None:
     found = walked(**bound)
@@ -43,7 +42,6 @@ def test_the_walk_begins_at_rest() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_rank_that_is_ended_with_its_requests_is_found() -> None:
     found = without_rule("leaver-drained")
     assert found.violation == "Then: a rank that is to leave, before its time is up, is ended while it has 1 request."
@@ -51,7 +49,6 @@ def test_a_rank_that_is_ended_with_its_requests_is_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_node_that_is_told_once_is_found() -> None:
     found = without_rule("scaling-repeated")
     assert found.violation.startswith("Stuck: ")

@@ -23,7 +23,6 @@ def walked(**bounds: int) -> Finding:
     return search(Serving(Bounds(**{"crashes": 0} | bounds)))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("bounds", [{"crashes": 1}, {"cuts": 1}, {"scales": 1}])
 def test_nothing_is_lost_and_nothing_comes_twice(bounds: dict[str, int]) -> None:
     found = walked(**bounds)
@@ -32,7 +31,6 @@ def test_nothing_is_lost_and_nothing_comes_twice(bounds: dict[str, int]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "bounds",
     [
@@ -126,13 +124,11 @@ def test_a_breakage_is_found(
     assert any(reason in line for line in finding.story)
 
 
-@pytest.mark.timeout(300)
 def test_a_rank_that_is_never_a_member_again_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Membership, "is_ready", lambda self, rank: False)
     assert walked(crashes=1).violation == "a request can never come to its end any more"
 
 
-@pytest.mark.timeout(300)
 def test_a_rank_that_is_never_ended_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     on_scaling = Node._on_scaling
 

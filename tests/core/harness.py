@@ -21,6 +21,5 @@ def said(effects: Iterable[Any], kind: type, **fields: object) -> list[Any]:
 
 
 def one(things: list[Any]) -> Any:
-    """The only thing there is."""
     assert len(things) == 1, f"{len(things)} in place of one: {things}"
     return things[0]

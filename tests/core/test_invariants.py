@@ -1,14 +1,16 @@
-"""Each rule holds where it should, and says in a sentence how it is broken."""
+"""Each rule holds where it should, and says in a sentence how it is broken; a misspelt one is refused."""
 
 from __future__ import annotations
 
 import pytest
 
 from paceline.core import invariants
+from paceline.core.coordinator.machine import Coordinator
 from paceline.core.messages import Admit, StartDPWave
 from paceline.core.rank.events import Agree, DummyStep, Effect, Phase, Step, ToFrontend
 from paceline.core.rank.machine import Rank
 from paceline.core.requests import Output, Outputs
+from paceline.core.rules import RULES, checked
 
 
 @pytest.mark.parametrize(("before", "after", "broken"), [(0, 0, False), (3, 4, False), (4, 3, True)])
@@ -44,7 +46,7 @@ def test_answered_once(finished: list[int], effects: list[Effect], broken: bool)
 
 
 @pytest.mark.parametrize(("known", "broken"), [({"a": 2, "b": 2}, False), ({"a": 2, "b": 3}, True), ({"a": 0}, True)])
-def test_same_generation(known: dict[str, int], broken: bool) -> None:
+def test_same_epoch(known: dict[str, int], broken: bool) -> None:
     assert (invariants.same_generation(2, known) is not None) == broken
 
 
@@ -86,7 +88,7 @@ def test_joiner_is_told(told: int, broken: bool) -> None:
         ({"rank 0": (True, 1), "rank 1": (False, 2)}, True),
     ],
 )
-def test_nothing_steps_while_suspended(ranks: dict[str, tuple[bool, int]], broken: bool) -> None:
+def test_nothing_steps_while_paused(ranks: dict[str, tuple[bool, int]], broken: bool) -> None:
     assert (invariants.nothing_steps_while_suspended(1, ranks) is not None) == broken
 
 
@@ -101,3 +103,29 @@ def test_all_agree_at_rest() -> None:
 )
 def test_join(parts: list[object], words: str) -> None:
     assert invariants.join(parts) == words
+
+
+# The rules by name: one that is misspelt is refused by every machine that can leave rules out -------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_can_be_left_out_and_says_what_it_is(name: str) -> None:
+    assert checked({name}) == {name}
+    assert RULES[name].endswith(".")
+    Coordinator(2, 1, 0.1, without={name})
+    Rank(0, 1, "address", without={name})
+
+
+def test_none_is_left_out_by_default() -> None:
+    assert checked(frozenset()) == frozenset()
+
+
+def test_a_name_that_is_no_rule_is_refused_and_the_rules_are_named() -> None:
+    makers = [
+        checked,
+        lambda names: Coordinator(2, 1, 0.1, without=names),
+        lambda names: Rank(0, 1, "address", without=names),
+    ]
+    for make in makers:
+        with pytest.raises(ValueError, match="acknowledged-wake is not a rule; rules: acknowledged-wakes"):
+            make(frozenset({"acknowledged-wake"}))

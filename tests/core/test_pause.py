@@ -28,9 +28,7 @@ def test_work_may_be_started_at_first() -> None:
     ("number", "released", "suspended", "free"),
     [(1, False, True, False), (1, True, True, False), (2, False, False, False), (2, True, False, True)],
 )
-def test_odd_is_suspended_and_even_is_free_once_released(
-    number: int, released: bool, suspended: bool, free: bool
-) -> None:
+def test_odd_is_paused_and_even_is_free_once_released(number: int, released: bool, suspended: bool, free: bool) -> None:
     found = standing(number, "wait", released)
     assert (found.paused, found.over, found.mode) == (suspended, free, "wait")
 
@@ -44,7 +42,7 @@ def test_a_release_of_the_number_that_is_known_is_news_once() -> None:
     assert found.over
 
 
-def test_a_suspension_cannot_be_released() -> None:
+def test_a_pause_cannot_be_released() -> None:
     found = standing(3)
     assert not found.learn(3, "keep", True)
     assert found.learn(4, "keep", False)

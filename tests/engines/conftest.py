@@ -16,13 +16,11 @@ from tests.engines.llama_runs import Makes
 
 @pytest.fixture(scope="session")
 def model_file() -> Path:
-    """The default model's file."""
     return default_model(lambda what, share: None)
 
 
 @pytest.fixture(scope="session")
 def makes(model_file: Path) -> Iterator[Makes]:
-    """Makes engines over the one loaded model."""
     model = load_model(model_file, lambda what, share: None, repack=False)
     yield Makes(model, read_header(model_file))
     model.close()
@@ -36,5 +34,4 @@ def engine(makes: Makes) -> LlamaEngine:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> LlamaTokenizer:
-    """The default model's tokenizer."""
     return LlamaEngine.tokenizer(EngineSettings())

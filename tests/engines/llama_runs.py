@@ -48,7 +48,6 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 
 
 def advance(engine: LlamaEngine, answers: dict[int, Answer]) -> None:
-    """One step, its outputs added to `answers`."""
     for output in engine.step().outputs:
         answer = answers.setdefault(output.key, Answer())
         assert answer.reason is None, "an output after the last one"
@@ -71,12 +70,10 @@ def finish(engine: LlamaEngine, answers: dict[int, Answer] | None = None) -> dic
 
 
 def answer_all(engine: LlamaEngine, prompts: Mapping[int, Sequence[int]], params: SamplingParams) -> dict[int, Answer]:
-    """The answers to all prompts, served together."""
     for key, prompt in prompts.items():
         engine.add(EngineRequest(key, prompt, params))
     return finish(engine)
 
 
 def answer_one(engine: LlamaEngine, prompt: Sequence[int], params: SamplingParams) -> Answer:
-    """The answer to one prompt, served alone."""
     return answer_all(engine, {1: prompt}, params)[1]

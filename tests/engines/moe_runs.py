@@ -49,7 +49,6 @@ def many_requests(count: int) -> list[EngineRequest]:
 
 
 def run_alone(engine: MoeEngine) -> list[StepOutput]:
-    """All outputs until there is no work."""
     outputs: list[StepOutput] = []
     while engine.has_work():
         outputs += engine.step().outputs
@@ -57,7 +56,6 @@ def run_alone(engine: MoeEngine) -> list[StepOutput]:
 
 
 def text_of(outputs: Iterable[StepOutput], key: int) -> str:
-    """One request's text."""
     return "".join(output.text for output in outputs if output.key == key)
 
 
@@ -88,7 +86,6 @@ class Deployment:
             self.engines[rank].join(group)
 
     def start(self, turn: Callable[[int], Any]) -> dict[int, Future[Any]]:
-        """Call `turn(rank)` at all members, without waiting."""
         return {rank: self._pool.submit(turn, rank) for rank in self.groups}
 
     def run(self, until_step: int | None = None) -> None:
@@ -115,12 +112,10 @@ class Deployment:
             return
 
     def take(self, result: StepResult) -> None:
-        """Keep what a step has made."""
         for output in result.outputs:
             self.answers.setdefault(output.key, []).extend(output.token_ids)
 
     def close(self) -> None:
-        """End everything."""
         self._close_groups()
         self._pool.shutdown()
         for listener in self._listeners:

@@ -13,7 +13,6 @@ MOST_STEPS = 2000
 
 
 def outputs_of(engine: Engine, request: EngineRequest) -> list[StepOutput]:
-    """All outputs of one request, served alone."""
     engine.add(request)
     outputs: list[StepOutput] = []
     for _ in range(MOST_STEPS):

@@ -19,7 +19,6 @@ GEMMA, LLAMA, CHATML = "<start_of_turn>", "<|start_header_id|>", "<|im_start|>"
 
 
 def render(source: str, messages: Messages, *, add_generation_prompt: bool = True) -> str:
-    """A template's prompt."""
     return ChatTemplate(source, "<s>", "</s>").render(messages, add_generation_prompt=add_generation_prompt)
 
 

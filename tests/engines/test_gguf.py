@@ -16,7 +16,6 @@ STRING, ARRAY, UINT32 = 8, 9, 4
 
 
 def text(value: str) -> bytes:
-    """A GGUF string."""
     return struct.pack("<Q", len(value.encode())) + value.encode()
 
 
@@ -33,7 +32,6 @@ def small_file(*, version: int = 3, tensors: int = 1, offset: int = 0) -> bytes:
 
 
 def write(folder: Path, data: bytes) -> Path:
-    """A file with `data`."""
     path = folder / "model.gguf"
     path.write_bytes(data)
     return path

@@ -20,13 +20,11 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "paceline"
 
 
 def shares(seen: list[float]) -> Progress:
-    """A progress callback that keeps the shares."""
     return lambda what, share: seen.append(share)
 
 

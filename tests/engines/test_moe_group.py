@@ -23,7 +23,6 @@ Deploys = Callable[..., Deployment]
 
 @pytest.fixture
 def deploy(tmp_path: Path) -> Iterator[Deploys]:
-    """Makes one deployment, in its first generation."""
     made: list[Deployment] = []
 
     def deploy(dp_size: int, **settings: Any) -> Deployment:

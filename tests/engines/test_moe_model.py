@@ -56,7 +56,6 @@ def shares_of(scores: Doubles) -> Doubles:
 
 
 def turned(head: Doubles, position: int) -> Doubles:
-    """Rotary positions, by complex numbers."""
     half = len(head) // 2
     turns = (head[:half] + 1j * head[half:]) * np.exp(1j * position * 10000.0 ** (-np.arange(half) / half))
     return np.concatenate([turns.real, turns.imag])

@@ -22,7 +22,6 @@ TOKENS = 24
 
 
 def expected(seed: int) -> list[str]:
-    """What one engine says, in this process."""
     settings = EngineSettings(options={"weights_seed": str(seed)})
     engine = MoeEngine.create(settings, lambda what, share: None)
     for key, prompt in enumerate(PROMPTS):

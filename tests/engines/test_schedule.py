@@ -38,7 +38,6 @@ def figures(schedule: Schedule) -> tuple[int, int, int, int]:
 
 
 def sequence(key: int, arrival: Arrival) -> Sequence:
-    """A request as the schedule sees it."""
     params = SamplingParams(max_tokens=arrival.room)
     return Sequence(EngineRequest(key, [7] * arrival.prompt, params, arrival.priority), arrival.room)
 

@@ -14,7 +14,6 @@ stops = st.lists(st.text(alphabet="abé🎉日", min_size=1, max_size=4), max_si
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
-    """`data` in pieces, cut where `places` say."""
     edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
     return [data[begin:end] for begin, end in pairwise(edges)]
 

@@ -66,7 +66,7 @@ def test_what_can_start_is_said() -> None:
     assert large.load().startable_tokens == 20
 
 
-def test_a_step_that_its_generation_did_not_live_to_see_is_made_anew(two: Threads) -> None:
+def test_a_step_that_its_epoch_did_not_live_to_see_is_made_anew(two: Threads) -> None:
     engines = [engine(), engine()]
     for rank in range(2):
         engines[rank].join(two.groups[rank])

@@ -23,7 +23,6 @@ HEAD = "| target | inputs | seconds | errors | remembered | RSS before, after (M
 
 
 def line_of(row: Row) -> str:
-    """A row of the table."""
     return (
         f"| {row.name} | {row.inputs:,} | {row.seconds:.0f} | {row.errors} | {row.things:,} | "
         f"{row.rss_before_mb:.0f}, {row.rss_after_mb:.0f} |"
@@ -36,7 +35,6 @@ def show(row: Row) -> None:
 
 
 def rows_of(name: str, inputs: int, seed: int) -> list[Row]:
-    """Run one target."""
     if name not in SOCKETS:
         return [fuzz(TARGETS[name], inputs, seed, show)]
     engine = name.partition("-")[2]
@@ -44,7 +42,6 @@ def rows_of(name: str, inputs: int, seed: int) -> list[Row]:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)

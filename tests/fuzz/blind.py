@@ -40,7 +40,6 @@ class Row:
 
 
 def rss_mb(pid: int | str = "self") -> float:
-    """A process's resident memory."""
     with open(f"/proc/{pid}/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
@@ -79,6 +78,5 @@ def fuzz(
 
 
 def mutator_of(kind: type[Target], draw: random.Random) -> Mutator:
-    """What makes a target's inputs."""
     grammar = Grammar(draw, kind.known, kind.parties)
     return Mutator(draw, frames_of(kind.corpus), (lambda: encode(grammar.message(kind.kinds))) if kind.kinds else None)

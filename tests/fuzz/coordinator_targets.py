@@ -52,7 +52,6 @@ class CoordinatorTarget(Target):
         self.read()
 
     def hello(self, rank: int) -> None:
-        """A real rank says hello."""
         hello = RankHello(
             PROTOCOL_VERSION, rank, LIVES[rank], f"tcp://rank-{rank}", True, group_address=f"ipc://group-{rank}"
         )

@@ -36,12 +36,10 @@ DIRECTIONS = {direction: direction.replace(" → ", "-to-") for direction in UNI
 
 @functools.cache
 def frames_of(folder: str) -> list[bytes]:
-    """All that is in one folder."""
     return [path.read_bytes() for path in sorted((FOLDER / folder).iterdir())]
 
 
 def classes_of(direction: str) -> list[type]:
-    """The classes of one direction."""
     union: Any = UNIONS[direction]
     return list(getattr(union, "__args__", ()) or (union,))
 
@@ -152,7 +150,6 @@ def others() -> dict[str, dict[str, bytes]]:
 
 
 def main() -> None:
-    """Write all folders."""
     recorder = Recorder()
     recorder.run()
     for direction, frames in recorder.kept.items():

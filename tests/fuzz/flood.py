@@ -82,7 +82,6 @@ class Flood(threading.Thread):
         self._open: list[socket.socket] = []
 
     def stop(self) -> None:
-        """End it, and all its connections."""
         self._over.set()
         self.join(stretched(30))
         for one in self._open:

@@ -58,7 +58,6 @@ class FrontendTarget(Target):
         self.introduce(0)
 
     def introduce(self, number: int) -> None:
-        """The real coordinator says who is there."""
         members = [Member(rank, life, f"tcp://rank-{rank}") for rank, life in enumerate(LIVES)]
         self.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, COORDINATOR, 0, False, members)))
         views = [RankView(rank, life, number, Load(slots=8)) for rank, life in enumerate(LIVES)]
@@ -67,7 +66,6 @@ class FrontendTarget(Target):
             self.handle(LinkUp(rank))
 
     def handle(self, event: Event) -> None:
-        """The machine's door, and what follows."""
         for effect in self.machine.handle(event, self.now):
             match effect:
                 case ToCoordinator(message):

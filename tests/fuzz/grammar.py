@@ -33,7 +33,6 @@ class Grammar:
         self._party: Mapping[str, int] = {}
 
     def message(self, kinds: Sequence[type]) -> Any:
-        """A message of one of these classes."""
         self._party = self._draw.choice(self._parties) if self._parties and self._draw.random() < 0.7 else {}
         return self.value(msgspec.inspect.type_info(self._draw.choice(kinds)))
 

@@ -38,7 +38,6 @@ class Guided:
         self.row = Row(f"{name}, guided")
 
     def feed(self, frame: bytes) -> None:
-        """One input."""
         row = self.row
         if not row.inputs % ROUND:
             self._end_round()
@@ -51,7 +50,6 @@ class Guided:
             print(row, flush=True)
 
     def mutate(self, frame: bytes, largest: int, seed: int) -> bytes:
-        """An input out of another."""
         return (self._mutator.mutated(frame) if seed % 4 else self._mutator.next())[:largest]
 
     def _end_round(self) -> None:
@@ -64,7 +62,6 @@ class Guided:
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--inputs", type=int, default=100_000)

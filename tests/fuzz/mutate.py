@@ -23,14 +23,12 @@ class Mutator:
         self._make = make
 
     def next(self) -> bytes:
-        """The next input."""
         draw = self._draw.random()
         if self._make is not None and draw < 0.4:
             return self._make()
         return self.mutated(self._draw.choice(self._corpus))
 
     def mutated(self, frame: bytes) -> bytes:
-        """One of a frame's kin."""
         draw = self._draw.random()
         if draw < 0.02:
             return frame

@@ -86,11 +86,9 @@ class RankTarget(Target):
                     self.turn()
 
     def agree(self, own: Agree) -> None:
-        """All ranks' parts: its own alone."""
         self.handle(outcome(integers(own)))
 
     def turn(self) -> None:
-        """One turn of the wheel."""
         self.pass_time()
         self.handle(Turn(self.engine.load(), self.engine.has_work()))
 

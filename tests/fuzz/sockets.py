@@ -59,7 +59,6 @@ def rows_of(
     engine: str, running: Deployment, flood: Flood, tally: Tally, pids: dict[str, int], before: dict[str, float],
     seconds: float,
 ) -> list[Row]:  # fmt: skip
-    """What came of it."""
     wrong = [*tally.lost, *tally.wrong, *(["a connection broke"] if tally.cut else [])]
     if processes_of(running) != pids:
         wrong.append(f"processes were {pids} and are {processes_of(running)}")
@@ -94,7 +93,6 @@ def settle_memory(pids: dict[str, int], before: dict[str, float]) -> dict[str, f
 
 
 def processes_of(running: Deployment) -> dict[str, int]:
-    """Ranks, front-ends and coordinator, by name."""
     named = {process_name(pid).removeprefix("pl:"): pid for pid in running.children()}
     return {name: pid for name, pid in named.items() if name.startswith(("rank", "front-end", "coordinator"))}
 
@@ -111,11 +109,9 @@ def memory_of(pids: dict[str, int]) -> dict[str, float]:
 
 
 def text_of(running: Deployment, ask: dict[str, object]) -> str:
-    """The undisturbed text."""
     with running.openai as client:
         return str(client.completions.create(**ask).choices[0].text)  # type: ignore[call-overload]
 
 
 def model_of(running: Deployment) -> str:
-    """What it serves."""
     return str(running.http.get("/v1/models").json()["data"][0]["id"])

@@ -46,7 +46,6 @@ class Target(ABC):
         """The round is over: whatever must be so still is."""
 
     def machines(self) -> list[Any]:
-        """What remembers."""
         return []
 
     def pass_time(self) -> None:
@@ -64,18 +63,15 @@ class Frames:
         self._rest: list[bytes] = []
 
     def arrive(self, *frames: bytes) -> None:
-        """One message."""
         self._messages.append(list(frames))
 
     def recv(self, flags: int = 0) -> bytes:
-        """As ZeroMQ's."""
         if not self._rest and not self._messages:
             raise zmq.Again
         self._rest = self._rest or self._messages.popleft()
         return self._rest.pop(0)
 
     def getsockopt(self, option: int) -> int:
-        """Whether the message has more frames."""
         assert option == zmq.RCVMORE
         return bool(self._rest)
 

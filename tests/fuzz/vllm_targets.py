@@ -57,7 +57,6 @@ class VllmTarget(Target):
         json.dumps(self.translation.statistics())
 
     def live(self) -> None:
-        """Front-ends come, ranks connect anew, time passes."""
         if self.draw.random() < 0.01:
             self.handle(FrontendSubscribed())
             self.handle(RankUnsubscribed())

@@ -24,7 +24,6 @@ class Ranks:
             socket.send(codec.encode(RankHello(PROTOCOL_VERSION, rank, 1 + rank, "ipc:///rank", True)))
 
     def frames(self) -> list[bytes]:
-        """Each rank's report of the next step."""
         self.step += 1
         load = Load(waiting=self.step)
         return [
@@ -37,12 +36,10 @@ class Ranks:
             socket.send(frame)
 
     def close(self) -> None:
-        """Drop what is not sent yet."""
         self._context.destroy(linger=0)
 
 
 def feed(count: int, address: str) -> None:
-    """Report for ever."""
     ranks = Ranks(count, address)
     while True:
         ranks.report()

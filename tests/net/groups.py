@@ -28,7 +28,6 @@ class Threads:
         self.form(1)
 
     def form(self, epoch: int) -> None:
-        """Form a new generation of all."""
         addresses = {rank: listener.address for rank, listener in enumerate(self.listeners)}
         self.groups = self.each(lambda rank: form_group(self.listeners[rank], epoch, rank, addresses, self.timeout_s))
 
@@ -37,11 +36,9 @@ class Threads:
         return [future.result(stretched(60)) for future in self.start(call)]
 
     def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:
-        """Likewise, without waiting."""
         return [self.pool.submit(call, rank) for rank in range(len(self.listeners))]
 
     def close(self) -> None:
-        """End everything."""
         for group in self.groups:
             group.leave()
         self.pool.shutdown()

@@ -152,7 +152,7 @@ def test_own_blocked_call_is_ended_by_leave_from_another_thread(four: Threads) -
         four.groups[0].barrier()
 
 
-def test_next_generation_of_the_same_ranks(four: Threads) -> None:
+def test_next_epoch_of_the_same_ranks(four: Threads) -> None:
     for epoch in (2, 3, 4):
         for group in four.groups:
             group.close()

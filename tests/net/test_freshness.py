@@ -32,7 +32,6 @@ class Subscriber:
         self._decode = codec.to_frontend().decode
 
     def view(self) -> LoadView:
-        """The next view."""
         while not isinstance(message := self._decode(receive(self._socket)[0]), LoadView):
             pass
         return message

@@ -71,14 +71,12 @@ class World:
         self.publish.send(codec.encode(Members(PROTOCOL_VERSION, 1, 0, False, members)))
 
     def take(self) -> tuple[bytes, AddRequest]:
-        """The next request that reaches the rank."""
         identity, frame = receive(self.rank)
         message = codec.request().decode(frame)
         assert isinstance(message, AddRequest)
         return identity, message
 
     def answer(self, identity: bytes, add: AddRequest, text: str, life: int = LIFE) -> None:
-        """Finish a request."""
         output = Output(add.request, [1], text, "stop")
         self.rank.send_multipart([identity, codec.encode(Outputs(0, life, [output]))])
 
@@ -93,7 +91,6 @@ class World:
                 return error.code, error.read().decode()
 
     def statistics(self) -> Any:
-        """What `/health` says."""
         with urllib.request.urlopen(f"{self.url}/health", timeout=stretched(30)) as response:
             return json.load(response)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import zmq
 
 from paceline.net.links import LinkMonitor
@@ -17,6 +18,8 @@ from paceline.net.sockets import giving_up_after, open_socket
 from tests.net.peers import context
 from tests.pace import stretched
 from tests.serving import wait_until
+
+pytestmark = pytest.mark.slow
 
 PEER = """
 import sys, time, zmq

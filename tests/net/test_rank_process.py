@@ -61,7 +61,6 @@ class World:
         return message
 
     def add(self, hello: RankHello, request: int, number: int, tokens: int, prompt: int = 4) -> None:
-        """Send a request."""
         add = AddRequest(request, number, hello.incarnation, 0, [1] * prompt, SamplingParams(max_tokens=tokens))
         self.frontend.send(codec.encode(add))
 
@@ -88,7 +87,6 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 @contextlib.contextmanager
 def rank_process(world: World, step_ms: str = "5") -> Iterator[Any]:
-    """A rank's process with the `timed` engine."""
     reader, writer = get_context("spawn").Pipe(duplex=False)
     settings = RankSettings("timed", EngineSettings(options={"step_ms": step_ms}, max_num_seqs=4), world.bind,
                             world.coordinator_input, world.coordinator_output)  # fmt: skip

@@ -47,7 +47,6 @@ class Front:
         return self.transport.inbox.get(timeout=10.0)
 
     def steps(self, count: int) -> None:
-        """Outputs of two requests in each step."""
         for step in range(count):
             outputs = [Output(request, [step], TEXT) for request in (1, 2)]
             self.transport.send_frontend(FRONTEND, Outputs(RANK, LIFE, outputs))

@@ -23,7 +23,6 @@ STEP_MS = 5
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Deployment]:
-    """Two front-ends over two ranks."""
     with deployment("--engine", "timed", "-dp", "2", "--api-server-count", "2", "--max-model-len", "100000",
                     "--engine-option", f"step_ms={STEP_MS}") as running:  # fmt: skip
         wait_until(lambda: running.health()["ready"] == [0, 1], "both ranks are ready")
@@ -102,7 +101,7 @@ def words(response: Any) -> int:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
-def test_an_idle_deployment_is_suspended_and_resumed(server: Deployment, mode: str) -> None:
+def test_an_idle_deployment_is_paused_and_resumed(server: Deployment, mode: str) -> None:
     paused = done(post(server, "/pause", mode=mode))
     assert (paused["status"], paused["mode"], paused["waiting_for"]) == ("paused", mode, [])
     assert paused["suspension"] % 2 == 1

@@ -73,7 +73,6 @@ class Peer:
             return
 
     async def wait_said(self, text: bytes) -> None:
-        """Until the server has said it."""
         while text not in self.said:
             part = await asyncio.wait_for(self._loop.sock_recv(self.socket, 1 << 16), stretched(30))
             assert part, self.said
@@ -89,7 +88,6 @@ class Peer:
         return self.said
 
     def reset(self) -> None:
-        """Break the connection."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -126,7 +124,6 @@ def on_loop(test: Callable[..., Any]) -> Callable[..., None]:
 
 
 def only(state: ServerState) -> weakref.ref[Any]:
-    """The one connection that there is."""
     (connection,) = state.connections
     return weakref.ref(connection)
 
@@ -138,7 +135,6 @@ async def wait_forgotten(connection: weakref.ref[Any], state: ServerState) -> No
 
 
 async def wait_s(seconds: float) -> None:
-    """So long at least."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
     await wait_for(lambda: loop.time() > end)

@@ -56,7 +56,7 @@ def test_the_edges_of_every_field(server: Deployment, tmp_path: Path) -> None:
     assert not found, found
 
 
-def test_suspending_and_resuming(server: Deployment, tmp_path: Path) -> None:
+def test_pausing_and_resuming(server: Deployment, tmp_path: Path) -> None:
     """A call that is not done in the time that it gives is answered with 504, as the document says."""
     suspending = ("--include-path-regex", "/(pause|resume)", "--phases", "coverage,fuzzing")
     found = schemathesis(server, tmp_path, *suspending, exclude=("not_a_server_error",))

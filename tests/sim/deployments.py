@@ -44,18 +44,15 @@ class Seen(Checks):
 
 
 def deploy(ranks: int = 2, frontends: int = 1, *, lockstep: bool = True, slots: int = 8, **shape: Any) -> Deployment:
-    """Not started."""
     shape = {"grouped": False, "sync_interval": 4, "prefill_quota": AUTO if lockstep else OFF, "costs": COSTS, **shape}
     return Deployment(Shape(ranks, frontends, lockstep, slots=slots, **shape), checks=Seen())
 
 
 def ready(ranks: int = 2, frontends: int = 1, **shape: Any) -> Deployment:
-    """Started, and all know each other."""
     return deploy(ranks, frontends, **shape).start().ready()
 
 
 def seen(deployment: Deployment) -> Seen:
-    """What was recorded."""
     assert isinstance(deployment.checks, Seen)
     return deployment.checks
 
@@ -67,7 +64,6 @@ def rest(deployment: Deployment) -> None:
 
 
 def waves(deployment: Deployment) -> set[int]:
-    """The ranks' waves."""
     return {rank.machine.wave for rank in deployment.ranks.values()}
 
 

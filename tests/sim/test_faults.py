@@ -49,7 +49,7 @@ def test_drawn_arrivals_are_in_order_within_bounds_and_come_in_bursts() -> None:
     assert max(gaps) > 0.1
 
 
-def test_every_suspension_has_a_resume_and_some_cross() -> None:
+def test_every_pause_has_a_resume_and_some_cross() -> None:
     calls = draw_calls(random.Random(1), 50, Period(0.0, 10.0, 2, 3))
     actions = [call.what for call in calls]
     assert set(actions) == {"keep", "wait", "abort", "resume"}

@@ -17,6 +17,7 @@ from paceline.sim.deployment import Deployment, Shape
 from paceline.sim.processes import RankProcess
 from paceline.sim.run import Options, Outcome, simulate
 from paceline.sim.world import Violation
+from tests.pace import examples
 
 COSTS = CostModel(step_ms=6.0, prefill_ms=0.09, decode_ms=0.02)
 SHAPE = Shape(ranks=4, costs=COSTS, slots=8, budget=512)
@@ -43,7 +44,6 @@ class Steps(Checks):
         self.agreements += rank.machine.rank == 0 and isinstance(event, rank_events.Agreed)
 
     def longest_step_s(self, since: int) -> float:
-        """Between the ends of two steps."""
         times = self.begun[since:]
         return max(after - before for before, after in itertools.pairwise(times))
 
@@ -65,6 +65,7 @@ def first_token_s(made: Deployment, request: int) -> float:
     return answer.first - answer.asked
 
 
+@pytest.mark.slow
 def test_a_long_prompt_does_not_hold_the_others_up() -> None:
     found = {}
     for setting in (quota.OFF, quota.AUTO):
@@ -106,7 +107,7 @@ def test_idle_ranks_prefill_with_their_whole_budget() -> None:
     assert wait_s < 3 * (0.006 + 0.09 * 0.512) + 0.02
 
 
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 100 + examples(30)))
 def test_seeds_with_it(seed: int) -> None:
     outcome = simulate(Options(seed, lockstep=True))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])

@@ -51,7 +51,6 @@ def test_the_same_seed_is_the_same_run(routing: str, lockstep: bool) -> None:
 
 
 def one_by_one(patch: pytest.MonkeyPatch) -> None:
-    """Engines take each step alone."""
     plan, dummy = MemoryEngine.plan, MemoryEngine.plan_dummy
     patch.setattr(MemoryEngine, "plan", lambda self, quota=None: Planned(plan(self, quota).step_s))
     patch.setattr(MemoryEngine, "plan_dummy", lambda self: Planned(dummy(self).step_s))
@@ -61,6 +60,7 @@ def times(done: Done) -> list[float]:
     return [when for answer in done.answers.values() for when in (answer.first, answer.ended)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("routing", ["round-robin", "sglang-total-tokens", "least-load"])
 def test_many_steps_at_once_are_as_many_single_ones(
@@ -159,6 +159,7 @@ def test_what_waits_is_bound_when_a_rank_can_start_it() -> None:
     assert dispatcher.ttft_p99_ms < bound.ttft_p99_ms * 1.1
 
 
+@pytest.mark.slow
 def test_no_herd_forms_where_frontends_bind_at_arrival() -> None:
     # Lockstep shows it most: a rank that gets too much holds all up.
     def p99_ms(**settings: Any) -> float:

@@ -61,6 +61,7 @@ def test_a_change_goes_on_under_another_coordinator() -> None:
     assert sorted(made.present()) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_something_is_always_wrong_and_ranks_come_and_go() -> None:
     happened: Counter[str] = Counter()
     for seed in (*range(6), 78):

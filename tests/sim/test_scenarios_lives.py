@@ -52,7 +52,7 @@ def test_survivors_do_not_wait_for_the_dead_life_of_a_rank() -> None:
     check_quiescence(deployment)
 
 
-def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all() -> None:
+def test_a_new_coordinator_does_not_settle_a_pause_before_it_has_heard_all() -> None:
     """Independent ranks: those that the new coordinator knew were held, so the call returned while another stepped."""
     deployment = deploy(NONE, ranks=3, lockstep=False)
     frontend, unheard = deployment.frontends[0], deployment.ranks[2]
@@ -74,7 +74,7 @@ def test_a_new_coordinator_does_not_settle_a_suspension_before_it_has_heard_all(
     check_quiescence(deployment)
 
 
-def test_a_wake_and_a_suspension_that_reach_a_rank_together_leave_it_held() -> None:
+def test_a_wake_and_a_pause_that_reach_a_rank_together_leave_it_held() -> None:
     """In the order of their sending: first the wake, then the suspension, and nobody else runs."""
     deployment = deploy(NONE, ranks=3)
     frontend, late = deployment.frontends[0], deployment.ranks[1]

@@ -20,7 +20,6 @@ from tests.sim.test_scenarios import deploy, run_a_wave, running, waves
 
 
 def control(deployment: Deployment, frontend: FrontendProcess, action: Any, limit_s: float = 2.0) -> Call:
-    """Ask, and wait for the answer."""
     call = frontend.calls[frontend.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s, f"that {action} is answered")
     return call
@@ -30,7 +29,7 @@ def steps(deployment: Deployment) -> list[int]:
     return [rank.machine.step for rank in deployment.ranks.values()]
 
 
-def test_a_late_wake_after_a_suspension(without: frozenset[str]) -> None:
+def test_a_late_wake_after_a_pause(without: frozenset[str]) -> None:
     """vllm #36594: a wake that was under way when the ranks were paused reached one of them afterwards; it began
     to step alone and blocked in a collective for 600 s, until the process group was given up."""
     deployment = deploy(without, ranks=4)
@@ -46,7 +45,7 @@ def test_a_late_wake_after_a_suspension(without: frozenset[str]) -> None:
     check_quiescence(deployment)
 
 
-def test_a_suspension_that_reaches_one_of_32_idle_ranks_late(without: frozenset[str]) -> None:
+def test_a_pause_that_reaches_one_of_32_idle_ranks_late(without: frozenset[str]) -> None:
     """A trainer suspends by a call to each rank. The ranks that knew stepped on in search of an agreement with
     the one that did not, which was idle and never came. Here idle ranks do not step at all, and the call waits
     for the last one."""
@@ -69,7 +68,8 @@ def test_a_suspension_that_reaches_one_of_32_idle_ranks_late(without: frozenset[
     assert waves(deployment) == {1}
 
 
-def test_a_suspension_that_reaches_one_of_32_ranks_late_in_mid_wave(without: frozenset[str]) -> None:
+@pytest.mark.slow
+def test_a_pause_that_reaches_one_of_32_ranks_late_in_mid_wave(without: frozenset[str]) -> None:
     """The same while all run: the rank that has not heard stops with the others, at the same step, since what
     they know travels with their agreement."""
     deployment = deploy(without, ranks=32)
@@ -116,7 +116,7 @@ def test_two_resumes_around_a_new_wave(without: frozenset[str]) -> None:
     assert waves(deployment) == {1}
 
 
-def test_a_suspension_right_after_a_resume_does_not_count_words_from_before(without: frozenset[str]) -> None:
+def test_a_pause_right_after_a_resume_does_not_count_words_from_before(without: frozenset[str]) -> None:
     """A trainer resumes and, for the next update, suspends at once. A rank to which the resumption comes late has
     last said that it is held, but of the suspension before: it is about to step when the call returns."""
     deployment = deploy(without, ranks=4)
@@ -147,8 +147,8 @@ def test_a_suspension_right_after_a_resume_does_not_count_words_from_before(with
 @pytest.mark.parametrize(
     ("scenario", "rule"),
     [
-        (test_a_late_wake_after_a_suspension, "finished-waves-ignored"),
-        (test_a_suspension_right_after_a_resume_does_not_count_words_from_before, "suspension-number"),
+        (test_a_late_wake_after_a_pause, "finished-waves-ignored"),
+        (test_a_pause_right_after_a_resume_does_not_count_words_from_before, "suspension-number"),
     ],
 )
 def test_without_its_rule_it_fails(scenario: Callable[[frozenset[str]], None], rule: str) -> None:
@@ -178,8 +178,8 @@ def agreements_without_the_suspension(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("scenario", "breakage"),
     [
-        (test_a_suspension_that_reaches_one_of_32_idle_ranks_late, settled_when_told),
-        (test_a_suspension_that_reaches_one_of_32_ranks_late_in_mid_wave, agreements_without_the_suspension),
+        (test_a_pause_that_reaches_one_of_32_idle_ranks_late, settled_when_told),
+        (test_a_pause_that_reaches_one_of_32_ranks_late_in_mid_wave, agreements_without_the_suspension),
         (test_two_resumes_around_a_new_wave, each_resume_counts),
     ],
 )

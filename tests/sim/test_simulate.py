@@ -19,6 +19,7 @@ from paceline.core.rank.requests import RankRequests
 from paceline.core.rules import OF_SCALING, RULES
 from paceline.sim.run import Options, Outcome, simulate
 from paceline.simulate_cli import simulate_app as app
+from tests.pace import examples
 
 PROGRAM = "from paceline.simulate_cli import simulate_app\nsimulate_app()"
 
@@ -36,7 +37,7 @@ def in_a_process_of_its_own(*flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(examples(30)))
 def test_seed_passes(seed: int) -> None:
     outcome = simulate(Options(seed))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
@@ -61,6 +62,7 @@ def test_256_ranks_pass() -> None:
     assert outcome.finished > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong(lockstep: bool) -> None:
     options = Options(1, ranks=16, frontends=3, faults_per_second=4, duration=8, lockstep=lockstep, encode=False)
@@ -111,6 +113,7 @@ def first_broken(seeds: range, without: frozenset[str] = frozenset()) -> Outcome
 RARE = {"acknowledged-wakes", "stale-notice-leaves-nobody-out", "behind-at-rest-told", *OF_SCALING}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", sorted(RULES.keys() - RARE))
 def test_a_rule_that_is_left_out_is_missed(rule: str) -> None:
     first_broken(range(60), frozenset({rule}))

@@ -79,7 +79,7 @@ def test_a_flag_that_cannot_be_is_named(trace: str, flags: tuple[str, str]) -> N
     assert done.output.count("\n") == 1
 
 
-def test_binding_is_the_brokers_for_least_load_alone(trace: str) -> None:
+def test_binding_is_late_for_least_load_alone(trace: str) -> None:
     for bind in ("broker", "late", "arrival"):
         assert run("--trace", trace, "--bind", bind, "--front-ends", "2").exit_code == 0
     done = run("--trace", trace, "--bind", "broker", "--routing", "prefix")

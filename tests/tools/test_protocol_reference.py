@@ -43,7 +43,6 @@ def subclasses(base: type[Message]) -> Iterator[type[Message]]:
 
 
 def section(document: str, message: type[Message]) -> str:
-    """What the document has on one message."""
     _, after = re.split(rf"\n#### {message.__name__}\b", document)
     return after.split("\n#### ")[0]
 
@@ -267,10 +266,7 @@ def test_worked_example_of_the_accounting(document: str) -> None:
     rows: list[tuple[str, Event]] = [
         ("send 1, of 100 tokens", send(100)),
         ("send 2, of 50 tokens", send(50)),
-        (
-            "view of step 7: 0 waiting, 1 running, 40 to prefill, taken 1",
-            loads(7, 1, Load(0, 1, slots, 40)),
-        ),
+        ("view of step 7: 0 waiting, 1 running, 40 to prefill, taken 1", loads(7, 1, Load(0, 1, slots, 40))),
         ("send 3, of 200 tokens", send(200)),
         ("view of a new coordinator without a report yet: step 0, all 0, taken 0", loads(0, 0, Load(), coordinator=2)),
         (

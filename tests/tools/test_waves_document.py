@@ -12,6 +12,7 @@ from paceline.core.rules import RULES
 DOCUMENT = Path(__file__).parents[2] / "docs" / "WAVES.md"
 
 
+@pytest.mark.slow
 def test_the_document_is_current_and_a_changed_one_is_mended(tmp_path: Path) -> None:
     """One test, since every story is walked for it."""
     assert main([str(DOCUMENT), "--check"]) == 0, "run `make docs`"

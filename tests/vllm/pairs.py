@@ -131,11 +131,9 @@ class Neighbours:
         return changes([wave for wave, _ in self.wakes])
 
     def states(self) -> list[tuple[int, bool]]:
-        """The waves and running states published."""
         return changes([(0, False), *((wave, running) for _, wave, running in self.views)])
 
     def counts(self) -> list[list[float]]:
-        """The last counts published."""
         last: list[list[float]] = next(counts for counts, _, _ in reversed(self.views) if counts is not None)
         return [[round(value, 6) for value in rank] for rank in last]
 

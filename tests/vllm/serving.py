@@ -72,7 +72,6 @@ class Server:
         return self.pids("python -m paceline")
 
     def pids(self, command: str) -> list[int]:
-        """Its processes whose command line matches."""
         found = subprocess.run(["pgrep", "-g", str(self.process.pid), "-f", command], capture_output=True, check=False)
         return [int(pid) for pid in found.stdout.split()]
 

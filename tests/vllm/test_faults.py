@@ -30,7 +30,6 @@ DEADLINE_S = 60.0
 
 @pytest.fixture(scope="module")
 def deaf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Its coordinator drops every front-end's notice."""
     variables = {
         "PACELINE_TEST_COORDINATOR": "paceline_deaf_coordinator", "VLLM_LOGGING_LEVEL": "DEBUG",
         "PACELINE_VLLM_STATUS": f"127.0.0.1:{STATUS}", "PACELINE_VLLM_STALL_TIMEOUT": "2",

@@ -112,7 +112,6 @@ class Deployment:
         return known
 
     def child(self) -> int:
-        """The coordinator's process, under its watchdog."""
         end = time.monotonic() + stretched(DEADLINE_S)
         while time.monotonic() < end:
             found = subprocess.run(["pgrep", "-P", str(self.coordinator.proc.pid)], capture_output=True, check=False)

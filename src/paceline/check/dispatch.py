@@ -43,7 +43,7 @@ from paceline.core.routing.least import LeastLoad
 
 LIFE, FIRST = 7, 100
 BESIDES = (Router, RetryAfter, Placement, Publisher, GroupWave, Epochs, Stalls, Pause)
-"""No part of what is walked, or following from the rest: routing, which has one way to go; waves and suspensions."""
+"""No part of what is walked, or following from the rest: routing, which has one way to go; waves and pauses."""
 Present = tuple[tuple[int, int], ...]
 
 

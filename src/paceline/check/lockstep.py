@@ -26,8 +26,8 @@ What is not told apart, and why it may not matter:
   answered when it is sent, if nothing is before it in the link, and what is heard in mid-step may overtake the rest.
 - Ranks are alike: states that differ only in which rank is which are one.
 
-A timer is due once all that ranks have said is read: what is repeated is not repeated for them. The wake of a suspended
-deployment counts the suspension up, and with a timer that is faster than everybody it would do so for ever: it comes
+A timer is due once all that ranks have said is read: what is repeated is not repeated for them. The wake of a paused
+deployment counts the pause up, and with a timer that is faster than everybody it would do so for ever: it comes
 when nobody is about to do anything else, and one that comes earlier counts as a loss.
 """
 
@@ -375,7 +375,7 @@ class Lockstep:
         if not agreeing:
             nodes = [node.after(Process.steps) for node in nodes]
         demand(same_collective({f"rank {r}": n.process.agree or Step() for r, n in zip(members, nodes, strict=True)}))
-        # In an agreement a rank can hear of a suspension that it has not spoken of.
+        # In an agreement a rank can hear of a pause that it has not spoken of.
         if agreeing or not self.calls:
             nodes = agreed(nodes)
         put(state, members, nodes)

@@ -58,7 +58,7 @@ Word = Part[Any]
 
 
 class Group(NamedTuple):
-    """A generation: its number, the life of the coordinator that gave it, and how many members it has.
+    """An epoch: its number, the life of the coordinator that gave it, and how many members it has.
 
     One coordinator gives a number to one set of lives, and two that give the same number give it to different sets:
     before the second does, all of its set have said what the first has told them. So no two sets have one name.
@@ -81,7 +81,7 @@ class Settings(NamedTuple):
 class Process:
     """One life of a rank: its machine and, by the machine's keys, each request's name and the steps left of it.
 
-    `agree`: what it has said to the agreement that it is in. `group`: the generation whose connections it holds;
+    `agree`: what it has said to the agreement that it is in. `group`: the epoch whose connections it holds;
     `to_form`: the one that it was told to form and has not begun with; `forming`: the one that it waits for.
     """
 
@@ -278,7 +278,7 @@ class Bound(Struct, frozen=True):
 
     `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
     `sync_interval`: steps between agreements. `without`: rules (`rules.py`) left out. `grouped`: whether ranks form
-    generations, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
+    epochs, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
     `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
     `notices`: whether front-ends' notices come through. `merge`: whether states that behave alike are merged and moves
     put in order; the verdict is the same without, and the walk longer.
@@ -305,7 +305,7 @@ class State(Whole):
 
     `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
     `calls`: of the operator, how many have been served. `asking`: whether one is under way; `heard`: whether this life
-    of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the suspension that all
+    of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the pause that all
     ranks have said to keep, 0 where none is in force. `stranded`: requests whose rank has died, and that their
     front-ends are to send to another one. `scale`: where ranks come and go (`scaling.py`). `names`: what a story calls
     each rank.
@@ -333,7 +333,7 @@ class State(Whole):
 class Answer(NamedTuple):
     """What the coordinator makes of an event. `published`: the newest (wave, running) that front-ends can hear of.
 
-    `answered`: the number that a call is answered with, 0 for none. `settled`: of the suspension in force at all ranks,
+    `answered`: the number that a call is answered with, 0 for none. `settled`: of the pause in force at all ranks,
     as this coordinator says; 0 where it does not say that. `scaling`: what front-ends are told of that, if anything.
     """
 

@@ -21,7 +21,7 @@ def wave_never_falls(party: str, before: int, after: int) -> str | None:
 
 
 def same_collective(entered: Mapping[str, Effect]) -> str | None:
-    """All ranks of a generation take part in the same sequence of collectives.
+    """All ranks of an epoch take part in the same sequence of collectives.
 
     `entered`: by party, the Step, DummyStep or Agree that it is in. A step and a dummy step are the same collective.
     """
@@ -41,9 +41,9 @@ def same_quota(steps: Iterable[Effect]) -> str | None:
 
 
 def same_generation(group: int, known: Mapping[str, int]) -> str | None:
-    """Ranks whose collective completes are members of the same generation, and know it.
+    """Ranks whose collective completes are members of the same epoch, and know it.
 
-    `group`: whose connections they hold. `known`: by party, the generation that its machine is in.
+    `group`: whose connections they hold. `known`: by party, the epoch that its machine is in.
     """
     others = {party: generation for party, generation in sorted(known.items()) if generation != group}
     if not others:
@@ -92,9 +92,9 @@ def joiner_is_told(message: Admit | Form, wave: int) -> str | None:
 
 
 def nothing_steps_while_suspended(settled: int, ranks: Mapping[str, tuple[bool, int]]) -> str | None:
-    """Once a suspension is settled, no rank begins a step before every rank knows a higher number.
+    """Once a pause is settled, no rank begins a step before every rank knows a higher number.
 
-    `settled`: the suspension's number. `ranks`: by party, whether it runs, and the highest number that it knows.
+    `settled`: the pause's number. `ranks`: by party, whether it runs, and the highest number that it knows.
     """
     runs = sorted(party for party, (running, _) in ranks.items() if running)
     unaware = sorted(party for party, (_, number) in ranks.items() if number <= settled)

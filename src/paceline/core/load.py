@@ -9,12 +9,12 @@ above it are not. A report may therefore come late, twice or out of turn, and th
 
     what the rank has, as of its report  +  what this front-end has sent it since
 
-`Accounting` is that sum's second half. The coordinator keeps the same ledgers from the front-ends' notices
+`Accounting` is that sum's second half. The coordinator keeps the same accountings from the front-ends' notices
 of their sends, so that a view also tells each front-end what the others have on the wire.
 
 Numbers that only grow, by one at a time: which of those that somebody names can be.
 
-Waves, suspensions and generations are counted, and whoever hears of a higher one takes it up: so one absurd number
+Waves, pauses and epochs are counted, and whoever hears of a higher one takes it up: so one absurd number
 would be everybody's for ever, and the next one after the largest could not be said to anybody. Nobody counts that far,
 so what is far beyond all that is known is nobody's number: whoever keeps such a counter asks here, and leaves it out.
 """

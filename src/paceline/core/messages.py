@@ -514,7 +514,7 @@ class LoadView(Message, frozen=True, tag="load-view"):
 
     `number` grows by one with each view of one coordinator. `heard`: per front-end, the `told` of its last
     SendNotice: the view knows that front-end's sends up to there, at every rank alike. `shares`: of each front-end that
-    is brokered, null where this coordinator has no queue. `queued`: requests that wait in it. `queues`: as in Grants.
+    is bound late, null where this coordinator has no queue. `queued`: requests that wait in it. `queues`: as in Grants.
     """
 
     coordinator: Identity

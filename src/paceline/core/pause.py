@@ -1,6 +1,6 @@
-"""What one party knows of the deployment's suspension: its number, its mode, whether it is over.
+"""What one party knows of the deployment's pause: its number, its mode, whether it is over.
 
-One counter for the whole deployment says it all. An odd number is a suspension, the even number after it the
+One counter for the whole deployment says it all. An odd number is a pause, the even number after it the
 resumption; the higher number is the newer word, whoever brings it, so that messages may come late, twice or
 crosswise. An even number is in force once it is `released`: every rank has said that it knows it.
 """
@@ -15,19 +15,19 @@ MODES: tuple[SuspendMode, ...] = ("keep", "wait", "abort")
 
 
 class PauseState:
-    """The suspension as one party knows it."""
+    """The pause as one party knows it."""
 
     def __init__(self) -> None:
         self.number = 0
         self.mode: SuspendMode = "keep"
         self.released = True
         self.draining = False
-        """Whether what is begun may be finished, as `wait` says. Not where there was a suspension in force already:
+        """Whether what is begun may be finished, as `wait` says. Not where there was a pause in force already:
         to finish would mean to go on."""
 
     @property
     def paused(self) -> bool:
-        """Whether the newest word is to suspend."""
+        """Whether the newest word is to pause."""
         return self.number % 2 == 1
 
     @property

@@ -23,7 +23,7 @@ RULES: dict[str, str] = {
 """Name to the rule."""
 
 OF_GENERATIONS = frozenset({"behind-at-rest-told"})
-"""Rules that only ranks which form generations need."""
+"""Rules that only ranks which form epochs need."""
 OF_SCALING = frozenset({"leaver-drained", "scaling-repeated"})
 """Rules that are about more ranks, and fewer."""
 
@@ -32,7 +32,7 @@ BINDING_RULES: dict[str, str] = {
     "grants-count": "What was granted counts against the rank's room until the rank's own figures hold it.",
     "unsent-asked-again": "A front-end asks again for all that it holds, where a coordinator is new or has missed it.",
 }
-"""Likewise, of brokered binding (`broker.py`): the walk of `paceline check --binding` finds what breaks."""
+"""Of late binding (`queue.py`): the walk of `paceline check --binding` finds what breaks."""
 
 
 def checked(without: Set[str]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What a lockstep engine needs of the other ranks: collectives among the members of one generation.
+"""What a lockstep engine needs of the other ranks: collectives among the members of one epoch.
 
 The engine is handed a `RankGroup`; `net/collective.py` makes one of sockets.
 """
@@ -41,7 +41,7 @@ def reduced(rows: Sequence[Sequence[int]], reduction: Reduction | Sequence[Reduc
 
 
 class EpochEnded(PacelineError):
-    """A member has left or died, or this one was told to leave: no collective of this generation completes."""
+    """A member has left or died, or this one was told to leave: no collective of this epoch completes."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Waiting:
     """A member is blocked in a collective."""
 
     collective: int
-    """Which of its generation, from 1; the same at all members."""
+    """Which of its epoch, from 1; the same at all members."""
     kind: str
     """`barrier`, `all_reduce` or `all_to_all`."""
     ranks: tuple[int, ...]
@@ -57,7 +57,7 @@ class Waiting:
 
     What each can know differs. In an all-to-all every member hears from every other and names who is late. A group
     that reduces through one member (`SocketGroup`: the first) lets only that one know: it names who is late, all
-    others name it. So one answer may name a member that itself waits for another; `protocol/coordination/stalls.py`
+    others name it. So one answer may name a member that itself waits for another; `protocol/coordination/epoch.py`
     combines them.
     """
     seconds: float
@@ -65,7 +65,7 @@ class Waiting:
 
 
 class RankGroup(ABC):
-    """The members of one generation. All members call the same collectives in the same order.
+    """The members of one epoch. All members call the same collectives in the same order.
 
     The collectives block until all members have called them, and raise GenerationEnded within a second of a member's
     end. `leave` and `waiting` may be called by any thread at any time, `leave` also twice.
@@ -96,7 +96,7 @@ class RankGroup(ABC):
 
     @abstractmethod
     def leave(self) -> None:
-        """End this generation for this member and so for all; blocked calls raise."""
+        """End this epoch for this member and so for all; blocked calls raise."""
 
     def urge(self) -> None:
         """Let all members know, with the next all-to-all, that this one wants them to agree. Any thread may call it."""

@@ -1,7 +1,7 @@
 """The `llama` engine: real models by llama.cpp, with continuous batching and chunked prefill.
 
 One step is one `llama_decode` of one batch: a token of every request that is writing, and pieces of
-prompts (`schedule.py` says which). Logits are asked for where a token is to be chosen and nowhere
+prompts (`scheduler.py` says which). Logits are asked for where a token is to be chosen and nowhere
 else. `decode` and the samplers release the GIL, so the rank's other threads go on.
 
 A batch is filled in the order of slots. With one KV stream a slot, llama.cpp computes together what has
@@ -109,7 +109,7 @@ OPTIONS = ("repack",)
 
 
 class LlamaEngine(Engine):
-    """llama.cpp behind the engine interface. `create` makes one."""
+    """Llama.cpp behind the engine interface. `create` makes one."""
 
     resumes = True
 
@@ -219,7 +219,7 @@ class LlamaEngine(Engine):
         return rows
 
     def _make_room(self, chunks: Chunks) -> None:
-        """llama.cpp found no room for a batch, against all reckoning: let one wait, or end the only one."""
+        """Llama.cpp found no room for a batch, against all reckoning: let one wait, or end the only one."""
         last = max((sequence for sequence, _ in chunks), key=lambda sequence: sequence.order)
         if len(chunks) == 1:
             error = f"llama.cpp has no KV memory for this request's {len(last.tokens)} tokens"

@@ -30,7 +30,7 @@ of cells. We use streams wherever they fit, for two reasons.
 matrix product, so the least difference, in the last bit of one sum, grows within a few layers to a few
 tenths in the logits: enough to turn a near tie and with it the rest of the text. Text that does not
 depend on the batch therefore needs products that agree in every bit, and three things spoil that. We set
-them so that they do not (`llama_context.py`): repacked weights compute four rows differently from one;
+them so that they do not (`llama.py`): repacked weights compute four rows differently from one;
 flash attention has one kernel for one row, one for 64 rows or more and one for a long cache; and
 attention sums in the order of the cells. In a stream that order is the order of the text. In a shared
 pool it depends on who left which cell free.
@@ -39,7 +39,7 @@ pool it depends on who left which cell free.
 
 The price is that a stream has the length of the longest request allowed. So the default for that is
 moderate, and where `kv_cache_tokens` is too little for a stream a slot, all share one pool of that size.
-There a request starts when the pool has room for its prompt and its whole answer (`schedule.py`).
+There a request starts when the pool has room for its prompt and its whole answer (`scheduler.py`).
 
 A model's vocabulary: text to tokens, and tokens to bytes.
 
@@ -192,7 +192,7 @@ def plan_memory(settings: EngineSettings, header: GGUFHeader) -> MemoryPlan:
 
 
 BYTE_PAIR = 2
-"""llama.cpp's number for BPE vocabularies."""
+"""Llama.cpp's number for BPE vocabularies."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 REPLACEMENT = "\ufffd"
 

@@ -1,10 +1,10 @@
 """The `moe` engine: a small mixture-of-experts transformer in NumPy, its experts sharded over the ranks.
 
-The reference for engines in lockstep. Every layer of every step has two all-to-alls (`moe_experts.py`), so that a
+The reference for engines in lockstep. Every layer of every step has two all-to-alls (`moe_model.py`), so that a
 rank that is missing stops all others, as with a large model on GPUs. Its weights come from a seed, or from a file
-(`moe_weights.py`); it has learned nothing, and answers with letters that look like noise. But what it says depends on
+(`moe_model.py`); it has learned nothing, and answers with letters that look like noise. But what it says depends on
 the weights and the request alone: not on the number of ranks, on who else is in the batch, or on how the prompt was
-cut into chunks (`moe_arithmetic.py` says how that is reached). Whoever gets another answer has found a mistake.
+cut into chunks (`moe_model.py` says how that is reached). Whoever gets another answer has found a mistake.
 
 A step makes its plan, computes, and only then writes down what came of it: `EpochEnded` out of a collective
 leaves the engine as it was, and the step is made anew in the next group.

@@ -94,7 +94,7 @@ class FrontendShell:
         await self._changed.wait()
 
     async def control(self, action: ControlAction, timeout_s: float) -> events.Controlled:
-        """Suspend the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
+        """Pause the deployment in a mode, or resume it; returns when all ranks have, or somebody asked for the
         contrary. Raises asyncio.TimeoutError after `timeout_s`; what was asked for stays asked for.
         """
         done = await self._call(lambda call: events.Control(call, action), timeout_s)

@@ -1,6 +1,6 @@
 """Control of the whole deployment over HTTP, with vLLM's paths, fields and modes.
 
-`POST /pause`, `POST /resume`, `GET /is_paused`: suspend all ranks and let them go on. `POST /scale_elastic_ep`, `GET`
+`POST /pause`, `POST /resume`, `GET /is_paused`: pause all ranks and let them go on. `POST /scale_elastic_ep`, `GET`
 and `POST /is_scaling_elastic_ep`: have more ranks or fewer.
 """
 
@@ -113,11 +113,11 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
     ]
 
 
-# Suspending ---------------------------------------------------------------------------------------
+# Pausing ---------------------------------------------------------------------------------------
 
 
 def describe(state: SuspensionState) -> dict[str, object]:
-    """The suspension, for a client."""
+    """The pause, for a client."""
     suspended = state.number % 2 == 1
     words = ("pausing", "paused") if suspended else ("resuming", "resumed")
     return {

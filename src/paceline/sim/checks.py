@@ -1,7 +1,7 @@
 """What must hold at every event of a simulated run, looked at where the event was.
 
-The figures that are held against the machines are counted here from what went over the links: a machine's own ledgers
-are never asked.
+The figures that are held against the machines are counted here from what went over the links: a machine's own
+accountings are never asked.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Checks(Watch):
             return
         known = {rank.name: rank.machine.pause.number for rank in self._ready()}
         unaware = [name for name, number in known.items() if number <= self._settled]
-        # Where all that knew have died, the suspension has died with them.
+        # Where all that knew have died, the pause has died with them.
         if unaware and max(known.values()) >= self._settled:
             text = f"{rank.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
             raise Violation(text, rank.name, *unaware, COORDINATOR)
@@ -185,7 +185,7 @@ class Checks(Watch):
                 raise Violation(text, frontend.name, COORDINATOR)
 
     def _suspension(self, state: SuspensionState) -> None:
-        """What the coordinator calls settled is: every rank knows it, and where it is a suspension, holds."""
+        """What the coordinator calls settled is: every rank knows it, and where it is a pause, holds."""
         if not state.settled or state.number % 2 == 0 or state.number <= self._settled:
             return
         self._settled = state.number

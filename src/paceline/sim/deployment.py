@@ -144,7 +144,7 @@ class Deployment:
         return not under_way and not asked and {scaling.size for scaling in changes} <= {self.size()}
 
     def controlled(self) -> bool:
-        """Whether no operator waits for a suspension or its end."""
+        """Whether no operator waits for a pause or its end."""
         return not any(frontend.waiting(frontend_events.Control) for frontend in self.frontends.values())
 
     def finished(self) -> bool:

@@ -72,7 +72,7 @@ class Fault(Struct, frozen=True):
 
 
 class Call(Struct, frozen=True):
-    """An operator's call: when (seconds), at which front-end, what: a suspension or its end, or how many ranks."""
+    """An operator's call: when (seconds), at which front-end, what: a pause or its end, or how many ranks."""
 
     at: float
     frontend: int
@@ -120,7 +120,7 @@ def draw_scales(stream: Random, per_second: float, period: Period) -> list[Call]
 
 
 def draw_calls(stream: Random, suspensions: int, period: Period) -> list[Call]:
-    """So many suspensions, each with a resume: some asked for twice at once, some crossing others."""
+    """So many pauses, each with a resume: some asked for twice at once, some crossing others."""
     calls: list[Call] = []
     for _ in range(suspensions):
         at, action = period.begin_s + stream.random() * period.duration_s, stream.choice(MODES)
@@ -140,14 +140,14 @@ def draw_faults(stream: Random, crashes: int, troubles: int, period: Period, ran
 
 
 def draw_steady(stream: Random, per_second: float, period: Period, lockstep: bool) -> tuple[list[Fault], list[Call]]:
-    """So many a second all the time, each at any moment: of every kind alike, a suspension with its resume included."""
+    """So many a second all the time, each at any moment: of every kind alike, a pause with its resume included."""
     kinds = [*CRASHES, *(kind for kind in TROUBLES if lockstep or kind != "lost-wake")]
     faults: list[Fault] = []
     calls: list[Call] = []
     at, end = period.begin_s + stream.expovariate(per_second), period.begin_s + period.duration_s
     while at < end:
         moment = replace(period, begin_s=at, duration_s=0.0)
-        # One more than there are kinds: a suspension.
+        # One more than there are kinds: a pause.
         chosen = stream.randrange(len(kinds) + 1)
         if chosen == len(kinds):
             calls += draw_calls(stream, 1, moment)

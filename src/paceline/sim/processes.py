@@ -142,7 +142,7 @@ class StepPart(Struct, frozen=True):
 
 
 class RankProcess:
-    """A rank: its machine and engine, turned as `runtime/rank_process.py` turns them.
+    """A rank: its machine and engine, turned as `runtime/rank.py` turns them.
 
     `groups`: where it forms epochs. `group`: the one it is in; for engines with collectives of their own, for
     ever; None where it runs alone. `to_coordinator`, `broadcasts`: its links there and from there. `back`: the link to
@@ -387,7 +387,7 @@ class FrontendProcess:
             self.feed(frontend_events.Abandon(waiting))
 
     def control(self, action: ControlAction) -> int:
-        """An operator asks to suspend in this mode, or to resume. Returns the call."""
+        """An operator asks to pause in this mode, or to resume. Returns the call."""
         return self._call(frontend_events.Control(self.answers.number(), action))
 
     def scale(self, size: int) -> int:

@@ -193,7 +193,7 @@ class Run:
         check_quiescence(deployment)
 
     def _resume(self) -> None:
-        """Whatever operators have left suspended goes on."""
+        """Whatever operators have left paused goes on."""
         deployment = self.deployment
         wanted = "that every call to suspend or resume is answered"
         deployment.world.run_until(deployment.controlled, FINISH_LIMIT_S, wanted)

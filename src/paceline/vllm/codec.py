@@ -175,7 +175,7 @@ class VllmDialect(Struct, frozen=True):
     breaks (`once`) or, since about 0.17, ignores it (`each`).
     `proof_step`: a rank that reports this step of a wave, or a later one, has come through an all-reduce with all
     others, so all run. Ranks agree every `dp_sync_interval` steps, since 0.30 after the first step as well.
-    `wake_is_safe`: a rank that is suspended, or sleeps, ignores a wake (since about 0.22).
+    `wake_is_safe`: a rank that is paused, or sleeps, ignores a wake (since about 0.22).
     `says_started`: rank 0 says `start_wave` when its loop has come through the first all-reduce (since 0.30), so
     silence after a wake means something.
     """

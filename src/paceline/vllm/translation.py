@@ -12,7 +12,7 @@ the new size, which is told again what every rank said last: state is soft.
 be read from what it does say:
 
 - A report that counts requests, or a step after the first, is from a rank that runs in the report's wave. (One of a
-  suspended rank with requests is not; then nobody can be woken, a wake is ignored, and all start together on resume.)
+  paused rank with requests is not; then nobody can be woken, a wake is ignored, and all start together on resume.)
 - A report of no requests at step 0 may be from before, within or after a wave: what was known stays known.
 - `start_wave` says that its rank runs. `wave_complete` comes from rank 0, after an all-reduce in which all ranks agreed
   to pause at this step, so it is said for all of them; but for a rank that has meanwhile begun the next wave.

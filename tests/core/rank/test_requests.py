@@ -1,15 +1,16 @@
-"""The requests of a rank: taken in, held, ended, and whose they are."""
+"""The requests of a rank: taken in, held, ended, whose they are; what waits for a front-end that does not read."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from hypothesis import given, strategies as st
 
 from paceline.core.load import Load
 from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontend
-from paceline.core.rank.requests import FRONTENDS_KEPT, RankRequests
-from paceline.core.requests import AddRequest, SamplingParams
+from paceline.core.rank.requests import FRONTENDS_KEPT, PART_TOKENS, Backlog, RankRequests
+from paceline.core.requests import AddRequest, Output, Outputs, PositionLogprobs, SamplingParams, TokenLogprob
 from tests.core.harness import find, one
 
 LIFE, FIRST, SECOND = 33, 100, 200
@@ -71,11 +72,11 @@ def test_what_is_held_is_given_in_its_order_and_once() -> None:
     arrivals = [(FIRST, 2), (SECOND, 1), (FIRST, 1)]
     for frontend, number in arrivals:
         found.hold(frontend, request(number))
-    assert (len(found), found.held) == (0, 3)
+    assert (len(found), found.kept_back) == (0, 3)
     taken = find(found.take_kept_back(), Take)
     assert [effect.request.request for effect in taken] == [number for _, number in arrivals]
     assert [effect.key for effect in taken] == sorted(effect.key for effect in taken)
-    assert (len(found), found.held, found.take_kept_back()) == (3, 0, [])
+    assert (len(found), found.kept_back, found.take_kept_back()) == (3, 0, [])
 
 
 def test_what_is_held_counts_as_waiting() -> None:
@@ -98,7 +99,7 @@ def test_what_nobody_waits_for_is_dropped_held_or_taken_and_counts_as_finished()
     found.hold(FIRST, request(2))
     effects = found.drop(FIRST, [1, 2, 99])
     assert effects == [Drop(key)]
-    assert (len(found), found.held, found.finished) == (0, 0, 2)
+    assert (len(found), found.kept_back, found.finished) == (0, 0, 2)
     assert found.drop(FIRST, [1, 2]) == []
     assert found.finished == 2
 
@@ -110,7 +111,7 @@ def test_a_frontend_that_is_gone_takes_its_own_with_it() -> None:
         found.take(frontend, request(1))
         found.hold(frontend, request(2))
     assert len(find(found.drop_frontend(FIRST), Drop)) == 1
-    assert (len(found), found.held, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
+    assert (len(found), found.kept_back, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
 
 
 def test_frontends_that_are_gone_are_not_counted_for_ever() -> None:
@@ -130,7 +131,7 @@ def test_abort_all_ends_held_and_taken_and_tells_whose_they_were() -> None:
     assert one(find(effects, Drop)).key == key
     assert ended(effects) == [(FIRST, 1, "abort"), (SECOND, 1, "abort")]
     assert effects.index(Drop(key)) == 0, "the engine forgets it before anybody is told"
-    assert (len(found), found.held, found.finished) == (0, 0, 2)
+    assert (len(found), found.kept_back, found.finished) == (0, 0, 2)
     assert found.abort_all() == []
 
 
@@ -189,5 +190,73 @@ def test_every_request_is_held_or_taken_or_finished_once(steps: list[tuple[str, 
         for effect in find(effects, Drop):
             engine.remove(effect.key)
         assert len(found) == len(engine)
-        assert len(found) + found.held + found.finished == count
-        assert found.load(Load()).waiting == found.held
+        assert len(found) + found.kept_back + found.finished == count
+        assert found.load(Load()).waiting == found.kept_back
+
+
+# What waits for a front-end that does not read ------------------------------------------------------
+
+
+RANK, LIFE_UNREAD = 3, 77
+
+
+def taken_out(backlog: Backlog) -> list[Output]:
+    found: list[Output] = []
+    while len(backlog):
+        message = backlog.first()
+        assert (message.rank, message.incarnation) == (RANK, LIFE_UNREAD)
+        found += message.outputs
+        backlog.sent()
+    return found
+
+
+def test_a_request_gets_all_of_its_answer_in_order() -> None:
+    chance, backlog = random.Random(4), Backlog(RANK, LIFE_UNREAD)
+    made: dict[int, list[int]] = {}
+    got: dict[int, list[int]] = {}
+    texts: dict[int, str] = {}
+    for step in range(5000):
+        whose = chance.sample(range(9), 3)
+        for request in whose:
+            made.setdefault(request, []).append(step)
+        backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(request, [step], f" {step}") for request in whose]))
+        # It reads a little in between.
+        if chance.random() < 0.01:
+            for output in backlog.first().outputs:
+                got.setdefault(output.request, []).extend(output.token_ids)
+                texts[output.request] = texts.get(output.request, "") + output.text
+            backlog.sent()
+    for output in taken_out(backlog):
+        got.setdefault(output.request, []).extend(output.token_ids)
+        texts[output.request] = texts.get(output.request, "") + output.text
+    assert got == made
+    assert texts == {request: "".join(f" {step}" for step in steps) for request, steps in made.items()}
+
+
+def test_there_are_few_messages_however_many_came() -> None:
+    backlog = Backlog(RANK, LIFE_UNREAD)
+    for step in range(10 * PART_TOKENS):
+        backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(request, [step], "x") for request in range(4)]))
+    assert len(backlog) == 40
+    assert all(len(output.token_ids) <= PART_TOKENS for output in taken_out(backlog))
+
+
+def test_how_it_ended_and_what_it_might_have_been_is_kept() -> None:
+    def position(token: int) -> PositionLogprobs:
+        return PositionLogprobs(TokenLogprob(token, b"x", -1.0), [])
+
+    backlog = Backlog(RANK, LIFE_UNREAD)
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(1, [5], "a", logprobs=[position(5)])]))
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(1, [6], "b")]))
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(1, [7], "c", "stop", "c", [position(7)])]))
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(2, [], "", "error", error="why")]))
+    one, two = taken_out(backlog)
+    assert one == Output(1, [5, 6, 7], "abc", "stop", "c", [position(5), position(7)])
+    assert two == Output(2, [], "", "error", error="why")
+    assert len(backlog) == 0
+
+
+def test_an_empty_message_leaves_nothing() -> None:
+    backlog = Backlog(RANK, LIFE_UNREAD)
+    backlog.add(Outputs(RANK, LIFE_UNREAD, []))
+    assert len(backlog) == 0

@@ -60,10 +60,11 @@ def test_a_prompt_that_fits_under_no_rank_goes_to_the_least_loaded() -> None:
     assert Lockstep().choose(ranks((2, 500), (1, 600), (3, 100), (4, 0)), Query(9_000)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("a_second", "long_share", "sooner"),
-    [(1e6, 0.1, 1.01), (1e6, 0.5, 0.99), (1e6, 0.0, 1.01), (110.0, 0.1, 1.01), (90.0, 0.1, 1.01)],
-    ids=["backlog", "backlog-long", "backlog-short", "busy", "easy"],
+    [(1e6, 0.5, 0.99), (1e6, 0.0, 1.01), (110.0, 0.1, 1.01)],
+    ids=["backlog-long", "backlog-short", "busy"],
 )
 def test_it_serves_lockstep_ranks_no_worse_than_least_load(a_second: float, long_share: float, sooner: float) -> None:
     """The whole is done within `sooner` of least-load's time, and first tokens come within 3% of its median."""

@@ -152,7 +152,7 @@ def burst_with_views(seed: int, frontends: int, front: str = "random") -> Burst:
 @pytest.mark.parametrize("front", ["random", "turns"])
 @pytest.mark.parametrize("frontends", [1, 2, 4])
 def test_a_burst_with_views_in_its_midst_is_level(frontends: int, front: str) -> None:
-    for seed in range(100):
+    for seed in range(examples(100)):
         burst = burst_with_views(seed, frontends, front)
         assert level(burst), f"seed {seed}: {sorted(burst.loads.items())}"
 

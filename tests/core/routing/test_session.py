@@ -11,8 +11,9 @@ from paceline.core.routing import LeastLoad, Session
 from paceline.core.routing.candidates import Candidate, Candidates
 from paceline.core.routing.policy import GUARD_TOKENS, Query
 from paceline.core.routing.session import POINTS, points_of, probes_of
+from tests.pace import examples
 
-KEYS = [f"user-{number}" for number in range(10_000)]
+KEYS = [f"user-{number}" for number in range(examples(10_000))]
 
 
 def idle(*ranks: int) -> Candidates:
@@ -40,7 +41,7 @@ def most(share: float) -> float:
     return len(KEYS) * share + 5 * math.sqrt(len(KEYS) * share * (1 - share))
 
 
-@pytest.mark.parametrize("size", [4, 16, 64])
+@pytest.mark.parametrize("size", [4, 64])
 def test_one_in_n_of_the_sessions_moves_with_a_rank(size: int) -> None:
     policy, candidates = Session(), idle(*range(size))
     before = homes(policy, candidates)
@@ -59,7 +60,7 @@ def test_one_in_n_of_the_sessions_moves_with_a_rank(size: int) -> None:
     assert homes(policy, candidates) == before
 
 
-@pytest.mark.parametrize("joining", [64, 65, 100, 900])
+@pytest.mark.parametrize("joining", [64, 900])
 def test_a_rank_that_joins_takes_its_share_and_nothing_else_moves(joining: int) -> None:
     policy, candidates = Session(), idle(*range(64))
     before = homes(policy, candidates)
@@ -73,7 +74,7 @@ def test_a_rank_that_joins_takes_its_share_and_nothing_else_moves(joining: int) 
 
 def test_the_mean_share_that_moves_is_one_in_n() -> None:
     # Each rank's leaving moves its own sessions and nobody else's, so the shares of all make one whole.
-    size, policy = 16, Session()
+    size, policy = 8, Session()
     candidates = idle(*range(size))
     before, moved = homes(policy, candidates), 0
     for rank in range(size):

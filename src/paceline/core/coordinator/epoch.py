@@ -1,20 +1,20 @@
-"""The coordinator's part in generations: which lockstep ranks run their collectives together.
+"""The coordinator's part in epochs: which lockstep ranks run their collectives together.
 
 Collectives block until every member takes part, so who is a member must be the same for all, and a member's death
 ends the group for all. When every rank of the deployment has said where it is reached, the coordinator gives that
 set of lives a number and tells all to form it, again and again until each has said that it has.
 
-A new life of a rank, a member that fell out, or a forming that takes too long makes the next generation, with a
+A new life of a rank, a member that fell out, or a forming that takes too long makes the next epoch, with a
 number that no rank has been told before. Whoever fell out knows only that somebody has died, and the dead say
-nothing: so the next generation is formed once every rank has spoken again. Those that live are asked, and answer
+nothing: so the next epoch is formed once every rank has spoken again. Those that live are asked, and answer
 in mid-step too.
 
 Who does not answer is left out: at once where its connection has ended, else after a longer patience, since it may be
-slow; before the first generation nobody is, since all are still loading. The survivors go on without it. When it
-speaks, the same life or the next, it makes the next generation, with all. That breaks off the step that the others are
+slow; before the first epoch nobody is, since all are still loading. The survivors go on without it. When it
+speaks, the same life or the next, it makes the next epoch, with all. That breaks off the step that the others are
 in, which they make anew: sooner than the end of a wave or an agreed step, and it costs one step.
 
-A new coordinator that hears all ranks name the same generation has nothing to do.
+A new coordinator that hears all ranks name the same epoch has nothing to do.
 
 Which rank holds the others up, out of what each rank says of whom it waits for.
 
@@ -38,11 +38,11 @@ LOST_S = 0.1
 SILENT_S = 2.0
 """How long the others wait for a rank that says nothing. A rank in a step answers all the same."""
 FORM_TIMEOUT_S = 2.0
-"""After this a generation that is not formed is given up: a member may have died, or be in a long step."""
+"""After this an epoch that is not formed is given up: a member may have died, or be in a long step."""
 
 
 class Position(Struct, frozen=True):
-    """A rank's life, where its peers reach it, the generation that it is a member of (0: none), and the highest
+    """A rank's life, where its peers reach it, the epoch that it is a member of (0: none), and the highest
     that it was told.
     """
 
@@ -58,19 +58,19 @@ class Position(Struct, frozen=True):
 
 
 class Epochs:
-    """The current generation of a deployment of `size` ranks, and what is still to be formed."""
+    """The current epoch of a deployment of `size` ranks, and what is still to be formed."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._ranks: dict[int, Position] = {}
         self.number = 0
-        """The generation that is, or is to be, formed; 0 before the first."""
+        """The epoch that is, or is to be, formed; 0 before the first."""
         self.asks = False
         """Set where all ranks must be asked who they are; whoever asks clears it."""
         self.absent: set[int] = set()
         """Ranks that the others go on without, until they speak."""
         self._members: dict[int, int] = {}
-        # Who has spoken since it was known that the generation has ended; None while it stands, or is being formed.
+        # Who has spoken since it was known that the epoch has ended; None while it stands, or is being formed.
         self._spoken: set[int] | None = set()
         self._lost: set[int] = set()
         # When whoever is lost, and whoever is silent, is left out; None where nobody is waited for.
@@ -119,7 +119,7 @@ class Epochs:
                 self._silent_at = now
 
     def members(self) -> dict[int, int]:
-        """By rank, the lives that the generation is, or is to be, formed of; empty while there is none."""
+        """By rank, the lives that the epoch is, or is to be, formed of; empty while there is none."""
         return self._members if self._spoken is None else {}
 
     def heard(self, rank: int, position: Position, now: float) -> None:
@@ -145,14 +145,14 @@ class Epochs:
             self._next_if_all_spoke(now)
 
     def forget(self, rank: int, now: float) -> None:
-        """The rank's connection has ended, or its life; the next hello of any life of it makes a new generation."""
+        """The rank's connection has ended, or its life; the next hello of any life of it makes a new epoch."""
         if self._ranks.pop(rank, None) is not None:
             self._lost.add(rank)
             self._end(now)
             self._lost_at = now + LOST_S
 
     def resize(self, size: int, now: float) -> None:
-        """The deployment has so many ranks. Those that leave are in the next generation no more; new ones are heard."""
+        """The deployment has so many ranks. Those that leave are in the next epoch no more; new ones are heard."""
         self._size = size
         gone = [rank for rank in self._ranks if rank >= size]
         for rank in gone:
@@ -166,11 +166,11 @@ class Epochs:
             self._next(now)
 
     def silent(self) -> list[int]:
-        """Ranks that have not spoken since the generation ended: they are to be asked, again and again."""
+        """Ranks that have not spoken since the epoch ended: they are to be asked, again and again."""
         return [] if self._spoken is None else [rank for rank in self._ranks if rank not in self._spoken]
 
     def form(self, now: float) -> tuple[int, list[GroupMember]] | None:
-        """The generation and its members, if they are to be told now; the next repeat is set."""
+        """The epoch and its members, if they are to be told now; the next repeat is set."""
         if self._lost_at is not None and now >= self._lost_at:
             self._lost_at = None
             self._leave_out(self._lost, now)
@@ -186,7 +186,7 @@ class Epochs:
         return self.number, [GroupMember(r, p.incarnation, p.address) for r, p in sorted(self._ranks.items())]
 
     def _leave_out(self, ranks: Set[int], now: float) -> None:
-        """Go on without these, if there has been a generation and others are left."""
+        """Go on without these, if there has been an epoch and others are left."""
         told = max((position.told for position in self._ranks.values()), default=0)
         if self._spoken is None or not max(self.number, told):
             return
@@ -201,7 +201,7 @@ class Epochs:
             self._next(now)
 
     def _complete(self) -> bool:
-        """Whether all ranks, but for those left out, are members of one generation: the one that was to be formed, or
+        """Whether all ranks, but for those left out, are members of one epoch: the one that was to be formed, or
         one from before."""
         named = {position.epoch for position in self._ranks.values()}
         all_there = len(self._ranks) == self._size - len(self.absent)

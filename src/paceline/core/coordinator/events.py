@@ -65,7 +65,7 @@ class NodeGone(Struct, frozen=True):
 
 
 class FrontendSubscribed(Struct, frozen=True):
-    """Likewise a front-end's."""
+    """a front-end's."""
 
 
 class FrontendGone(Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The coordinator's board of loads, and when to publish it.
+"""The coordinator's load table, and when to publish it.
 
 Publishing has a deadline that no input delays: the first change after a quiet time goes out at once,
 later ones one interval after the last view, and without any change a view goes out every few seconds.
@@ -8,7 +8,7 @@ before its time on it goes out as soon as all are at one step, and else at its t
 or after a quiet time, the view waits a few milliseconds at most. A rank reports what has changed, so one that was
 waited for in vain, or was behind in an urgent view, is not waited for again until it reports.
 
-What is on the wire to one life of a rank: a ledger for each front-end, and the sum of all, kept beside them.
+What is on the wire to one life of a rank: a accounting for each front-end, and the sum of all, kept beside them.
 
 The sum is asked for with every report while somebody waits; with many front-ends, most of whom have nothing under way,
 adding up would cost more than all the rest.

@@ -170,7 +170,7 @@ class Coordinator:
         return self._membership.is_retired(rank, incarnation)
 
     def acknowledged(self, rank: int) -> tuple[int, bool] | None:
-        """The number of the suspension that a rank last said it knows, and whether it holds."""
+        """The number of the pause that a rank last said it knows, and whether it holds."""
         return self._pause.acknowledged(rank)
 
     # --------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Coordinator:
         }
 
     def _forget_rank(self, rank: int, now: float) -> None:
-        """What the rank last said of loads, waves, groups and suspensions does not hold any more."""
+        """What the rank last said of loads, waves, groups and pauses does not hold any more."""
         self._load_table.forget_rank(rank)
         self._group.forget(rank, now)
         self._epochs.forget(rank, now)
@@ -229,7 +229,7 @@ class Coordinator:
         return [*self._membership.missing(), *self._epochs.silent(), *self._late()]
 
     def _late(self) -> list[int]:
-        """Ranks that were told, with their generation, a wave that the others have finished meanwhile."""
+        """Ranks that were told, with their epoch, a wave that the others have finished meanwhile."""
         return self._group.late() if self._epochs.number else []
 
     def handle(self, event: Event, now: float) -> list[Effect]:
@@ -351,7 +351,7 @@ class Coordinator:
                 self._pause_changed(now)
                 self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
-                # While the deployment is suspended nobody is woken for new work: each rank holds its own.
+                # While the deployment is paused nobody is woken for new work: each rank holds its own.
                 if self.lockstep and self._pause.pause.over and self._roll_call.acquainted(now):
                     self._group.noticed(rank, wave, now)
             case ScaleRequest() if self._roll_call.acquainted(now):

@@ -20,7 +20,7 @@ milliseconds: those subscriptions share one question. A question can be lost to 
 yet, and a paused rank says nothing by itself, so while ranks are missing it is asked again. A message from a life
 that is not known is a reason to ask too: only an answer introduces it.
 
-Until a coordinator that has taken another's place has heard the ranks, it does not know whether they are suspended.
+Until a coordinator that has taken another's place has heard the ranks, it does not know whether they are paused.
 So it admits nobody, wakes nobody for a front-end and answers no call, before it is acquainted: with all ranks where
 they run in lockstep, and otherwise with those that answer within a second, since one of them may be dead.
 """

@@ -1,4 +1,4 @@
-"""What the coordinator tells all front-ends, and when: who is there, every rank's load, the wave, the suspension."""
+"""What the coordinator tells all front-ends, and when: who is there, every rank's load, the wave, the pause."""
 
 from __future__ import annotations
 

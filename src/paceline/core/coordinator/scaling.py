@@ -6,12 +6,12 @@ said so to somebody that has not spoken yet. When that is heard, it ends as it d
 
 Up: the new ranks are given numbers behind the others and nodes to run on, the one with the fewest first. They load
 beside the traffic, and nobody counts on them: while the number is odd, `size` is what it was. When the last of them
-has said that it has loaded, they become part of the deployment all at once, in lockstep in one new generation. Where
+has said that it has loaded, they become part of the deployment all at once, in lockstep in one new epoch. Where
 one of them ends, or they take longer than they may, all of them go, and `size` never was another.
 
 Down: the highest ranks leave. Front-ends send them nothing more, and say that they know; when they have, and the
 ranks have nothing left, the ranks go. After the drain time they go in any case, and front-ends let what they still
-had go on at others, as when a rank dies. In lockstep the others form a generation without them.
+had go on at others, as when a rank dies. In lockstep the others form an epoch without them.
 
 A rank that a scale-down takes away, and a later scale-up brings back, is another life like any other.
 """

@@ -1,7 +1,7 @@
 """How much each rank can still start at once, and the ranks in order of it.
 
 What a rank has is counted as the exact accounting counts it: its report, and what front-ends have told of that the
-report does not hold. On top of that comes what was promised and is not yet told of: grants, and front-ends' shares.
+report does not hold. On top of that comes what was promised and is not yet told of: grants, and front-ends' credits.
 Nothing is copied: the report and the sum of the sends are read where they are kept (`UnackedSends.total`), so that what
 the promises become when their sends are told of is there at once, and a report of a full rank costs one comparison.
 """
@@ -19,8 +19,9 @@ ANY = 1 << 40
 """More than there ever is: no limit is known."""
 
 BUDGETS_AHEAD = 1.5
-"""A rank with fewer prompt tokens ahead than so many full steps compute has room for another prompt: one step's, and
-what keeps the next from being short before the report of this one has come back as a grant. More only binds early."""
+"""A rank with fewer prompt tokens ahead than so many full steps compute has capacity for another prompt: one step's,
+and what keeps the next from being short before the report of this one has come back as a grant. More only binds
+early."""
 
 RUNNING_TOKENS = 32
 """What one request weighs besides its prompt, in prompt tokens, where ranks are compared by what is ahead of a new one.
@@ -30,7 +31,7 @@ an answer of 300 tokens by what some tens of prompt tokens take. Where prompts a
 KV_SHARE = 0.98
 """Of the KV memory, what is given away; the rest is for answers whose length nobody knows. An engine that reserves the
 whole answer when a request begins (it says so: `kv_reserved` is more than `kv_used`) needs no such rest: in a memory
-for four answers of the whole context it would leave room for three."""
+for four answers of the whole context it would leave capacity for three."""
 
 STEPS_AHEAD = 3
 """A slot that is free at the end of a step would stay empty in the next: a request may be there already, and wait, for
@@ -40,7 +41,8 @@ LOOKED_AT = 8
 """So many of the least loaded ranks are looked at before the roomiest one is taken."""
 
 FEW = 16
-"""So many ranks with room are looked at one by one: while somebody waits, hardly any has. More are kept in order."""
+"""So many ranks with capacity are looked at one by one: while somebody waits, hardly any has. More are kept in
+order."""
 
 
 class Amount:
@@ -71,8 +73,8 @@ class Amount:
 
 class Capacity:
     """One life of one rank. `load`: its latest report; `unacked`: what it was sent beyond; `promised`: by grants and
-    shares; `credited`: of that, by shares. `reserved`: for one request. `touched`: whether anything has changed since
-    shares were last handed out.
+    credits; `credited`: of that, by credits. `reserved`: for one request. `touched`: whether anything has changed since
+    credits were last handed out.
     """
 
     __slots__ = ("credited", "incarnation", "load", "promised", "rank", "reserved", "touched", "unacked")
@@ -101,7 +103,7 @@ class Capacity:
         return load.slots + ending - self.requests()
 
     def free_tokens(self) -> int:
-        """Prompt tokens until there is no room for another prompt."""
+        """Prompt tokens until there is no capacity for another prompt."""
         load = self.load
         if not load.step_tokens:
             return ANY
@@ -138,7 +140,7 @@ class Capacity:
         return not load.step_tokens or ahead < int(BUDGETS_AHEAD * load.step_tokens)
 
     def work(self) -> int:
-        """What it has to do, in prompt tokens. Nobody knows of a share whether it will be used."""
+        """What it has to do, in prompt tokens. Nobody knows of a credit whether it will be used."""
         load, unacked, promised, credited = self.load, self.unacked, self.promised, self.credited
         requests = load.waiting + load.running + unacked.requests + promised.requests - credited.requests
         return load.prefill_tokens + unacked.tokens + promised.tokens - credited.tokens + RUNNING_TOKENS * requests
@@ -157,7 +159,7 @@ def _kv(capacity: Capacity) -> int:
 
 
 class Capacities:
-    """The rooms of all ranks that have been heard, in order of rank."""
+    """The capacities of all ranks that have been heard, in order of rank."""
 
     def __init__(self) -> None:
         self._capacities: list[Capacity] = []
@@ -180,7 +182,7 @@ class Capacities:
         return self._capacities[place]
 
     def of(self, rank: int) -> Capacity | None:
-        """A rank's room, None where it has not been heard."""
+        """A rank's capacity, None where it has not been heard."""
         return self._by_rank.get(rank)
 
     def heard(self, rank: int, incarnation: int, load: Load, unacked: Amount) -> None:

@@ -1,15 +1,15 @@
 """Grants in advance: what each front-end may send to each rank by itself, so that no hop is added while ranks are free.
 
-The room that nobody has is divided evenly, and what a front-end was given counts as taken until it tells of a send, or
-gives all back: so together they cannot send more than there is room for. With several front-ends half of the room is
-kept undivided. It answers at once whoever has no fitting share, and it is what one busy front-end gets while the
-others' shares lie idle. Where that half is used up and somebody waits, all shares are recalled.
+The capacity that nobody has is divided evenly, and what a front-end was given counts as taken until it tells of a
+send, or gives all back: so together they cannot send more than there is capacity for. With several front-ends half of
+the capacity is kept undivided. It answers at once whoever has no fitting credit, and it is what one busy front-end
+gets while the others' credits lie idle. Where that half is used up and somebody waits, all credits are revoked.
 
-A share is a limit on the sends beyond those that the view has heard of, the same cut on which the front-end's
+A credit is a limit on the sends beyond those that the view has heard of, the same cut on which the front-end's
 accounting rests (`LoadView.heard`). So views may be lost: an older one allows no more than a newer one that nobody has
-given back. `epoch` says which shares were given back: what comes late of an older edition is void on both sides.
+given back. `epoch` says which credits were given back: what comes late of an older credit epoch is void on both sides.
 
-One queue, for the front-ends that balance over the same ranks, and the rooms that must be looked at anew for it.
+One queue, for the front-ends that balance over the same ranks, and the capacities that must be looked at anew for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.messages import Send, Share, Shares
 
 ENTRIES = 256
-"""So many shares in a view, of all front-ends together, where each has at least LEAST_RANKS."""
+"""So many credits in a view, of all front-ends together, where each has at least LEAST_RANKS."""
 LEAST_RANKS = 8
 
 
@@ -38,7 +38,7 @@ class Holding:
 
 
 class CreditBook:
-    """The shares of all front-ends of one broker, in the order in which they have come."""
+    """The credits of all front-ends of one queue, in the order in which they have come."""
 
     def __init__(self) -> None:
         self._holdings: dict[int, Holding] = {}
@@ -58,7 +58,7 @@ class CreditBook:
         return self._holders
 
     def join(self, frontend: int) -> None:
-        """The front-end is there, and gets shares from now on."""
+        """The front-end is there, and gets credits from now on."""
         self._holdings.setdefault(frontend, Holding())
 
     def leave(self, frontend: int, capacities: Capacities) -> None:
@@ -68,7 +68,8 @@ class CreditBook:
             self._clear(frontend, holding, capacities)
 
     def returned(self, frontend: int, epoch: int, capacities: Capacities) -> bool:
-        """The front-end uses nothing of this edition, or an earlier one, any more. Returns whether that is news."""
+        """The front-end uses nothing of this credit epoch, or an earlier one, any more. Returns whether that is
+        news."""
         holding = self._holdings.get(frontend)
         # The largest number has no next one, which a view could carry.
         if holding is None or not holding.epoch <= epoch < ANY:
@@ -90,7 +91,7 @@ class CreditBook:
         capacities.changed(capacity)
 
     def lost(self, rank: int) -> None:
-        """That life of the rank has ended; its room is gone with it."""
+        """That life of the rank has ended; its capacity is gone with it."""
         for frontend, holding in self._holdings.items():
             holding.amounts.pop(rank, None)
             if not holding.amounts:
@@ -100,7 +101,7 @@ class CreditBook:
         """Give everybody what is due to it, where that is more than what it holds."""
         count = len(self._holdings)
         each = max(LEAST_RANKS, ENTRIES // max(1, count))
-        # Of one rank: all of them where each gets shares of every rank.
+        # Of one rank: all of them where each gets credits of every rank.
         sharers = count if each >= len(capacities) else -(-count * each // len(capacities))
         all_anew = count != self._counted
         self._counted = count
@@ -169,7 +170,7 @@ def _due(free: int, credited: int, held: int, count: int, halves: int, place: in
 
 
 def _places(index: int, each: int, size: int) -> Iterator[int]:
-    """The ranks that one front-end gets shares of, where there are too many for all to have some of each."""
+    """The ranks that one front-end gets credits of, where there are too many for all to have some of each."""
     return iter(range(size)) if each >= size else ((index * each + place) % size for place in range(each))
 
 
@@ -181,14 +182,14 @@ class QueueGroup:
         self.queue = CentralQueue(without)
         self.shares = CreditBook()
         self.marked: set[int] = set()
-        """Ranks whose rooms are to be reckoned when that is wanted."""
+        """Ranks whose capacities are to be reckoned when that is wanted."""
         self.revoked: float | None = None
-        """Since when all shares have been recalled; None where they are not."""
+        """Since when all credits have been revoked; None where they are not."""
         self.stale = False
-        """Whether something may start since the queue was last looked through: a send alone makes no room."""
+        """Whether something may start since the queue was last looked through: a send alone makes no capacity."""
 
     def look(self, load_table: LoadTable, membership: Membership) -> None:
-        """Reckon the rooms of the ranks that are marked."""
+        """Reckon the capacities of the ranks that are marked."""
         capacities = self.queue.capacities
         for rank in self.marked:
             report = load_table.reports.get(rank)

@@ -1,8 +1,9 @@
-"""The coordinator's side of brokered binding: whose queue, what is repeated, which rooms must be looked at anew.
+"""The coordinator's side of late binding: whose queue, what is repeated, which capacities must be looked at anew.
 
 Front-ends that balance over the same ranks share one queue: all of them in internal mode, each node's in hybrid mode.
 Nothing is looked at for its own sake: while nobody waits, a report or a notice only marks its rank, and the rank's
-room is reckoned when somebody waits or a view goes out. While somebody does, a report that makes no room ends there.
+capacity is reckoned when somebody waits or a view goes out. While somebody does, a report that makes no capacity ends
+there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
 
 UNANSWERED_S = 1.0
-"""A front-end that has not answered a grant, or a recall of its shares, for so long is not waited for."""
+"""A front-end that has not answered a grant, or a revoke of its credits, for so long is not waited for."""
 
 
 class Dispatcher:
@@ -35,7 +36,7 @@ class Dispatcher:
         self._due: float | None = None
         self._revoking = False
         # `grants` is asked after every event, and most change nothing for those that wait. Whether, since it was last
-        # asked, something may start that could not; and whether somebody waits, or holds shares, who did not, or not
+        # asked, something may start that could not; and whether somebody waits, or holds credits, who did not, or not
         # any more.
         self._stirred = False
         self._changed = False
@@ -124,13 +125,13 @@ class Dispatcher:
             self._told[frontend] = ask.told
         for descriptor in ask.descriptors:
             queue.ask(frontend, descriptor, now)
-        # Who joins those that wait for room does not find any either.
+        # Who joins those that wait for capacity does not find any either.
         if group.stale or queue.may_start():
             self._stirred = group.stale = True
 
     def sent(self, frontend: int, send: Send, on_the_wire: bool) -> None:
-        """A front-end has sent a request: one that waited, or one of its share. `on_the_wire`: by the board, which has
-        been told.
+        """A front-end has sent a request: one that waited, or one of its credit. `on_the_wire`: by the load table,
+        which has been told.
         """
         group = self._group_of.get(frontend)
         confirmed = group is not None and on_the_wire and group.queue.confirm(frontend, send)
@@ -186,7 +187,7 @@ class Dispatcher:
             self.lost(rank)
 
     def reported(self, report: RankReport) -> None:
-        """A rank has reported, by the board, which has been told."""
+        """A rank has reported, by the load table, which has been told."""
         rank = report.rank
         if rank >= self._limit:
             return
@@ -225,14 +226,14 @@ class Dispatcher:
     # What goes out ------------------------------------------------------------------------------
 
     def grants(self, load_table: LoadTable, membership: Membership, free: bool, now: float) -> Grants | None:
-        """What to tell front-ends now. `free`: whether work may be started; a suspended deployment grants nothing."""
+        """What to tell front-ends now. `free`: whether work may be started; a paused deployment grants nothing."""
         repeat = self._due is not None and now >= self._due
         if repeat:
             self._forget_silent(now)
         elif not self._stirred:
             return None
         made = self._start(load_table, membership, now) if free else []
-        # While the deployment is suspended, what may start stays to be looked at.
+        # While the deployment is paused, what may start stays to be looked at.
         self._stirred = not free
         if self._changed or repeat:
             self._changed = False
@@ -255,7 +256,7 @@ class Dispatcher:
         return made
 
     def _settle(self, made: list[Grant], repeat: bool, now: float) -> Grants | None:
-        """Who waits, and whether shares are to be given back, may have changed. Returns what there is to say."""
+        """Who waits, and whether credits are to be given back, may have changed. Returns what there is to say."""
         revoke = descriptors = waits = False
         for group in self._groups.values():
             waiting = bool(group.queue.queued)
@@ -292,7 +293,7 @@ class Dispatcher:
         return Grants(self._identity, made, asked, self.queued, self._revoking, self.queues())
 
     def _forget_silent(self, now: float) -> None:
-        """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a recalled share."""
+        """Do not wait for front-ends that hang: who has not confirmed a grant, or given back a revoked share."""
         late = now - UNANSWERED_S
         # Where this process itself has hung, the answers may be there, unread.
         hung = self._due is not None and now >= self._due + UNANSWERED_S / 2
@@ -314,7 +315,7 @@ class Dispatcher:
         return emptied
 
     def shares(self, load_table: LoadTable, membership: Membership, free: bool) -> list[Shares]:
-        """Everybody's shares, for a view; handed out anew where nobody waits."""
+        """Everybody's credits, for a view; handed out anew where nobody waits."""
         found: list[Shares] = []
         for group in self._groups.values():
             if free and not group.queue.queued:

@@ -5,7 +5,7 @@ later: lengths of answers are not known, so no policy can foresee which. Here no
 front-ends keep the bodies; the coordinator keeps one queue of descriptors and grants each to a rank at the moment
 that one can start it: a slot is free, or will be in a moment; the prompts ahead are fewer than one and a half
 steps compute; and the KV memory holds the prompt and the longest answer, with some to spare where none is reserved
-(`capacities.py`). Of those ranks it takes the one with the least ahead of a new prompt.
+(`capacity.py`). Of those ranks it takes the one with the least ahead of a new prompt.
 
 Who is next. By priority (lower first, as in vLLM), then by arrival. A request that fits nowhere now lets those behind
 it pass, or one long prompt would idle all ranks; but not for ever. Two requests are watched: the first in order, whom
@@ -16,23 +16,23 @@ for it. A rank that gets nothing new becomes empty, and an empty rank takes anyt
 by arrival is granted after at most (k + 1) x (PRIORITY_PATIENCE + 1) others, plus the times that k + 1 ranks take to
 end what they run.
 
-What a grant is. It says that this request goes to this life of this rank, and counts against the rank's room at once.
-The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts it
-like any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant
+What a grant is. It says that this request goes to this life of this rank, and counts against the rank's capacity at
+once. The front-end that has the body sends it and tells of the send (SendNotice); from then on the accounting counts
+it like any other, until the rank itself reports it. Only the front-end sends, and only what it still holds. So a grant
 may be lost, come twice, late, or from a coordinator that is no more, and no request is ever sent twice. A grant that
 nobody confirms is repeated, because broadcasts can be lost; the confirmation is the notice of the send or, where the
-client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its recalled shares, for
+client has gone or the request has a rank already, a Withdraw. A front-end that owes this, or its revoked credits, for
 `dispatcher.UNANSWERED_S` hangs, and the others do not wait for it: nothing of it waits any more, as if it had ended.
 When it goes on it sees that no view names it, and says hello again. A grant for a life of a rank that has ended goes
 back to its old place in the queue, which the order keeps for it.
 
-No hop while ranks are free. As long as nobody waits, each front-end holds grants in advance: a share of each rank's
-room that it may use without a word (`shares.py`). Who has no fitting share asks, and is answered at once where there
-is room that nobody was given. When somebody waits all the same, all shares are recalled, and what comes back is
-granted by the queue.
+No hop while ranks are free. As long as nobody waits, each front-end holds grants in advance: a credit of each rank's
+capacity that it may use without a word (`credits.py`). Who has no fitting credit asks, and is answered at once where
+there is capacity that nobody was given. When somebody waits all the same, all credits are revoked, and what comes back
+is granted by the queue.
 
 When the coordinator goes. The queue is soft state: it dies with the coordinator, the bodies do not. A front-end that
-is not answered for a while binds what it holds itself, as it would have without a broker (`binding.py`). A new
+is not answered for a while binds what it holds itself, as it would have without a queue (`dispatch.py`). A new
 coordinator is told of everything that still waits, with its age, so the order survives too.
 
 This file is the pure queue of the ranks that some front-ends balance over; `dispatcher.py` speaks for it.
@@ -161,7 +161,7 @@ class CentralQueue:
         self.granted: dict[tuple[int, int], Entry] = {}
         """By front-end and request: granted, and not confirmed yet."""
         self.queued: dict[tuple[int, int], Entry] = {}
-        """Likewise: waiting. In no order."""
+        """Waiting. In no order."""
         self.counts: dict[int, int] = {}
         """How many of both there are of each front-end."""
         self._counts = "grants-count" not in without
@@ -192,7 +192,7 @@ class CentralQueue:
 
     def confirm(self, frontend: int, send: Send) -> bool:
         """The request is on its way to where it was granted: what was promised there, the rank now has. Returns whether
-        that is so. It takes no more room than before, so nothing has to be looked at anew.
+        that is so. It takes no more capacity than before, so nothing has to be looked at anew.
         """
         key = (frontend, send.request)
         entry = self.granted.get(key)
@@ -252,7 +252,7 @@ class CentralQueue:
         self.capacities.forget(rank)
 
     def may_start(self) -> bool:
-        """Whether there is any room, or some rank is kept for somebody."""
+        """Whether there is any capacity, or some rank is kept for somebody."""
         return bool(self.capacities.open) or self._first.capacity is not None or self._oldest.capacity is not None
 
     def grant(self) -> list[Entry]:

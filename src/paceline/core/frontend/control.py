@@ -2,7 +2,7 @@
 
 Its calls need no answer of their own: the newest Scaling names who asked for it.
 
-A front-end's calls to suspend and resume: what was asked for and is not so yet (`calls.py` is the other side).
+A front-end's calls to pause and resume: what was asked for and is not so yet (`pause.py` is the other side).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from paceline.core.requests import LARGEST_STAMP, ControlAction
 
 
 class FrontendCalls:
-    """The calls of one front-end, and the suspension as it knows it."""
+    """The calls of one front-end, and the pause as it knows it."""
 
     def __init__(self, identity: int) -> None:
         self.suspension = SuspensionState()
@@ -24,7 +24,7 @@ class FrontendCalls:
 
     @property
     def suspended(self) -> bool:
-        """Whether the newest word is to suspend."""
+        """Whether the newest word is to pause."""
         return self.suspension.number % 2 == 1
 
     def ask(self, call: int, action: ControlAction) -> list[Effect]:
@@ -47,7 +47,7 @@ class FrontendCalls:
     def learn(self, state: SuspensionState) -> tuple[bool, list[Effect]]:
         """What a view says. Returns whether it is as new as what is known, and what has become of the calls.
 
-        A new coordinator knows of no suspension until the ranks have told it: the number never goes down. Where its
+        A new coordinator knows of no pause until the ranks have told it: the number never goes down. Where its
         number is lower, it may be that nobody but this front-end knows the higher one any more.
         """
         if not plausible(state.number, self.suspension.number):

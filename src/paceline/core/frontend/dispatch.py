@@ -1,18 +1,18 @@
-"""The front-end's side of brokered binding (`broker.py` has the whole): what waits here, what may go without a word.
+"""The front-end's side of late binding (`queue.py` has the whole): what waits here, what may go without a word.
 
-A request goes by a share where one fits and nobody waits; else it is held here, with its body, and the coordinator is
+A request goes by a credit where one fits and nobody waits; else it is held here, with its body, and the coordinator is
 asked. Each Ask and Withdraw is numbered, and what the coordinator says of the queue names the number up to which it
 has heard everything. Where that stays behind, or the coordinator is a new one, it is asked again for all that is held.
 
 Where the coordinator does not say for `SILENCE_S` that it has this front-end's requests, it is taken to be away: what
 is held is bound by the front-end's own accounting, and so is what comes after, until a view names this front-end again.
 
-Where a request goes: to the rank that it names, by this front-end's own choice, by a share, or by a grant.
+Where a request goes: to the rank that it names, by this front-end's own choice, by a credit, or by a grant.
 
 named             straight there
-no broker         the policy chooses, by this front-end's own accounting
-a share fits      the policy's choice if a share allows it, else the least loaded of those that one allows
-none does         it waits here until the coordinator grants it a rank, or is away (`binding.py`)
+no queue          the policy chooses, by this front-end's own accounting
+a credit fits     the policy's choice if a credit allows it, else the least loaded of those that one allows
+none does         it waits here until the coordinator grants it a rank, or is away (`dispatch.py`)
 """
 
 from __future__ import annotations
@@ -336,14 +336,14 @@ class Placement:
         return self._bind_waiting(now) if self._inflight.handles else []
 
     def settle(self, now: float) -> list[Effect]:
-        """What is known of the coordinator, the ranks or the suspension has changed: see to what waits."""
+        """What is known of the coordinator, the ranks or the pause has changed: see to what waits."""
         effects = self.end_waiting(now)
         if self._binding.available or not self._inflight.handles:
             return effects
         return [*effects, *self._bind_waiting(now)]
 
     def _bind_waiting(self, now: float) -> list[Effect]:
-        """There is no broker: bind what is held by this front-end's own accounting."""
+        """There is no queue: bind what is held by this front-end's own accounting."""
         effects: list[Effect] = []
         for waiting_for_grant in self._binding.give_up():
             rank = self._router.choose(_query(waiting_for_grant.submit))
@@ -362,7 +362,7 @@ class Placement:
         return self._inflight.send(submit, rank, decision, now, waited=True)
 
     def end_waiting(self, now: float) -> list[Effect]:
-        """What waits is ended where there is nothing to wait for: no rank, for long, or a suspension that aborts."""
+        """What waits is ended where there is nothing to wait for: no rank, for long, or a pause that aborts."""
         if self._inflight.handles:
             self._rankless_since = None
         elif self._rankless_since is None:

@@ -52,7 +52,7 @@ class Connected(Struct, frozen=True):
 
 
 class Control(Struct, frozen=True):
-    """Somebody asks to suspend (in this mode) or to resume; again, with the same `call`, until it is `Controlled`."""
+    """Somebody asks to pause (in this mode) or to resume; again, with the same `call`, until it is `Controlled`."""
 
     call: int
     action: ControlAction

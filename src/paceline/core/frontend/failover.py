@@ -26,7 +26,7 @@ MOST_LOSSES = 3
 
 class Failover:
     """What waits for any rank. `resumes`: whether the engine goes on with an answer that another rank has begun.
-    `calls`: know whether the deployment is suspended. `most_losses`: ranks that a request may lose without a token in
+    `calls`: know whether the deployment is paused. `most_losses`: ranks that a request may lose without a token in
     between; with that many it is refused.
     """
 
@@ -60,7 +60,7 @@ class Failover:
         effects: list[Effect] = []
         for inflight in all_inflight:
             handle, made = inflight.handle, len(inflight.made)
-            # While the deployment is suspended no rank computes a request: it is not what kills them.
+            # While the deployment is paused no rank computes a request: it is not what kills them.
             if not self._calls.suspended:
                 inflight.lost = [
                     *(inflight.lost if made == inflight.made_before else []),

@@ -180,7 +180,7 @@ class Frontend:
 
     @property
     def suspension(self) -> SuspensionState:
-        """The suspension in force, or the last one."""
+        """The pause in force, or the last one."""
         return self._calls.suspension
 
     @property

@@ -72,7 +72,7 @@ class Turn(Struct, frozen=True):
 class Stepped(Struct, frozen=True, gc=False):
     """A step, or dummy step, is done. `seconds`: the time it took.
 
-    `urged`: some rank's `Urge` came with it; the same at all ranks of the generation.
+    `urged`: some rank's `Urge` came with it; the same at all ranks of the epoch.
     """
 
     outputs: Sequence[StepOutput]
@@ -85,7 +85,7 @@ class Stepped(Struct, frozen=True, gc=False):
 
 
 class Agreed(Struct, frozen=True):
-    """The ranks' agreement: whether any has work, and the highest of their waves and of their suspensions.
+    """The ranks' agreement: whether any has work, and the highest of their waves and of their pauses.
 
     `quota`: their parts in the common prefill quota, reduced; empty where the agreement does not carry them.
     """
@@ -97,7 +97,7 @@ class Agreed(Struct, frozen=True):
 
 
 class Formed(Struct, frozen=True):
-    """The rank is a member of this generation."""
+    """The rank is a member of this epoch."""
 
     epoch: int
 
@@ -139,7 +139,7 @@ Event = (
 IN_MID_STEP = (Identify, Suspension, StartDPWave)
 """What the coordinator says that is handled at once, also in mid-step, in the order in which it was said: a rank that
 waits for the others in a collective must be heard, or nobody wakes them; and a rank that said that it holds a
-suspension must have taken in every wake from before. Their effects only send. All else waits its turn."""
+pause must have taken in every wake from before. Their effects only send. All else waits its turn."""
 
 
 # Effects --------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class DummyStep(Struct, frozen=True):
 
 
 class Agree(Struct, frozen=True):
-    """All-reduce: whether this rank has work (or), its wave (max), and the suspension that it knows (max).
+    """All-reduce: whether this rank has work (or), its wave (max), and the pause that it knows (max).
 
     `quota`: its part in the common prefill quota, reduced as `quota.REDUCTIONS` says.
     """

@@ -7,10 +7,10 @@ The shell turns the wheel: it feeds what sockets brought, then a `Turn`, and doe
 `EpochEnded` where a peer is gone. In lockstep all ranks of a wave take part in the same sequence of
 collectives, so in a running wave every turn is a step, real or dummy, and every `sync_interval` steps, and on the
 first, the ranks agree whether any has work left; when none has, all pause at that same step. While any has a prompt to
-compute they agree after every step, on how many tokens of theirs all compute in the next (`quota.py`).
+compute they agree after every step, on how many tokens of theirs all compute in the next (`prefill_quota.py`).
 
-The wave number and the suspension travel with the agreement: a rank that joined with an old number runs in the
-group's wave from the first agreement on, and where one rank knows of a suspension, all stop at that step.
+The wave number and the pause travel with the agreement: a rank that joined with an old number runs in the
+group's wave from the first agreement on, and where one rank knows of a pause, all stop at that step.
 
 Where one rank is in the waves: its wave, whether it runs, how far into the wave, and what it is awaited for next.
 """
@@ -136,7 +136,7 @@ class Rank:
 
     `lockstep`: whether it runs in waves. `report_loads`: False in external mode. `sync_interval`: steps
     between agreements. `group_address`: where its peers reach it, empty where its collectives are not ours.
-    `prefill_quota`: how it is set (`quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
+    `prefill_quota`: how it is set (`prefill_quota.py`). `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     INCIDENTAL = frozenset({"step"})
@@ -179,7 +179,7 @@ class Rank:
 
     @property
     def quiesced(self) -> bool:
-        """Whether the suspension keeps this rank from starting anything by itself, and it has stopped."""
+        """Whether the pause keeps this rank from starting anything by itself, and it has stopped."""
         if self.pause.over:
             return False
         if self._lockstep:
@@ -284,7 +284,7 @@ class Rank:
         return self.pause.over or self.pause.draining
 
     def _catch_up(self) -> list[Effect]:
-        """What a change of the suspension asks of the engine, which cannot be touched in mid-step."""
+        """What a change of the pause asks of the engine, which cannot be touched in mid-step."""
         if self.pause.paused and self.pause.mode == "abort" and (len(self.requests) or self.requests.kept_back):
             return self.requests.abort_all()
         if self.pause.over and (

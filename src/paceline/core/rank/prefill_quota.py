@@ -223,10 +223,10 @@ NS = 1e9
 
 
 class RankQuota:
-    """The quota of one life of a rank. `setting`: `AUTO`, `OFF` or `fixed` (`quota.py`).
+    """The quota of one life of a rank. `setting`: `AUTO`, `OFF` or `fixed` (`prefill_quota.py`).
 
-    With the first step of a wave or generation nothing has been agreed yet: it is without a limit, or has the fixed
-    one. Whoever runs then has just begun, but for what a suspension or a lost rank has interrupted.
+    With the first step of a wave or epoch nothing has been agreed yet: it is without a limit, or has the fixed
+    one. Whoever runs then has just begun, but for what a pause or a lost rank has interrupted.
     """
 
     def __init__(self, setting: int) -> None:
@@ -247,7 +247,7 @@ class RankQuota:
         return self._outcome.pending
 
     def forget(self) -> None:
-        """The wave or the generation is over: what was agreed in it is void."""
+        """The wave or the epoch is over: what was agreed in it is void."""
         self._outcome = self._begin
 
     def contribution(self, done: Stepped) -> Sequence[int]:

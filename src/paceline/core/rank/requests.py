@@ -1,7 +1,7 @@
 """The requests of one rank: whose they are, how many of each front-end's were taken in, which are held.
 
 The engine knows a request by the rank's own `key`; front-ends know it by theirs. While the deployment is
-suspended, new requests are held here and the engine does not hear of them; they count as waiting.
+paused, new requests are held here and the engine does not hear of them; they count as waiting.
 
 What waits for a front-end that does not read: of each request, its outputs put together.
 

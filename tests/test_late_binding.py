@@ -1,4 +1,4 @@
-"""Brokered binding on real processes: bursts far above the slots, and the ends of those that hold the queue."""
+"""Late binding on real processes: bursts far above the slots, and the ends of those that hold the queue."""
 
 from __future__ import annotations
 

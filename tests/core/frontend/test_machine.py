@@ -183,10 +183,7 @@ def test_what_clients_abandon_is_aborted_rank_by_rank_and_comes_no_more() -> Non
     for request, rank in ((1, 0), (2, 1), (3, 0), (4, 1)):
         submit(machine, request, rank=rank)
     effects = machine.handle(Abandon([1, 2, 3, 77]), 0.0)
-    assert [(e.rank, e.message) for e in find(effects, ToRank)] == [
-        (0, AbortRequests([1, 3])),
-        (1, AbortRequests([2])),
-    ]
+    assert [(e.rank, e.message) for e in find(effects, ToRank)] == [(0, AbortRequests([1, 3])), (1, AbortRequests([2]))]
     assert machine.in_flight() == 1
     assert machine.handle(outputs(0, 10, 1, 3), 0.0) == []
     delivered = one(find(machine.handle(outputs(1, 11, 2, 4), 0.0), Deliver)).outputs
@@ -301,7 +298,7 @@ def test_a_report_of_an_older_step_or_another_life_changes_nothing() -> None:
     assert (machine.believed(0).waiting, machine.believed(1).waiting) == (1, 0)
 
 
-def test_what_others_have_on_the_wire_counts_in_routing_and_ones_own_does_not_count_twice() -> None:
+def test_what_others_have_unacked_counts_in_routing_and_ones_own_does_not_count_twice() -> None:
     machine = frontend()
     others = [OnTheWire(200, 9, 9, 9_000), OnTheWire(IDENTITY, 1, 1, 4)]
     machine.handle(view(1, RankView(0, 10, 1, Load(), {}, others), RankView(1, 11, 1, Load(2))), 0.0)

@@ -237,7 +237,7 @@ def test_a_request_that_may_kill_ranks_is_given_up_once_these_are_known_to_be_de
     assert machine.in_flight() == 0
 
 
-def test_ranks_that_die_while_the_deployment_is_suspended_are_not_killed_by_a_request() -> None:
+def test_ranks_that_die_while_the_deployment_is_paused_are_not_killed_by_a_request() -> None:
     machine = frontend()
     say(machine, submit(machine, 1), 50)
     suspended = LoadView(9, 10**6, 0, False, [], suspension=SuspensionState(1, "keep"))

@@ -19,8 +19,8 @@ from paceline.core.frontend.events import (
 from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import FrontendHello, Member, ScaleRequest, Scaling
 from paceline.core.requests import AddRequest
+from tests.core.frontend.test_machine import IDENTITY, frontend, members, outputs, submit
 from tests.core.harness import find, one, said
-from tests.core.test_frontend import IDENTITY, frontend, members, outputs, submit
 
 NODE = 7
 FOUR = ((0, 10), (1, 11), (2, 12), (3, 13))

@@ -1,4 +1,4 @@
-"""Brokered binding by real machines on fake links: nobody waits behind a rank, and nothing is lost or sent twice."""
+"""Late binding by real machines on fake links: nobody waits behind a rank, and nothing is lost or sent twice."""
 
 from __future__ import annotations
 
@@ -47,8 +47,6 @@ def queued(deployment: Deployment) -> int:
 
 
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
-    """To be asked after each event."""
-
     def check() -> None:
         for rank in deployment.ranks.values():
             load = rank.engine.load()
@@ -95,7 +93,7 @@ def test_no_hop_is_added_while_ranks_are_free(frontends: int) -> None:
     rest(deployment)
 
 
-def test_one_frontend_has_the_whole_room_as_its_share() -> None:
+def test_one_frontend_has_the_whole_capacity_as_its_credit() -> None:
     deployment = late_binding(2, 1, lockstep=False)
     for _ in range(2 * SLOTS):
         deployment.frontends[0].submit(max_tokens=3)
@@ -105,7 +103,7 @@ def test_one_frontend_has_the_whole_room_as_its_share() -> None:
     rest(deployment)
 
 
-def test_who_has_used_up_its_share_is_answered_at_once_where_ranks_are_free() -> None:
+def test_who_has_used_up_its_credit_is_answered_at_once_where_ranks_are_free() -> None:
     deployment = late_binding(2, 2, lockstep=False)
     frontend = deployment.frontends[0]
     while len(placed(frontend)) == len(frontend.answers):
@@ -303,7 +301,7 @@ def test_nobody_waits_for_the_grants_of_a_frontend_that_hangs() -> None:
     goes_on(deployment)
 
 
-def test_nobody_waits_for_the_shares_of_a_frontend_that_hangs() -> None:
+def test_nobody_waits_for_the_credits_of_a_frontend_that_hangs() -> None:
     deployment = late_binding(1, lockstep=False)
     hang(deployment.frontends[0])
     for _ in range(SLOTS):
@@ -388,7 +386,7 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])
-def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: ControlAction) -> None:
+def test_a_paused_deployment_grants_nothing_until_it_is_resumed(mode: ControlAction) -> None:
     deployment = late_binding()
     frontend = deployment.frontends[0]
     frontend.control(mode)
@@ -402,7 +400,7 @@ def test_a_suspended_deployment_grants_nothing_until_it_is_resumed(mode: Control
     deployment.finish()
 
 
-def test_a_suspension_that_aborts_ends_what_waits() -> None:
+def test_a_pause_that_aborts_ends_what_waits() -> None:
     deployment = late_binding()
     waiting = full(deployment)
     frontend = deployment.frontends[0]

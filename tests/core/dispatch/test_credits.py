@@ -1,4 +1,4 @@
-"""Grants in advance: level, never more than there is room for, and given back when somebody waits."""
+"""Credits: level, never more than there is capacity for, and given back when somebody waits."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def book(frontends: int) -> CreditBook:
 
 
 def held(shares: CreditBook, made: Capacities) -> list[list[tuple[int, int, int]]]:
-    """By front-end and rank: requests, tokens, KV."""
     return [[(s.requests, s.tokens, s.kv_tokens) for s in one.shares] for one in shares.shares(made)]
 
 
-def test_one_frontend_has_all_of_the_room() -> None:
+def test_one_frontend_has_all_of_the_capacity() -> None:
     made, shares = capacities(3, running=4), book(1)
     shares.hand_out(made)
     assert held(shares, made) == [[(12, int(BUDGETS_AHEAD * BUDGET), int(KV_SHARE * KV) - 400)] * 3]
@@ -83,7 +82,7 @@ def test_what_was_spent_is_made_up_for_and_nobody_loses_what_it_has() -> None:
     assert [one[0][0] for one in held(shares, made)] == [3, 4]
 
 
-def test_what_was_given_back_is_void_and_the_next_edition_is_another() -> None:
+def test_what_was_given_back_is_void_and_the_next_credit_epoch_is_another() -> None:
     made, shares = capacities(2), book(2)
     shares.hand_out(made)
     shares.returned(0, 1, made)
@@ -106,7 +105,7 @@ def test_who_leaves_takes_nothing_along() -> None:
     assert not shares.outstanding
 
 
-def test_a_rank_that_is_lost_takes_its_shares_along() -> None:
+def test_a_rank_that_is_lost_takes_its_credits_along() -> None:
     made, shares = capacities(2), book(2)
     shares.hand_out(made)
     shares.lost(1)
@@ -116,7 +115,7 @@ def test_a_rank_that_is_lost_takes_its_shares_along() -> None:
 
 
 @pytest.mark.parametrize(("frontends", "ranks"), [(4, 128), (16, 128), (64, 1024)])
-def test_many_frontends_at_many_ranks_get_shares_of_some(frontends: int, ranks: int) -> None:
+def test_many_frontends_at_many_ranks_get_credits_of_some(frontends: int, ranks: int) -> None:
     made, shares = capacities(ranks), book(frontends)
     shares.hand_out(made)
     each = max(LEAST_RANKS, ENTRIES // frontends)
@@ -132,7 +131,7 @@ MOVES = st.lists(
 
 @settings(max_examples=examples(150))
 @given(MOVES)
-def test_together_they_cannot_send_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
+def test_together_they_cannot_send_more_than_there_is_capacity_for(moves: list[tuple[str, int]]) -> None:
     made, shares = capacities(3), book(3)
     running, numbers = dict.fromkeys(range(3), 0), 0
     for what, number in moves:
@@ -153,7 +152,7 @@ def test_together_they_cannot_send_more_than_there_is_room_for(moves: list[tuple
             running[rank] = max(0, running[rank] - number % 4)
             made.heard(rank, 10 + rank, Load(0, running[rank], SLOTS, step_tokens=BUDGET), Amount())
         elif what == "return":
-            shares.returned(frontend, shares._holdings[frontend].edition, made)
+            shares.returned(frontend, shares._holdings[frontend].epoch, made)
         elif what == "leave":
             shares.leave(frontend, made)
         elif what == "lose":

@@ -1,4 +1,4 @@
-"""The coordinator's machine: suspensions that are asked for, told, acknowledged and published; generations."""
+"""The coordinator's machine: pauses that are asked for, told, acknowledged and published; epochs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,6 @@ def suspended(lockstep: bool = True, mode: SuspendMode = "keep") -> Coordinator:
 
 
 def state(effects: list[Effect]) -> SuspensionState:
-    """What the last view says."""
     view = said(find(effects, ToFrontends), LoadView)[-1]
     assert isinstance(view, LoadView)
     return view.suspension
@@ -172,7 +171,7 @@ def test_it_is_repeated_at_its_deadline_until_every_rank_has_answered() -> None:
 
 
 @pytest.mark.parametrize("released", [False, True])
-def test_notices_wake_nobody_while_suspended_and_do_not_linger(released: bool) -> None:
+def test_notices_wake_nobody_while_paused_and_do_not_linger(released: bool) -> None:
     machine = suspended()
     if released:
         machine.handle(control("resume"), 3.0)
@@ -186,7 +185,7 @@ def test_notices_wake_nobody_while_suspended_and_do_not_linger(released: bool) -
     assert said(machine.handle(notice, 6.0), StartDPWave) == [StartDPWave(0, 0)]
 
 
-def test_a_notice_from_before_the_suspension_wakes_nobody_in_it() -> None:
+def test_a_notice_from_before_the_pause_wakes_nobody_in_it() -> None:
     machine = started()
     machine.handle(FrontendSaid(WakeNotice(FRONTEND, 0, 0)), 2.0)
     assert machine.statistics()["lagging"] == [0, 1]
@@ -220,7 +219,7 @@ def test_wakes_that_are_repeated_number_each_time() -> None:
     assert one(told(effects)).number == int(str(before)) + 2
 
 
-def test_a_wake_while_nothing_is_suspended_numbers_nothing() -> None:
+def test_a_wake_while_nothing_is_paused_numbers_nothing() -> None:
     machine = started()
     effects = machine.handle(RankSaid(StartWave(0, 10, 0)), 2.0)
     assert said(effects, StartDPWave) == [StartDPWave(0, 0)]
@@ -231,7 +230,7 @@ def test_a_wake_while_nothing_is_suspended_numbers_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [3, 4])
-def test_a_frontends_hello_carries_the_suspension_to_a_new_coordinator(number: int) -> None:
+def test_a_frontends_hello_carries_the_pause_to_a_new_coordinator(number: int) -> None:
     machine = started()
     effects = machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND, number, "wait")), 2.0)
     assert told(effects) == [Suspension(number, "wait", False)]
@@ -245,7 +244,7 @@ def test_a_frontend_that_knows_less_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
-def test_a_new_coordinator_finds_a_settled_suspension_from_the_ranks_hellos(lockstep: bool) -> None:
+def test_a_new_coordinator_finds_a_settled_pause_from_the_ranks_hellos(lockstep: bool) -> None:
     machine = Coordinator(2, COORDINATOR, 0.1, lockstep=lockstep)
     effects = machine.handle(hello(0, 5, True, mode="wait"), 0.0)
     assert told(effects) == [], "nobody who is known lacks it"
@@ -264,7 +263,7 @@ def test_a_new_coordinator_completes_a_resumption() -> None:
 
 
 @pytest.mark.parametrize("ready", [False, True])
-def test_a_new_coordinator_asks_and_whoever_joins_is_told_the_suspension(ready: bool) -> None:
+def test_a_new_coordinator_asks_and_whoever_joins_is_told_the_pause(ready: bool) -> None:
     machine = suspended()
     assert said(machine.handle(RankSubscribed(), 3.0), Identify)
     effects = machine.handle(hello(1, 0, False, ready=ready, life=21), 3.0)
@@ -316,7 +315,7 @@ def test_form_is_broadcast_and_repeated_until_all_have_formed() -> None:
     assert machine.statistics()["ready"] == [0, 1]
 
 
-def test_form_tells_the_wave_and_the_suspension() -> None:
+def test_form_tells_the_wave_and_the_pause() -> None:
     machine = Coordinator(2, COORDINATOR, 0.1)
     for rank in (0, 1):
         machine.handle(hello(rank, 3, True, wave=6, group=f"group {rank}", epoch=4), 0.0)
@@ -328,7 +327,7 @@ def test_form_tells_the_wave_and_the_suspension() -> None:
     assert form.members[1] == GroupMember(1, 21, "group 1")
 
 
-def test_ranks_whose_generation_has_ended_are_asked_until_all_have_spoken() -> None:
+def test_ranks_whose_epoch_has_ended_are_asked_until_all_have_spoken() -> None:
     machine = Coordinator(2, COORDINATOR, 0.1)
     for rank in (0, 1):
         machine.handle(hello(rank, group=f"group {rank}", epoch=4), 0.0)
@@ -359,7 +358,7 @@ def test_independent_ranks_form_nothing() -> None:
     assert one(said(effects, Admit)).rank == 0
 
 
-def test_a_rank_beyond_the_deployment_is_of_no_generation_and_holds_up_no_suspension() -> None:
+def test_a_rank_beyond_the_deployment_is_of_no_epoch_and_holds_up_no_pause() -> None:
     machine = started()
     effects = machine.handle(hello(2, group="group 2", ready=False), 2.0)
     assert said(effects, Form) == []

@@ -323,7 +323,7 @@ def test_who_subscribes_or_says_hello_is_answered_at_once() -> None:
     assert machine.statistics()["front_ends"] == 1
 
 
-def test_sends_are_shown_on_the_wire_until_the_rank_reports_that_it_took_them() -> None:
+def test_sends_are_shown_unacked_until_the_rank_reports_that_it_took_them() -> None:
     machine = started()
     effects = machine.handle(sends(1, tokens=10), 1.0)
     assert find(unacked(effects), OnTheWire, frontend=FRONTEND, last=1, requests=1, tokens=10)
@@ -347,7 +347,7 @@ def test_sends_to_a_life_that_is_over_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize("event", [FrontendGone(FRONTEND), FrontendSaid(FrontendLeaving(FRONTEND))])
-def test_a_frontend_that_is_gone_has_nothing_on_the_wire(event: Any) -> None:
+def test_a_frontend_that_is_gone_has_nothing_unacked(event: Any) -> None:
     machine = started()
     machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, FRONTEND)), 1.0)
     machine.handle(sends(1), 1.2)

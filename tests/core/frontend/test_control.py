@@ -1,4 +1,4 @@
-"""A front-end's machine: calls to suspend and to resume, what becomes of them, and what it believes."""
+"""A front-end's machine: calls to pause and to resume, what becomes of them, and what it believes."""
 
 from __future__ import annotations
 
@@ -216,14 +216,14 @@ def test_requests_are_refused_while_all_are_aborted_and_only_then(
     assert machine.in_flight() == 2 - refused
 
 
-def test_a_rank_that_is_unknown_is_named_before_the_suspension() -> None:
+def test_a_rank_that_is_unknown_is_named_before_the_pause() -> None:
     machine, views = fresh()
     views.state(1, True, "abort")
     effects = machine.handle(Submit(1, [1], SamplingParams(2), rank=5), 0.0)
     assert one(find(effects, Refuse)).reason == "unknown-rank"
 
 
-def test_statistics_tell_the_suspension() -> None:
+def test_statistics_tell_the_pause() -> None:
     machine, views = fresh()
     views.state(1, False, "wait")
     assert machine.statistics()["suspension"] == {"number": 1, "mode": "wait", "settled": False, "waiting_for": [1]}

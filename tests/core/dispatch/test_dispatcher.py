@@ -1,4 +1,4 @@
-"""The coordinator's side of brokered binding, told anything that can be decoded."""
+"""The coordinator's side of late binding, told anything that can be decoded."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_whatever_frontends_say_what_it_says_can_be_decoded_and_it_forgets_who_h
     assert all(credit.requests == 4 for credit in told.view.shares[0].shares)
 
 
-def test_what_a_frontend_had_on_the_wire_makes_room_when_it_goes_also_where_it_asks_for_nothing() -> None:
+def test_what_a_frontend_had_unacked_gives_capacity_back_when_it_goes_also_where_it_asks_for_nothing() -> None:
     told = Told()
     told.hear(FrontendHello(PROTOCOL_VERSION, OTHER, brokered=False))
     for rank in range(2):

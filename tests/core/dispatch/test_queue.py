@@ -1,11 +1,11 @@
-"""The queue before all ranks, pure: who is granted what, and that nobody is passed over for ever."""
+"""The queue before all ranks: who is granted what, and that nobody is passed over for ever."""
 
 from __future__ import annotations
 
 from hypothesis import example, given, settings, strategies as st
 
 from paceline.core.dispatch.capacity import KV_SHARE, Amount
-from paceline.core.dispatch.queue import PATIENCE, PRIORITY_PATIENCE, CentralQueue, Entry
+from paceline.core.dispatch.queue import COMPACT, PATIENCE, PRIORITY_PATIENCE, CentralQueue, Entry, SortedQueue
 from paceline.core.load import Load
 from paceline.core.messages import Descriptor
 from tests.pace import examples
@@ -230,7 +230,7 @@ MOVES = st.lists(
 @given(MOVES)
 @example([("ask", 0), ("ask", 50), ("grant", 0), ("ask", 0), ("ask", 47), ("confirm", 1), ("grant", 0)])
 @example([*[("ask", 0)] * 5, ("grant", 0), ("lose", 0), ("confirm", 2), ("grant", 0), ("confirm", 0)])
-def test_what_is_granted_is_never_more_than_there_is_room_for(moves: list[tuple[str, int]]) -> None:
+def test_what_is_granted_is_never_more_than_there_is_capacity_for(moves: list[tuple[str, int]]) -> None:
     ranks = Ranks(3, slots=2)
     queue, asked, sent = ranks.queue, 0, set()
     for what, number in moves:
@@ -285,3 +285,38 @@ def finish(ranks: Ranks) -> None:
         ranks.end(turn % 3)
     assert len(ranks.queue) == 0
     assert not any(capacity.reserved for capacity in ranks.queue.capacities) or ranks.queue.grant() == []
+
+
+# A line in order: joined anywhere, left from anywhere -----------------------------------------------
+
+
+class One:
+    def __init__(self, order: tuple[int, int]) -> None:
+        self.order = order
+        self.waiting = True
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20))))
+def test_it_is_a_sorted_list_of_those_that_wait(steps: list[tuple[bool, int]]) -> None:
+    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
+    there: list[One] = []
+    for number, (joins, key) in enumerate(steps):
+        if joins or not there:
+            there.append(One((key, number)))
+            line.join(there[-1])
+        else:
+            there.pop(key % len(there)).waiting = False
+        there.sort(key=lambda one: one.order)
+        assert line.first() is (there[0] if there else None)
+        assert list(line) == there
+
+
+def test_those_that_have_left_do_not_gather() -> None:
+    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
+    for number in range(100 * COMPACT):
+        one = One((0, number))
+        line.join(one)
+        assert line.first() is one
+        one.waiting = False
+    line.first()
+    assert len(line._line) <= 2 * COMPACT

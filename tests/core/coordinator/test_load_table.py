@@ -1,4 +1,4 @@
-"""The board of loads, and when it is published."""
+"""The load table: whose loads are shown, when they are published, and what is sent and not yet in a report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, LoadTable, PublishClock
+from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, LoadTable, PublishClock, UnackedSends
+from paceline.core.dispatch.capacity import Amount
 from paceline.core.load import Load
 from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
 from tests.core.harness import find, one
@@ -65,7 +66,7 @@ def test_only_ready_ranks_are_shown_in_their_order() -> None:
     assert [entry.rank for entry in load_table.views(MEMBERS)] == [0, 1]
 
 
-def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
+def test_sends_are_unacked_until_the_rank_has_taken_them() -> None:
     load_table = LoadTable()
     load_table.report(report(0, 1))
     for number, tokens in ((1, 10), (2, 20)):
@@ -78,7 +79,7 @@ def test_sends_are_on_the_wire_until_the_rank_has_taken_them() -> None:
     assert view(load_table, 0).on_the_wire == []
 
 
-def test_a_send_that_was_taken_before_word_of_it_came_is_not_on_the_wire() -> None:
+def test_a_send_that_was_taken_before_word_of_it_came_is_not_unacked() -> None:
     load_table = LoadTable()
     load_table.report(report(0, 1, f100=2))
     load_table.sent(FIRST, Send(0, 10, 2, 10))
@@ -262,3 +263,43 @@ def test_further_changes_do_not_move_the_deadline() -> None:
             now += chance.random() * 0.02
             clock.changed(now)
         assert clock.due(now)
+
+
+# What is on the wire to a rank: the sum is the sum of the ledgers, whatever is told in whatever -----
+
+
+def test_a_send_is_unacked_until_it_is_reported() -> None:
+    unacked = UnackedSends()
+    assert unacked.sent(100, Send(0, 10, 1, 5, 7), {})
+    assert unacked.total == Amount(1, 5, 12)
+    unacked.reported({100: 1})
+    assert unacked.total == Amount()
+    assert not unacked.sent(100, Send(0, 10, 1, 5, 7), {100: 1})
+
+
+def test_what_the_rank_had_taken_in_before_anything_was_told_is_not() -> None:
+    unacked = UnackedSends()
+    assert not unacked.sent(100, Send(0, 10, 3, 5, 7), {100: 3})
+    assert unacked.sent(100, Send(0, 10, 4, 5, 7), {100: 3})
+    assert unacked.total == Amount(1, 5, 12)
+
+
+def test_the_sum_is_the_sum_of_the_accountings() -> None:
+    chance = random.Random(3)
+    unacked, numbers = UnackedSends(), dict.fromkeys(range(5), 0)
+    for _ in range(3000):
+        frontend = chance.randrange(5)
+        what = chance.random()
+        if what < 0.5:
+            numbers[frontend] += chance.choice([0, 1, 1, 2])
+            unacked.sent(frontend, Send(0, 10, numbers[frontend], chance.randrange(9), chance.randrange(9)), {})
+        elif what < 0.97:
+            unacked.reported({one: chance.randint(0, number) for one, number in numbers.items()})
+        else:
+            unacked.forget(frontend)
+        accountings = unacked.accountings.values()
+        assert unacked.total == Amount(
+            sum(one.requests for one in accountings),
+            sum(one.tokens for one in accountings),
+            sum(one.kv for one in accountings),
+        )

@@ -1,4 +1,4 @@
-"""Suspending and resuming a whole deployment of machines: it never blocks, and nobody steps while it is suspended."""
+"""Pausing and resuming a whole deployment of machines: it never blocks, and nobody steps while it is paused."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from paceline.core.messages import (
-    ControlAnswer,
-    ControlRequest,
-    LoadView,
-    StartDPWave,
-    Suspension,
-    WakeNotice,
-)
+from paceline.core.messages import ControlAnswer, ControlRequest, LoadView, StartDPWave, Suspension, WakeNotice
 from paceline.core.pause import MODES
 from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction
@@ -28,7 +21,6 @@ from tests.sim.deployments import ready, rest, seen, tokens
 
 
 def control(deployment: Deployment, action: ControlAction, frontend: int = 0, limit_s: float = 30.0) -> Call:
-    """Ask, and run until that is served."""
     process = deployment.frontends[frontend]
     call = process.calls[process.control(action)]
     deployment.world.run_until(lambda: call.over, limit_s)
@@ -36,7 +28,6 @@ def control(deployment: Deployment, action: ControlAction, frontend: int = 0, li
 
 
 def number(deployment: Deployment) -> int:
-    """The highest number that any rank knows."""
     return max(rank.machine.pause.number for rank in deployment.ranks.values())
 
 
@@ -86,7 +77,7 @@ def test_under_load_all_stop_and_all_finish_after_the_resume(
 
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, lockstep: bool) -> None:
+def test_an_idle_deployment_is_paused_without_a_step(mode: ControlAction, lockstep: bool) -> None:
     deployment = ready(ranks=4, lockstep=lockstep)
     for _ in range(3):
         assert not control(deployment, mode, limit_s=0.1).superseded
@@ -97,7 +88,7 @@ def test_an_idle_deployment_is_suspended_without_a_step(mode: ControlAction, loc
 
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_request_that_comes_while_suspended(mode: ControlAction, lockstep: bool) -> None:
+def test_a_request_that_comes_while_paused(mode: ControlAction, lockstep: bool) -> None:
     deployment = ready(ranks=2, frontends=2, lockstep=lockstep)
     control(deployment, mode)
     deployment.world.run_for(1.0)
@@ -225,7 +216,7 @@ def test_a_new_life_of_a_rank_at_a_new_coordinator_does_not_step() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gone_s", [0.0, 0.5])
-def test_a_new_life_of_a_rank_holds_the_suspension_and_serves_after_it(mode: ControlAction, gone_s: float) -> None:
+def test_a_new_life_of_a_rank_holds_the_pause_and_serves_after_it(mode: ControlAction, gone_s: float) -> None:
     deployment = ready(ranks=2, lockstep=False)
     control(deployment, mode)
     deployment.crash_rank(1)

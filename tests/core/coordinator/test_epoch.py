@@ -1,4 +1,4 @@
-"""Generations: which lives form one group, when the next one is due, and what a new coordinator takes up."""
+"""Epochs: which lives form one group, when the next one is due, and what a new coordinator takes up."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_repeats_become_rarer() -> None:
     assert gaps[-1] == pytest.approx(LONGEST_S)
 
 
-def test_a_new_life_makes_the_next_generation_once_the_others_have_spoken() -> None:
+def test_a_new_life_makes_the_next_epoch_once_the_others_have_spoken() -> None:
     found = formed()
     assert (found.number, found.due) == (1, None)
     found.asks = False
@@ -123,7 +123,7 @@ def test_who_says_nothing_is_left_out_in_the_end_and_comes_back_when_it_speaks()
     assert (told[0], [member.rank for member in told[1]]) == (3, [0, 1, 2])
 
 
-def test_before_the_first_generation_nobody_is_left_out() -> None:
+def test_before_the_first_epoch_nobody_is_left_out() -> None:
     found = Epochs(3)
     for rank in (0, 1):
         hear(found, rank)
@@ -162,7 +162,7 @@ def test_a_forming_ends_with_a_member_that_goes() -> None:
     assert found.form(1.02) == (2, [GroupMember(0, 10, "group 10"), GroupMember(1, 21, "group 21")])
 
 
-def test_members_that_fall_out_make_one_next_generation_when_all_have_spoken() -> None:
+def test_members_that_fall_out_make_one_next_epoch_when_all_have_spoken() -> None:
     found = formed(size=3)
     for rank in range(2):
         hear(found, rank, 0, told=1, now=1.0)
@@ -228,7 +228,7 @@ def test_a_number_that_a_rank_was_told_is_not_given_again() -> None:
     assert told[0] == 9
 
 
-def test_a_new_coordinator_that_hears_one_generation_has_nothing_to_do() -> None:
+def test_a_new_coordinator_that_hears_one_epoch_has_nothing_to_do() -> None:
     found = formed(number=7)
     assert (found.number, found.due, found.asks) == (7, None, False)
 

@@ -1,4 +1,4 @@
-"""A rank's machine while the deployment is suspended."""
+"""A rank's machine while the deployment is paused."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_rank_that_loads_does_not_answer_and_one_that_joins_does() -> None:
 
 
 @pytest.mark.parametrize("lockstep", [False, True])
-def test_who_joins_a_suspended_deployment_holds(lockstep: bool) -> None:
+def test_who_joins_a_paused_deployment_holds(lockstep: bool) -> None:
     machine = ready(lockstep, Suspension(5, "wait"))
     assert (machine.pause.number, machine.quiesced) == (5, True)
     assert find(add(machine), Take) == []
