@@ -238,7 +238,7 @@ class ServerConfig(Checked, frozen=True):
             "where a request names its rank, and while there is no coordinator.",
             "--bind",
         ),
-    ] = "broker"
+    ] = "late"
     max_waiting: Annotated[
         int,
         flag(

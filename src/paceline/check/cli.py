@@ -80,7 +80,7 @@ def check(
         bool | None, typer.Option(help="Whether front-ends' notices come through; without --grouped they do.")
     ] = None,
     binding: Annotated[
-        bool, typer.Option("--binding", help="Walk brokered binding: by default with each fault by itself.")
+        bool, typer.Option("--binding", help="Walk late binding: by default with each fault by itself.")
     ] = False,
     answers: Annotated[
         bool,

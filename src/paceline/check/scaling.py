@@ -2,7 +2,7 @@
 
 There is a place for one rank more than the deployment has at first. An operator asks for a rank more or fewer, by any
 front-end, again until all front-ends know what has become of it, and one change after the other. The node starts and
-ends ranks as its machine says, and does so at once; a rank that dies and is not on trial it starts again. A question is
+ends ranks as its machine says, and does so at once; a rank that dies and is not provisional it starts again. A question is
 answered when it is sent, if nothing is before it in the node's link; a life of the coordinator asks once, and what the
 node knows already is not put into the link. What the node says is read before anything else happens: in between,
 nothing that it says would matter.
@@ -207,7 +207,7 @@ class Scaled(Epochs):
         for effect in effects:
             if isinstance(effect, on_node.StartRank | on_node.KeepRank):
                 node = state.nodes[effect.rank]
-                # A rank that died on trial is started again from where it is kept.
+                # A provisional rank that died is started again from where it is kept.
                 if node.ended or isinstance(effect, on_node.StartRank):
                     life = self.processes.part(Process(node.process.machine.incarnation + 1, self.settings))
                     state.nodes[effect.rank] = node._replace(life=life, ended=False)
@@ -326,7 +326,7 @@ class Scaled(Epochs):
         super().broadcast(state, answer, lost)
 
     def dies(self, state: State, rank: int, members: Members, others: tuple[Node, ...], last: Node) -> Iterator[Move]:
-        """A rank on trial dies too: it is not started again, and the node says so."""
+        """A provisional rank dies too: it is not started again, and the node says so."""
         if not state.scale.node.machine.thing.provisional(rank):
             yield from super().dies(state, rank, members, others, last)
             return

@@ -147,7 +147,7 @@ class Life:
 class State(Whole):
     """All parts. `said`: by rank, outputs on their way; `gone`: a life of which the coordinator is still to see the
     connection end; `links`: the front-end's, (life, whether it is up). `ending`: whether the node is about to end it;
-    `failed`: ranks that have died on trial.
+    `failed`: ranks that have died provisionally.
     """
 
     def __init__(self, bounds: Bounds, desk: Part[Desk], lives: list[Part[Life]], node: Part[on_node.Node]) -> None:

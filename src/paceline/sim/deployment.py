@@ -236,7 +236,7 @@ class Deployment:
             self.world.after(self.shape.links.draw(self._connecting), down)
 
     def revive_rank(self, number: int) -> None:
-        """A rank that has died is started again, if it is still of the deployment, and did not die on trial."""
+        """A rank that has died is started again, if it is still of the deployment, and was not provisional."""
         if self.node is None:
             self.start_rank(number)
         elif number in self.node.machine.ranks and not self.node.machine.provisional(number):

@@ -225,7 +225,7 @@ class Binding:
         self._returned = self._credit_epoch
 
 
-BROKER = "broker"
+QUEUE = "broker"
 """In place of the policy's name, where the coordinator chose the rank."""
 
 
@@ -327,7 +327,7 @@ class Placement:
                 continue
             waiting_for_grant = self._binding.waiting_for_grant.pop(grant.request, None)
             if waiting_for_grant is not None:
-                effects += self._bind(waiting_for_grant, grant.rank, now, BROKER, "granted by the broker")
+                effects += self._bind(waiting_for_grant, grant.rank, now, QUEUE, "granted by the central queue")
         return effects
 
     def stop(self, now: float) -> list[Effect]:
@@ -348,7 +348,7 @@ class Placement:
         for waiting_for_grant in self._binding.give_up():
             rank = self._router.choose(_query(waiting_for_grant.submit))
             if rank in self._inflight.handles:
-                effects += self._bind(waiting_for_grant, rank, now, "", "bound without the broker")
+                effects += self._bind(waiting_for_grant, rank, now, "", "bound without the central queue")
             else:
                 effects.append(_misrouted(waiting_for_grant.submit, rank))
         return effects
