@@ -2,9 +2,10 @@
 
 There is a place for one rank more than the deployment has at first. An operator asks for a rank more or fewer, by any
 front-end, again until all front-ends know what has become of it, and one change after the other. The node starts and
-ends ranks as its machine says, and does so at once; a rank that dies and is not provisional it starts again. A question is
-answered when it is sent, if nothing is before it in the node's link; a life of the coordinator asks once, and what the
-node knows already is not put into the link. What the node says is read before anything else happens: in between,
+ends ranks as its machine says, and does so at once; a rank that dies and is not provisional it starts again. A
+question is answered when it is sent, if nothing is before it in the node's link; a life of the coordinator asks once,
+and what the node knows already is not put into the link. What the node says is read before anything else happens: in
+between,
 nothing that it says would matter.
 
 Front-ends hear of a change at any time after it was published, and tell the coordinator then, and each new one, what
