@@ -1,12 +1,14 @@
 """Chaos: a real deployment under steady streams, while its processes are killed and stopped at random from a seed,
-it is suspended and resumed, gets more ranks and fewer, and garbage comes on every socket.
+it is suspended and resumed, gets more ranks and fewer, and bad frames come on every socket.
 
     python -m bench.chaos --seed 7 --minutes 2 --engine timed
+    python -m bench.chaos --seed 7 --minutes 2 --engine moe --nodes 2
 
 Each stream is compared with the text of the same request undisturbed. Printed are the faults by kind, the requests,
 those lost (an error, or no end) and wrong (another text), those refused on arrival since no rank was ready, those whose
 front-end was killed under them, and the longest stall: the longest time between two pieces of one stream. The exit
-status is 1 where one was lost or wrong. Suspensions and scaling only delay.
+status is 1 where one was lost or wrong. Suspensions and scaling only delay. Over two nodes links are cut, too, and a
+worker node and the head die and come back; a head takes the connections of its clients with it.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
-from bench.chaos_calls import Scaler, Suspender
-from bench.chaos_clients import Client, Tally, asks_of
-from bench.chaos_mischief import FRONTENDS, RANKS, Mischief, flood_of
+from bench.chaos_mischief import FRONTENDS, RANKS, Client, Mischief, Scaler, Suspender, Tally, asks_of, flood_of
+from bench.chaos_nodes import NodesMischief, two_nodes
 from tests.serving import deployment
 
 MOE_SIZES = ("layers=2", "d_model=32", "heads=2", "expert_hidden=32")
@@ -30,12 +33,12 @@ RANK_TIMEOUT_S = 1.0
 SETTLE_S = 30.0
 
 
-def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
-    """Run it; returns what came of it."""
+def chaos(engine: str, seed: int, minutes: float, clients: int, nodes: int = 1, log: str | None = None) -> Tally:
     tally = Tally()
-    arguments = [*ENGINES[engine], "-dp", str(RANKS), "-asc", str(FRONTENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
+    arguments = [*ENGINES[engine], "-asc", str(FRONTENDS), "--rank-timeout", str(RANK_TIMEOUT_S),
                  "--max-rank-restarts", "100000", "--max-rank-losses", "100"]  # fmt: skip
-    with deployment(*arguments) as running:
+    started: Any = two_nodes(arguments) if nodes > 1 else deployment(*arguments, "-dp", str(RANKS))
+    with started as running:
         asks = asks_of(engine, running.openai.models.list().data[0].id)
         texts = [running.openai.completions.create(**ask).choices[0].text for ask in asks]
         readers = [Client(index, running, asks, texts, tally) for index in range(clients)]
@@ -43,11 +46,12 @@ def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
         flood = flood_of(running, seed)
         for thread in (*readers, *operators, flood):
             thread.start()
-        Mischief(running, seed, tally).go_on(time.monotonic() + 60 * minutes)
+        mischief = (NodesMischief if nodes > 1 else Mischief)(running, seed, tally)
+        mischief.go_on(time.monotonic() + 60 * minutes)
         flood.stop()
         for operator in operators:
             operator.stop()
-        tally.faults.update({f"garbage, {name.strip('-')}": count for name, count in flood.sent.items()})
+        tally.faults.update({f"bad frames, {name.strip('-')}": count for name, count in flood.sent.items()})
         for reader in readers:
             reader.over.set()
         end = time.monotonic() + SETTLE_S
@@ -56,7 +60,9 @@ def chaos(engine: str, seed: int, minutes: float, clients: int) -> Tally:
             if reader.is_alive():
                 tally.lost.append(f"no end within {SETTLE_S:g} s after the last fault")
         tally.lost += ["a traceback in the log"] if "Traceback" in running.output else []
-        if tally.lost or tally.wrong:
+        if log is not None:
+            Path(log).write_text(running.output)
+        elif tally.lost or tally.wrong:
             print(running.output, file=sys.stderr)
     return tally
 
@@ -67,8 +73,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="timed")
     parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1, help="2: in network namespaces, as root")
+    parser.add_argument("--log", metavar="FILE", help="where the deployment's log goes; stderr where something is lost")
     given = parser.parse_args()
-    tally = chaos(given.engine, given.seed, given.minutes, given.clients)
+    tally = chaos(given.engine, given.seed, given.minutes, given.clients, given.nodes, given.log)
     for kind, count in sorted(tally.faults.items()):
         print(f"{kind}: {count}")
     print(f"requests: {tally.requests}, lost: {len(tally.lost)}, wrong: {len(tally.wrong)}")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from freshness_feed import FRONTENDS, Feed, Ranks, feed, now_us
-from freshness_relay import Relay, Timer
-from freshness_report import Cell, Quiet, to_markdown
+from bench.freshness_feed import FRONTENDS, Feed, Floor, Ranks, Relay, feed, now_us, tick
+from bench.freshness_report import Cell, Quiet, to_markdown
+from tests.serving import cpu_s, memory_mb
 
 from paceline.core import codec
 from paceline.core.messages import LoadView, Members
@@ -103,18 +103,6 @@ def running(ranks: int, interval_ms: int, lockstep: bool) -> Iterator[tuple[DPCo
         coordinator.shutdown()
 
 
-def cpu_s(pid: int) -> float:
-    """All CPU time of a process so far, in seconds."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
-def resident_mb(pid: int, name: str = "VmHWM") -> float:
-    """The most memory that a process has had, in MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith(f"{name}:")]
-    return int(line.split()[1]) / 1024
-
-
 def quiet(ranks: int, interval_ms: int, rounds: int, lockstep: bool) -> Quiet:
     """How long the first change after quiet takes to a front-end: one round of all ranks' reports at a time."""
     with running(ranks, interval_ms, lockstep) as (coordinator, subscribers):
@@ -167,7 +155,7 @@ def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_
             order.recv()
         subscribers.wait_members(ranks)
         pid = coordinator.proc.pid or 0
-        timer = Timer(interval_ms / 1000)
+        timer = Floor(tick, interval_ms / 1000)
         subscribers.also(timer.socket)
         for order in orders:
             order.send("go")
@@ -179,13 +167,13 @@ def saturated(ranks: int, interval_ms: int, seconds: float, lockstep: bool, per_
         for order in orders:
             order.send("stop")
         refused = sum(order.recv()[1] for order in orders)
-        memory_mb = resident_mb(pid)
+        most_mb = memory_mb(pid, "VmHWM")
         timer.close()
         views = [(came, view) for came, frame in frames if isinstance(view := subscribers.decode(frame), LoadView)]
         for process in processes:
             process.join(10)
     return Cell.of(
-        ranks, interval_ms, lockstep, per_second, views, took_s, cpu, memory_mb, refused, subscribers.also_came
+        ranks, interval_ms, lockstep, per_second, views, took_s, cpu, most_mb, refused, subscribers.also_came
     )
 
 

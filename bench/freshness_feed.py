@@ -1,4 +1,5 @@
-"""A process that stands in for many ranks: one PUSH socket a rank, and reports as fast as they go, or none.
+"""Processes that stand in for many ranks (one PUSH socket a rank, and reports as fast as they go, or none), and the
+floor: a process that passes a frame from one socket on to another and does nothing else.
 
 Each report's `prefill_tokens` is the time at which it was made, in microseconds of the monotonic clock, so that whoever
 sees it in a view knows its age, and its `step` counts the reports of its rank.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 import zmq
@@ -16,6 +19,7 @@ import zmq
 from paceline.core import codec
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
+from paceline.net.links import SocketFolder
 from paceline.net.sockets import open_socket
 
 FRONTENDS = (101, 102)
@@ -89,3 +93,56 @@ def feed(job: Feed, orders: Connection) -> None:
             time.sleep(max(0.0, due - time.monotonic()))
     orders.send((ranks.step * len(job.ranks), ranks.refused))
     ranks.close()
+
+
+MAX_BYTES = 1 << 20
+
+
+def relay(outlet: str) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    pulling = open_socket(context, zmq.PULL, bind=f"{outlet}-in", max_bytes=MAX_BYTES)
+    publishing = open_socket(context, zmq.XPUB, bind=outlet, max_bytes=MAX_BYTES)
+    publishing.recv()
+    while True:
+        publishing.send(pulling.recv())
+
+
+def tick(outlet: str, interval_s: float) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    publishing = open_socket(context, zmq.XPUB, bind=outlet, max_bytes=MAX_BYTES)
+    while True:
+        publishing.send(b"tick")
+        # As the coordinator does: one interval after the last one.
+        time.sleep(interval_s)
+
+
+class Floor:
+    """A process that publishes at `outlet`, and a socket that listens there."""
+
+    def __init__(self, target: Callable[..., None], *arguments: float) -> None:
+        self._folder = SocketFolder()
+        self.outlet = self._folder.address("outlet")
+        self._process = get_context("spawn").Process(target=target, args=(self.outlet, *arguments), daemon=True)
+        self._process.start()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = open_socket(self._context, zmq.XSUB, connect=self.outlet, max_bytes=MAX_BYTES)
+        self.socket.send(b"\x01")
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+        self._process.terminate()
+        self._process.join()
+        self._folder.close()
+
+
+class Relay(Floor):
+    def __init__(self) -> None:
+        super().__init__(relay)
+        self._pushing = open_socket(self._context, zmq.PUSH, connect=f"{self.outlet}-in", max_bytes=MAX_BYTES)
+
+    def trip_us(self) -> int:
+        """How long one small frame takes there and back, in microseconds."""
+        begin = now_us()
+        self._pushing.send(bytes(100))
+        self.socket.recv()
+        return now_us() - begin

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from paceline.core.coordinator.load_table import STEP_WAIT_S
 from paceline.core.messages import LoadView
@@ -43,13 +44,11 @@ def named(lockstep: bool) -> str:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of all do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def gaps_ms(came_us: Sequence[int]) -> list[float]:
-    """What lies between each and the next, in milliseconds."""
     return [(after - before) / 1000 for before, after in itertools.pairwise(came_us)]
 
 
@@ -121,7 +120,6 @@ class Cell:
 
     @property
     def kept(self) -> bool:
-        """Whether the publish deadline was kept."""
         return self.p99 <= self.interval_ms + GOAL_OVER_MS
 
     def __str__(self) -> str:
@@ -135,41 +133,41 @@ class Cell:
         )
 
 
-def _first_rows(firsts: Sequence[Quiet]) -> list[str]:
-    rows = [
-        "| ranks | | p50 ms | p99 ms | most ms | within 2 ms | p50, p99 | one step |"
-        " bare relay: p50 | p99 | within 2 ms |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for first in firsts:
-        soon, bare = within_goal(first.took_us), within_goal(first.bare_us)
-        whole = f"{first.one_step:.0%}" if first.lockstep else ""
-        verdicts = ", ".join("met" if first.ms(share) <= GOAL_FIRST_MS else "missed" for share in (0.5, 0.99))
-        rows.append(
-            f"| {first.ranks} | {named(first.lockstep)} | {first.ms(0.5):.2f} | {first.ms(0.99):.2f} |"
-            f" {first.ms(1):.2f} | {soon:.1%} | {verdicts} | {whole} |"
-            f" {percentile(first.bare_us, 0.5) / 1000:.2f} | {percentile(first.bare_us, 0.99) / 1000:.2f} |"
-            f" {bare:.1%} |"
-        )
-    return rows
+FIRST: dict[str, Callable[[Quiet], str]] = {
+    "ranks": lambda one: str(one.ranks),
+    "": lambda one: named(one.lockstep),
+    "p50 ms": lambda one: f"{one.ms(0.5):.2f}",
+    "p99 ms": lambda one: f"{one.ms(0.99):.2f}",
+    "most ms": lambda one: f"{one.ms(1):.2f}",
+    "within 2 ms": lambda one: f"{within_goal(one.took_us):.1%}",
+    "p50, p99": lambda one: ", ".join("met" if one.ms(share) <= GOAL_FIRST_MS else "missed" for share in (0.5, 0.99)),
+    "one step": lambda one: f"{one.one_step:.0%}" if one.lockstep else "",
+    "bare relay: p50": lambda one: f"{percentile(one.bare_us, 0.5) / 1000:.2f}",
+    "p99": lambda one: f"{percentile(one.bare_us, 0.99) / 1000:.2f}",
+    "of these within 2 ms": lambda one: f"{within_goal(one.bare_us):.1%}",
+}
+CELLS: dict[str, Callable[[Cell], str]] = {
+    "ranks": lambda cell: str(cell.ranks),
+    "": lambda cell: named(cell.lockstep),
+    "interval ms": lambda cell: str(cell.interval_ms),
+    "gap p50": lambda cell: f"{cell.p50:.1f}",
+    "p99": lambda cell: f"{cell.p99:.1f}",
+    "most": lambda cell: f"{cell.most:.1f}",
+    "bare timer: p99": lambda cell: f"{cell.bare_p99:.1f}",
+    "taken a second": lambda cell: f"{cell.messages_a_second:,.0f}",
+    "a CPU second": lambda cell: f"{cell.messages_a_cpu_second:,.0f}",
+    "cores": lambda cell: f"{cell.cores:.2f}",
+    "MB": lambda cell: f"{cell.memory_mb:.0f}",
+    "age ms": lambda cell: f"{cell.age_ms:.1f}",
+}
+FLOOD = CELLS | {"p99 within interval + 5 ms": lambda cell: "met" if cell.kept else "missed"}
+PACED = CELLS | {"one step": lambda cell: f"{cell.one_step:.0%}"}
 
 
-def _cell_rows(cells: Sequence[Cell], *, paced: bool) -> list[str]:
-    last = "one step" if paced else "p99 within interval + 5 ms"
-    rows = [
-        "| ranks | | interval ms | gap p50 | p99 | most | bare timer: p99 | taken a second | a CPU second | cores |"
-        f" MB | age ms | {last} |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]  # fmt: skip
-    for cell in cells:
-        verdict = f"{cell.one_step:.0%}" if paced else "met" if cell.kept else "missed"
-        rows.append(
-            f"| {cell.ranks} | {named(cell.lockstep)} | {cell.interval_ms} | {cell.p50:.1f} | {cell.p99:.1f} |"
-            f" {cell.most:.1f} | {cell.bare_p99:.1f} |"
-            f" {cell.messages_a_second:,.0f} | {cell.messages_a_cpu_second:,.0f} | {cell.cores:.2f} |"
-            f" {cell.memory_mb:.0f} | {cell.age_ms:.1f} | {verdict} |"
-        )
-    return rows
+def _table(columns: dict[str, Callable[[Any], str]], measured: Iterable[Quiet | Cell]) -> str:
+    lines = [list(columns), ["---:"] * len(columns)]
+    lines += [[column(one) for column in columns.values()] for one in measured]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _beside_timer(cells: Sequence[Cell]) -> str:
@@ -186,28 +184,18 @@ def _beside_timer(cells: Sequence[Cell]) -> str:
 
 
 def to_markdown(arguments: str, cores: int, seconds: float, firsts: Sequence[Quiet], cells: Sequence[Cell]) -> str:
-    command = f'make bench-freshness ARGS="{arguments}"'
+    flood = [cell for cell in cells if not cell.per_second]
     parts = [
         "# How fresh the loads are",
-        "",
-        f"    {command}    # {seconds / 60:.1f} minutes",
-        "",
+        f'    make bench-freshness ARGS="{arguments}"    # {seconds / 60:.1f} minutes',
         f"Machine: {cores} cores, shared with other work. Load average over the run: {os.getloadavg()[1]:.1f}.",
-        "",
         "## First change after quiet",
-        "",
-        *_first_rows(firsts),
-        "",
+        _table(FIRST, firsts),
         "## All ranks report as fast as they can",
-        "",
-        *_cell_rows([cell for cell in cells if not cell.per_second], paced=False),
-        "",
-        _beside_timer([cell for cell in cells if not cell.per_second]),
-        "",
+        _table(FLOOD, flood),
+        _beside_timer(flood),
         "## Lockstep ranks at 100 steps a second",
-        "",
-        *_cell_rows([cell for cell in cells if cell.per_second], paced=True),
-        "",
+        _table(PACED, (cell for cell in cells if cell.per_second)),
         MEASURED,
     ]
-    return "\n".join(parts)
+    return "\n\n".join(parts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import sys
@@ -17,9 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bench.overload import Got, Load
 from bench.routing import DATA, TRACES, at_random
-from bench.serve_deployment import Deployment as Served, ending_on_signals
-from msgspec import Struct
+from bench.serve_deployment import Deployment as Served, ending_on_signals, serve_arguments
 from msgspec.structs import replace
 
 from paceline.engines.timed import CostModel
@@ -33,55 +32,19 @@ SLOWER = 10
 COSTS = CostModel(6.0 * SLOWER, 0.09 * SLOWER, 0.02 * SLOWER)
 SHAPE = EngineShape(COSTS, slots=64, budget=2048, kv_tokens=1 << 24)
 PROMPT_LIMIT = 8192
+MORE = ("--max-waiting", "100000")
 WITHIN = 0.15
 FIGURES = ("TTFT p50, s", "TTFT p90, s", "TTFT p99, s", "output tokens/s")
 
 
-class Times(Struct):
-    """One request: when it was to be sent, when its first token and its last came; tokens."""
-
-    at: float
-    first: float = 0.0
-    last: float = 0.0
-    tokens: int = 0
-
-
-def serve_arguments(engine: str, extra: list[str]) -> list[str]:
-    options = {"step_ms": COSTS.step_ms, "prefill_ms": COSTS.prefill_ms, "decode_ms": COSTS.decode_ms}
-    return [
-        "serve", "--engine", engine, "--port", "0", "-dp", str(RANKS), "--api-server-count", str(FRONTENDS),
-        "--max-num-seqs", str(SHAPE.slots), "--max-num-batched-tokens", str(SHAPE.budget),
-        "--kv-cache-tokens", str(SHAPE.kv_tokens), "--max-waiting", "100000", "--log-level", "warning",
-        *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value:g}")), *extra,
-    ]  # fmt: skip
-
-
-async def send(port: int, one: Arrival, begin: float) -> Times:
-    """Wait for its moment, ask, and read the stream to its end."""
-    times = Times(begin + one.at)
-    await asyncio.sleep(max(0.0, times.at - time.monotonic()))
-    body = json.dumps(
-        {"prompt": "x" * one.prompt_tokens, "max_tokens": one.answer_tokens, "stream": True, "ignore_eos": True}
-    ).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    writer.write(head.encode() + body)
-    while line := await reader.readline():
-        if line.startswith(b"data: {") and b'"text"' in line:
-            times.last = time.monotonic()
-            times.first = times.first or times.last
-            times.tokens += 1
-    writer.close()
-    if times.tokens < one.answer_tokens / 2:
-        raise RuntimeError(f"an answer has {times.tokens} of {one.answer_tokens} tokens")
-    return times
-
-
-async def load(port: int, arrivals: list[Arrival]) -> list[Times]:
-    begin = time.monotonic() + 1.0
-    return list(await asyncio.gather(*(send(port, one, begin) for one in arrivals)))
+async def load(port: int, arrivals: list[Arrival]) -> list[Got]:
+    clients, begin = Load(port), time.monotonic() + 1.0
+    asks = (clients.ask(begin + one.at, one.prompt_tokens, one.answer_tokens) for one in arrivals)
+    came = list(await asyncio.gather(*asks))
+    for got, one in zip(came, arrivals, strict=True):
+        if got.tokens < one.answer_tokens / 2:
+            raise RuntimeError(f"an answer has {got.tokens} of {one.answer_tokens} tokens")
+    return came
 
 
 def figures(waits: list[float], tokens: int, span: float) -> list[float]:
@@ -142,7 +105,9 @@ def main() -> int:
             for rate in args.rates:
                 arrivals = segment(args.data, args.requests, rate)
                 engine = "paceline.engines.timed:TimedLockstepEngine" if lockstep else "timed"
-                measured, complaints = real(serve_arguments(engine, args.serve), arrivals)
+                measured, complaints = real(
+                    [*serve_arguments(FRONTENDS, RANKS, SHAPE, engine), *MORE, *args.serve], arrivals
+                )
                 for complaint in complaints:
                     print(f"the deployment says: {complaint}", file=sys.stderr)
                 kind = "timed-lockstep" if lockstep else "timed"

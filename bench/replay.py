@@ -110,7 +110,6 @@ class QueueReplay(Replay):
         return self
 
     def engine(self) -> Engine:
-        """One that asks the gate, if there is one."""
         if self.gate is None:
             return super().engine()
         self.engines.append(GatedEngine(self.setup.engine, self.sequence, self._prefills))

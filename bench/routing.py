@@ -16,8 +16,7 @@ from random import Random
 
 import msgspec
 from bench.replay import replay_of
-from bench.routing_figures import Cell, Measured
-from bench.routing_report import RESULTS, to_console, write
+from bench.routing_report import RESULTS, Cell, Measured, to_console, write
 from msgspec.structs import replace
 
 from paceline.sim.engine import EngineShape
@@ -89,7 +88,7 @@ class Bench:
         return self._kept[key]
 
     def _setup(self, cell: Cell, policy: str, budget: int) -> Setup:
-        routing = "least-load" if policy == OURS else policy
+        routing = "sticky" if policy == OURS else policy
         return Setup(
             cell.ranks, cell.frontends, cell.lockstep, routing, engine=replace(self._engine, budget=budget),
             warm_up=WARM_UP,
@@ -169,7 +168,6 @@ def read(path: Path) -> list[Measured]:
 
 
 def numbers(text: str) -> list[int]:
-    """`8,32` as numbers."""
     return [int(number) for number in text.split(",")]
 
 
@@ -177,7 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="routing.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="8 ranks, 1 and 4 front-ends, a quarter of the requests")
     parser.add_argument("--ranks", type=numbers, default=[8, 32, 128])
-    parser.add_argument("--front-ends", type=numbers, default=[1, 4, 16])
+    parser.add_argument("--front-ends", dest="frontends", type=numbers, default=[1, 4, 16])
     parser.add_argument("--traces", type=lambda text: text.split(","), default=list(TRACES))
     parser.add_argument("--mode", choices=["both", "independent", "lockstep"], default="both")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of the traces (default: ../shared/data)")

@@ -76,7 +76,6 @@ def steady(policy: Policy, size: int, prompt_tokens: int) -> tuple[float, float]
 
 
 def whole_view(policy: Policy, size: int) -> float:
-    """Taking in that every rank has changed, in microseconds."""
     candidates, query = candidates_of(size, 1), queries(64)[0]
     policy.choose(candidates, query)
     best = float("inf")
@@ -92,7 +91,6 @@ def whole_view(policy: Policy, size: int) -> float:
 
 
 def plain(name: str, size: int) -> float | None:
-    """The reference's choice, in microseconds, where there is one."""
     classes = {"least-load": routing_reference.LeastLoad, "least-requests": routing_reference.LeastRequests}
     if name not in classes:
         return None
@@ -101,7 +99,6 @@ def plain(name: str, size: int) -> float | None:
 
 
 def least(call: Callable[[], object], times: int) -> float:
-    """Seconds a call takes, the least mean of ROUNDS."""
     best = float("inf")
     for _ in range(ROUNDS):
         begin = time.perf_counter()

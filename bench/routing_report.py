@@ -5,7 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.routing_figures import Cell, Measured
+from msgspec import Struct
+
+from paceline.sim.outcome import Outcome
+
+
+class Cell(Struct, frozen=True):
+    """One row: what is served, on what."""
+
+    trace: str
+    lockstep: bool
+    ranks: int
+    frontends: int
+    load: str
+
+
+class Measured(Struct, frozen=True):
+    """One figure of a row: by whom, with which token budget."""
+
+    cell: Cell
+    policy: str
+    budget: int
+    outcome: Outcome
+
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, TUNED, VLLM, BOUND = "paceline", "vllm-0.32, tuned", "vllm-0.32", "oracle"
@@ -29,7 +51,6 @@ class Row:
 
     @property
     def saturated(self) -> bool:
-        """Whether it is about throughput."""
         return self.cell.load == "saturated"
 
     def p99(self, policy: str) -> float:
@@ -47,7 +68,6 @@ class Row:
         return [policy for policy in self.by if policy not in (OURS, BOUND)]
 
     def goals(self) -> list[tuple[str, bool, str]]:
-        """(what is wanted, whether it is so, the figure)."""
         found = []
         if not self.saturated:
             ratio = self.p99(OURS) / self.p99(BOUND)

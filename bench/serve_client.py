@@ -1,8 +1,7 @@
 """The load of `serve.py`: raw sockets and one epoll, in a process of its own.
 
-Reads a job from stdin and answers with JSON. Every token of every stream is held
-against the text that the timed engine makes (" 0 1 2 ..."): the last number in what has come must be the
-count of what has come, at every read.
+Reads a job from stdin and answers with JSON. Every token of every stream is held against the text that the timed engine
+makes (" 0 1 2 ..."): the last number in what has come must be the count of what has come, at every read.
 """
 
 from __future__ import annotations
@@ -311,7 +310,6 @@ def run_requests(job: Job) -> dict[str, Any]:
 
 
 def quantiles(values: list[float] | array[float]) -> dict[str, float]:
-    """p50 and p99 of seconds, in milliseconds."""
     if not values:
         raise Wrong("nothing was measured: too few seconds for this load")
     ordered = sorted(values)

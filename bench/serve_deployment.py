@@ -4,75 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import select
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
-START_S = 60.0
-END_S = 10.0
-KV_CACHE_TOKENS = 1 << 24
-"""Room for 512 long streams: memory is not what is measured."""
+from tests.serving import Command, process_name
+
+from paceline.engines.timed import CostModel
+from paceline.sim.engine import EngineShape
+
+
+def shape_of(step_ms: float) -> EngineShape:
+    """An engine with room for 512 long streams: memory is not what is measured."""
+    return EngineShape(CostModel(step_ms, 0.0, 0.0), slots=1024, budget=65536, kv_tokens=1 << 24)
 
 
 class CannotRun(Exception):
     """The deployment did not come up."""
 
 
-class Deployment:
+class Deployment(Command):
     """`paceline serve --engine timed` over two ranks, ready. `step_ms` is all that its steps cost.
 
     `arguments`: what else to type after `paceline`, in place of that.
     """
 
     def __init__(self, frontends: int, step_ms: float, ranks: int = 2, arguments: list[str] | None = None) -> None:
-        self.arguments = arguments or serve_arguments(frontends, step_ms, ranks)
-        self._frontends, self._ranks = frontends, ranks
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "paceline", *self.arguments],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        self.output = b""
+        self.arguments = arguments or serve_arguments(frontends, ranks, shape_of(step_ms))
+        super().__init__(*self.arguments)
         try:
-            self.port = self._wait_ready()
-            self.processes = self._find_processes()
-        except BaseException:
+            self.connect()
+        except AssertionError as error:
             self.close()
-            raise
-
-    def _wait_ready(self) -> int:
-        assert self._process.stdout is not None
-        descriptor = self._process.stdout.fileno()
-        ends = time.monotonic() + START_S
-        while not (found := re.search(rb"serves on http://[^ ]*:(\d+)/v1", self.output)):
-            readable, _, _ = select.select([descriptor], [], [], max(0.0, ends - time.monotonic()))
-            data = os.read(descriptor, 65536) if readable else b""
-            self.output += data
-            if not data:
-                said = " | ".join(self.output.decode(errors="replace").splitlines()[-3:])
-                reason = "ended" if readable else f"was not ready after {START_S:g} s"
-                raise CannotRun(f"the deployment {reason}: {said}")
-        os.set_blocking(descriptor, False)
-        return int(found[1])
-
-    def _find_processes(self) -> dict[str, list[int]]:
-        names: dict[int, str] = {}
-        for children in Path(f"/proc/{self._process.pid}/task").glob("*/children"):
-            for pid in map(int, children.read_text().split()):
-                with contextlib.suppress(OSError):
-                    names[pid] = Path(f"/proc/{pid}/comm").read_text()
-
-        def called(name: str) -> list[int]:
-            return [pid for pid, found in names.items() if found.startswith(f"pl:{name}")]
-
-        found = {"front-ends": called("front-end"), "ranks": called("rank"), "coordinator": called("coordinator")}
-        if [len(found["front-ends"]), len(found["ranks"])] != [self._frontends, self._ranks]:
+            raise CannotRun(f"the deployment did not come up: {' | '.join(str(error).splitlines()[-3:])}") from None
+        self.port = int(self.url.rpartition(":")[2])
+        names = {pid: process_name(pid) for pid in self.children()}
+        self.processes = {
+            f"{name}s" if name != "coordinator" else name: [p for p, n in names.items() if n.startswith(f"pl:{name}")]
+            for name in ("front-end", "rank", "coordinator")
+        }
+        if [len(self.processes["front-ends"]), len(self.processes["ranks"])] != [frontends, ranks]:
+            self.close()
             raise CannotRun(f"not all processes of the deployment were found: {sorted(names.values())}")
-        return found
 
     def pin(self, cores: dict[str, set[int]]) -> None:
         """Bind all threads of the named groups of processes to cores."""
@@ -82,31 +54,16 @@ class Deployment:
                     os.sched_setaffinity(int(thread), pinned)
 
     def complaints(self) -> list[str]:
-        assert self._process.stdout is not None
-        with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._process.stdout.fileno(), 65536):
-                self.output += data
-        lines = self.output.decode(errors="replace").splitlines()
-        return [line for line in lines if " WARNING " in line or " ERROR " in line]
-
-    def close(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        return [line.strip() for line in list(self.lines) if " WARNING " in line or " ERROR " in line]
 
 
-def serve_arguments(frontends: int, step_ms: float, ranks: int) -> list[str]:
-    options = {"step_ms": f"{step_ms:g}", "prefill_ms": "0", "decode_ms": "0"}
+def serve_arguments(frontends: int, ranks: int, shape: EngineShape, engine: str = "timed") -> list[str]:
+    costs = {"step_ms": shape.costs.step_ms, "prefill_ms": shape.costs.prefill_ms, "decode_ms": shape.costs.decode_ms}
     return [
-        "serve", "--engine", "timed", "--port", "0", "-dp", str(ranks), "--api-server-count", str(frontends),
-        "--max-num-seqs", "1024", "--max-num-batched-tokens", "65536", "--kv-cache-tokens", str(KV_CACHE_TOKENS),
-        "--log-level", "warning",
-        *(part for name, value in options.items() for part in ("--engine-option", f"{name}={value}")),
+        "serve", "--engine", engine, "--port", "0", "-dp", str(ranks), "--api-server-count", str(frontends),
+        "--max-num-seqs", str(shape.slots), "--max-num-batched-tokens", str(shape.budget),
+        "--kv-cache-tokens", str(shape.kv_tokens), "--log-level", "warning",
+        *(part for name, value in costs.items() for part in ("--engine-option", f"{name}={value:g}")),
     ]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from msgspec import Struct
 HEAD = """\
 # vLLM's own coordinator and ours
 
-`make bench-vllm` wrote this: vLLM {version}'s coordinator process and ours (the keeper counted in), fed by the same
+`make bench-vllm` wrote this: vLLM {version}'s coordinator process and ours (the watchdog counted in), fed by the same
 sockets with the frames that vLLM's ranks and front-ends send, turn by turn in one run on {machine}.
 Other work ran there, so read the ratios. `floor` is a process that turns a front-end's frame into a wake and does
 nothing else. Ours publishes every 10 ms at most, vLLM's every 100. vLLM's warnings are switched off, which makes it
@@ -21,8 +21,8 @@ faster. Goals are the issue's; ✗ marks one that is missed.
 
 
 MISSED = {
-    "Start": "three interpreters start one after the other, with what they import: the keeper, the module that watches "
-    "what it started, and the coordinator, which is bound before it imports the rest.",
+    "Start": "three interpreters start one after the other, with what they import: the watchdog, the module that "
+    "watches what it started, and the coordinator, which is bound before it imports the rest.",
     "A wake": "one frame goes to each rank, by both and by the floor: with few ranks most of it is threads that wake "
     "each other, and what is left is what two runs differ by. The far end is time slices: the rig, whose process "
     "stands in for all ranks and front-ends, runs on the same cores.",

@@ -1,7 +1,7 @@
 """The rig of `make bench-vllm`: three coordinators, and the sockets of vLLM's ranks and front-ends around each.
 
-`stock` is vLLM's own process, `ours` a keeper with the coordinator under it, `echo` the floor: a process that answers a
-front-end's frame with a wake to all ranks and does nothing else.
+`stock` is vLLM's own process, `ours` a watchdog with the coordinator under it, `echo` the floor: a process that answers
+a front-end's frame with a wake to all ranks and does nothing else.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import zmq
+from tests.serving import cpu_s, memory_mb
 from tests.vllm.pairs import Context, StockCoordinators
 
-from paceline.vllm.coordinator import VllmCoordinator
+from paceline.vllm.plugin import VllmCoordinator
 
 KEYS: dict[str, Any] = {
     "num_skipped_waiting_reqs": 0, "num_kv_fetch_reqs_by_stage": {}, "iteration_details": None,
@@ -71,8 +71,7 @@ class Rig:
         self.frontends = [_connected(context, zmq.XSUB, front) for _ in range(frontends)]
         for endpoint in (*self.inputs, *self.frontends):
             endpoint.send(b"\x01")
-        self.wave = 0
-        self.step = 0
+        self.wave = self.step = 0
 
     def greeted(self) -> Rig:
         for endpoint in self.inputs:
@@ -81,28 +80,17 @@ class Rig:
         return self
 
     def cpu_s(self) -> float:
-        """Processor time of its processes so far, all threads."""
-        total = 0
-        for pid in self.pids:
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                total += int((task / "schedstat").read_text().split()[0])
-        return total / 1e9
+        return sum(map(cpu_s, self.pids))
 
     def memory_mb(self) -> float:
         return sum(map(memory_mb, self.pids))
 
     def drain(self) -> None:
-        for endpoint in (*self.inputs, *self.frontends):
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    endpoint.recv_multipart(zmq.NOBLOCK)
+        _empty(*self.inputs, *self.frontends)
 
     def views(self) -> Iterator[tuple[float, Any, int, bool]]:
         """What has come to the first front-end: when it was read, counts, wave, running. The others are emptied."""
-        for endpoint in self.frontends[1:]:
-            with contextlib.suppress(zmq.Again):
-                while True:
-                    endpoint.recv(zmq.NOBLOCK)
+        _empty(*self.frontends[1:])
         with contextlib.suppress(zmq.Again):
             while True:
                 frame = self.frontends[0].recv(zmq.NOBLOCK)
@@ -111,6 +99,13 @@ class Rig:
     def close(self) -> None:
         for endpoint in (*self.outputs, *self.inputs, *self.frontends):
             endpoint.close()
+
+
+def _empty(*endpoints: zmq.Socket[bytes]) -> None:
+    for endpoint in endpoints:
+        with contextlib.suppress(zmq.Again):
+            while True:
+                endpoint.recv_multipart(zmq.NOBLOCK)
 
 
 def _connected(context: Context, kind: int, address: str) -> zmq.Socket[bytes]:
@@ -124,13 +119,6 @@ def _connected(context: Context, kind: int, address: str) -> zmq.Socket[bytes]:
 
 def config(size: int) -> SimpleNamespace:
     return SimpleNamespace(data_parallel_size=size, data_parallel_size_local=size, data_parallel_master_ip="127.0.0.1")
-
-
-def memory_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def start_and_memory() -> dict[str, tuple[float, float, float]]:
@@ -156,7 +144,6 @@ def start_and_memory() -> dict[str, tuple[float, float, float]]:
 
 
 def greet(publish: str, size: int) -> None:
-    """As so many ranks, subscribe, and wait for READY."""
     with zmq.Context() as context:
         ranks = [_connected(context, zmq.XSUB, publish) for _ in range(size)]
         for rank in ranks:
@@ -167,15 +154,13 @@ def greet(publish: str, size: int) -> None:
 
 
 def _pids(ours: VllmCoordinator) -> list[int]:
-    """The keeper, and the coordinator under it."""
-    keeper = int(ours.proc.pid or 0)
-    child = subprocess.run(["pgrep", "-P", str(keeper)], capture_output=True, check=True).stdout.split()[0]
-    return [keeper, int(child)]
+    watchdog = int(ours.proc.pid or 0)
+    child = subprocess.run(["pgrep", "-P", str(watchdog)], capture_output=True, check=True).stdout.split()[0]
+    return [watchdog, int(child)]
 
 
 @contextlib.contextmanager
 def rigs(stock: StockCoordinators, size: int, frontends: int, *, waves: bool, echo: bool) -> Iterator[dict[str, Rig]]:
-    """A rig for each coordinator, in the same run."""
     # Reports go out by a thread of their own, so that a backlog of them does not delay what is timed.
     context: Context = zmq.Context()
     senders: Context = zmq.Context()

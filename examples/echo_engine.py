@@ -9,10 +9,9 @@ from paceline.core.rank.events import StepOutput
 from paceline.engines.base import Engine, EngineRequest, EngineSettings, Progress, StepResult
 
 
-class Bytes:
-    """The front-end's side: text to tokens. Here a token is a byte."""
-
-    model_name, max_model_len, vocabulary_size = "echo", 4096, 256
+class Bytes:  # The front-end's side: text to tokens. Here a token is a byte.
+    model_name, max_model_len, vocabulary_size, longest_piece, sampling_defaults = "echo", 4096, 256, 1, {}
+    chat_template = None
 
     def encode(self, text, *, add_special=True, parse_special=False):
         return list(text.encode())
@@ -20,8 +19,8 @@ class Bytes:
     def decode(self, token_ids):
         return bytes(token_ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages, *, add_generation_prompt=True):
-        return messages[-1]["content"]
+    def chat(self, conversation):
+        return [conversation.messages[-1]["content"]]
 
 
 class EchoEngine(Engine):

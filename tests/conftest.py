@@ -30,8 +30,8 @@ def timed_server() -> Iterator[Deployment]:
 
 @pytest.fixture(scope="session")
 def llama_server() -> Iterator[Deployment]:
-    """The default: Gemma 3 270M over two ranks."""
-    with deployment("--max-model-len", "2048") as running:
+    """Gemma 3 270M over two ranks."""
+    with deployment("--model", "gemma-3-270m", "--max-model-len", "2048") as running:
         yield running
 
 

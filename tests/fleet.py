@@ -18,16 +18,15 @@ from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import PROTOCOL_VERSION, Identify, RankHello
 from paceline.core.requests import Output, SamplingParams
 from paceline.core.routing import LeastLoad
-from paceline.engines.base import EngineSettings
 from paceline.net.coordinator import DPCoordinator
 from paceline.net.frontend import FrontendShell
 from paceline.net.links import new_identity
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn
-from paceline.settings import ParallelConfig
+from paceline.settings import DeploymentConfig, EngineConfig, ParallelConfig
 from tests.net.peers import context, receive
 from tests.pace import stretched
-from tests.serving import wait_until
+from tests.serving import cpu_s, wait_until
 
 
 class Answer:
@@ -72,10 +71,14 @@ class Fleet:
 
     def __init__(self, folder: Path, size: int, engine: str, options: dict[str, str], sync_interval: int) -> None:
         self.size = size
-        self.coordinator = DPCoordinator(ParallelConfig(data_parallel_size=size, data_parallel_size_local=size))
+        parallel = ParallelConfig(
+            data_parallel_size=size, data_parallel_size_local=size, dp_sync_interval=sync_interval
+        )
+        config = DeploymentConfig(parallel, EngineConfig(engine=engine, options=options, threads=1))
+        self.coordinator = DPCoordinator(parallel)
         self._statuses: list[Any] = []
         self._input, self._output = self.coordinator.get_engine_socket_addresses()
-        self._settings = (folder, engine, options, sync_interval)
+        self._settings = (folder, config)
         self._lives = itertools.count(1)
         self.ranks = [self._rank(rank) for rank in range(size)]
 
@@ -85,13 +88,12 @@ class Fleet:
         self.ranks[rank] = self._rank(rank)
 
     def _rank(self, rank: int) -> Any:
-        folder, engine, options, sync_interval = self._settings
+        folder, config = self._settings
         life = next(self._lives)
         reader, writer = get_context("spawn").Pipe(duplex=False)
         settings = RankSettings(
-            engine, EngineSettings(rank=rank, dp_size=self.size, threads=1, options=options), f"ipc://{folder}/rank-{life}",
-            self._input, self._output, group_bind=f"ipc://{folder}/group-{life}", sync_interval=sync_interval,
-        )  # fmt: skip
+            config, rank, f"ipc://{folder}/rank-{life}", self._input, self._output, f"ipc://{folder}/group-{life}"
+        )
         process = spawn(f"rank {rank}", run_rank, {"settings": settings, "status": writer}, "warning")
         writer.close()
         # Left open: a rank that cannot say how it goes ends.
@@ -158,12 +160,6 @@ def ask(client: FrontendShell, tokens: int, rank: int | None = None) -> Answer:
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     client.submit(answer.handle, [1, 2, 3, 4], params, rank)
     return answer
-
-
-def cpu_s(pid: int) -> float:
-    """CPU time that a process has used, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
 
 
 def cpu_used_s(pids: list[int], seconds: float) -> float:

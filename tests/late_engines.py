@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 import weakref
 
@@ -49,4 +51,17 @@ class InCallback(TimedEngine):
         del thing
         threading.Event().wait()
         assert reference() is None
+        return super().create(settings, progress)
+
+
+class Once(TimedEngine):
+    """Its rank 1 comes up once."""
+
+    @classmethod
+    def create(cls, settings: EngineSettings, progress: Progress) -> TimedEngine:
+        if settings.rank == 1:
+            try:
+                os.mkdir(f"{tempfile.gettempdir()}/paceline-once-{os.getppid()}")
+            except FileExistsError:
+                raise EngineError("there is no memory for this rank any more") from None
         return super().create(settings, progress)

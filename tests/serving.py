@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import httpx2
@@ -34,18 +36,23 @@ def wait_until(condition: Callable[[], Any], what: str, deadline_s: float = 30.0
 
 
 class Command:
-    """A `paceline` command as a process, with all that it prints. `to`: where it prints that, in place of here."""
+    """A `paceline` command as a process, with all that it prints. `to`: where it prints that, in place of here.
+    `python`: another environment's; `variables`: on top of this process's. `prefix`: what runs the command.
+    """
 
-    def __init__(self, *arguments: str, to: IO[str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, to: IO[str] | None = None, python: str = sys.executable,
+        variables: Mapping[str, str] | None = None, prefix: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.lines: list[str] = []
         self.url = ""
         self.http: Any = None
         # Each takes a megabyte; those that are not held any more have been closed.
         self._clients: weakref.WeakSet[openai.OpenAI] = weakref.WeakSet()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "paceline", *arguments],
+            [*prefix, python, "-m", "paceline", *arguments],
             stderr=subprocess.STDOUT, stdout=to or subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-            start_new_session=True,
+            start_new_session=True, env=os.environ | dict(variables or {}),
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -85,7 +92,7 @@ class Command:
 
     def connect(self) -> None:
         """Wait for the line that says where it serves, and open a client."""
-        line = self.wait_line("serves on http://")
+        line = self.wait_line("serves on http")
         self.open(line.split("serves on ")[1].split("/v1")[0])
 
     def open(self, url: str) -> None:
@@ -130,8 +137,8 @@ class Command:
 class Deployment(Command):
     """`paceline serve` on a free port, ready."""
 
-    def __init__(self, *arguments: str) -> None:
-        super().__init__("serve", "--port", "0", *arguments)
+    def __init__(self, *arguments: str, **how: Any) -> None:
+        super().__init__("serve", "--port", "0", *arguments, **how)
         try:
             self.connect()
         except BaseException:
@@ -140,9 +147,9 @@ class Deployment(Command):
 
 
 @contextlib.contextmanager
-def deployment(*arguments: str) -> Iterator[Deployment]:
+def deployment(*arguments: str, **how: Any) -> Iterator[Deployment]:
     """A running deployment, ended at the block's end; what it printed is shown where the test fails."""
-    running = Deployment(*arguments)
+    running = Deployment(*arguments, **how)
     try:
         yield running
     except BaseException:
@@ -153,8 +160,8 @@ def deployment(*arguments: str) -> Iterator[Deployment]:
 
 
 @contextlib.contextmanager
-def command(*arguments: str, to: IO[str] | None = None) -> Iterator[Command]:
-    running = Command(*arguments, to=to)
+def command(*arguments: str, **how: Any) -> Iterator[Command]:
+    running = Command(*arguments, **how)
     try:
         yield running
     finally:
@@ -180,6 +187,17 @@ def process_name(pid: int) -> str:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{pid}/comm") as file:
         return file.read().strip()
     return ""
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time that all threads of a process have used, in seconds."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def memory_mb(pid: int, name: str = "VmRSS") -> float:
+    """The resident memory of a process, in MiB; the most that it ever was: `VmHWM`."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) / 1024
 
 
 def is_alive(pid: int) -> bool:

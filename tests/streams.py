@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.pace import stretched
-from tests.serving import Deployment, wait_until
+from tests.serving import Command, wait_until
 
 TIMED = ("--engine", "timed", "--engine-option", "step_ms=10")
 MOE = (
@@ -23,7 +23,7 @@ MOE = (
 )
 
 
-def model(running: Deployment) -> str:
+def model(running: Command) -> str:
     """The name of the one that is served."""
     return str(running.openai.models.list().data[0].id)
 
@@ -31,7 +31,7 @@ def model(running: Deployment) -> str:
 class Streams:
     """Clients that read one stream each; `texts` is what they have by now."""
 
-    def __init__(self, running: Deployment, pool: ThreadPoolExecutor, asks: list[dict[str, Any]]) -> None:
+    def __init__(self, running: Command, pool: ThreadPoolExecutor, asks: list[dict[str, Any]]) -> None:
         self.texts = [""] * len(asks)
         self.finishes: list[str | None] = [None] * len(asks)
         self._running = running
@@ -60,12 +60,12 @@ class Streams:
                 self.finishes[index] = choice.finish_reason
 
 
-def whole(running: Deployment, ask: dict[str, Any]) -> str:
+def whole(running: Command, ask: dict[str, Any]) -> str:
     return str(running.openai.completions.create(**{"model": model(running), **ask}).choices[0].text)
 
 
 @contextmanager
-def streams(running: Deployment, asks: list[dict[str, Any]]) -> Iterator[Streams]:
+def streams(running: Command, asks: list[dict[str, Any]]) -> Iterator[Streams]:
     with ThreadPoolExecutor(len(asks)) as pool:
         made = Streams(running, pool, asks)
         wait_until(made.begun, "all streams have begun")

@@ -65,3 +65,32 @@ def test_coordinator_that_cannot_be(arguments: list[str], text: str) -> None:
     assert done.stderr.startswith("paceline: error: ")
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "model", "theirs", "size"),
+    [
+        (["m", "--tensor-parallel-size", "2", "-dp", "3"], "m", ["--tensor-parallel-size", "2"], 3),
+        (["--enforce-eager", "m"], None, ["--enforce-eager", "m"], 2),
+        (["m", "--x=-1", "-y", "-1", "--data_parallel_size=4"], "m", ["--x=-1", "-y", "-1"], 4),
+        (["--lora-modules", "a=b", "c=d", "-dp", "1", "m"], "m", ["--lora-modules", "a=b", "c=d"], 1),
+        (["--json.key", "v", "--port", "0", "m"], "m", ["--json.key", "v"], 2),
+    ],
+)
+def test_flags_of_the_engine_s_own(
+    typed: list[str], model: str | None, theirs: list[str], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typer.testing import CliRunner
+
+    from paceline import cli
+    from paceline.settings import DeploymentConfig
+
+    configs: list[DeploymentConfig] = []
+    monkeypatch.setattr(cli, "_serve", configs.append)
+    done = CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *typed])
+    assert done.exit_code == 0, done.output
+    (config,) = configs
+    assert config.engine.model == model
+    assert list(config.engine.arguments) == theirs
+    assert config.parallel.data_parallel_size == size
+    assert CliRunner().invoke(cli.app, ["serve", *typed]).exit_code == 2

@@ -14,10 +14,10 @@ import zmq
 
 from paceline.core import codec
 from paceline.core.messages import Members
-from paceline.engines.base import EngineSettings
 from paceline.net.rank import RankSettings, run_rank
 from paceline.process.spawn import spawn, stop
 from paceline.process.supervisor import Ready
+from paceline.settings import DeploymentConfig, EngineConfig, ParallelConfig
 from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
@@ -152,13 +152,9 @@ def test_restarted_foreign_rank_is_a_new_incarnation(start: Start, addresses: Ad
 
 def test_foreign_frontend_with_our_rank(start: Start, addresses: Addresses) -> None:
     start_coordinator(start, addresses, "--no-wave-coordination")
-    settings = RankSettings(
-        engine="timed",
-        settings=EngineSettings(options={"step_ms": "2", "prefill_ms": "0"}),
-        bind=addresses.rank,
-        coordinator_input=addresses.back_publish,
-        coordinator_output=addresses.back_output,
-    )
+    engine = EngineConfig(engine="timed", options={"step_ms": "2", "prefill_ms": "0"})
+    about = (0, addresses.rank, addresses.back_publish, addresses.back_output)
+    settings = RankSettings(DeploymentConfig(ParallelConfig(data_parallel_size=1), engine), *about)
     reader, writer = get_context("spawn").Pipe(duplex=False)
     process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
     writer.close()

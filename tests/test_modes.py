@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -24,10 +25,18 @@ pytestmark = pytest.mark.slow
 TIMED = ("--engine", "timed", "--engine-option", "step_ms=2")
 
 
+SPAN = 40
+"""Ports that a node may count from its first."""
+
+
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that is free, and those behind it: below the ones that the system gives to connections."""
+    while True:
+        first = random.randrange(10_000, 32_000 - SPAN)
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + SPAN):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return str(first)
 
 
 @contextlib.contextmanager

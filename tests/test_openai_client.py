@@ -151,7 +151,8 @@ def test_stream_that_is_dropped_frees_its_rank(llama_server: Deployment) -> None
 
 
 def test_sigterm_under_load_loses_nothing() -> None:
-    with deployment("--max-model-len", "512", "--drain-timeout", "90") as running, ThreadPoolExecutor(8) as pool:
+    own = ("--model", "gemma-3-270m", "--max-model-len", "512", "--drain-timeout", "90")
+    with deployment(*own) as running, ThreadPoolExecutor(8) as pool:
         client = running.openai
         streams = [
             client.completions.create(prompt=f"{PROMPT} {number}", stream=True, **SETTINGS | {"max_tokens": 40})

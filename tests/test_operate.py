@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from paceline.control import Control
 from paceline.operate import loads_app as app
-from tests.serving import Command, Deployment
+from tests.serving import Command, Deployment, wait_until
 from tests.test_control import answer, free_url, refusal, serving
 
 
@@ -50,6 +52,32 @@ def test_what_waits_before_all_ranks_stands_below() -> None:
     assert done.stdout.splitlines()[-1].strip() == "1,234 wait for any rank"
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ({"missing": [3, 4]}, "missing: rank 3, 4"),
+        ({"suspension": {"number": 1, "waiting_for": []}}, "paused"),
+        ({"suspension": {"number": 1, "waiting_for": [2]}}, "pausing: rank 2 still computes"),
+        ({"suspension": {"number": 2, "waiting_for": []}, "status": "ok"}, ""),
+        ({"status": "draining"}, "draining"),
+        ({"status": "rank 1 holds the group up"}, "rank 1 holds the group up"),
+    ],
+)
+def test_what_is_not_as_it_should_be_stands_below(said: dict[str, object], line: str) -> None:
+    with serving(answer(200, LOADS | said)) as server:
+        done = loads("--url", server.url)
+    below = [text.strip() for text in done.stdout.splitlines()[4:] if text.strip()]
+    assert below == [line] * bool(line)
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80"])
+def test_nothing_is_cut_where_it_is_narrow(columns: str) -> None:
+    with serving(answer(200, LOADS)) as server:
+        done = CliRunner().invoke(app, ["--url", server.url], env={"COLUMNS": columns})
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= int(columns)
+
+
 def test_json_is_what_the_server_says() -> None:
     with serving(answer(200, LOADS)) as server:
         assert json.loads(loads("--url", server.url, "--json").stdout) == LOADS
@@ -83,6 +111,28 @@ def test_nobody_there_is_one_line() -> None:
     done = loads("--url", url)
     assert done.exit_code == 1
     assert done.stderr == f"paceline: error: no answer from {url}: [Errno 111] Connection refused\n"
+
+
+@pytest.mark.slow
+def test_a_running_deployment_pushes_its_loads_to_whoever_watches(timed_server: Deployment) -> None:
+    pushed = Control(timed_server.url).watch_loads(0.05)
+    assert next(pushed)["status"] == "ok"
+    command = Command("loads", "--watch", "--json", "--interval", "0.05", "--url", timed_server.url)
+    try:
+        command.wait_line('"ranks"')
+        body = {"prompt": "hello", "max_tokens": 30}
+        before = finished(Control(timed_server.url).loads())
+        assert timed_server.http.post("/v1/completions", json=body).status_code == 200
+        assert any(finished(said) > before for said in pushed)
+        wait_until(lambda: finished(json.loads(command.lines[-1])) > before, "the command prints it too")
+    finally:
+        command.close()
+    answer = timed_server.http.get("/loads?stream=maybe")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "stream")
+
+
+def finished(said: dict[str, Any]) -> int:
+    return sum(load["finished"] for load in said["ranks"])
 
 
 @pytest.mark.slow

@@ -30,6 +30,11 @@ from paceline.settings import DeploymentConfig, EngineConfig, ParallelConfig, Se
         ({"min_stats_update_interval_ms": 4}, "--min-stats-update-interval-ms"),
         ({"prefill_quota": "some"}, "--prefill-quota"),
         ({"prefill_quota": "0"}, "--prefill-quota"),
+        ({"data_parallel_backend": "slurm"}, "--data-parallel-backend"),
+        ({"data_parallel_backend": "ray", "headless": True}, "--headless"),
+        ({"data_parallel_backend": "ray", "data_parallel_hybrid_lb": True}, "--data-parallel-hybrid-lb"),
+        ({"data_parallel_backend": "ray", "ray_gpus_per_rank": -1.0}, "--ray-gpus-per-rank"),
+        ({"ray_address": "10.0.0.1:6379"}, "--ray-address"),
     ],
 )  # fmt: skip
 def test_parallel_settings_that_cannot_be(settings: dict[str, Any], flag: str) -> None:

@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bench.overload import resident
 
 from tests.jumping_clock import JumpingClock
 from tests.pace import stretched
 from tests.raw_stream import RawStream, expected
-from tests.serving import Command, command, deployment, wait_until
+from tests.serving import Command, command, deployment, memory_mb, wait_until
 
 pytestmark = pytest.mark.slow
 
-MIB = 1 << 20
 HEARTBEAT_S = stretched(1.0, most=4.0)
 STALL_S = 2 * HEARTBEAT_S
 LONG_S = 4 * HEARTBEAT_S
@@ -54,7 +52,7 @@ class Memory(threading.Thread):
     def __init__(self, running: Command, *names: str) -> None:
         super().__init__(daemon=True)
         self._pids = {name: running.pid_of(name) for name in names}
-        self._before = {name: resident(pid) for name, pid in self._pids.items()}
+        self._before = {name: memory_mb(pid) for name, pid in self._pids.items()}
         self._over = threading.Event()
         self.grown = dict.fromkeys(names, 0.0)
         self.start()
@@ -62,7 +60,7 @@ class Memory(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(0.2):
             for name, pid in self._pids.items():
-                self.grown[name] = max(self.grown[name], (resident(pid) - self._before[name]) / MIB)
+                self.grown[name] = max(self.grown[name], memory_mb(pid) - self._before[name])
 
     def most(self) -> float:
         """Of the one that grew most; prints all."""
@@ -76,7 +74,7 @@ class Memory(threading.Thread):
 
 LONG_STEP = (
     "--engine-option", "step_ms=10", "--engine-option", f"prefill_ms={LONG_S}", "--max-num-batched-tokens", "2048",
-    "--rank-timeout", str(HEARTBEAT_S), "--stall-timeout", str(STALL_S), "--prefill-quota", "off", "-dp", "3",
+    "--rank-timeout", str(HEARTBEAT_S), "--stall-timeout", str(4 * LONG_S), "--prefill-quota", "off", "-dp", "3",
 )  # fmt: skip
 
 
@@ -161,7 +159,7 @@ def test_clients_that_do_not_read() -> None:
         sleepers = [RawStream(running.url, 100_000, reads=False, rank=1) for _ in range(unread)]
         reader = RawStream(running.url, 2000, rank=0)
         assert reader.text() == expected(2000)
-        given_up = "a client does not read its answer: given up"
+        given_up = "does not read its answer: given up"
         wait_until(lambda: running.output.count(given_up) == unread, "all are given up", 90.0)
         wait_until(lambda: sum(rank["running"] for rank in ranks(running)) == 0, "their requests are aborted")
         assert memory.most() < unread * kept_mib * 3 + 16

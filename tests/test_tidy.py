@@ -28,7 +28,6 @@ SMALL = {
     "src/paceline/__init__.py": "the version, which a small process loads and nothing else",
     "src/paceline/__main__.py": "a program: what starts before anything is imported",
     "src/paceline/errors.py": "raised by every package: must import none of them",
-    "src/paceline/process/log.py": "set up in every process, also in those that load little",
     "src/paceline/core/limits.py": "all that a coordinator under vLLM needs of the core before it is bound",
     "src/paceline/core/routing/__init__.py": "the table of policies by name",
 }
@@ -36,17 +35,24 @@ SMALL = {
 # DESIGN.md, section 7: what a package may import of ours. `paceline` itself holds the version and nothing else.
 MAY_IMPORT = {
     "paceline.core": {"paceline.core"},
-    "paceline.engines": {"paceline.engines", "paceline.core", "paceline.errors"},
-    "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors"},
-    "paceline.check": {"paceline.check", "paceline.sim", "paceline.core", "paceline.errors"},
+    "paceline.engines": {"paceline.engines", "paceline.core", "paceline.errors", "paceline.log"},
+    "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors", "paceline.log"},
+    "paceline.check": {
+        "paceline.check", "paceline.sim", "paceline.core", "paceline.errors", "paceline.console", "paceline.log",
+    },
     "paceline.net": {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
+        "paceline.log",
     },
-    "paceline.process": {"paceline.process", "paceline.net", "paceline.core", "paceline.errors"},
-    "paceline.vllm": {"paceline.vllm", "paceline.net", "paceline.process", "paceline.core", "paceline.errors"},
+    "paceline.process": {
+        "paceline.process", "paceline.net", "paceline.core", "paceline.errors", "paceline", "paceline.log",
+    },
+    "paceline.vllm": {
+        "paceline.vllm", "paceline.net", "paceline.process", "paceline.core", "paceline.errors", "paceline.log",
+    },
     "paceline.server": {
-        "paceline.server", "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.errors",
-        "paceline",
+        "paceline.server", "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings",
+        "paceline.errors", "paceline", "paceline.log",
     },
 }  # fmt: skip
 

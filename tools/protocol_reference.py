@@ -21,7 +21,7 @@ from typing import get_args
 import msgspec
 from msgspec import inspect
 
-from paceline.core import messages
+from paceline.core import codec, messages
 from paceline.core.load import Load
 from paceline.core.requests import AddRequest, Message, SamplingParams
 
@@ -60,11 +60,11 @@ def classes_of(union: object) -> list[type[Message]]:
 def parts() -> list[type[Message]]:
     """The classes without a tag that occur inside messages, in the order in which they are met."""
     found: list[type[Message]] = []
-    queue = [message for union in messages.UNIONS.values() for message in classes_of(union)]
+    queue = [message for union in codec.UNIONS.values() for message in classes_of(union)]
     while queue:
         for field in _fields(queue.pop(0)):
             for part in _structs(field.type):
-                if part not in found and messages.tag_of(part) is None:
+                if part not in found and codec.tag_of(part) is None:
                     found.append(part)
                     queue.append(part)
     return found
@@ -75,7 +75,7 @@ def reference() -> str:
     blocks = ["### Three frames, byte by byte"]
     for title, example in EXAMPLES.items():
         blocks += [f"{title}:", "```text\n" + "\n".join(dump(example, "")) + "\n```"]
-    for direction, union in messages.UNIONS.items():
+    for direction, union in codec.UNIONS.items():
         blocks.append(f"### Messages {direction}")
         for message in classes_of(union):
             blocks += describe(message)
@@ -87,7 +87,7 @@ def reference() -> str:
 
 def describe(message: type[Message]) -> list[str]:
     """One message or part: heading, what it says, and a row a field in wire order."""
-    tag = messages.tag_of(message)
+    tag = codec.tag_of(message)
     prose, meanings = split_docstring(message)
     heading = f"#### {message.__name__}" if tag is None else f"#### {message.__name__}: `{tag}`"
     rows = ["| place | field | type | default | meaning |", "|---|---|---|---|---|"]
@@ -104,7 +104,7 @@ def dump(value: object, name: str) -> Iterator[str]:
     """A frame as lines of three columns: bytes, their value, its field."""
     match value:
         case Message():
-            tag = messages.tag_of(type(value))
+            tag = codec.tag_of(type(value))
             yield _array_line(len(value.__struct_fields__) + (tag is not None), name)
             if tag is not None:
                 yield from dump(tag, "the tag")

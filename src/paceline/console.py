@@ -1,12 +1,26 @@
-"""What a person sees while a deployment starts: bars on a terminal, lines anywhere else."""
+"""What a person sees while something takes long: of a deployment that starts, bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from paceline.log import in_json, tell
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """A line on a terminal's stderr that says how far something is; nothing anywhere else."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 class StartupDisplay:
@@ -19,15 +33,11 @@ class StartupDisplay:
         self._said: dict[str, str] = {}
 
     def __enter__(self) -> StartupDisplay:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not in_json():
             self._bars = Progress(
-                TextColumn("{task.fields[name]:12}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=self._console,
-                transient=True,
-            )
+                TextColumn("{task.fields[name]:12}"), BarColumn(bar_width=30), TextColumn("{task.description}"),
+                TimeElapsedColumn(), console=self._console, transient=True,
+            )  # fmt: skip
             self._bars.start()
         return self
 
@@ -49,20 +59,17 @@ class StartupDisplay:
         elif self._said.get(name) != what:
             # Without a terminal a line a change of activity is enough.
             self._said[name] = what
-            self._line(f"{name}: {what}")
+            tell(f"{name}: {what}")
 
     def ready(self, name: str) -> None:
         """`name` is ready."""
         if self._bars is not None:
             self._bars.update(self._task(name), description="ready", completed=1.0)
         else:
-            self._line(f"{name}: ready")
+            tell(f"{name}: ready")
 
     def _task(self, name: str) -> TaskID:
         assert self._bars is not None
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task("", name=name, total=1.0)
         return self._tasks[name]
-
-    def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 from paceline.errors import PacelineError
+from paceline.log import fail, set_up_log
 from paceline.net.coordinator import DPCoordinatorProc
-from paceline.process.log import set_up_log
 
 DESCRIPTION = "Run a coordinator alone. docs/PROTOCOL.md says how ranks and front-ends talk to it."
 
@@ -48,19 +48,15 @@ def run_command(arguments: Sequence[str]) -> None:
         if not 0 <= options.min_stats_update_interval_ms <= 3_600_000:
             raise PacelineError("--min-stats-update-interval-ms: must be 0 to 3600000")
         process = DPCoordinatorProc(
-            options.data_parallel_size,
-            options.min_stats_update_interval_ms,
-            not options.no_wave_coordination,
-            not options.no_loads,
-            not options.restarted,
-            most_ranks=most,
-        )
+            options.data_parallel_size, options.min_stats_update_interval_ms, not options.no_wave_coordination,
+            not options.no_loads, not options.restarted, most_ranks=most,
+        )  # fmt: skip
         process.stop_on_signals()
         process.process_input_socket(
             options.front_publish_address, options.back_output_address, options.back_publish_address, _show
         )
     except PacelineError as error:
-        print(f"paceline: error: {error}", file=sys.stderr)
+        fail(error)
         sys.exit(1)
 
 

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import itertools
-import socket
+import logging
+import os
+import queue
+import time
 from collections.abc import Callable
 from functools import partial
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from paceline.core.messages import Scaling
-from paceline.core.node import Node
-from paceline.core.rank.prefill_quota import setting_of
-from paceline.engines.base import Engine, EngineError, EngineSettings
+from paceline.core.node import (
+    CoordinatorSaid,
+    Event,
+    KeepRank,
+    Node,
+    RankEnded,
+    ReviveRank,
+    StartRank,
+    StopRank,
+    ToCoordinator,
+)
+from paceline.engines.base import EngineError, EngineSettings
 from paceline.engines.registry import find_engine
-from paceline.errors import StartupError
+from paceline.errors import ConfigError, PacelineError, StartupError
+from paceline.net import secret
 from paceline.net.coordinator import DPCoordinator
-from paceline.net.links import SocketFolder, new_identity
-from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
+from paceline.net.links import REFUSED_FOLDER, SocketFolder, new_identity
+from paceline.net.node import Here, NodeLink, Rendezvous, facts_of, find_coordinator, own_host
 from paceline.net.rank import RankSettings, run_rank
 from paceline.net.sockets import tcp_address
-from paceline.process.node import NodeRanks, rank_name
+from paceline.process.ray_link import RayLink, ShellSettings, ray_address
+from paceline.process.spawn import start_child
 from paceline.process.supervisor import Reporter, Supervisor
-from paceline.server.process import FrontendSettings, reserve_port, run_frontend
-from paceline.settings import DeploymentConfig
+from paceline.server.process import FrontendSettings, Reserved, admin_host, reserve_port, run_frontend
+from paceline.settings import DeploymentConfig, ParallelConfig
+
+logger = logging.getLogger("paceline.supervisor")
 
 
 def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan], None]) -> int:
@@ -32,11 +51,13 @@ def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan
         startup_timeout_s=server.startup_timeout_s,
         drain_timeout_s=server.drain_timeout_s,
         log_level=server.log_level,
+        revive_s=server.revive_interval_s,
     )
     plans: list[Plan] = []
 
     def start(supervisor: Supervisor) -> None:
-        plan = Plan(config, reporter.progress)
+        ray = _connect_ray(config, supervisor) if config.parallel.on_ray else None
+        plan = Plan(config if ray is None else ray.config, reporter.progress, ray)
         plans.append(plan)
         supervisor.at_end(plan.close)
         coordinator = _start_coordinator(plan, supervisor)
@@ -44,19 +65,44 @@ def serve(config: DeploymentConfig, reporter: Reporter, on_ready: Callable[[Plan
             _start_rank(plan, supervisor, rank)
         if not config.parallel.headless:
             for index in range(config.parallel.api_server_count):
-                settings = partial(frontend_settings, plan, index)
+                settings = partial(plan.frontend_settings, index)
                 supervisor.add(f"front-end {index}", "front-end", run_frontend, settings, drains=True)
         _keep_ranks(plan, supervisor, coordinator)
 
     return supervisor.run(start, lambda: on_ready(plans[0]))
 
 
+class OnRay(Struct, frozen=True):
+    """The ranks run in a Ray cluster. `config`: with this node's address there."""
+
+    config: DeploymentConfig
+    link: RayLink
+
+
+def _connect_ray(config: DeploymentConfig, supervisor: Supervisor) -> OnRay:
+    """Connect to the cluster. Raises StartupError, and ConfigError for an address."""
+    parallel, server = config.parallel, config.server
+    local = parallel.data_parallel_size_local
+    aimed_at = local if local and local < parallel.data_parallel_size else None
+    link = RayLink(ShellSettings(ray_address(parallel.ray_address), aimed_at), server.log_level)
+    supervisor.at_end(link.close)
+    supervisor.watch(link.process, link.restart)
+    host = link.wait_connected(server.startup_timeout_s)
+    if parallel.data_parallel_master_ip == ParallelConfig().data_parallel_master_ip:
+        parallel = replace(parallel, data_parallel_master_ip=host)
+    return OnRay(replace(config, parallel=parallel), link)
+
+
 def _start_rank(
     plan: Plan, supervisor: Supervisor, rank: int, provisional: Callable[[str], None] | None = None
 ) -> None:  # fmt: skip
+    server = plan.config.server
+    # The others' collectives wait for one that is stopped, and they cannot go on in a group without it.
+    stopped_s = server.stall_timeout_s if plan.lockstep and plan.engine_class.joins_once else None
+    start = start_child if plan.ray is None else partial(plan.ray.link.start, rank, plan.needs(), stopped_s)
     supervisor.add(
-        rank_name(rank), "rank", run_rank, lambda life: rank_settings(plan, rank),
-        max_restarts=plan.config.server.max_rank_restarts, provisional=provisional,
+        rank_name(rank), "rank", run_rank, partial(plan.rank_settings, rank),
+        max_restarts=server.max_rank_restarts, provisional=provisional, stopped_s=stopped_s, start=start,
     )  # fmt: skip
 
 
@@ -77,14 +123,12 @@ def _keep_ranks(plan: Plan, supervisor: Supervisor, coordinator: DPCoordinator |
 
 def _start_coordinator(plan: Plan, supervisor: Supervisor) -> DPCoordinator | None:
     """Start the coordinator where this node leads; ask the node that does for its addresses otherwise."""
-    if not plan.leads:
+    if not plan.config.parallel.leads:
         plan.join()
         return None
     config = plan.config
-    # Its notes of what is ready would run into the start-up display, which says the same.
-    level = "warning" if config.server.log_level == "info" else config.server.log_level
     coordinator = DPCoordinator(
-        config.parallel, plan.lockstep, {"level": level}, rank_timeout_s=config.server.rank_timeout_s
+        config.parallel, plan.lockstep, {"level": config.server.log_level}, rank_timeout_s=config.server.rank_timeout_s
     )
     supervisor.at_end(coordinator.shutdown)
     supervisor.watch(coordinator.proc, coordinator.restart)
@@ -97,23 +141,37 @@ def _start_coordinator(plan: Plan, supervisor: Supervisor) -> DPCoordinator | No
 class Plan:
     """A node's addresses and settings. Raises StartupError where something is wrong from the start."""
 
-    def __init__(self, config: DeploymentConfig, progress: Callable[[str, str, float], None]) -> None:
+    def __init__(
+        self, config: DeploymentConfig, progress: Callable[[str, str, float], None], ray: OnRay | None = None
+    ) -> None:
         self.config = config
+        self.ray = ray
+        _lock(config)
         self.folder = SocketFolder()
-        self._reserved: socket.socket | None = None
+        self.shared_folder = self.folder.path / "front-ends"
+        self.shared_folder.mkdir()
+        (self.shared_folder / "metrics").mkdir()
+        os.environ[REFUSED_FOLDER] = str(self.shared_folder / "metrics")
+        self._reserved: list[Reserved] = []
         self.port = config.server.port
         try:
             self.engine_class = find_engine(config.engine.engine)
-            self.settings = _engine_settings(config, 0)
-            _check_quota(config, self.engine_class)
             if not config.parallel.headless:
-                self._reserved = reserve_port(config.server.host, config.server.port)
-                self.port = self._reserved.getsockname()[1]
-            self.engine_class.check(self.settings, lambda what, share: progress("model", what, share))
+                self._reserved.append(reserve_port(config.server.host, config.server.port))
+                self.port = self._reserved[0].port
+                if config.server.admin_port is not None:
+                    self._reserved.append(reserve_port(admin_host(config.server), config.server.admin_port))
+            if config.engine.task == "embed" and "embeddings" not in self.engine_class.supports:
+                raise ConfigError(f"--task embed: is not supported by the {config.engine.engine} engine")
+            asked = config.engine_settings()
+            self.settings = self.engine_class.prepare(asked, lambda what, share: progress("model", what, share))
+            self.lockstep = self.engine_class.steps_together(self.settings)
+            """Whether the ranks run in waves."""
+            _check_quota(config, self.lockstep)
         except EngineError as error:
             self.close()
             raise StartupError(str(error)) from None
-        except StartupError:
+        except PacelineError:
             self.close()
             raise
         self.addresses = Here()
@@ -123,135 +181,160 @@ class Plan:
             own_frontends=parallel.data_parallel_hybrid_lb, fixed=parallel.data_parallel_external_lb,
         )  # fmt: skip
         self._lives = itertools.count()
+        self._places: dict[int, int] = {}
 
-    @property
-    def leads(self) -> bool:
-        """Whether this node runs the coordinator."""
-        return self.config.parallel.leads
+    def engine_settings(self, rank: int) -> EngineSettings:
+        """What the engine of a rank is made from. It has the same place of this node in each of its lives."""
+        place = self._places.setdefault(rank, len(self._places))
+        places = max(len(self.config.parallel.local_ranks), place + 1)
+        return replace(self.settings, rank=rank, place=place, places=places, host=self._host())
 
-    @property
-    def lockstep(self) -> bool:
-        """Whether the ranks run in waves."""
-        return self.engine_class.lockstep
+    def needs(self) -> dict[str, float]:
+        """What of the cluster is set aside for a rank. Raises StartupError where that is nothing."""
+        parallel, devices = self.config.parallel, self.engine_class.devices(self.settings)
+        gpus = parallel.ray_gpus_per_rank
+        needs = {"CPU": parallel.ray_cpus_per_rank, "GPU": devices if gpus is None else gpus}
+        if not any(needs.values()):
+            raise StartupError("--ray-cpus-per-rank: a rank needs some, or some of --ray-gpus-per-rank")
+        return needs
 
     def lead(self, coordinator: DPCoordinator) -> Rendezvous | None:
         """Take the addresses of the coordinator started here; answer for them where other nodes will ask."""
         back_publish, back_output = coordinator.get_engine_socket_addresses()
         self.addresses = Here(coordinator.get_stats_publish_address(), back_output, back_publish)
         parallel = self.config.parallel
-        if parallel.one_node:
+        if parallel.one_node or self.ray is not None:
             return None
         return Rendezvous(
-            parallel.data_parallel_master_ip,
-            parallel.data_parallel_rpc_port,
-            parallel.data_parallel_size,
-            self.config.engine.engine,
+            parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port, facts_of(self.config, self.settings),
             self.addresses,
-        )
+        )  # fmt: skip
 
     def join(self) -> None:
-        """Ask the leading node for the coordinator's addresses. Raises StartupError."""
+        """Ask the leading node for the coordinator's addresses, for as long as it takes. Raises StartupError."""
         parallel = self.config.parallel
         self.addresses = find_coordinator(
-            parallel.data_parallel_master_ip,
-            parallel.data_parallel_rpc_port,
-            parallel.data_parallel_size,
-            self.config.engine.engine,
-            self.config.server.startup_timeout_s,
-        )
+            parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port, facts_of(self.config, self.settings),
+        )  # fmt: skip
 
-    def life(self) -> int:
-        """A number for a rank's next life: each has addresses of its own, so that what is meant for another reaches
-        nobody.
+    def rank_settings(self, rank: int, _: int) -> RankSettings:
+        """What the next life of a rank is started with. Each has addresses of its own, so that what is meant for
+        another reaches nobody; those for collectives are empty where there are none.
         """
-        return next(self._lives)
+        life, parallel = next(self._lives), self.config.parallel
+        if self.ray is not None:
+            facts = facts_of(self.config, self.settings)
+            return RankSettings(
+                self.config, rank, "", self.addresses.back_publish, self.addresses.back_output, facts=facts
+            )
+        local = parallel.one_node or parallel.balanced_ranks is not None
+        ports = (parallel.rank_port(rank, False), parallel.rank_port(rank, True))
+        return RankSettings(
+            self.config, rank, self._address(f"rank-{rank}.{life}", local, ports[0]),
+            self.addresses.back_publish, self.addresses.back_output,
+            self._address(f"group-{rank}.{life}", parallel.one_node, ports[1]) if self.lockstep else "",
+            self.engine_settings(rank),
+        )  # fmt: skip
 
-    def rank_address(self, rank: int, life: int) -> str:
-        """Where a rank's front-ends reach it: on this node alone, or from others too."""
-        parallel = self.config.parallel
-        return self._address(f"rank-{rank}.{life}", parallel.one_node or parallel.balanced_ranks is not None)
-
-    def group_address(self, rank: int, life: int) -> str:
-        """Where a rank's peers reach it for collectives; empty where there are none."""
-        return self._address(f"group-{rank}.{life}", self.config.parallel.one_node) if self.lockstep else ""
-
-    def _address(self, name: str, local: bool) -> str:
-        parallel = self.config.parallel
+    def _address(self, name: str, local: bool, port: int) -> str:
+        """One on this node alone, or one that others reach too."""
         if local:
             return self.folder.address(name)
-        return tcp_address(own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port))
+        return tcp_address(self._host(), port)
+
+    def _host(self) -> str:
+        """This node's address, for others where there are any."""
+        parallel = self.config.parallel
+        if parallel.one_node:
+            return "127.0.0.1"
+        return own_host(parallel.data_parallel_master_ip, parallel.data_parallel_rpc_port)
+
+    def frontend_settings(self, index: int, life: int) -> FrontendSettings:
+        """What the life number `life` of front-end `index` of this node is started with."""
+        balanced, node = self.config.parallel.balanced_ranks, self.node
+        ranks = frozenset(range(node.scaling.size) if balanced is None else node.ranks)
+        return FrontendSettings(
+            self.config, index, self.port, self.addresses.front_publish, ranks, str(self.shared_folder), node.identity,
+            self._enough(len(ranks)) if life == 0 else 1, self.settings,
+        )  # fmt: skip
+
+    def _enough(self, ranks: int) -> int:
+        """How many of the ranks of a front-end must be ready before it serves for the first time."""
+        return min(ranks, self.config.parallel.min_ready_ranks or (ranks if self.lockstep else 1))
 
     def close(self) -> None:
-        """Give back the port and the sockets' folder."""
-        if self._reserved is not None:
-            self._reserved.close()
+        for reserved in self._reserved:
+            reserved.close()
         self.folder.close()
 
 
-def rank_settings(plan: Plan, rank: int) -> RankSettings:
-    """What the next life of a rank is started with."""
-    life = plan.life()
-    return RankSettings(
-        engine=plan.config.engine.engine,
-        settings=_engine_settings(plan.config, rank),
-        bind=plan.rank_address(rank, life),
-        coordinator_input=plan.addresses.back_publish,
-        coordinator_output=plan.addresses.back_output,
-        report_loads=not plan.config.parallel.data_parallel_external_lb,
-        group_bind=plan.group_address(rank, life),
-        sync_interval=plan.config.parallel.dp_sync_interval,
-        stall_timeout_s=plan.config.server.stall_timeout_s,
-        prefill_quota=setting_of(plan.config.parallel.prefill_quota),
-    )
+def _lock(config: DeploymentConfig) -> None:
+    """Have what leaves the machine encrypted. Raises StartupError where it would not be, and nobody wants that."""
+    parallel = config.parallel
+    if parallel.secret_file is not None:
+        secret.use(parallel.secret_file)
+    elif parallel.off_the_machine:
+        if not parallel.insecure:
+            raise StartupError("--secret-file: several nodes need one (`paceline secret new`), or --insecure to do "
+                               "without")  # fmt: skip
+        logger.warning("--insecure: whoever reaches this node's ports reads prompts, answers, and may stop all")
 
 
-def frontend_settings(plan: Plan, index: int, life: int) -> FrontendSettings:
-    """What the life number `life` of front-end `index` of this node is started with."""
-    config = plan.config
-    parallel, server = config.parallel, config.server
-    ranks = frozenset(range(plan.node.scaling.size) if parallel.balanced_ranks is None else plan.node.ranks)
-    return FrontendSettings(
-        index=index,
-        count=parallel.api_server_count,
-        host=server.host,
-        port=plan.port,
-        coordinator=plan.addresses.front_publish,
-        engine=config.engine.engine,
-        settings=plan.settings,
-        ranks=None if parallel.balanced_ranks is None else ranks,
-        awaited=ranks,
-        node=plan.node.identity,
-        most_ranks=parallel.most_ranks,
-        routing=server.routing,
-        late_binding=config.late_binding,
-        served_model_name=config.engine.served_model_name,
-        max_waiting=server.max_waiting or None,
-        max_body_bytes=server.max_body_bytes,
-        drain_timeout_s=server.drain_timeout_s,
-        first_life=life == 0,
-        rank_timeout_s=server.rank_timeout_s,
-        most_losses=server.max_rank_losses,
-    )
-
-
-def _check_quota(config: DeploymentConfig, engine: type[Engine]) -> None:
+def _check_quota(config: DeploymentConfig, lockstep: bool) -> None:
     wanted = config.parallel.prefill_quota
-    if not engine.lockstep and wanted not in ("auto", "off"):
+    if not lockstep and wanted not in ("auto", "off"):
         text = f"--prefill-quota {wanted}: only for engines in lockstep, which {config.engine.engine} is not"
         raise EngineError(text)
 
 
-def _engine_settings(config: DeploymentConfig, rank: int) -> EngineSettings:
-    engine = config.engine
-    return EngineSettings(
-        model=engine.model,
-        rank=rank,
-        dp_size=config.parallel.data_parallel_size,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        kv_cache_tokens=engine.kv_cache_tokens,
-        threads=config.threads_per_rank,
-        seed=engine.seed,
-        options=dict(engine.options),
-    )
+StartRankProcess = Callable[[int, Callable[[str], None]], None]
+"""Starts a rank's process in the supervisor; the callable is told why it ended, until the rank is kept."""
+
+
+class NodeRanks:
+    """One node's ranks, from when it serves. `on_scaling`: called when the machine has heard of a change."""
+
+    def __init__(
+        self, machine: Node, supervisor: Supervisor, coordinator_input: str, coordinator_output: str,
+        start_rank: StartRankProcess, on_scaling: Callable[[Scaling], None],
+    ) -> None:  # fmt: skip
+        self._machine = machine
+        self._supervisor = supervisor
+        self._start_rank = start_rank
+        self._on_scaling = on_scaling
+        self._link = NodeLink(machine.identity, coordinator_input, coordinator_output, supervisor.attend(self._attend))
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _attend(self) -> None:
+        while True:
+            try:
+                message = self._link.inbox.get_nowait()
+            except queue.Empty:
+                return
+            self._feed(CoordinatorSaid(message))
+
+    def _feed(self, event: Event) -> None:
+        before = self._machine.scaling.number
+        effects = self._machine.handle(event, time.monotonic())
+        if self._machine.scaling.number != before:
+            self._on_scaling(self._machine.scaling)
+        for effect in effects:
+            match effect:
+                case StartRank(rank):
+                    logger.info("starting rank %d", rank)
+                    self._start_rank(rank, lambda why, rank=rank: self._feed(RankEnded(rank, why)))  # type: ignore[misc]
+                case KeepRank(rank):
+                    self._supervisor.keep(rank_name(rank))
+                case ReviveRank(rank):
+                    self._supervisor.revive(rank_name(rank))
+                case StopRank(rank):
+                    logger.info("ending rank %d", rank)
+                    self._supervisor.remove(rank_name(rank))
+                case ToCoordinator(message):
+                    self._link.send(message)
+
+
+def rank_name(rank: int) -> str:
+    return f"rank {rank}"

@@ -1,12 +1,14 @@
-"""What an operator asks of a running deployment: `paceline loads`, `scale`, `pause`, `resume`."""
+"""What an operator asks of a running deployment: `paceline loads`, `scale`, `pause`, `resume`; and `model`."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +17,8 @@ from rich.live import Live
 from rich.table import Table
 
 from paceline.control import Control, ControlError
+from paceline.engines.base import EngineError
+from paceline.engines.models import NAMES, named_model
 from paceline.errors import PacelineError
 
 UrlFlag = Annotated[str, typer.Option("--url", help="A front-end of the deployment.")]
@@ -38,7 +42,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "waiting": lambda load: f"{load['waiting']:,}",
     "running": lambda load: f"{load['running']}/{load['slots']}" if "slots" in load else f"{load['running']}",
     "prefill": lambda load: f"{load['prefill_tokens']:,}" if "prefill_tokens" in load else "",
-    "in flight": lambda load: f"{load['in_flight']:,}" if "in_flight" in load else "",
+    "in\N{NO-BREAK SPACE}flight": lambda load: f"{load['in_flight']:,}" if "in_flight" in load else "",
     "quota": lambda load: "" if load.get("prefill_quota") is None else f"{load['prefill_quota']:,}",
     "KV": lambda load: f"{load['kv_used'] / load['kv_total']:.0%}" if load.get("kv_total") else "",
     "prefill/s": lambda load: f"{load['prefill_rate']:,.0f}" if load.get("prefill_rate") else "",
@@ -64,42 +68,49 @@ def loads(
     url: Annotated[str, typer.Option("--url", help="A front-end of the deployment, or PACELINE_VLLM_STATUS.")] = HERE,
     as_json: Annotated[bool, typer.Option("--json", help="What the server says, one line each time.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option("--interval", min=0.05, help="Seconds between two looks.")] = 1.0,
+    interval: Annotated[float, typer.Option("--interval", min=0.05, help="Least seconds between two looks.")] = 1.0,
 ) -> None:
     """Show what every rank of a running deployment has to do, as one of its front-ends believes it."""
 
-    def ask() -> dict[str, Any]:
-        return loads_of(Control(url))
-
     try:
+        found = loads_of(Control(url), interval if watch else None)
         if as_json:
-            _print_json(ask, watch, interval)
+            for said in found:
+                print(json.dumps(said), flush=True)
         elif watch:
-            _show(ask, interval)
+            _show(found)
         else:
-            Console(highlight=False).print(table(ask()))
+            _console().print(table(next(found)))
     except PacelineError as error:
         _fail(error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
 
-def loads_of(control: Control) -> dict[str, Any]:
-    """What the server says, with an entry a rank. Raises ControlError."""
-    said = control.loads()
-    ranks = said.get("ranks")
-    if not isinstance(ranks, list) or not all(_is_load(entry) for entry in ranks):
-        raise ControlError(f"{control.url} is no Paceline server")
-    return said
+def _console() -> Console:
+    """A pipe has no width: there a row is a line."""
+    wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 500
+    return Console(highlight=False, width=wide)
+
+
+def loads_of(control: Control, interval_s: float | None) -> Iterator[dict[str, Any]]:
+    """What the server says, with an entry a rank: once, or again and again. Raises ControlError."""
+    for said in [control.loads()] if interval_s is None else control.watch_loads(interval_s):
+        ranks = said.get("ranks")
+        if not isinstance(ranks, list) or not all(_is_load(entry) for entry in ranks):
+            raise ControlError(f"{control.url} is no Paceline server")
+        yield said
 
 
 def table(said: dict[str, Any]) -> Table:
     """The loads as a table, with a last row for all of more than one, and what waits before all ranks."""
-    ranks, queued = said["ranks"], said.get("queued")
-    caption = f"{queued:,} wait for any rank" if isinstance(queued, int) and queued else None
-    made = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    ranks = said["ranks"]
+    made = Table(
+        box=None, pad_edge=False, padding=(0, 0, 0, 1), caption="\n".join(remarks(said)) or None, caption_justify="left"
+    )
     for heading in COLUMNS:
-        made.add_column(heading, justify="right", no_wrap=True)
+        # What does not fit is put under each other, never cut.
+        made.add_column(heading, justify="right", overflow="fold")
     for load in ranks:
         made.add_row(*(cell(load) for cell in COLUMNS.values()))
     if len(ranks) > 1:
@@ -107,6 +118,27 @@ def table(said: dict[str, Any]) -> Table:
         total: dict[str, Any] = {name: sum(load[name] for load in ranks) for name in known} | {"rank": "all"}
         made.add_row(*(cell(total) for cell in COLUMNS.values()), style="bold")
     return made
+
+
+def remarks(said: dict[str, Any]) -> list[str]:
+    """What stands below the table: what waits before all ranks, and what is not as it should be."""
+    found, queued = [], said.get("queued")
+    if isinstance(queued, int) and queued:
+        found.append(f"{queued:,} wait for any rank")
+    found += [
+        f"rank {load['rank']} hangs in a step, for {load['hangs_s']} s" for load in said["ranks"] if "hangs_s" in load
+    ]
+    missing = said.get("missing")
+    if missing:
+        found.append(f"missing: rank {', '.join(map(str, missing))}")
+    pause = said.get("suspension")
+    if isinstance(pause, dict) and isinstance(pause.get("number"), int) and pause["number"] % 2:
+        waited = pause.get("waiting_for")
+        found.append(f"pausing: rank {', '.join(map(str, waited))} still computes" if waited else "paused")
+    status = said.get("status")
+    if isinstance(status, str) and status not in ("ok", "no rank is ready") and "hangs" not in status:
+        found.append(status)
+    return found
 
 
 def _is_load(entry: object) -> bool:
@@ -117,19 +149,10 @@ def _is_load(entry: object) -> bool:
     )
 
 
-def _print_json(ask: Callable[[], dict[str, Any]], watch: bool, interval_s: float) -> None:
-    while True:
-        print(json.dumps(ask()), flush=True)
-        if not watch:
-            return
-        time.sleep(interval_s)
-
-
-def _show(ask: Callable[[], dict[str, Any]], interval_s: float) -> None:
-    with Live(table(ask()), console=Console(highlight=False), auto_refresh=False) as live:
-        while True:
-            time.sleep(interval_s)
-            live.update(table(ask()), refresh=True)
+def _show(found: Iterator[dict[str, Any]]) -> None:
+    with Live(table(next(found)), console=_console(), auto_refresh=False) as live:
+        for said in found:
+            live.update(table(said), refresh=True)
 
 
 # scale --------------------------------------------------------------------------------------------
@@ -163,7 +186,13 @@ def scale(
             shown = line
     if call.error is not None:
         _fail(call.error)
-    print(f"{call.done['size']} ranks, from {call.done['before']}, after {time.monotonic() - begin:.1f} s")
+    missing: Any = call.done.get("missing") or []
+    without = f"; {_ranks(missing)} of them does not serve" if missing else ""
+    print(f"{call.done['size']} ranks, from {call.done['before']}, after {time.monotonic() - begin:.1f} s{without}")
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {', '.join(map(str, ranks))}"
 
 
 class Call:
@@ -208,6 +237,49 @@ def requests_left(control: Control) -> dict[int, int]:
     return {load["rank"]: load["waiting"] + load["running"] for load in loads}
 
 
+# revive -------------------------------------------------------------------------------------------
+
+revive_app = _app()
+
+
+@revive_app.command()
+def revive(
+    rank: Annotated[int | None, typer.Argument(help="The rank; all that are missing without it.")] = None,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait until they serve.")] = 60.0,
+    url: UrlFlag = HERE,
+) -> None:
+    """Start ranks again that ended too often; returns once they serve."""
+    begin = time.monotonic()
+    try:
+        revived: Any = Control(url).revive(rank, timeout)["revived"]
+    except PacelineError as error:
+        _fail(error)
+    said = f"{_ranks(revived)} serves after {time.monotonic() - begin:.1f} s" if revived else "no rank is missing"
+    print(said)
+
+
+# secret -------------------------------------------------------------------------------------------
+
+secret_app = _app()
+
+
+@secret_app.callback()
+def _secrets() -> None:
+    """The secret that the nodes of a deployment share."""
+
+
+@secret_app.command()
+def new(path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("paceline.secret")) -> None:
+    """Make a secret, for this user alone; copy the file to every node and name it there with --secret-file."""
+    from paceline.net.secret import make  # imports ZeroMQ, which the other commands do without
+
+    try:
+        make(path)
+    except PacelineError as error:
+        _fail(error)
+    print(path)
+
+
 # pause, resume ------------------------------------------------------------------------------------
 
 PauseTimeoutFlag = Annotated[float, typer.Option("--timeout", help="Seconds to wait until all ranks have.")]
@@ -237,3 +309,34 @@ def _control(call: Callable[[], dict[str, object]]) -> None:
     except PacelineError as error:
         _fail(error)
     print(f"{done['status']} after {time.monotonic() - begin:.3f} s (suspension {done['suspension']})")
+
+
+# model --------------------------------------------------------------------------------------------
+
+model_app = _app()
+
+
+@model_app.callback()
+def _models() -> None:
+    """Models that Paceline knows by name."""
+
+
+@model_app.command()
+def get(name: Annotated[str, typer.Argument(help=f"{' or '.join(NAMES)}.")] = NAMES[0]) -> None:
+    """Fetch a model into the cache folder, and print its path. `paceline serve` does it by itself."""
+    if name not in NAMES:
+        _fail(PacelineError(f"{name!r} is no model that has a name; there are {', '.join(NAMES)}"))
+    shown: list[str] = []
+
+    def progress(what: str, share: float) -> None:
+        text = f"{what}: {share:.0%}"
+        if text != (shown[-1] if shown else ""):
+            shown[:] = [text]
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        path = named_model(name, progress)
+    except EngineError as error:
+        _fail(PacelineError(str(error)))
+    print("\n" * bool(shown), end="", file=sys.stderr)
+    print(path)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import shlex
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,15 +13,17 @@ import msgspec
 import typer
 from msgspec import Struct
 
+from paceline.console import status_line
 from paceline.core.routing import POLICIES
 from paceline.engines.registry import PolicyError, find_policy
 from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError, PacelineError
+from paceline.settings import QUEUED_ROUTING
 from paceline.sim import outcome as traced
 from paceline.sim.engine import EngineShape
 from paceline.sim.replay import Replay, Setup
 from paceline.sim.run import Options, Outcome, simulate
-from paceline.sim.trace import faster, read_trace
+from paceline.sim.trace import SESSION_BLOCK_TOKENS, Arrival, Sessions, faster, read_sessions, read_trace
 
 
 class Flag(Struct, frozen=True):
@@ -64,7 +65,7 @@ FAULTS = {
     "json": Flag(bool, "One JSON object a run in place of text.", default=False, name="--json"),
     "bind": Flag(
         str,
-        "late: requests wait until a rank can start them (least-load; its default); arrival: bound at once. "
+        "late: requests wait until a rank can start them (sticky, least-load; their default); arrival: bound at once. "
         "Drawn from the seed if left out without --trace.",
     ),
 }  # fmt: skip
@@ -72,11 +73,14 @@ TRACE = {
     "trace": Flag(
         str, "Measure instead of testing: serve this file of real requests (.csv or .jsonl) without a fault."
     ),
-    "routing": Flag(str, f"Which rank gets a request: {', '.join(POLICIES)}, or module:Class; least-load if left out."),
+    "routing": Flag(str, f"Which rank gets a request: {', '.join(POLICIES)}, or module:Class; sticky if left out."),
+    "sessions": Flag(int, "Of a trace of sessions: so many at once, each followed by the next.", 1, 100_000),
+    "session_rate": Flag(float, "Or so many begin a second, at random moments.", 1e-6, 1e6),
+    "max_think": Flag(float, "No turn comes later than so many seconds after the answer before.", 0.0, 1e9),
     "rate_scale": Flag(float, "So many times as many requests a second.", 1e-6, 1e6),
     "slots": Flag(int, "Requests that run at once on a rank: 64.", 1, 65_536),
     "token_budget": Flag(int, "Tokens of a step: 2048.", 1, 1_048_576),
-    "kv_tokens": Flag(int, "Tokens of a rank's KV memory: 131072.", 1, 1 << 40),
+    "kv_tokens": Flag(int, "Tokens of a rank's KV memory: 131072; with sessions 1048576.", 1, 1 << 40),
     "step_ms": Flag(float, "What a step costs in any case: 6.", 0.001, 1e6),
     "prefill_ms": Flag(float, "And for each prompt token: 0.09.", 0.0, 1e6),
     "decode_ms": Flag(float, "And for each request that decodes: 0.02.", 0.0, 1e6),
@@ -84,6 +88,7 @@ TRACE = {
     "interval_ms": Flag(float, "Least time between two load views: 100.", 1.0, 60_000.0),
     "warm_up": Flag(float, "Share of the time that counts for no latency: 0.", 0.0, 0.9),
 }
+SESSION_KV_TOKENS = 1_048_576
 NOT_WITH_TRACE = ("losses", "crashes", "suspensions", "faults_per_second", "duration")
 Given = dict[str, Any]
 """What was typed, by flag; None where it was left out."""
@@ -108,7 +113,8 @@ def command(flags: dict[str, Flag], panel: Iterable[str], run: Callable[[Given],
         inspect.Parameter(name, kept, default=flag.default, annotation=_option(name, flag, name in panel))
         for name, flag in flags.items()
     ])  # fmt: skip
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    names = {"help_option_names": ["-h", "--help"]}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=names)
     app.command(help=help_text)(called)
     return app
 
@@ -252,12 +258,24 @@ def run_trace(given: Given, kind: Callable[..., Replay] = Replay, names: Iterabl
         raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
     _check_binding(given)
     setup = _setup(given, tuple(names))
-    arrivals = read_trace(Path(given["trace"]))[: given["requests"]]
-    run = kind(setup, faster(arrivals, 1.0 if given["rate_scale"] is None else given["rate_scale"]))
-    with _progress() as progress:
-        outcome = run.run(progress)
+    run = kind(setup, _arrivals(given, setup))
+    with status_line() as say:
+        outcome = run.run(lambda done, count: say(f"{done:,} of {count:,} requests served"))
     typer.echo(msgspec.json.encode(outcome).decode() if given["json"] else figures(outcome))
     return run
+
+
+def _arrivals(given: Given, setup: Setup) -> list[Arrival] | Sessions:
+    path, at_once, rate = Path(given["trace"]), given["sessions"], given["session_rate"]
+    if at_once is None and rate is None:
+        return faster(read_trace(path)[: given["requests"]], given["rate_scale"] or 1.0)
+    if at_once is not None and rate is not None:
+        raise ConfigError("--session-rate: not with --sessions")
+    if given["rate_scale"] is not None:
+        raise ConfigError("--rate-scale: not with sessions, whose turns wait for answers")
+    sessions = read_sessions(path)
+    thinks = {} if given["max_think"] is None else {"longest_think_s": given["max_think"]}
+    return Sessions(sessions, setup.engine.kv_tokens, at_once or 0, rate, setup.seed, given["requests"], **thinks)
 
 
 def figures(outcome: traced.Outcome) -> str:
@@ -275,24 +293,33 @@ def figures(outcome: traced.Outcome) -> str:
         f"  imbalance         {outcome.imbalance_mean:.2f} mean, {outcome.imbalance_worst:.2f} worst",
         f"  KV memory         {outcome.kv_peak:.0%} at most, {outcome.kv_peak_mean:.0%} the mean rank's peak;"
         f" {outcome.preemptions} requests pushed out",
-        f"  prefix cache      {outcome.prefix_hit_rate:.1%} of prompt tokens found",
+        f"  prefix cache      {outcome.prefix_hit_rate:.1%} of prompt tokens found,"
+        f" {outcome.recomputed_tokens:,} computed",
     ]
+    for name, ttft in outcome.turns.items():
+        p50, p90, p99 = (ttft[f"ttft_p{percent}_ms"] for percent in (50, 90, 99))
+        said = f"p50 {p50:,.1f} ms, p90 {p90:,.1f} ms, p99 {p99:,.1f} ms; {ttft['count']:,.0f} of them"
+        lines.append(f"  turns {name:<12}{said}")
+    if outcome.turns:
+        lines.append(f"  turns in all      {outcome.turns_per_s:,.3f} a second")
     if outcome.lockstep:
         lines.append(f"  barrier           {outcome.barrier_share:.1%} of step time lost")
     return "\n".join(lines)
 
 
 def _setup(given: Given, names: tuple[str, ...]) -> Setup:
-    routing, policy = given["routing"] or "least-load", None
+    routing, policy = given["routing"] or "sticky", None
     if routing not in POLICIES and routing not in names:
         try:
             policy = find_policy(routing)
         except PolicyError as error:
             raise ConfigError(f"--routing: {error}{''.join(f' or {name}' for name in names)}") from None
-    if given["bind"] is not None and routing != "least-load":
+    if given["bind"] is not None and routing not in QUEUED_ROUTING:
         raise ConfigError(f"--bind: {routing} chooses the rank itself, when a request arrives")
     costs = CostModel(**_known(given, "step_ms", "prefill_ms", "decode_ms"))
     shape = _known(given, "slots", "kv_tokens")
+    if given["sessions"] is not None or given["session_rate"] is not None:
+        shape = {"kv_tokens": SESSION_KV_TOKENS, "block_tokens": SESSION_BLOCK_TOKENS} | shape
     shape |= {} if given["token_budget"] is None else {"budget": given["token_budget"]}
     seconds = {f"{name[:-2]}s": value / 1e3 for name, value in _known(given, "delay_ms", "interval_ms").items()}
     kept = _known(given, "ranks", "frontends", "lockstep", "seed", "warm_up", "bind")
@@ -301,19 +328,3 @@ def _setup(given: Given, names: tuple[str, ...]) -> Setup:
 
 def _known(given: Given, *names: str) -> Given:
     return {name: given[name] for name in names if given[name] is not None}
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("simulating"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, count: bars.update(task, completed=done, total=count)

@@ -11,9 +11,8 @@ from paceline.check.serving import Bounds, Serving
 from paceline.core.coordinator.membership import Membership
 from paceline.core.frontend.control import FrontendScaling
 from paceline.core.frontend.failover import Failover
-from paceline.core.frontend.inflight import InFlight, InFlightRequests
+from paceline.core.frontend.inflight import InFlight, InFlightRequests, RankHandle
 from paceline.core.frontend.machine import Frontend
-from paceline.core.frontend.ranks import RankHandle
 from paceline.core.messages import Members
 from paceline.core.node import Node
 from paceline.core.requests import Outputs
@@ -94,7 +93,7 @@ def moved_while_it_answers(patch: pytest.MonkeyPatch) -> None:
     def learn_scaling(self: Frontend, message: Members, now: float) -> Any:
         effects, known = real(self, message, now), self._inflight
         left = [known._inflight[wire] for handle in known.leaving.values() for wire in sorted(handle.in_flight)]
-        return [*effects, *self._failover.move(left, now)]
+        return [*effects, *self._failover.move(left, now, "")]
 
     patch.setattr(Frontend, "_learn_scaling", learn_scaling)
 

@@ -9,31 +9,11 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from paceline.core import codec
+from paceline.core import codec, messages
 from paceline.core.codec import BadMessage
 from paceline.core.load import Load
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    UNIONS,
-    FromRank,
-    FrontendHello,
-    FrontendLeaving,
-    Identify,
-    LoadView,
-    Member,
-    Members,
-    RankHello,
-    RankLeaving,
-    RankReport,
-    RankView,
-    StartDPWave,
-    StartWave,
-    WakeNotice,
-    WaveComplete,
-    tag_of,
-)
 from paceline.core.requests import AddRequest, SamplingParams
-from tests.net.peers import GARBAGE
+from tests.net.peers import BAD_FRAMES
 from tests.pace import examples
 
 DECODERS = {
@@ -44,7 +24,7 @@ DECODERS = {
     "front-end → rank": codec.request(),
     "rank → front-end": codec.outputs(),
 }
-CLASSES = {direction: list(getattr(union, "__args__", ()) or (union,)) for direction, union in UNIONS.items()}
+CLASSES = {direction: list(getattr(union, "__args__", ()) or (union,)) for direction, union in codec.UNIONS.items()}
 EVERY_CLASS = [(direction, kind) for direction, kinds in CLASSES.items() for kind in kinds]
 
 
@@ -55,7 +35,7 @@ def values(kind: Any, name: str = "") -> st.SearchStrategy[Any]:
             return st.builds(cls, *(values(field.type, field.name) for field in fields))
         case msgspec.inspect.IntType(gt, ge, lt, le):
             if name == "version":
-                return st.just(PROTOCOL_VERSION)
+                return st.just(messages.PROTOCOL_VERSION)
             low = ge if ge is not None else (gt + 1 if gt is not None else -(2**63))
             high = le if le is not None else (lt - 1 if lt is not None else 2**63 - 1)
             return st.integers(int(low), int(high))
@@ -105,10 +85,8 @@ def frame_of(tag: str, *elements: object) -> bytes:
 
 
 # What is valid --------------------------------------------------------------------------------
-
-
 def test_there_is_a_decoder_for_every_direction() -> None:
-    assert list(DECODERS) == list(UNIONS)
+    assert list(DECODERS) == list(codec.UNIONS)
 
 
 @settings(max_examples=examples(300))
@@ -141,22 +119,20 @@ def test_an_element_that_a_newer_version_appended_is_ignored(case: tuple[str, An
 
 
 def test_a_trailing_field_that_an_older_version_lacks_has_its_default() -> None:
-    report = RankReport(1, 2, 3, 4, True, Load(5))
+    report = messages.RankReport(1, 2, 3, 4, True, Load(5))
     assert codec.from_rank().decode(frame_of("rank-report", 1, 2, 3, 4, True, [5])) == report
-    assert codec.to_rank().decode(frame_of("start-dp-wave", 7)) == StartDPWave(7, None)
-    assert codec.to_frontend().decode(frame_of("load-view", 1, 2, 3, False)) == LoadView(1, 2, 3, False, None)
+    assert codec.to_rank().decode(frame_of("start-dp-wave", 7)) == messages.StartDPWave(7, None)
+    assert codec.to_frontend().decode(frame_of("load-view", 1, 2, 3, False)) == messages.LoadView(1, 2, 3, False, None)
     decode = codec.from_rank().decode
-    assert decode(frame_of("rank-hello", 1, 2, 3, "ipc://a", True)) == RankHello(1, 2, 3, "ipc://a", True)
+    assert decode(frame_of("rank-hello", 1, 2, 3, "ipc://a", True)) == messages.RankHello(1, 2, 3, "ipc://a", True)
 
 
 @pytest.mark.parametrize(("direction", "kind"), EVERY_CLASS, ids=lambda v: getattr(v, "__name__", None))
 def test_a_field_without_a_default_must_be_there(direction: str, kind: type) -> None:
-    assert refusal(direction, frame_of(str(tag_of(kind)))).kind == "malformed"
+    assert refusal(direction, frame_of(str(codec.tag_of(kind)))).kind == "malformed"
 
 
 # What is not ----------------------------------------------------------------------------------
-
-
 def decode_anywhere(frame: bytes) -> None:
     """Every decoder gives a message or a BadMessage of a known kind."""
     for decoder in DECODERS.values():
@@ -199,18 +175,18 @@ def test_a_truncated_frame_is_malformed(case: tuple[str, Any]) -> None:
         assert refusal(direction, frame[:length]).kind == "malformed"
 
 
-@pytest.mark.parametrize("kind", [FrontendLeaving, FrontendHello], ids=lambda v: v.__name__)
+@pytest.mark.parametrize("kind", [messages.FrontendLeaving, messages.FrontendHello], ids=lambda v: v.__name__)
 def test_two_messages_in_one_frame_are_malformed(kind: type) -> None:
-    frame = frame_of(str(tag_of(kind)), 1, 1)
+    frame = frame_of(str(codec.tag_of(kind)), 1, 1)
     DECODERS["front-end → coordinator"].decode(frame)
     assert refusal("front-end → coordinator", frame + frame).kind == "malformed"
 
 
 def test_a_frame_over_the_limit_is_too_large_and_one_at_the_limit_is_not() -> None:
-    frame = codec.encode(StartWave(1, 2, 3))
-    assert codec.Decoder(StartWave, len(frame)).decode(frame) == StartWave(1, 2, 3)
+    frame = codec.encode(messages.StartWave(1, 2, 3))
+    assert codec.Decoder(messages.StartWave, len(frame)).decode(frame) == messages.StartWave(1, 2, 3)
     with pytest.raises(BadMessage) as caught:
-        codec.Decoder(StartWave, len(frame) - 1).decode(frame)
+        codec.Decoder(messages.StartWave, len(frame) - 1).decode(frame)
     assert caught.value.kind == "too-large"
 
 
@@ -225,7 +201,7 @@ def test_the_limit_of_every_direction_holds(direction: str) -> None:
 @pytest.mark.parametrize("direction", DECODERS)
 def test_a_frame_nested_a_hundred_thousand_deep_is_malformed(direction: str, opening: bytes) -> None:
     for kind in CLASSES[direction]:
-        beginning = frame_of(str(tag_of(kind)))
+        beginning = frame_of(str(codec.tag_of(kind)))
         # As an element that no field takes, after 14 that some do.
         frame = b"\x9f" + beginning[1:] + b"\x01" * 13 + opening * 100_000 + b"\x00"
         assert refusal(direction, frame).kind == "malformed"
@@ -242,10 +218,10 @@ def test_a_frame_that_claims_four_billion_elements_is_malformed(claimed: bytes) 
 @pytest.mark.parametrize(
     ("direction", "message"),
     [
-        ("rank → coordinator", RankHello(2, 0, 1, "a", True)),
-        ("coordinator → ranks", Identify(0, 1)),
-        ("front-end → coordinator", FrontendHello(PROTOCOL_VERSION + 1, 1)),
-        ("coordinator → front-ends", Members(99, 1, 0, False, [])),
+        ("rank → coordinator", messages.RankHello(2, 0, 1, "a", True)),
+        ("coordinator → ranks", messages.Identify(0, 1)),
+        ("front-end → coordinator", messages.FrontendHello(messages.PROTOCOL_VERSION + 1, 1)),
+        ("coordinator → front-ends", messages.Members(99, 1, 0, False, [])),
     ],
 )
 def test_another_protocol_version_is_named(direction: str, message: Any) -> None:
@@ -254,7 +230,7 @@ def test_another_protocol_version_is_named(direction: str, message: Any) -> None
     assert str(message.version) in error.detail
 
 
-REPORT = RankReport(1, 2, 3, 4, True, Load())
+REPORT = messages.RankReport(1, 2, 3, 4, True, Load())
 REQUEST = AddRequest(1, 1, 1, 0, [1], SamplingParams(1))
 NUMBERS = [
     *((REPORT, "load", name) for name in ("prefill_rate", "decode_rate")),
@@ -282,17 +258,17 @@ def test_a_bias_that_is_not_finite_is_refused() -> None:
 
 
 def test_a_load_view_with_an_infinite_rate_is_refused() -> None:
-    view = LoadView(1, 1, 0, False, [RankView(0, 1, 1, Load(decode_rate=float("inf")))])
+    view = messages.LoadView(1, 1, 0, False, [messages.RankView(0, 1, 1, Load(decode_rate=float("inf")))])
     assert refusal("coordinator → front-ends", codec.encode(view)).kind == "value"
 
 
 @pytest.mark.parametrize(
     ("direction", "largest"),
     [
-        ("rank → coordinator", StartWave(65535, 2**63 - 1, 2**53 - 1)),
-        ("rank → coordinator", RankLeaving(65535, 2**63 - 1)),
-        ("coordinator → ranks", StartDPWave(2**53 - 1, 65535)),
-        ("front-end → coordinator", WakeNotice(2**63 - 1, 65535, 2**48 - 1)),
+        ("rank → coordinator", messages.StartWave(65535, 2**63 - 1, 2**53 - 1)),
+        ("rank → coordinator", messages.RankLeaving(65535, 2**63 - 1)),
+        ("coordinator → ranks", messages.StartDPWave(2**53 - 1, 65535)),
+        ("front-end → coordinator", messages.WakeNotice(2**63 - 1, 65535, 2**48 - 1)),
     ],
 )
 def test_numbers_out_of_their_range_are_malformed(direction: str, largest: Any) -> None:
@@ -307,13 +283,13 @@ def test_numbers_out_of_their_range_are_malformed_inside_a_message_too() -> None
     for token in (-1, 2**31):
         bad = msgspec.structs.replace(REQUEST, prompt_token_ids=[1, token])
         assert refusal("front-end → rank", codec.encode(bad)).kind == "malformed"
-    members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 1, "x" * 513)])
+    members = messages.Members(messages.PROTOCOL_VERSION, 1, 0, False, [messages.Member(0, 1, "x" * 513)])
     assert refusal("coordinator → front-ends", codec.encode(members)).kind == "malformed"
 
 
 @pytest.mark.parametrize("address", ["", "rank-0", "file:///etc/passwd", " tcp://a:1"])
 def test_an_address_that_no_rank_has_is_refused(address: str) -> None:
-    hello = RankHello(PROTOCOL_VERSION, 0, 1, address, True)
+    hello = messages.RankHello(messages.PROTOCOL_VERSION, 0, 1, address, True)
     assert refusal("rank → coordinator", codec.encode(hello)).kind == "value"
 
 
@@ -323,8 +299,6 @@ def test_text_that_is_no_utf8_is_malformed() -> None:
 
 
 # Presence topics ------------------------------------------------------------------------------
-
-
 @given(st.integers(0, 2**63 - 1), st.integers(0, 65535))
 def test_presence_topics_name_what_they_are_made_of(identity: int, rank: int) -> None:
     frontend, of_rank = codec.frontend_topic(identity), codec.rank_topic(rank, identity)
@@ -358,7 +332,7 @@ LIVES = [0, 1, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1]
 
 
 def frame(rank: int, incarnation: int, step: int = 0) -> bytes:
-    return codec.encode(RankReport(rank, incarnation, step, step % 3, False, Load(step), {7: step}))
+    return codec.encode(messages.RankReport(rank, incarnation, step, step % 3, False, Load(step), {7: step}))
 
 
 def test_all_reports_of_a_life_begin_alike_and_no_others_do() -> None:
@@ -371,15 +345,18 @@ def test_all_reports_of_a_life_begin_alike_and_no_others_do() -> None:
         found.add(only)
 
 
-@pytest.mark.parametrize("message", [RankHello(1, 0, 7, "ipc:///rank", True), WaveComplete(0, 7, 3), RankLeaving(0, 7)])
-def test_nothing_else_is_a_report(message: FromRank) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [messages.RankHello(1, 0, 7, "ipc:///rank", True), messages.WaveComplete(0, 7, 3), messages.RankLeaving(0, 7)],
+)
+def test_nothing_else_is_a_report(message: messages.FromRank) -> None:
     assert codec.whose_report(codec.encode(message)) is None
 
 
-def test_what_is_cut_short_or_garbage_is_nobodys_or_garbage() -> None:
+def test_what_is_cut_short_or_no_frame_is_nobodys() -> None:
     whole = frame(300, 2**40, 5)
     for end in range(len(whole)):
         whose = codec.whose_report(whole[:end])
         assert whose is None or whole.startswith(whose)
-    for garbage in GARBAGE:
-        codec.whose_report(garbage)
+    for bad in BAD_FRAMES:
+        codec.whose_report(bad)

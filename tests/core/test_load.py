@@ -21,7 +21,7 @@ numbers = st.integers(0, 250)
 class Walk:
     """Anything happens to a deployment whose `Checks` hold each belief against what was reported and sent.
 
-    They count what went over the links, and never look into a ledger.
+    They count what went over the links, and never look into a accounting.
     """
 
     def __init__(self, ranks: int = 3, frontends: int = 3) -> None:
@@ -49,7 +49,6 @@ class Walk:
         frontend.abandon(*list(frontend.answers)[-1 - salt % 3 :])
 
     def hold(self, frontend: FrontendProcess, number: int, index: int, salt: int) -> None:
-        """What somebody says comes late."""
         rank = self.deployment.ranks[number]
         link = (frontend.broadcasts, frontend.to_coordinator, rank.broadcasts, rank.to_coordinator)[salt % 4]
         if not link.held:
@@ -140,48 +139,48 @@ def test_the_accounting_is_exact_in_many_short_walks() -> None:
 
 
 def test_an_accounting_holds_what_no_report_holds() -> None:
-    ledger = Accounting()
+    accounting = Accounting()
     for number, tokens in ((1, 10), (2, 20), (3, 30)):
-        ledger.sent(number, tokens)
-    assert (ledger.requests, ledger.tokens, ledger.last) == (3, 60, 3)
-    ledger.reported(2)
-    assert (ledger.requests, ledger.tokens, ledger.last) == (1, 30, 3)
-    ledger.reported(3)
-    assert (ledger.requests, ledger.tokens) == (0, 0)
+        accounting.sent(number, tokens)
+    assert (accounting.requests, accounting.tokens, accounting.last) == (3, 60, 3)
+    accounting.reported(2)
+    assert (accounting.requests, accounting.tokens, accounting.last) == (1, 30, 3)
+    accounting.reported(3)
+    assert (accounting.requests, accounting.tokens) == (0, 0)
 
 
 def test_an_accounting_takes_nothing_twice_and_nothing_back() -> None:
-    ledger = Accounting()
-    ledger.sent(1, 10)
-    ledger.sent(1, 10)
-    assert ledger.requests == 1
-    ledger.reported(1)
-    ledger.reported(0)
-    ledger.sent(1, 10)
-    assert (ledger.requests, ledger.tokens) == (0, 0)
-    ledger.reported(3)
-    ledger.reported(1)
-    ledger.sent(2, 20)
-    ledger.sent(3, 30)
-    assert (ledger.requests, ledger.tokens) == (0, 0)
+    accounting = Accounting()
+    accounting.sent(1, 10)
+    accounting.sent(1, 10)
+    assert accounting.requests == 1
+    accounting.reported(1)
+    accounting.reported(0)
+    accounting.sent(1, 10)
+    assert (accounting.requests, accounting.tokens) == (0, 0)
+    accounting.reported(3)
+    accounting.reported(1)
+    accounting.sent(2, 20)
+    accounting.sent(3, 30)
+    assert (accounting.requests, accounting.tokens) == (0, 0)
 
 
 def test_a_report_may_come_before_word_of_the_send_that_it_holds() -> None:
-    ledger = Accounting()
-    ledger.reported(2)
-    ledger.sent(1, 10)
-    ledger.sent(2, 20)
-    ledger.sent(3, 30)
-    assert (ledger.requests, ledger.tokens, ledger.last) == (1, 30, 3)
+    accounting = Accounting()
+    accounting.reported(2)
+    accounting.sent(1, 10)
+    accounting.sent(2, 20)
+    accounting.sent(3, 30)
+    assert (accounting.requests, accounting.tokens, accounting.last) == (1, 30, 3)
 
 
 def test_an_accounting_is_bounded() -> None:
-    ledger = Accounting()
+    accounting = Accounting()
     for number in range(1, MAX_ACCOUNTED_SENDS + 11):
-        ledger.sent(number, 1)
-    assert (ledger.requests, ledger.tokens) == (MAX_ACCOUNTED_SENDS, MAX_ACCOUNTED_SENDS)
-    ledger.reported(MAX_ACCOUNTED_SENDS + 9)
-    assert (ledger.requests, ledger.tokens) == (1, 1)
+        accounting.sent(number, 1)
+    assert (accounting.requests, accounting.tokens) == (MAX_ACCOUNTED_SENDS, MAX_ACCOUNTED_SENDS)
+    accounting.reported(MAX_ACCOUNTED_SENDS + 9)
+    assert (accounting.requests, accounting.tokens) == (1, 1)
 
 
 def test_a_belief_adds_to_what_waits_and_to_the_prompts() -> None:

@@ -8,63 +8,34 @@ from typing import Any
 import msgspec
 import pytest
 
-from paceline.core import codec
+from paceline.core import codec, messages
 from paceline.core.coordinator.events import FrontendSaid, RankSaid, ToFrontends, ToRanks
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend.events import CoordinatorSaid as FrontendHears, Submit
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import FAR, NEAR, Load, plausible
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    UNIONS,
-    Admit,
-    Descriptor,
-    Form,
-    FrontendHello,
-    Grant,
-    GroupMember,
-    LoadView,
-    Member,
-    Members,
-    OnTheWire,
-    RankHello,
-    RankReport,
-    RankView,
-    Send,
-    Share,
-    Shares,
-    Stall,
-    StartDPWave,
-    StartWave,
-    Suspension,
-    SuspensionState,
-    WaveComplete,
-    tag_of,
-)
 from paceline.core.rank.events import CoordinatorSaid, Formed, FormGroup, Loaded, ToCoordinator, Turn
 from paceline.core.rank.machine import Rank
-from paceline.core.requests import LARGEST_STAMP, Message, Output, PositionLogprobs, SamplingParams, TokenLogprob
+from paceline.core.requests import (
+    LARGEST_STAMP,
+    Message,
+    Output,
+    PositionLogprobs,
+    SamplingParams,
+    StructuredOutput,
+    Timing,
+    TokenLogprob,
+    Weights,
+    WeightsOfRank,
+)
 from paceline.core.routing.least import LeastLoad
 
 PARTS = [
-    Descriptor,
-    Grant,
-    Share,
-    Shares,
-    Load,
-    Member,
-    GroupMember,
-    Stall,
-    SuspensionState,
-    OnTheWire,
-    Output,
-    RankView,
-    Send,
-    SamplingParams,
-    TokenLogprob,
-    PositionLogprobs,
-]
-WHOLE = [kind for union in UNIONS.values() for kind in (getattr(union, "__args__", ()) or (union,))]
+    messages.Descriptor, messages.Grant, messages.Share, messages.Shares, Load, messages.Member, messages.GroupMember,
+    messages.Stall, messages.SuspensionState, messages.OnTheWire, Output, messages.RankView, messages.Send,
+    SamplingParams, Timing, TokenLogprob, PositionLogprobs, StructuredOutput, Weights, WeightsOfRank,
+]  # fmt: skip
+WHOLE = [kind for union in codec.UNIONS.values() for kind in (getattr(union, "__args__", ()) or (union,))]
 
 # Version 1 of the protocol. A line here may only grow at its end, by fields with defaults; for anything else
 # there is a new PROTOCOL_VERSION.
@@ -107,7 +78,14 @@ VERSION_1 = {
     "load-view": "coordinator number wave running ranks heard suspension",
     "add": "request number incarnation wave prompt_token_ids params priority",
     "abort": "requests",
+    "call": "call incarnation method arguments",
+    "revive": "frontend ranks",
+    "start-again": "ranks",
+    "refused": "rank incarnation holder size",
     "outputs": "rank incarnation outputs",
+    "update-weights": "frontend call action version source keep_kv commit timeout_ms answered known",
+    "Weights": ("number current version source next next_version next_source keep_kv commit timeout_ms outcome why"),
+    "WeightsOfRank": "known has ready failed why",
     "Load": (
         "waiting running slots prefill_tokens kv_used kv_total prefill_rate decode_rate finished step_s prompt_token_s "
         "answer_token_s step_tokens decoding kv_reserved answers_left first_end answer_tokens"
@@ -115,24 +93,26 @@ VERSION_1 = {
     "Member": "rank incarnation address",
     "OnTheWire": "frontend last requests tokens",
     "Output": "request token_ids text finish_reason stop_reason logprobs error",
+    "Timing": "waited_us computed_us",
     "RankView": "rank incarnation step load taken on_the_wire",
     "Send": "rank incarnation number tokens",
     "SamplingParams": (
         "max_tokens temperature top_p top_k min_p seed frequency_penalty presence_penalty repetition_penalty "
         "logit_bias stop stop_token_ids include_stop_str_in_output ignore_eos logprobs skip_special_tokens"
     ),
+    "StructuredOutput": "kind text",
     "TokenLogprob": "token_id piece logprob",
     "PositionLogprobs": "chosen top",
 }
 
 
 def name_of(kind: Any) -> str:
-    return tag_of(kind) or kind.__name__
+    return codec.tag_of(kind) or kind.__name__
 
 
 @pytest.mark.parametrize("kind", [*WHOLE, *PARTS], ids=name_of)
 def test_fields_are_only_ever_appended_and_have_defaults(kind: Any) -> None:
-    assert PROTOCOL_VERSION == 1
+    assert messages.PROTOCOL_VERSION == 1
     expected = VERSION_1[name_of(kind)].split()
     fields = msgspec.structs.fields(kind)
     assert [field.name for field in fields[: len(expected)]] == expected
@@ -144,14 +124,14 @@ def test_all_messages_of_version_1_are_there() -> None:
 
 
 def test_a_tag_is_one_message_in_one_direction() -> None:
-    tags = [tag_of(kind) for kind in WHOLE]
+    tags = [codec.tag_of(kind) for kind in WHOLE]
     assert None not in tags
     assert len(set(tags)) == len(tags)
 
 
 @pytest.mark.parametrize("kind", PARTS, ids=name_of)
 def test_a_part_of_a_message_has_no_tag(kind: Any) -> None:
-    assert tag_of(kind) is None
+    assert codec.tag_of(kind) is None
 
 
 @pytest.mark.parametrize("kind", [*WHOLE, *PARTS], ids=name_of)
@@ -164,12 +144,12 @@ def test_a_message_is_an_immutable_array_with_a_docstring(kind: Any) -> None:
 
 
 def test_what_is_on_the_wire_is_an_array_that_begins_with_the_tag() -> None:
-    assert codec.encode(StartWave(3, 5, 7)) == b"\x94\xaastart-wave\x03\x05\x07"
-    assert codec.encode(StartDPWave(2)) == b"\x93\xadstart-dp-wave\x02\xc0"
+    assert codec.encode(messages.StartWave(3, 5, 7)) == b"\x94\xaastart-wave\x03\x05\x07"
+    assert codec.encode(messages.StartDPWave(2)) == b"\x93\xadstart-dp-wave\x02\xc0"
 
 
 def test_messages_that_say_the_same_are_equal_and_a_default_is_shared_by_none() -> None:
-    first, second = RankView(0, 1, 2, Load()), RankView(0, 1, 2, Load())
+    first, second = messages.RankView(0, 1, 2, Load()), messages.RankView(0, 1, 2, Load())
     assert first == second
     assert first.taken is not second.taken
     assert first.on_the_wire is not second.on_the_wire
@@ -182,8 +162,8 @@ LARGEST = 2**53 - 1
 LIFE = 11
 
 
-def hello(**fields: Any) -> RankHello:
-    return RankHello(PROTOCOL_VERSION, 0, LIFE, "tcp://rank", True, **fields)
+def hello(**fields: Any) -> messages.RankHello:
+    return messages.RankHello(messages.PROTOCOL_VERSION, 0, LIFE, "tcp://rank", True, **fields)
 
 
 def test_what_can_have_been_counted() -> None:
@@ -201,17 +181,17 @@ def test_what_can_have_been_counted() -> None:
         hello(suspension=LARGEST),
         hello(group_address="ipc://group", generation=LARGEST),
         hello(group_address="ipc://group", told=LARGEST),
-        RankReport(0, LIFE, 1, LARGEST, True, Load()),
-        StartWave(0, LIFE, LARGEST),
-        WaveComplete(0, LIFE, LARGEST),
+        messages.RankReport(0, LIFE, 1, LARGEST, True, Load()),
+        messages.StartWave(0, LIFE, LARGEST),
+        messages.WaveComplete(0, LIFE, LARGEST),
     ],
     ids=lambda said: f"{type(said).__name__}",
 )
 def test_the_coordinator_takes_up_no_absurd_number(said: Any) -> None:
     machine = Coordinator(1, 7, 0.0)
     decoders = {ToRanks: codec.to_rank(), ToFrontends: codec.to_frontend()}
-    messages = [hello(group_address="ipc://group"), said, hello(group_address="ipc://group", generation=1, told=1)]
-    for now, message in enumerate([*messages, StartWave(0, LIFE, 3), WaveComplete(0, LIFE, 3)]):
+    all_said = [hello(group_address="ipc://group"), said, hello(group_address="ipc://group", generation=1, told=1)]
+    for now, message in enumerate([*all_said, messages.StartWave(0, LIFE, 3), messages.WaveComplete(0, LIFE, 3)]):
         for effect in machine.handle(RankSaid(message), float(now)):
             if type(effect) in decoders:
                 decoders[type(effect)].decode(codec.encode(effect.message))  # type: ignore[union-attr]
@@ -221,31 +201,37 @@ def test_the_coordinator_takes_up_no_absurd_number(said: Any) -> None:
 
 def test_a_frontend_does_not_move_the_pause_out_of_reach() -> None:
     machine = Coordinator(1, 7, 0.0)
-    machine.handle(FrontendSaid(FrontendHello(PROTOCOL_VERSION, 5, FAR - 1)), 0.0)
+    machine.handle(FrontendSaid(messages.FrontendHello(messages.PROTOCOL_VERSION, 5, FAR - 1)), 0.0)
     assert plausible(int(str(machine.statistics()["suspension"])) + 1000, 0)
 
 
-MEMBERS = [GroupMember(0, LIFE, "ipc://group")]
+MEMBERS = [messages.GroupMember(0, LIFE, "ipc://group")]
 
 
 @pytest.mark.parametrize(
     "said",
     [
-        Admit(0, LIFE, LARGEST),
-        Admit(0, LIFE, 0, Suspension(LARGEST, "keep")),
-        Form(LARGEST, 0, MEMBERS),
-        Form(1, LARGEST, MEMBERS),
-        Form(1, 0, MEMBERS, Suspension(LARGEST, "keep")),
-        Suspension(LARGEST, "wait"),
-        StartDPWave(LARGEST),
+        messages.Admit(0, LIFE, LARGEST),
+        messages.Admit(0, LIFE, 0, messages.Suspension(LARGEST, "keep")),
+        messages.Form(LARGEST, 0, MEMBERS),
+        messages.Form(1, LARGEST, MEMBERS),
+        messages.Form(1, 0, MEMBERS, messages.Suspension(LARGEST, "keep")),
+        messages.Suspension(LARGEST, "wait"),
+        messages.StartDPWave(LARGEST),
     ],
     ids=lambda said: f"{type(said).__name__}",
 )
 def test_a_rank_takes_up_no_absurd_number(said: Any) -> None:
     machine = Rank(0, LIFE, "tcp://rank", lockstep=True, group_address="ipc://group")
     decode = codec.from_rank().decode
-    events = [Loaded(), CoordinatorSaid(said), CoordinatorSaid(Form(2, 1, MEMBERS)), Turn(Load(), False), Formed(2)]
-    effects = [machine.handle(event, 1.0) for event in [*events, CoordinatorSaid(StartDPWave(1))]]
+    events = [
+        Loaded(),
+        CoordinatorSaid(said),
+        CoordinatorSaid(messages.Form(2, 1, MEMBERS)),
+        Turn(Load(), False),
+        Formed(2),
+    ]
+    effects = [machine.handle(event, 1.0) for event in [*events, CoordinatorSaid(messages.StartDPWave(1))]]
     assert [FormGroup(2, MEMBERS)] == effects[3]
     for effect in itertools.chain(*effects):
         if isinstance(effect, ToCoordinator):
@@ -256,17 +242,24 @@ def test_a_rank_takes_up_no_absurd_number(said: Any) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        Members(PROTOCOL_VERSION, 7, LARGEST, False, []),
-        LoadView(7, 2, LARGEST, False),
-        LoadView(7, 2, 0, False, suspension=SuspensionState(LARGEST, "abort")),
-        LoadView(7, 2, 0, False, [], shares=[Shares(5, LARGEST)]),
+        messages.Members(messages.PROTOCOL_VERSION, 7, LARGEST, False, []),
+        messages.LoadView(7, 2, LARGEST, False),
+        messages.LoadView(7, 2, 0, False, suspension=messages.SuspensionState(LARGEST, "abort")),
+        messages.LoadView(7, 2, 0, False, [], shares=[messages.Shares(5, LARGEST)]),
     ],
     ids=lambda said: f"{type(said).__name__}",
 )
 def test_a_frontend_takes_up_no_absurd_number(said: Any) -> None:
     machine = Frontend(5, LeastLoad(0, 1), lockstep=True, relay_sends=True)
-    machine.handle(FrontendHears(Members(PROTOCOL_VERSION, 7, 1, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
-    machine.handle(FrontendHears(LoadView(7, 1, 1, False, [RankView(0, LIFE, 1, Load(slots=4))])), 0.0)
+    machine.handle(
+        FrontendHears(
+            messages.Members(messages.PROTOCOL_VERSION, 7, 1, False, [messages.Member(0, LIFE, "tcp://rank")])
+        ),
+        0.0,
+    )
+    machine.handle(
+        FrontendHears(messages.LoadView(7, 1, 1, False, [messages.RankView(0, LIFE, 1, Load(slots=4))])), 0.0
+    )
     machine.handle(FrontendHears(said), 1.0)
     assert machine.wave == 1
     assert machine.suspension.number == 0
@@ -281,7 +274,12 @@ def test_a_frontend_takes_up_no_absurd_number(said: Any) -> None:
 
 def test_a_wave_beyond_what_can_be_stamped_is_said_as_the_last_that_can() -> None:
     machine = Frontend(5, LeastLoad(0, 1), lockstep=True)
-    machine.handle(FrontendHears(Members(PROTOCOL_VERSION, 7, FAR + 5, False, [Member(0, LIFE, "tcp://rank")])), 0.0)
+    machine.handle(
+        FrontendHears(
+            messages.Members(messages.PROTOCOL_VERSION, 7, FAR + 5, False, [messages.Member(0, LIFE, "tcp://rank")])
+        ),
+        0.0,
+    )
     effects = machine.handle(Submit(1, [1, 2], SamplingParams(4)), 2.0)
     stamped = [effect.message.wave for effect in effects if hasattr(effect, "message")]  # type: ignore[union-attr]
     assert (machine.wave, stamped) == (FAR + 5, [LARGEST_STAMP] * 2)

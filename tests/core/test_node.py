@@ -18,7 +18,6 @@ def node(*ranks: int, **settings: Any) -> Node:
 
 
 def hear(machine: Node, *messages: Any) -> list[Effect]:
-    """What it does about the last of them."""
     effects: list[Effect] = []
     for message in messages:
         effects = machine.handle(CoordinatorSaid(message), 0.0)
@@ -90,3 +89,10 @@ def test_a_failure_is_told_of_under_the_number_that_a_new_coordinator_gives_the_
     machine.handle(RankEnded(2, "no memory"), 0.0)
     taken_over = Scaling(3, 2, 4, hosts=[(2, NODE), (3, 8)])
     assert said(hear(machine, taken_over), RankFailed) == [RankFailed(NODE, 3, 2, "no memory")]
+
+
+def test_one_that_has_been_put_elsewhere_while_the_node_was_away_is_ended() -> None:
+    machine = node(0, 1)
+    effects = hear(machine, Scaling(4, 3, 3, hosts=[(1, 8), (2, 8)]))
+    assert find(effects, StopRank) == [StopRank(1)]
+    assert one(said(effects, NodeHello)).ranks == [0]

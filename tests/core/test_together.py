@@ -12,9 +12,8 @@ from tests.core.harness import find
 from tests.pace import examples
 from tests.sim.deployments import DELAY_S, deploy, placed, ready, rest, seen, tokens, waves
 
+
 # Cold starts and waves ------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lost", [StartDPWave, WakeNotice])
 def test_one_request_after_a_cold_start_runs_all_ranks_and_pauses_them_again(lost: type) -> None:
     deployment = ready(ranks=4)
@@ -121,8 +120,6 @@ def test_a_restarted_rank_joins_in_the_wave_of_the_others() -> None:
 
 
 # Deaths ---------------------------------------------------------------------------------------
-
-
 def test_a_wave_goes_on_and_ends_without_a_coordinator() -> None:
     deployment = ready(ranks=2)
     frontend = deployment.frontends[0]
@@ -218,8 +215,6 @@ def test_a_frontend_that_missed_the_members_hears_of_them_again(pause_s: float) 
 
 
 # Modes ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_external_mode_serves_each_rank_by_its_own_frontend_and_publishes_no_load(lockstep: bool) -> None:
     deployment = ready(ranks=3, frontends=3, lockstep=lockstep, external=True)

@@ -8,19 +8,10 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from paceline.core import messages  # fmt: skip
 from paceline.core.coordinator import events as coordinator
 from paceline.core.dispatch.dispatcher import UNANSWERED_S
 from paceline.core.frontend.dispatch import SILENCE_S
-from paceline.core.messages import (
-    Ask,
-    FrontendHello,
-    Grants,
-    LoadView,
-    Members,
-    ReturnShares,
-    SendNotice,
-    Withdraw,
-)  # fmt: skip
 from paceline.core.requests import ControlAction
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import FrontendProcess
@@ -46,6 +37,10 @@ def queued(deployment: Deployment) -> int:
     return len(list(deployment.coordinator.machine.dispatcher.descriptors()))
 
 
+LONG = 4 * SLOTS
+"""Tokens of answers so long that no rank gets a request for a slot that is about to be free (`STEPS_AHEAD`)."""
+
+
 def never_behind_a_full_rank(deployment: Deployment) -> Callable[[], None]:
     def check() -> None:
         for rank in deployment.ranks.values():
@@ -62,8 +57,6 @@ def rest(deployment: Deployment) -> None:
 
 
 # Several queues ---------------------------------------------------------------------------------
-
-
 def test_a_nodes_full_queue_is_no_other_nodes() -> None:
     """Hybrid mode: or one that is overloaded would have all others refuse, whose ranks are free."""
     deployment = late_binding(2, 2, lockstep=False, hybrid=True)
@@ -80,8 +73,6 @@ def test_a_nodes_full_queue_is_no_other_nodes() -> None:
 
 
 # Idle -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frontends", [1, 2, 3])
 def test_no_hop_is_added_while_ranks_are_free(frontends: int) -> None:
     deployment = late_binding(4, frontends, lockstep=False)
@@ -126,7 +117,7 @@ def test_what_lies_idle_at_others_is_had_after_a_recall() -> None:
 def test_a_recall_that_was_lost_comes_again() -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    deployment.frontends[1].broadcasts.lose(Grants, times=2)
+    deployment.frontends[1].broadcasts.lose(messages.Grants, times=2)
     for _ in range(SLOTS):
         deployment.frontends[0].submit(max_tokens=100)
     deployment.world.run_for(0.4)
@@ -135,8 +126,6 @@ def test_a_recall_that_was_lost_comes_again() -> None:
 
 
 # Full -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("frontends", [1, 2, 4])
 def test_a_burst_far_above_the_slots_is_served_in_order_and_nobody_waits_behind_a_rank(
@@ -147,7 +136,7 @@ def test_a_burst_far_above_the_slots_is_served_in_order_and_nobody_waits_behind_
     asked: list[tuple[FrontendProcess, int]] = []
     for number in range(80):
         frontend = deployment.frontends[number % frontends]
-        asked.append((frontend, frontend.submit(max_tokens=1 + number % 7)))
+        asked.append((frontend, frontend.submit(max_tokens=LONG + number % 7)))
         deployment.world.run_for(0.0002)
     deployment.finish()
     rest(deployment)
@@ -185,8 +174,8 @@ def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
     deployment = late_binding(3, 2)
     frontend = deployment.frontends[0]
     assert deployment.coordinator is not None
-    deployment.coordinator.feed(coordinator.FrontendSaid(ReturnShares(frontend.machine.identity, 1)))
-    frontend.broadcasts.lose(LoadView, times=1000)
+    deployment.coordinator.feed(coordinator.FrontendSaid(messages.ReturnShares(frontend.machine.identity, 1)))
+    frontend.broadcasts.lose(messages.LoadView, times=1000)
     while not held(deployment):
         frontend.submit(max_tokens=4)
     deployment.finish(limit_s=1.0)
@@ -195,9 +184,7 @@ def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
 
 
 # Losses -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("lost", [Ask, SendNotice, FrontendHello, ReturnShares])
+@pytest.mark.parametrize("lost", [messages.Ask, messages.SendNotice, messages.FrontendHello, messages.ReturnShares])
 def test_what_a_frontend_says_may_be_lost(lost: type) -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.frontends[0].to_coordinator.lose(lost, times=2)
@@ -209,13 +196,13 @@ def test_what_a_frontend_says_may_be_lost(lost: type) -> None:
     rest(deployment)
 
 
-@pytest.mark.parametrize("lost", [Grants, LoadView])
+@pytest.mark.parametrize("lost", [messages.Grants, messages.LoadView])
 def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
     for _ in range(3 * SLOTS):
-        deployment.frontends[0].submit(max_tokens=3)
-        deployment.frontends[1].submit(max_tokens=3)
+        deployment.frontends[0].submit(max_tokens=LONG)
+        deployment.frontends[1].submit(max_tokens=LONG)
     deployment.frontends[0].broadcasts.lose(lost, times=3)
     deployment.finish(limit_s=3.0)
     deployment.frontends[0].broadcasts.lose_no_more()
@@ -223,8 +210,6 @@ def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
 
 
 # Aborts and ends --------------------------------------------------------------------------------
-
-
 def full(deployment: Deployment, waiting: int = 6) -> list[int]:
     """Fill all ranks through front-end 0, and let so many wait there; returns those."""
     frontend = deployment.frontends[0]
@@ -250,7 +235,7 @@ def test_what_is_abandoned_leaves_the_queue() -> None:
 def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
     deployment = late_binding(lockstep=False)
     waiting = full(deployment)
-    deployment.frontends[0].to_coordinator.lose(Withdraw)
+    deployment.frontends[0].to_coordinator.lose(messages.Withdraw)
     deployment.frontends[0].abandon(*waiting)
     rest(deployment)
 
@@ -314,8 +299,6 @@ def test_nobody_waits_for_the_credits_of_a_frontend_that_hangs() -> None:
 
 
 # The coordinator goes -----------------------------------------------------------------------------
-
-
 def test_without_a_coordinator_what_waits_is_bound_after_a_silence_and_the_rest_at_once() -> None:
     deployment = late_binding(lockstep=False)
     waiting = full(deployment)
@@ -352,7 +335,7 @@ def test_after_a_silence_a_new_coordinator_has_the_queue_again() -> None:
     rest(deployment)
 
 
-@pytest.mark.parametrize("lost", [Members, LoadView, FrontendHello, Ask])
+@pytest.mark.parametrize("lost", [messages.Members, messages.LoadView, messages.FrontendHello, messages.Ask])
 def test_losses_while_the_coordinator_changes(lost: type) -> None:
     deployment = late_binding(lockstep=False)
     full(deployment)
@@ -383,8 +366,6 @@ def test_a_grant_of_a_coordinator_that_is_no_more_counts_no_more() -> None:
 
 
 # A suspension -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["keep", "wait"])
 def test_a_paused_deployment_grants_nothing_until_it_is_resumed(mode: ControlAction) -> None:
     deployment = late_binding()
@@ -423,7 +404,10 @@ ACTS = st.lists(
     ),
     max_size=60,
 )  # fmt: skip
-DOWN, UP = [Grants, LoadView, Members], [Ask, Withdraw, SendNotice, ReturnShares, FrontendHello]
+DOWN, UP = (
+    [messages.Grants, messages.LoadView, messages.Members],
+    [messages.Ask, messages.Withdraw, messages.SendNotice, messages.ReturnShares, messages.FrontendHello],
+)
 
 
 @settings(max_examples=examples(60))

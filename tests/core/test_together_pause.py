@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.core.messages import ControlAnswer, ControlRequest, LoadView, StartDPWave, Suspension, WakeNotice
-from paceline.core.pause import MODES
 from paceline.core.rank.events import Phase
 from paceline.core.requests import ControlAction
+from paceline.core.transaction import MODES
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import Call, FrontendProcess
 from paceline.sim.world import Delays
@@ -32,13 +32,11 @@ def number(deployment: Deployment) -> int:
 
 
 def load(deployment: Deployment, requests: int = 6, max_tokens: int = 12) -> None:
-    """Requests at every front-end, spread over all ranks."""
     for frontend, index in itertools.product(deployment.frontends.values(), range(requests)):
         frontend.submit(max_tokens=max_tokens, rank=index % deployment.shape.ranks)
 
 
 def is_suspended(deployment: Deployment) -> None:
-    """Fails unless no rank steps for ten seconds."""
     before = seen(deployment).steps
     deployment.world.run_for(10.0)
     assert seen(deployment).steps == before
@@ -46,13 +44,10 @@ def is_suspended(deployment: Deployment) -> None:
 
 
 def aborted(frontend: FrontendProcess) -> list[int]:
-    """Requests that ended with an abort."""
     return [request for request, answer in frontend.answers.items() if answer.finish_reason == "abort"]
 
 
 # One call at a time ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("after_s", [0.0, 0.001, 0.004, 0.013, 0.031])
@@ -108,8 +103,6 @@ def test_asking_twice_is_asking_once() -> None:
 
 
 # Losses and crashes ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lockstep", [False, True])
 @pytest.mark.parametrize("times", [1, 4])
 def test_lost_broadcasts_are_made_up_for(lockstep: bool, times: int) -> None:

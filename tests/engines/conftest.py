@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from paceline.engines.base import EngineSettings
-from paceline.engines.gguf import default_model, read_header
+from paceline.engines.gguf import read_header
 from paceline.engines.llama import LlamaEngine
 from paceline.engines.llama_text import LlamaTokenizer, load_model
+from paceline.engines.models import GEMMA, named_model
 from tests.engines.llama_runs import Makes
 
 
 @pytest.fixture(scope="session")
 def model_file() -> Path:
-    return default_model(lambda what, share: None)
+    return named_model(GEMMA, lambda what, share: None)
 
 
 @pytest.fixture(scope="session")
@@ -34,4 +35,4 @@ def engine(makes: Makes) -> LlamaEngine:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> LlamaTokenizer:
-    return LlamaEngine.tokenizer(EngineSettings())
+    return LlamaEngine.tokenizer(EngineSettings(model=GEMMA))

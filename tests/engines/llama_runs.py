@@ -9,7 +9,7 @@ from typing import Any
 from paceline.core.requests import PositionLogprobs, SamplingParams
 from paceline.engines.base import EngineRequest, EngineSettings
 from paceline.engines.gguf import GGUFHeader
-from paceline.engines.llama import LlamaEngine, make_context
+from paceline.engines.llama import LlamaEngine, make_context, pooling_of
 from paceline.engines.llama_text import plan_memory
 
 MOST_STEPS = 2000
@@ -24,6 +24,7 @@ class Answer:
     reason: str | None = None
     stop: str | int | None = None
     logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
     error: str | None = None
 
 
@@ -38,8 +39,9 @@ class Makes:
         """An engine of 16 slots of 512 tokens, but for `changes`. One thread: two that must wait for each other
         take many times longer where other tests keep the cores busy."""
         settings = EngineSettings(**{"max_model_len": 512, "threads": 1, **changes})
-        plan = plan_memory(settings, self._header)
-        return LlamaEngine(self._model, make_context(self._model, settings, plan), settings, plan)
+        plan, pooling = plan_memory(settings, self._header), pooling_of(self._header)
+        pooling = pooling if settings.task == "embed" else None
+        return LlamaEngine(self._model, make_context(self._model, settings, plan, pooling), settings, plan, pooling)
 
 
 def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
@@ -55,6 +57,7 @@ def advance(engine: LlamaEngine, answers: dict[int, Answer]) -> None:
         answer.text += output.text
         answer.reason, answer.stop, answer.error = output.finish_reason, output.stop_reason, output.error
         answer.logprobs += output.logprobs or []
+        answer.prompt_logprobs += output.prompt_logprobs or []
 
 
 def finish(engine: LlamaEngine, answers: dict[int, Answer] | None = None) -> dict[int, Answer]:

@@ -20,7 +20,9 @@ def outputs_of(engine: Engine, request: EngineRequest) -> list[StepOutput]:
             break
         outputs += engine.step().outputs
     assert outputs[-1].finish_reason is not None
-    return outputs
+    assert not (request.made_token_ids and outputs[0].cached_tokens), "what is there of the prompt has been said"
+    # An engine that is used again has more of it.
+    return [replace(output, cached_tokens=0) for output in outputs]
 
 
 def check_resumes(make: Callable[[], Engine], request: EngineRequest, cuts: Iterable[int] | None = None) -> None:

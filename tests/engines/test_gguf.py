@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.engines.base import EngineError
-from paceline.engines.gguf import check_gguf, read_header
+from paceline.engines.gguf import read_header
 
 STRING, ARRAY, UINT32 = 8, 9, 4
 
@@ -61,23 +61,23 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
 def test_a_broken_file_is_named_with_the_reason(tmp_path: Path, data: bytes, reason: str) -> None:
     path = write(tmp_path, data)
     with pytest.raises(EngineError, match=reason) as caught:
-        check_gguf(path)
+        read_header(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"absent.gguf: there is no such model file"):
-        check_gguf(tmp_path / "absent.gguf")
+        read_header(tmp_path / "absent.gguf")
     with pytest.raises(EngineError, match="is a folder"):
-        check_gguf(tmp_path)
+        read_header(tmp_path)
 
 
 @given(length=st.integers(0, len(small_file()) - 1))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_cut_anywhere_it_is_refused(tmp_path: Path, length: int) -> None:
     with pytest.raises(EngineError):
-        check_gguf(write(tmp_path, small_file()[:length]))
+        read_header(write(tmp_path, small_file()[:length]))
 
 
 @given(place=st.integers(4, len(small_file()) - 257), byte=st.integers(0, 255))
@@ -86,4 +86,4 @@ def test_with_any_byte_of_the_header_changed_it_is_read_or_refused(tmp_path: Pat
     data = bytearray(small_file())
     data[place] = byte
     with contextlib.suppress(EngineError):
-        check_gguf(write(tmp_path, bytes(data)))
+        read_header(write(tmp_path, bytes(data)))

@@ -161,7 +161,6 @@ def test_abort_frees_memory_at_once(makes: Makes, prompts: dict[int, list[int]])
     engine.abort(99)
     load = engine.load()
     assert (load.waiting, load.running, load.kv_used) == (1, 1, len(prompts[1]))
-    assert engine._context.memory_seq_pos_max(0) == -1
     finish(engine, answers)
     assert len(answers[0].tokens) == 1
     assert 3 not in answers
@@ -174,6 +173,7 @@ def overrated(makes: Makes) -> LlamaEngine:
     engine = makes.engine(max_num_seqs=4, max_num_batched_tokens=128, max_model_len=256, kv_cache_tokens=256)
     believing = makes.engine(max_num_seqs=4, max_num_batched_tokens=128, max_model_len=512, kv_cache_tokens=1024)
     engine._schedule, engine._plan = believing._schedule, believing._plan
+    engine._schedule._memory = engine
     return engine
 
 
@@ -186,7 +186,8 @@ def test_when_llama_cpp_finds_no_room_the_last_one_is_computed_anew(
     alone = answer_one(engine, prompt, greedy(15))
     answers: dict[int, Answer] = {}
     for key in range(3):
-        overrated.add(EngineRequest(key, prompt, greedy(15)))
+        # Who asks for its prompt's log-probabilities has it computed, whatever there is of others.
+        overrated.add(EngineRequest(key, prompt, greedy(15, prompt_logprobs=0)))
     prefilled = 0
     while overrated.has_work():
         before = overrated.load().prefill_tokens
@@ -301,7 +302,7 @@ def test_what_cannot_be_set_is_refused_in_one_line(model_file: Path, tmp_path: P
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "--max-model-len 99999: this model takes 1 to 32768" in refused(max_model_len=99999)
+    assert "--max-model-len 99999: this model takes 1 to 8192" in refused(max_model_len=99999)
     assert "--kv-cache-tokens 100" in refused(kv_cache_tokens=100, max_model_len=200)
     assert "--max-num-batched-tokens 8" in refused(max_num_batched_tokens=8)
     assert "--max-num-seqs 1000" in refused(max_num_seqs=1000)

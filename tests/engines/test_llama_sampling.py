@@ -114,3 +114,62 @@ def test_logprobs_are_a_softmax_and_the_best_are_the_best(logits: list[float], c
     assert [token for token, _ in top] == order[:best]
     for token, logprob in top:
         assert logprob == pytest.approx(logits[token] - normaliser, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.3}, {"frequency_penalty": 1.5}, {"presence_penalty": 2.0}]
+)
+def test_a_penalty_holds_for_drawn_tokens_as_for_greedy_ones(
+    engine: LlamaEngine, prompt: list[int], penalty: dict[str, float]
+) -> None:
+    certain = drawn(engine, prompt, top_k=1, max_tokens=16, **penalty).tokens
+    assert certain == answer_one(engine, prompt, greedy(16, **penalty)).tokens
+    assert certain != answer_one(engine, prompt, greedy(16)).tokens
+
+
+# What may not come, and what alone may ----------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bad_word_never_comes(engine: LlamaEngine, prompt: list[int], temperature: float) -> None:
+    sampling = {"temperature": temperature, "seed": 3, "repetition_penalty": 1.1}
+    free = drawn(engine, prompt, **sampling).tokens
+    whole, pair = [[free[0]]], [free[2:4]]
+    assert drawn(engine, prompt, bad_words=whole, **sampling).tokens[0] != free[0]
+    held = drawn(engine, prompt, bad_words=pair, **sampling).tokens
+    assert held[:3] == free[:3], "the pair's first alone is no bad word"
+    assert held[3] != free[3]
+    assert drawn(engine, prompt, bad_words=[[free[3], free[2]]], **sampling).tokens == free
+
+
+@pytest.mark.slow
+def test_no_end_comes_before_min_tokens(engine: LlamaEngine, tokenizer: LlamaTokenizer, prompt: list[int]) -> None:
+    ends = {"logit_bias": {1: 100.0}, "ignore_eos": False}
+    assert len(drawn(engine, prompt, **ends).tokens) == 1
+    assert len(drawn(engine, prompt, **ends, min_tokens=5).tokens) == 6
+    stop = drawn(engine, prompt, temperature=0.0).tokens[0]
+    answer = drawn(engine, prompt, temperature=0.0, stop_token_ids=[stop], min_tokens=3)
+    assert stop not in answer.tokens[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_tokens_come(engine: LlamaEngine, prompt: list[int], temperature: float) -> None:
+    allowed = [300, 400, 500]
+    answer = drawn(engine, prompt, allowed_token_ids=allowed, temperature=temperature, repetition_penalty=1.5)
+    assert set(answer.tokens) <= set(allowed)
+
+
+@pytest.mark.slow
+def test_the_prompt_s_logprobs_are_those_of_choosing_it(engine: LlamaEngine, prompt: list[int]) -> None:
+    made = answer_one(engine, prompt, greedy(4, logprobs=2))
+    longer = [*prompt, *made.tokens]
+    read = answer_one(engine, longer, greedy(1, prompt_logprobs=2)).prompt_logprobs
+    assert [one.chosen.token_id for one in read] == longer
+    for one, chosen in zip(read[len(prompt) :], made.logprobs, strict=True):
+        assert one.chosen.logprob == pytest.approx(chosen.chosen.logprob, abs=1e-4)
+        assert [token.token_id for token in one.top] == [token.token_id for token in chosen.top]
+    together = answer_all(engine, dict.fromkeys(range(3), longer), greedy(1, prompt_logprobs=0))
+    assert all(len(answer.prompt_logprobs) == len(longer) for answer in together.values())

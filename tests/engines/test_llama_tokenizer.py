@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineError, EngineSettings
-from paceline.engines.chat import ChatTemplate
+from paceline.engines.chat import ChatPrompts, Conversation
 from paceline.engines.gguf import GGUFHeader, read_header
 from paceline.engines.llama import LlamaEngine
 from paceline.engines.llama_text import LlamaTokenizer, Vocabulary, _stand_ins, load_vocabulary, slug
@@ -53,15 +53,31 @@ def test_bos_is_never_doubled(tokenizer: LlamaTokenizer) -> None:
     assert tokenizer.encode("hi")[0] == BOS
     assert tokenizer.encode("hi", add_special=False)[0] != BOS
     assert tokenizer.encode("<bos>hi", parse_special=True) == tokenizer.encode("hi")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
-    assert tokenizer.encode(prompt, add_special=False, parse_special=True)[:2] == [BOS, TURN]
+    assert chat(tokenizer, "hi")[:2] == [BOS, TURN]
 
 
 def test_gemma_has_its_format_without_a_template_of_its_own(tokenizer: LlamaTokenizer) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert tokenizer.apply_chat_template(messages) == (
-        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
-    )
+    made = tokenizer.chat(Conversation(messages))
+    assert made == [BOS, TURN, "user\nBe brief.\n\nHi", END_OF_TURN, "\n", TURN, "model\n"]
+
+
+@pytest.mark.parametrize("text", ["hi", "  so?\n\n", "日本 <b>x</b>", "<end_of_turn>", "a<bos>"])
+def test_a_prompt_in_fragments_has_the_tokens_of_the_whole(tokenizer: LlamaTokenizer, text: str) -> None:
+    made = tokenizer.chat(Conversation([{"role": "user", "content": text}]))
+    apart = [token for part in made for token in ([part] if isinstance(part, int) else plain(tokenizer, part))]
+    whole = f"<bos><start_of_turn>user\n{text.strip()}<end_of_turn>\n<start_of_turn>model\n"
+    parsed = tokenizer.encode(whole, add_special=False, parse_special=True)
+    assert (apart == parsed) == (text not in ("<end_of_turn>", "a<bos>")), "what a message brings along is text"
+    assert tokenizer.decode(apart).count("_of_turn") == ("_of_turn" in text)
+
+
+def plain(tokenizer: LlamaTokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special=False)
+
+
+def chat(tokenizer: LlamaTokenizer, text: str) -> list[str | int]:
+    return tokenizer.chat(Conversation([{"role": "user", "content": text}]))
 
 
 def test_a_template_in_the_file_is_used(model_file: Path) -> None:
@@ -70,18 +86,21 @@ def test_a_template_in_the_file_is_used(model_file: Path) -> None:
     own = GGUFHeader({**header.metadata, "tokenizer.chat_template": template}, header.array_lengths)
     vocabulary = Vocabulary(load_vocabulary(model_file))
     tokenizer = LlamaTokenizer(vocabulary, own, model_file, 100)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<bos>[user] Hi"
+    assert chat(tokenizer, "Hi") == [BOS, "[user] Hi"]
     named = GGUFHeader({**own.metadata, "tokenizer.chat_template": "{{ bos_token }}x"}, header.array_lengths)
     tokenizer = LlamaTokenizer(vocabulary, named, model_file, 100)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]) == "<bos>x"
+    assert chat(tokenizer, "Hi") == [BOS, "x"]
     nameless = GGUFHeader({"tokenizer.chat_template": "x"}, {})
     assert LlamaTokenizer(vocabulary, nameless, model_file, 100).model_name == model_file.stem
 
 
 def test_a_vocabulary_knows_its_markers_and_bytes(model_file: Path) -> None:
     vocabulary = Vocabulary(load_vocabulary(model_file))
-    assert vocabulary.knows("<start_of_turn>")
-    assert not vocabulary.knows("<|im_start|>")
+    controls = vocabulary.controls()
+    assert controls["<start_of_turn>"].token_id == TURN
+    assert "<|im_start|>" not in controls
+    assert vocabulary.longest_piece() == 48
+    assert {EOS, END_OF_TURN} <= vocabulary.ends
     assert vocabulary.piece(END_OF_TURN, special=False) == b""
     assert vocabulary.piece(END_OF_TURN, special=True) == b"<end_of_turn>"
     assert vocabulary.piece(10**7, special=True) == b""
@@ -105,4 +124,4 @@ def test_names_are_slugs(name: str, expected: str) -> None:
 
 def test_a_broken_template_is_one_line() -> None:
     with pytest.raises(EngineError, match="chat template is broken"):
-        ChatTemplate("{% for %}", "", "")
+        ChatPrompts("{% for %}", {}, {})

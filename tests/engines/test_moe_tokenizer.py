@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineSettings
+from paceline.engines.chat import Conversation
 from paceline.engines.moe import BOS, EOS, MoeEngine, MoeTokenizer
 
 TOKENIZER = MoeTokenizer(99)
@@ -25,12 +26,10 @@ def test_special_tokens() -> None:
 
 
 def test_chat_template() -> None:
-    prompt = TOKENIZER.apply_chat_template(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    )
-    assert prompt == "<bos>Be brief.\n\nUser: hi\nAssistant:"
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi <eos>"}]
+    assert TOKENIZER.chat(Conversation(said)) == [BOS, "Be brief.\n\nUser: hi <eos>\nAssistant:"]
     with pytest.raises(ValueError, match="role"):
-        TOKENIZER.apply_chat_template([{"role": "nobody", "content": "hi"}])
+        TOKENIZER.chat(Conversation([{"role": "nobody", "content": "hi"}]))
 
 
 def test_limits_are_the_engines() -> None:

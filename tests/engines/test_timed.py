@@ -9,6 +9,7 @@ import pytest
 
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineRequest, EngineSettings, StepResult
+from paceline.engines.chat import Conversation
 from paceline.engines.timed import ByteTokenizer, CostModel, TimedEngine, read_costs, word
 
 FREE = CostModel(step_ms=0, prefill_ms=0, decode_ms=0)
@@ -112,4 +113,4 @@ def test_tokenizer() -> None:
     tokenizer = ByteTokenizer(EngineSettings(max_model_len=99))
     assert tokenizer.max_model_len == 99
     assert tokenizer.decode(tokenizer.encode("naïve ✓")) == "naïve ✓"
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "user: hi\nassistant:"
+    assert tokenizer.chat(Conversation([{"role": "user", "content": "hi"}])) == ["User: hi\nAssistant:"]

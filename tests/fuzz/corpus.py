@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from paceline.core import codec
-from paceline.core.messages import UNIONS, tag_of
+from paceline.core.codec import UNIONS, tag_of
 from paceline.core.rank.events import Agree
 from paceline.core.rank.prefill_quota import integers
 from paceline.net.collective import BLOCK, GATHER, HEADER, RESULT, URGENT, array_parts
@@ -128,7 +128,7 @@ def others() -> dict[str, dict[str, bytes]]:
         },
         "greeting": {"greeting": GREETING.pack(MAGIC, 1, 1, 0), "other": GREETING.pack(MAGIC, 2, 1, 0)},
         "rendezvous": {
-            "where-is": msgspec.msgpack.encode(WhereIs(1, 4, "timed")),
+            "where-is": msgspec.msgpack.encode(WhereIs(1, {"--engine": "timed", "--data-parallel-size": "4"})),
             "here": msgspec.msgpack.encode(Here("tcp://a:1", "tcp://a:2", "tcp://a:3")),
         },
         "vllm-rank": vllm,
@@ -142,7 +142,7 @@ def others() -> dict[str, dict[str, bytes]]:
             "post": b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 18\r\n\r\n" + b'{"prompt": "Once"}',
             "chunked": b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nabcde\r\n0\r\n\r\n",
         },
-        "keeper": {
+        "watchdog": {
             "health": b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", "loads": b"GET /loads?x HTTP/1.0\r\n\r\n",
             "post": b"POST / HTTP/1.1\r\n\r\n",
         },

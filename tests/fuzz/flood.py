@@ -1,4 +1,4 @@
-"""Garbage for the sockets of real processes: over ZeroMQ, as each socket's peers speak, and as plain bytes."""
+"""Bad frames for the sockets of real processes: over ZeroMQ, as each socket's peers speak, and as plain bytes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ OURS: Ways = (
     ("group-", None, "greeting"),
     ("http", None, "http-requests"),
 )
-# Under vLLM: the coordinator's three and the keeper's port.
+# Under vLLM: the coordinator's three and the watchdog's port.
 VLLM: Ways = (
     ("front", zmq.XSUB, "vllm-front-end"),
     ("output", zmq.PUSH, "vllm-rank"),
     ("publish", zmq.XSUB, "subscriptions"),
-    ("status", None, "keeper"),
+    ("status", None, "watchdog"),
 )
 
 
@@ -64,7 +64,7 @@ def addresses_in(folders: list[Path], port: int) -> dict[str, str]:
 
 
 class Flood(threading.Thread):
-    """Garbage from one seed, until `stop`. `addresses`: asked for again and again, since processes come and go."""
+    """Bad frames from one seed, until `stop`. `addresses`: asked for again and again, since processes come and go."""
 
     def __init__(self, addresses: Callable[[], dict[str, str]], ways: Ways, seed: int, pause_s: float = 0.0) -> None:
         super().__init__(daemon=True)

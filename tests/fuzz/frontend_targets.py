@@ -6,23 +6,7 @@ import random
 from typing import Any
 
 from paceline.core import codec
-from paceline.core.frontend.events import (
-    Abandon,
-    Connected,
-    Control,
-    ControlGivenUp,
-    CoordinatorSaid,
-    Deliver,
-    Event,
-    LinkDown,
-    LinkUp,
-    RankSaid,
-    Refuse,
-    Submit,
-    Tick,
-    ToCoordinator,
-    ToRank,
-)
+from paceline.core.frontend import events
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
@@ -54,51 +38,50 @@ class FrontendTarget(Target):
         )  # fmt: skip
         self.under_way: list[int] = []
         self._next = 1
-        self.handle(Connected())
+        self.handle(events.Connected())
         self.introduce(0)
 
     def introduce(self, number: int) -> None:
         members = [Member(rank, life, f"tcp://rank-{rank}") for rank, life in enumerate(LIVES)]
-        self.handle(CoordinatorSaid(Members(PROTOCOL_VERSION, COORDINATOR, 0, False, members)))
+        self.handle(events.CoordinatorSaid(Members(PROTOCOL_VERSION, COORDINATOR, 0, False, members)))
         views = [RankView(rank, life, number, Load(slots=8)) for rank, life in enumerate(LIVES)]
-        self.handle(CoordinatorSaid(LoadView(COORDINATOR, number, 0, False, views)))
+        self.handle(events.CoordinatorSaid(LoadView(COORDINATOR, number, 0, False, views)))
         for rank in RANKS:
-            self.handle(LinkUp(rank))
+            self.handle(events.LinkUp(rank))
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: events.Event) -> None:
         for effect in self.machine.handle(event, self.now):
             match effect:
-                case ToCoordinator(message):
+                case events.ToCoordinator(message):
                     said_well(message, self._to_coordinator)
-                case ToRank(_, message):
+                case events.ToRank(_, message):
                     said_well(message, self._to_rank)
-                case Deliver(outputs):
+                case events.Deliver(outputs):
                     for output in outputs:
                         if output.finish_reason is not None and output.request in self.under_way:
                             self.under_way.remove(output.request)
-                case Refuse(request):
+                case events.Refuse(request):
                     if request in self.under_way:
                         self.under_way.remove(request)
 
     def live(self) -> None:
-        """Clients come and go, connections too, and time passes."""
         draw = self.draw
         self.pass_time()
         if draw.random() < 0.3:
             self.under_way.append(self._next)
-            self.handle(Submit(self._next, [1, 2, 3], SamplingParams(8), draw.choice((None, None, None, 1))))
+            self.handle(events.Submit(self._next, [1, 2, 3], SamplingParams(8), draw.choice((None, None, None, 1))))
             self._next += 1
         while len(self.under_way) > MOST_UNDER_WAY:
-            self.handle(Abandon([self.under_way.pop(0)]))
+            self.handle(events.Abandon([self.under_way.pop(0)]))
         if draw.random() < 0.02:
-            self.handle(Control(self._next, draw.choice(("keep", "wait", "resume"))))
-            self.handle(ControlGivenUp(self._next))
+            self.handle(events.Control(self._next, draw.choice(("keep", "wait", "resume"))))
+            self.handle(events.ControlGivenUp(self._next))
         if draw.random() < 0.02:
             rank = draw.choice(RANKS)
-            self.handle(LinkDown(rank))
-            self.handle(LinkUp(rank))
+            self.handle(events.LinkDown(rank))
+            self.handle(events.LinkUp(rank))
         if self.now >= self.machine.deadline:
-            self.handle(Tick())
+            self.handle(events.Tick())
         self.machine.statistics()
         self.machine.loads()
 
@@ -117,17 +100,10 @@ class Broadcasts(FrontendTarget):
         {"rank": rank, "incarnation": life, "frontend": IDENTITY, "coordinator": COORDINATOR}
         for rank, life in enumerate(LIVES)
     ]
+    decode = staticmethod(codec.to_frontend().decode)
 
-    def begin(self) -> None:
-        super().begin()
-        self._decode = codec.to_frontend().decode
-
-    def feed(self, frame: bytes) -> None:
-        try:
-            message = self._decode(frame)
-        except codec.BadMessage:
-            return
-        self.handle(CoordinatorSaid(message))
+    def take(self, message: Any) -> None:
+        self.handle(events.CoordinatorSaid(message))
         self.live()
 
 
@@ -139,15 +115,8 @@ class Tokens(FrontendTarget):
     kinds = classes_of("rank → front-end")
     known = (0, 1, 2, 3, *range(1, 400, 7), 2**62, 2**62 + 1)
     parties = [{"rank": rank, "incarnation": life} for rank, life in enumerate(LIVES)]
+    decode = staticmethod(codec.outputs().decode)
 
-    def begin(self) -> None:
-        super().begin()
-        self._decode = codec.outputs().decode
-
-    def feed(self, frame: bytes) -> None:
-        try:
-            message = self._decode(frame)
-        except codec.BadMessage:
-            return
-        self.handle(RankSaid(message))
+    def take(self, message: Any) -> None:
+        self.handle(events.RankSaid(message))
         self.live()

@@ -43,7 +43,6 @@ class Mutator:
         return frame[:LARGEST]
 
     def _changed(self, value: Any) -> Any:
-        """The value with one part of it replaced."""
         if isinstance(value, list) and value and self._draw.random() < 0.9:
             place = self._draw.randrange(len(value))
             draw = self._draw.random()

@@ -8,27 +8,7 @@ from typing import Any
 
 from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, Admit, Identify
-from paceline.core.rank.events import (
-    Again,
-    Agree,
-    CoordinatorSaid,
-    Drop,
-    DummyStep,
-    EpochEnded,
-    Event,
-    Formed,
-    FormGroup,
-    FrontendGone,
-    FrontendSaid,
-    Loaded,
-    Phase,
-    Step,
-    Stepped,
-    Take,
-    ToCoordinator,
-    ToFrontend,
-    Turn,
-)
+from paceline.core.rank import events
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import AUTO, REDUCTIONS, integers, outcome
 from paceline.core.requests import AddRequest, SamplingParams
@@ -55,42 +35,42 @@ class RankTarget(Target):
             RANK, LIFE, "tcp://rank", lockstep=lockstep, sync_interval=3, group_address=group, prefill_quota=AUTO
         )
         self.engine = VirtualEngine(CostModel(), slots=8, budget=512)
-        self.handle(Loaded())
-        self.handle(CoordinatorSaid(Identify(PROTOCOL_VERSION, 1)))
-        self.handle(CoordinatorSaid(Admit(RANK, LIFE, 0)))
-        assert self.machine.phase is Phase.READY
+        self.handle(events.Loaded())
+        self.handle(events.CoordinatorSaid(Identify(PROTOCOL_VERSION, 1)))
+        self.handle(events.CoordinatorSaid(Admit(RANK, LIFE, 0)))
+        assert self.machine.phase is events.Phase.READY
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: events.Event) -> None:
         """The machine's door, and what follows from it at once."""
         for effect in self.machine.handle(event, self.now):
             match effect:
-                case ToCoordinator(message):
+                case events.ToCoordinator(message):
                     said_well(message, self._from_rank)
-                case ToFrontend(frontend, outputs):
+                case events.ToFrontend(frontend, outputs):
                     frontend.to_bytes(8, "little")
                     said_well(outputs, self._outputs)
-                case Take(key, request):
+                case events.Take(key, request):
                     self.engine.add(key, request)
-                case Drop(key):
+                case events.Drop(key):
                     self.engine.abort(key)
-                case Step(quota):
+                case events.Step(quota):
                     self.engine.plan(quota)
                     self.handle(self.engine.step())
-                case DummyStep():
-                    self.handle(Stepped((), self.engine.load(), self.engine.has_work()))
-                case Agree():
+                case events.DummyStep():
+                    self.handle(events.Stepped((), self.engine.load(), self.engine.has_work()))
+                case events.Agree():
                     self.agree(effect)
-                case FormGroup(generation):
-                    self.handle(EpochEnded() if self.draw.random() < 0.3 else Formed(generation))
-                case Again():
+                case events.FormGroup(generation):
+                    self.handle(events.EpochEnded() if self.draw.random() < 0.3 else events.Formed(generation))
+                case events.Again():
                     self.turn()
 
-    def agree(self, own: Agree) -> None:
+    def agree(self, own: events.Agree) -> None:
         self.handle(outcome(integers(own)))
 
     def turn(self) -> None:
         self.pass_time()
-        self.handle(Turn(self.engine.load(), self.engine.has_work()))
+        self.handle(events.Turn(self.engine.load(), self.engine.has_work()))
 
     def machines(self) -> list[Any]:
         return [self.machine]
@@ -104,17 +84,10 @@ class FromCoordinator(RankTarget):
     kinds = classes_of("coordinator → ranks")
     known = (0, 1, 2, 3, RANK, LIFE)
     parties = ({"rank": RANK, "incarnation": LIFE},)
+    decode = staticmethod(codec.to_rank().decode)
 
-    def begin(self) -> None:
-        super().begin()
-        self._decode = codec.to_rank().decode
-
-    def feed(self, frame: bytes) -> None:
-        try:
-            message = self._decode(frame)
-        except codec.BadMessage:
-            return
-        self.handle(CoordinatorSaid(message))
+    def take(self, message: Any) -> None:
+        self.handle(events.CoordinatorSaid(message))
         self.turn()
 
 
@@ -126,22 +99,15 @@ class Requests(RankTarget):
     kinds = classes_of("front-end → rank")
     known = (0, 1, 2, 3, RANK, LIFE, 2**62)
     parties = ({"incarnation": LIFE, "max_tokens": 2, "wave": 0}, {"incarnation": LIFE})
+    decode = staticmethod(codec.request().decode)
 
-    def begin(self) -> None:
-        super().begin()
-        self._decode = codec.request().decode
-
-    def feed(self, frame: bytes) -> None:
+    def take(self, message: Any) -> None:
         draw = self.draw
-        try:
-            message = self._decode(frame)
-        except codec.BadMessage:
-            return
         frontend = draw.choice((*FRONTENDS, draw.getrandbits(63)))
-        self.handle(FrontendSaid(frontend, message))
+        self.handle(events.FrontendSaid(frontend, message))
         self.turn()
         if frontend not in FRONTENDS or draw.random() < 0.01:
-            self.handle(FrontendGone(frontend))
+            self.handle(events.FrontendGone(frontend))
 
 
 class Agreements(RankTarget):
@@ -161,11 +127,11 @@ class Agreements(RankTarget):
         if not self.engine.has_work() and not self.machine.requests.kept_back:
             self._sent += 1
             request = AddRequest(self._sent, self._sent, LIFE, 0, [1, 2, 3], SamplingParams(2))
-            self.handle(FrontendSaid(FRONTENDS[0], request))
+            self.handle(events.FrontendSaid(FRONTENDS[0], request))
         for _ in range(4):
             self.turn()
 
-    def agree(self, own: Agree) -> None:
+    def agree(self, own: events.Agree) -> None:
         mine = integers(own)
         row = self._row[: 8 * len(mine)].ljust(8 * len(mine), self.draw.choice((b"\x00", b"\x00", b"\xff", b"\x7f")))
         theirs = struct.unpack(f"<{len(mine)}q", row)
@@ -174,6 +140,6 @@ class Agreements(RankTarget):
                 [max(a, b) if how == "max" else a + b for a, b, how in zip(mine, theirs, REDUCTIONS, strict=True)]
             )
         except ValueError:
-            self.handle(EpochEnded())
+            self.handle(events.EpochEnded())
             return
         self.handle(agreed)

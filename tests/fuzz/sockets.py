@@ -7,8 +7,7 @@ import time
 from collections.abc import Callable
 
 from bench.chaos import ENGINES
-from bench.chaos_clients import Client, Tally, asks_of
-from bench.chaos_mischief import flood_of
+from bench.chaos_mischief import Client, Tally, asks_of, flood_of
 
 from tests.fuzz.blind import Row, rss_mb
 from tests.fuzz.flood import OURS, Flood
@@ -98,7 +97,6 @@ def processes_of(running: Deployment) -> dict[str, int]:
 
 
 def memory_of(pids: dict[str, int]) -> dict[str, float]:
-    """Resident memory by name, 0 of who has gone."""
     found = {}
     for name, pid in pids.items():
         try:

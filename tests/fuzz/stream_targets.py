@@ -1,4 +1,4 @@
-"""Bytes of stream sockets and of HTTP: collectives, the rendezvous, the keeper's answers, request bodies."""
+"""Bytes of stream sockets and of HTTP: collectives, the rendezvous, the watchdog's answers, request bodies."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from paceline.engines.base import EngineSettings
 from paceline.engines.group import EpochEnded
 from paceline.engines.timed import TimedEngine
 from paceline.net.collective import SocketGroup
-from paceline.net.node import Here, answer_to, read_answer, read_question
+from paceline.net.node import ANSWER, QUESTION, Here, WhereIs, answer_to
 from paceline.server.errors import ApiError
-from paceline.server.requests import ChatCompletionRequest, CompletionRequest, Decoder, Models, prepare
+from paceline.server.fields import ChatCompletionRequest, CompletionRequest, Decoder
+from paceline.server.requests import Models, prepare
 from paceline.vllm.watchdog import Watchdog
 from tests.fuzz.target import Target, said_well
 
@@ -59,16 +60,14 @@ class RendezvousQuestions(Target):
 
     name = "rendezvous"
     corpus = "rendezvous"
+    decode = staticmethod(QUESTION.decode)
 
     def begin(self) -> None:
         self._here = Here("tcp://a:1", "tcp://a:2", "tcp://a:3")
+        self._facts = {"--data-parallel-size": "4", "--engine": "timed"}
 
-    def feed(self, frame: bytes) -> None:
-        question = read_question(frame)
-        if isinstance(question, str):
-            return
-        reply = msgspec.msgpack.encode(answer_to(question, self._here, 4, "timed"))
-        assert isinstance(read_answer(reply), Here)
+    def take(self, message: WhereIs) -> None:
+        ANSWER.decode(msgspec.msgpack.encode(answer_to(message, self._here, self._facts)))
 
 
 class RendezvousAnswers(Target):
@@ -76,33 +75,34 @@ class RendezvousAnswers(Target):
 
     name = "rendezvous-answers"
     corpus = "rendezvous"
+    decode = staticmethod(ANSWER.decode)
 
     def begin(self) -> None:
         """It remembers nothing."""
 
-    def feed(self, frame: bytes) -> None:
-        read_answer(frame)
+    def take(self, message: Here) -> None:
+        """All of it is used as it is."""
 
 
-class KeeperStatus(Target):
+class WatchdogStatus(Target):
     """What is sent to the status port under vLLM."""
 
     name = "vllm-status"
-    corpus = "keeper"
+    corpus = "watchdog"
 
     def begin(self) -> None:
-        self._keeper = Watchdog({"program": "none"}, None)
+        self._watchdog = Watchdog({"program": "none"}, None)
 
     def check(self) -> None:
-        self._keeper._wakeup.close()
+        self._watchdog._wakeup.close()
 
     def feed(self, frame: bytes) -> None:
-        head, _, body = self._keeper._answer(frame).partition(b"\r\n\r\n")
+        head, _, body = self._watchdog._answer(frame).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 ")
         json.loads(body)
 
     def machines(self) -> list[Any]:
-        return [self._keeper]
+        return [self._watchdog]
 
 
 class HttpBodies(Target):
@@ -114,7 +114,7 @@ class HttpBodies(Target):
     def __init__(self, draw: random.Random) -> None:
         super().__init__(draw)
         tokenizer = TimedEngine.tokenizer(EngineSettings(rank=0, dp_size=1, threads=1, options={}))
-        self._models = Models("timed", tokenizer, 512)
+        self._models = Models(["timed"], tokenizer, 512)
         self._decoders = [Decoder(CompletionRequest).decode, Decoder(ChatCompletionRequest).decode]
         self._request = codec.request()
 
@@ -131,5 +131,5 @@ class HttpBodies(Target):
                 json.dumps(error.body)
                 continue
             for part in prepared.parts:
-                add = AddRequest(1, 1, 1, 0, part.prompt_token_ids, part.params, request.priority)
+                add = AddRequest(1, 1, 1, 0, part.prompt_token_ids, part.params, request.priority or 0)
                 said_well(add, self._request)

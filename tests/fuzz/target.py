@@ -10,7 +10,7 @@ from typing import Any
 
 import zmq
 
-from paceline.core.codec import Decoder, encode
+from paceline.core.codec import BadMessage, Decoder, encode
 
 PAUSES_S = (0.0, 0.0, 1e-4, 1e-3, 0.02, 0.3, 5.0)
 
@@ -38,9 +38,20 @@ class Target(ABC):
     def begin(self) -> None:
         """A fresh machine."""
 
-    @abstractmethod
     def feed(self, frame: bytes) -> None:
         """One input. Raises nothing, whatever it is."""
+        try:
+            message = self.decode(frame)
+        except BadMessage:
+            return
+        self.take(message)
+
+    def decode(self, frame: bytes) -> Any:
+        raise NotImplementedError
+
+    def take(self, message: Any) -> None:
+        """What a frame has come to."""
+        raise NotImplementedError
 
     def check(self) -> None:  # noqa: B027
         """The round is over: whatever must be so still is."""
@@ -49,7 +60,6 @@ class Target(ABC):
         return []
 
     def pass_time(self) -> None:
-        """Some time goes by, mostly little."""
         self.now += self.draw.choice(PAUSES_S)
 
 

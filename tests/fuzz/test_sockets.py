@@ -27,7 +27,7 @@ MOST_FOR_BROKEN_MB = 4.0
 
 
 @pytest.mark.parametrize("engine", ["timed", "moe"])
-def test_streams_go_on_right_while_garbage_comes_on_every_socket(engine: str) -> None:
+def test_streams_go_on_right_while_bad_frames_come_on_every_socket(engine: str) -> None:
     rows = flood_sockets(engine, INPUTS, seed=1)
     assert [row.first_error for row in rows if row.first_error] == []
     assert all(row.inputs >= INPUTS for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paceline.core import codec
-from paceline.core.messages import UNIONS
+from paceline.core.codec import UNIONS
 from tests.core.test_codec import DECODERS
 from tests.fuzz.blind import fuzz
 from tests.fuzz.corpus import DIRECTIONS, classes_of, frames_of

@@ -31,7 +31,7 @@ def flood_vllm(inputs: int, seed: int, progress: Callable[[Row], None] = lambda 
 
 def _flooded(running: Deployment, port: int, inputs: int, seed: int, progress: Callable[[Row], None]) -> list[Row]:
     publish, output = running.coordinator.get_engine_socket_addresses()
-    front, child, keeper = (
+    front, child, watchdog = (
         running.coordinator.get_stats_publish_address(),
         running.child(),
         running.coordinator.proc.pid,
@@ -43,7 +43,7 @@ def _flooded(running: Deployment, port: int, inputs: int, seed: int, progress: C
     while min(flood.sent[name] for name in addresses) < inputs and flood.is_alive():
         flood.ways = [way for way in flood.ways if flood.sent[way[0]] < inputs]
         if not before and sum(flood.sent.values()) >= WARM_UP_SHARE * inputs * len(addresses):
-            before = {"coordinator": rss_mb(child), "keeper": rss_mb(keeper)}
+            before = {"coordinator": rss_mb(child), "watchdog": rss_mb(watchdog)}
         progress(Row("sockets, vllm", sum(flood.sent.values()), time.monotonic() - begin))
         flood.join(0.5)
     flood.stop()
@@ -51,10 +51,10 @@ def _flooded(running: Deployment, port: int, inputs: int, seed: int, progress: C
     wrong = [] if is_alive(child) and running.child() == child else ["the coordinator has been started again"]
     wrong += [] if _answers(port) else ["the status port does not answer"]
     wrong += _no_wave(running)
-    after = {"coordinator": rss_mb(child), "keeper": rss_mb(keeper)}
+    after = {"coordinator": rss_mb(child), "watchdog": rss_mb(watchdog)}
     rows = []
     for name, count in flood.sent.items():
-        owner = "keeper" if name == "status" else "coordinator"
+        owner = "watchdog" if name == "status" else "coordinator"
         rows.append(Row(f"vllm: {name} ({owner})", count, seconds, 0, 0, before.get(owner, 0.0), after[owner]))
         if after[owner] > before.get(owner, 0.0) + MOST_GROWTH_MB:
             wrong.append(f"{rows[-1].name} has grown to {after[owner]:.0f} MB")
@@ -75,7 +75,7 @@ def _answers(port: int) -> bool:
 
 
 def _no_wave(running: Deployment) -> list[str]:
-    """Garbage may have moved the wave, and made it run: it ends, and for the next one all must be woken."""
+    """Bad frames may have moved the wave, and made it run: it ends, and for the next one all must be woken."""
     _, known, _ = running.last_view()
     running.says(0, complete=known)
     running.wait_view(lambda _, wave, runs: wave == known + 1 and not runs)

@@ -5,25 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from paceline.core.codec import BadMessage
 from paceline.core.limits import MAX_CONTROL_BYTES
-from paceline.vllm import codec as vllm_codec
+from paceline.vllm import codec as vllm_codec, translation
 from paceline.vllm.codec import Notice, RankMessage, VllmDialect
-from paceline.vllm.translation import (
-    Event,
-    FrontendSaid,
-    FrontendSubscribed,
-    Memory,
-    RankSaid,
-    RanksReported,
-    RankSubscribed,
-    RankUnsubscribed,
-    Remember,
-    Tick,
-    View,
-    VllmTranslation,
-    Wake,
-)
 from tests.fuzz.target import Target
 
 RANKS = 4
@@ -37,33 +21,33 @@ class VllmTarget(Target):
 
     def begin(self) -> None:
         dialect = VllmDialect(count_fields=self.draw.choice((2, 3)), says_started=self.draw.random() < 0.7)
-        self.translation = VllmTranslation(
-            Memory(RANKS), dialect, identity=7, interval_s=0.01, lockstep=self.draw.random() < 0.7
+        self.translation = translation.VllmTranslation(
+            translation.Memory(RANKS), dialect, identity=7, interval_s=0.01, lockstep=self.draw.random() < 0.7
         )
         for _ in range(RANKS):
-            self.handle(RankSubscribed())
+            self.handle(translation.RankSubscribed())
 
-    def handle(self, event: Event) -> None:
+    def handle(self, event: translation.Event) -> None:
         """Its door; what comes out must go on the wire, and fit."""
         for effect in self.translation.handle(event, self.now):
             match effect:
-                case View(counts, wave, running):
+                case translation.View(counts, wave, running):
                     assert len(vllm_codec.view(counts, wave, running)) <= MAX_CONTROL_BYTES
-                case Wake(wave, exclude):
+                case translation.Wake(wave, exclude):
                     assert 0 <= wave < 2**63
                     vllm_codec.wake(wave, exclude)
-                case Remember(memory):
+                case translation.Remember(memory):
                     json.dumps({"memory": memory.wave})
         json.dumps(self.translation.statistics())
 
     def live(self) -> None:
         if self.draw.random() < 0.01:
-            self.handle(FrontendSubscribed())
-            self.handle(RankUnsubscribed())
-            self.handle(RankSubscribed())
+            self.handle(translation.FrontendSubscribed())
+            self.handle(translation.RankUnsubscribed())
+            self.handle(translation.RankSubscribed())
         self.pass_time()
         if self.now >= self.translation.deadline:
-            self.handle(Tick())
+            self.handle(translation.Tick())
 
     def machines(self) -> list[Any]:
         return [self.translation]
@@ -75,14 +59,14 @@ class VllmRanks(VllmTarget):
     name = "vllm-ranks"
     kinds = (RankMessage,)
     known = (0, 1, 2, 3)
+    decode = staticmethod(vllm_codec.read_rank)
 
     def feed(self, frame: bytes) -> None:
-        report = vllm_codec.whose_report(frame) is not None
-        try:
-            message = vllm_codec.read_rank(frame)
-        except BadMessage:
-            return
-        self.handle(RanksReported([message]) if report else RankSaid(message))
+        self._is_report = vllm_codec.whose_report(frame) is not None
+        super().feed(frame)
+
+    def take(self, message: Any) -> None:
+        self.handle(translation.RanksReported([message]) if self._is_report else translation.RankSaid(message))
         self.live()
 
 
@@ -92,12 +76,10 @@ class VllmFrontends(VllmTarget):
     name = "vllm-front-ends"
     corpus = "vllm-front-end"
 
-    def feed(self, frame: bytes) -> None:
-        try:
-            message = vllm_codec.read_frontend(frame)
-        except BadMessage:
-            return
+    decode = staticmethod(vllm_codec.read_frontend)
+
+    def take(self, message: Any) -> None:
         if isinstance(message, Notice):
             self.translation.wake_at_once(message)
-        self.handle(FrontendSaid(message))
+        self.handle(translation.FrontendSaid(message))
         self.live()

@@ -13,7 +13,6 @@ from tests.pace import stretched
 
 
 def group_path(folder: str | os.PathLike[str], rank: int) -> str:
-    """The address of a rank's listener in a folder."""
     return f"ipc://{os.fspath(folder)}/group-{rank}"
 
 
@@ -32,7 +31,6 @@ class Threads:
         self.groups = self.each(lambda rank: form_group(self.listeners[rank], epoch, rank, addresses, self.timeout_s))
 
     def each(self, call: Callable[[int], Any]) -> list[Any]:
-        """What `call(rank)` returns at each, all at a time."""
         return [future.result(stretched(60)) for future in self.start(call)]
 
     def start(self, call: Callable[[int], Any]) -> list[Future[Any]]:

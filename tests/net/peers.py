@@ -1,4 +1,4 @@
-"""Sockets of the other side, for tests of one real process: garbage first, then proper messages."""
+"""Sockets of the other side, for tests of one real process: bad frames first, then proper messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from typing import Any
 
 import zmq
 
+from paceline.core import codec
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
+from paceline.net.sockets import open_socket
 from tests.pace import stretched
 
 Context = zmq.Context[zmq.Socket[bytes]]
 
-GARBAGE = [
+BAD_FRAMES = [
     b"",
     b"\x00",
     b"\xff" * 9,
@@ -43,14 +47,12 @@ def context() -> Iterator[Context]:
 
 
 def receive(endpoint: zmq.Socket[bytes], deadline_ms: int = 10_000) -> list[bytes]:
-    """The next message; fails where none comes."""
     assert endpoint.poll(stretched(deadline_ms)), "nothing came"
     return endpoint.recv_multipart()
 
 
-def send_garbage(endpoint: zmq.Socket[bytes], before: tuple[bytes, ...] = ()) -> None:
-    """Everything malformed, as one frame and as several."""
-    for frame in GARBAGE:
+def send_bad_frames(endpoint: zmq.Socket[bytes], before: tuple[bytes, ...] = ()) -> None:
+    for frame in BAD_FRAMES:
         endpoint.send_multipart([*before, frame])
         endpoint.send_multipart([*before, frame, frame, frame])
 
@@ -67,3 +69,38 @@ def shout_at(address: str) -> None:
             plain = socket.create_connection((host, int(port)))
         with plain, contextlib.suppress(ConnectionError):
             plain.sendall(payload)
+
+
+class Ranks:
+    """`count` ranks that say that they are ready, each with a socket of its own."""
+
+    def __init__(self, count: int, address: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.sockets = [
+            open_socket(self._context, zmq.PUSH, connect=address, max_bytes=codec.MAX_CONTROL_BYTES)
+            for _ in range(count)
+        ]
+        self.step = 0
+        for rank, endpoint in enumerate(self.sockets):
+            endpoint.send(codec.encode(RankHello(PROTOCOL_VERSION, rank, 1 + rank, "ipc:///rank", True)))
+
+    def frames(self) -> list[bytes]:
+        self.step += 1
+        load = Load(waiting=self.step)
+        return [
+            codec.encode(RankReport(rank, 1 + rank, self.step, 0, False, load)) for rank in range(len(self.sockets))
+        ]
+
+    def report(self) -> None:
+        """Send each rank's report of the next step; waits where the coordinator does not keep up."""
+        for endpoint, frame in zip(self.sockets, self.frames(), strict=True):
+            endpoint.send(frame)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
+def feed(count: int, address: str) -> None:
+    ranks = Ranks(count, address)
+    while True:
+        ranks.report()

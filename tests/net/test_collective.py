@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from paceline.engines.group import EpochEnded
 from paceline.errors import StartupError
+from paceline.net.collective import ARRAY, array_parts, read_array
 from paceline.net.group import GREETING, MAGIC, GroupListener, form_group
 from paceline.process.spawn import spawn
 from tests.net.groups import Threads, group_path
@@ -222,8 +223,6 @@ def test_strangers_and_other_generations_do_not_become_members(tmp_path: Path) -
 
 
 # Real processes ---------------------------------------------------------------------------------
-
-
 def member(rank: int, addresses: dict[int, str], held: int | None, status: Connection) -> None:
     """A member's process: collectives without end, and the time at which they end. One may be held up for good."""
     group = form_group(GroupListener(addresses[rank]), 1, rank, addresses, 60.0)
@@ -273,3 +272,17 @@ def test_kill_of_a_member_is_known_to_all_within_a_second(tmp_path: Path, victim
             process.join(stretched(10))
         for pipe in pipes:
             pipe.close()
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">i8", "|u1", "|b1", "<c8", "<U3", "|S5", "<M8[s]"])
+def test_a_type_comes_back(kind: str) -> None:
+    array = np.zeros((2, 3), np.dtype(kind))
+    read = read_array(b"".join(bytes(part) for part in array_parts(array)))
+    assert (read.dtype, read.shape) == (array.dtype, array.shape)
+
+
+# NumPy evaluates repeats and commas, and raises a SyntaxError where they are none.
+@pytest.mark.parametrize("name", [b"(1,f4,f4", b"((f4,f4", b"f4,f4", b"O", b"|O8", b"\xff", b"<f4junk"])
+def test_a_name_that_is_no_type_is_refused(name: bytes) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        read_array(ARRAY.pack(name, 0) + bytes(64))

@@ -1,4 +1,4 @@
-"""The coordinator's process: start, size, addresses, end, and what garbage does to it (nothing)."""
+"""The coordinator's process: start, size, addresses, end, and what bad frames do to it (nothing)."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
-from paceline.core import codec
+from paceline.core import codec, messages
 from paceline.core.load import Load
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    Admit,
-    Identify,
-    LoadView,
-    Members,
-    RankHello,
-    RankReport,
-    StartDPWave,
-    WakeNotice,
-)
 from paceline.errors import StartupError
 from paceline.net.coordinator import DPCoordinator, DPCoordinatorProc
 from paceline.process.spawn import spawn
 from paceline.settings import ParallelConfig
-from tests.net.peers import context, receive, send_garbage, shout_at
+from tests.net.peers import context, receive, send_bad_frames, shout_at
 from tests.pace import stretched
-from tests.serving import command, is_alive, wait_until
+from tests.serving import command, is_alive, memory_mb, wait_until
+from tests.test_modes import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -48,12 +39,6 @@ def coordinator() -> Iterator[DPCoordinator]:
     running.shutdown()
 
 
-def resident_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-
-
 def test_ready_soon_and_small() -> None:
     """0.25 s is the promise on a machine that has nothing else to do."""
     wall = []
@@ -62,10 +47,10 @@ def test_ready_soon_and_small() -> None:
         running = DPCoordinator(ParallelConfig())
         wall.append(time.monotonic() - begin)
         pid = running.proc.pid or 0
-        memory_mb = resident_mb(pid)
+        most_mb = memory_mb(pid, "VmHWM")
         running.shutdown()
-        assert memory_mb < 40
-    print(f"ready after {min(wall):.3f} s (best of 5), using {memory_mb:.0f} MB")
+        assert most_mb < 40
+    print(f"ready after {min(wall):.3f} s (best of 5), using {most_mb:.0f} MB")
     assert min(wall) < stretched(0.5)
 
 
@@ -78,9 +63,10 @@ def test_loads_neither_engine_nor_http_stack(coordinator: DPCoordinator) -> None
 
 def test_reports_bound_addresses() -> None:
     one_node = DPCoordinator(ParallelConfig())
-    two_nodes = DPCoordinator(ParallelConfig(data_parallel_size=4, data_parallel_size_local=2))
+    half: dict[str, Any] = {"data_parallel_size": 4, "data_parallel_size_local": 2}
+    two_nodes = DPCoordinator(ParallelConfig(**half, data_parallel_rpc_port=int(free_port())))
     hybrid = DPCoordinator(
-        ParallelConfig(data_parallel_size=4, data_parallel_size_local=2, data_parallel_hybrid_lb=True)
+        ParallelConfig(**half, data_parallel_rpc_port=int(free_port()), data_parallel_hybrid_lb=True)
     )
     try:
         assert one_node.get_stats_publish_address().startswith("ipc://")
@@ -180,11 +166,11 @@ def test_command_prints_its_addresses_and_ends(tmp_path: Path) -> None:
         assert "Traceback" not in running.output
 
 
-def test_garbage_on_every_socket(capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_frames_on_every_socket(capfd: pytest.CaptureFixture[str]) -> None:
     # Started here and not by the fixture: what a process writes goes where capfd pointed when it began.
     coordinator = DPCoordinator(ParallelConfig())
     try:
-        throw_garbage_at(coordinator)
+        throw_bad_frames_at(coordinator)
         assert coordinator.proc.is_alive()
     finally:
         coordinator.shutdown()
@@ -193,8 +179,8 @@ def test_garbage_on_every_socket(capfd: pytest.CaptureFixture[str]) -> None:
     assert len(logged) == len({line.split("dropped", 1)[1].split(":")[0] for line in logged}), "one line a kind"
 
 
-def throw_garbage_at(coordinator: DPCoordinator) -> None:
-    """Garbage on all three sockets, then a conversation that must go as ever."""
+def throw_bad_frames_at(coordinator: DPCoordinator) -> None:
+    """Bad frames on all three sockets, then a conversation that must go as ever."""
     back_publish, back_output = coordinator.get_engine_socket_addresses()
     front_publish = coordinator.get_stats_publish_address()
     with context() as zmq_context:
@@ -204,28 +190,28 @@ def throw_garbage_at(coordinator: DPCoordinator) -> None:
         rank.connect(back_publish)
         frontend.connect(front_publish)
         for endpoint in (pushing, rank, frontend):
-            send_garbage(endpoint)
+            send_bad_frames(endpoint)
         for address in (back_publish, back_output, front_publish):
             shout_at(address)
         rank.send(b"\x01")
         frontend.send(b"\x01")
         frontend.send(b"\x01" + codec.frontend_topic(9))
         decode_rank, decode_frontend = codec.to_rank().decode, codec.to_frontend().decode
-        assert isinstance(decode_rank(receive(rank)[0]), Identify)
-        pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, 0, 7, "ipc:///rank", False)))
-        while not isinstance(message := decode_rank(receive(rank)[0]), Admit):
+        assert isinstance(decode_rank(receive(rank)[0]), messages.Identify)
+        pushing.send(codec.encode(messages.RankHello(messages.PROTOCOL_VERSION, 0, 7, "ipc:///rank", False)))
+        while not isinstance(message := decode_rank(receive(rank)[0]), messages.Admit):
             pass
         assert (message.rank, message.incarnation) == (0, 7)
-        pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, 0, 7, "ipc:///rank", True)))
+        pushing.send(codec.encode(messages.RankHello(messages.PROTOCOL_VERSION, 0, 7, "ipc:///rank", True)))
         members: object = None
-        while not (isinstance(members, Members) and members.members):
+        while not (isinstance(members, messages.Members) and members.members):
             members = decode_frontend(receive(frontend)[0])
         assert members.missing == [1]
-        frontend.send(codec.encode(WakeNotice(9, 0, 0)))
-        while not isinstance(wake := decode_rank(receive(rank)[0]), StartDPWave):
+        frontend.send(codec.encode(messages.WakeNotice(9, 0, 0)))
+        while not isinstance(wake := decode_rank(receive(rank)[0]), messages.StartDPWave):
             pass
         assert wake.wave == 0
-        assert isinstance(decode_frontend(receive(frontend)[0]), LoadView | Members)
+        assert isinstance(decode_frontend(receive(frontend)[0]), messages.LoadView | messages.Members)
 
 
 def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> None:
@@ -236,20 +222,18 @@ def test_oversized_frame_ends_its_sender_only(coordinator: DPCoordinator) -> Non
         frontend.connect(coordinator.get_stats_publish_address())
         frontend.send(b"\x01")
         frontend.send(b"\x01" + codec.frontend_topic(9))
-        before_mb = resident_mb(coordinator.proc.pid or 0)
+        before_mb = memory_mb(coordinator.proc.pid or 0, "VmHWM")
         large.connect(back_output)
         small.connect(back_output)
         large.send(os.urandom(1024) * 64 * 1024)
-        small.send(codec.encode(RankHello(PROTOCOL_VERSION, 1, 7, "ipc:///rank", True)))
+        small.send(codec.encode(messages.RankHello(messages.PROTOCOL_VERSION, 1, 7, "ipc:///rank", True)))
         message: object = None
-        while not (isinstance(message, Members) and message.members):
+        while not (isinstance(message, messages.Members) and message.members):
             message = codec.to_frontend().decode(receive(frontend)[0])
-        assert resident_mb(coordinator.proc.pid or 0) < before_mb + 16
+        assert memory_mb(coordinator.proc.pid or 0, "VmHWM") < before_mb + 16
 
 
 # What the reference's users find -----------------------------------------------------------------
-
-
 def test_it_has_the_reference_s_names_and_arguments() -> None:
     run = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
     addresses = ["front_publish_address", "back_output_address", "back_publish_address"]
@@ -269,7 +253,7 @@ def test_start_wave_is_one_message_to_all_ranks(tmp_path: Path) -> None:
         assert receive(coordinator) == [b"\x01"]
         for exclude in (1, None):
             DPCoordinatorProc._send_start_wave(coordinator, 3, exclude)
-            assert [codec.to_rank().decode(frame) for frame in receive(rank)] == [StartDPWave(3, exclude)]
+            assert [codec.to_rank().decode(frame) for frame in receive(rank)] == [messages.StartDPWave(3, exclude)]
 
 
 def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,11 +271,11 @@ def test_the_parts_of_the_shell_serve(tmp_path: Path, caplog: pytest.LogCaptureF
         rank.connect(addresses[2])
         pushing.connect(addresses[1])
         rank.send(b"\x01")
-        assert isinstance(codec.to_rank().decode(receive(rank)[0]), Identify)
+        assert isinstance(codec.to_rank().decode(receive(rank)[0]), messages.Identify)
         for number in range(2):
-            pushing.send(codec.encode(RankHello(PROTOCOL_VERSION, number, 7, "ipc:///rank", True)))
-        pushing.send(codec.encode(RankReport(1, 7, 1, 0, True, Load(waiting=4, running=2))))
-        while not isinstance(wake := codec.to_rank().decode(receive(rank)[0]), StartDPWave):
+            pushing.send(codec.encode(messages.RankHello(messages.PROTOCOL_VERSION, number, 7, "ipc:///rank", True)))
+        pushing.send(codec.encode(messages.RankReport(1, 7, 1, 0, True, Load(waiting=4, running=2))))
+        while not isinstance(wake := codec.to_rank().decode(receive(rank)[0]), messages.StartDPWave):
             pass
         assert wake.wave == 0
         assert process._get_engine_counts() == [[0, 0], [4, 2]]

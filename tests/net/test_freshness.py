@@ -17,8 +17,7 @@ from paceline.core.messages import PROTOCOL_VERSION, LoadView, RankHello, RankLe
 from paceline.net.coordinator import DPCoordinator
 from paceline.process.spawn import spawn, stop
 from paceline.settings import ParallelConfig
-from tests.net.feeding import Ranks, feed
-from tests.net.peers import context, receive
+from tests.net.peers import Ranks, context, feed, receive
 from tests.pace import Deadline, stretched
 
 pytestmark = pytest.mark.slow
@@ -45,7 +44,6 @@ class Subscriber:
                 return view
 
     def until_quiet(self, quiet_ms: int) -> None:
-        """Read until nothing has come for so long."""
         while self._socket.poll(quiet_ms):
             self._socket.recv()
 

@@ -1,4 +1,4 @@
-"""A front-end's process between a coordinator and a rank that the test plays: garbage, and what is lost."""
+"""A front-end's process between a coordinator and a rank that the test plays: bad frames, and what is lost."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from paceline.core import codec
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Member, Members, RankView
 from paceline.core.requests import AddRequest, Output, Outputs
-from paceline.engines.base import EngineSettings
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Ready
 from paceline.server.process import FrontendSettings, reserve_port, run_frontend
-from tests.net.peers import Context, context, receive, send_garbage, shout_at
+from paceline.settings import DeploymentConfig, EngineConfig, ParallelConfig, ServerConfig
+from tests.net.peers import Context, context, receive, send_bad_frames, shout_at
 from tests.pace import stretched
 from tests.serving import wait_until
 
@@ -40,19 +40,22 @@ class World:
         self.rank.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.coordinator = f"ipc://{folder}/front-publish"
         self.rank_address = f"ipc://{folder}/rank"
+        self.metrics = str(folder / "metrics")
         self.publish.bind(self.coordinator)
         self.rank.bind(self.rank_address)
         reserved = reserve_port("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{reserved.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{reserved.port}"
         reserved.close()
 
     def start(self) -> Any:
         """Start the process and announce rank 0 until it serves."""
         reader, writer = get_context("spawn").Pipe(duplex=False)
-        settings = FrontendSettings(
-            0, 1, "127.0.0.1", int(self.url.rsplit(":", 1)[1]), self.coordinator, "timed", EngineSettings(),
-            frozenset({0}), frozenset({0}), "least-load", None, None, 100_000, 5.0,
+        config = DeploymentConfig(
+            ParallelConfig(data_parallel_size=1), EngineConfig(engine="timed"),
+            ServerConfig(bind="arrival", max_body_bytes=100_000, drain_timeout_s=5.0, rank_timeout_s=0.0),
         )  # fmt: skip
+        port = int(self.url.rsplit(":", 1)[1])
+        settings = FrontendSettings(config, 0, port, self.coordinator, frozenset({0}), self.metrics)
         process = spawn("front-end 0", run_frontend, {"settings": settings, "status": writer})
         writer.close()
         decode = codec.from_frontend().decode
@@ -81,7 +84,6 @@ class World:
         self.rank.send_multipart([identity, codec.encode(Outputs(0, life, [output]))])
 
     def post(self, **fields: Any) -> tuple[int, Any]:
-        """POST a completion; status and body."""
         body = json.dumps({"prompt": "a", "max_tokens": 4} | fields).encode()
         try:
             with urllib.request.urlopen(f"{self.url}/v1/completions", body, timeout=stretched(30)) as response:
@@ -107,12 +109,12 @@ def frontend(folder: Path) -> Iterator[tuple[World, Any]]:
             process.join(stretched(10))
 
 
-def test_garbage_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_frames_on_every_socket(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with frontend(tmp_path) as (world, process), ThreadPoolExecutor() as pool:
         answer = pool.submit(world.post)
         identity, add = world.take()
-        send_garbage(world.publish)
-        send_garbage(world.rank, (identity,))
+        send_bad_frames(world.publish)
+        send_bad_frames(world.rank, (identity,))
         shout_at(world.url.replace("http", "tcp"))
         world.answer(identity, add, "fine")
         status, body = answer.result(stretched(30))

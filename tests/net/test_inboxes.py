@@ -10,15 +10,7 @@ import pytest
 import zmq
 
 from paceline.core import codec
-from paceline.core.coordinator.events import (
-    Event,
-    FrontendGone,
-    FrontendSaid,
-    FrontendsSaid,
-    FrontendSubscribed,
-    RankSaid,
-    RanksReported,
-)
+from paceline.core.coordinator import events
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
@@ -53,11 +45,11 @@ class Pair:
         self.inbox_socket = open_socket(self.context, inbox_kind, max_bytes=1 << 20, bind="inproc://inbox")
         self.socket = open_socket(self.context, kind, max_bytes=1 << 20, connect="inproc://inbox")
         self.bad_frames = BadFrames(logging.getLogger("test"), "a socket")
-        self.events: list[Event] = []
+        self.events: list[events.Event] = []
         self.turn: Callable[[], None]
 
     def read(self, count: int) -> list[object]:
-        """Read until so much was handled or found to be garbage; returns messages and other events in order."""
+        """Read until so much was handled or found to be bad; returns messages and other events in order."""
         until = time.monotonic() + stretched(DEADLINE_S)
         while len(self.handled()) + self.bad_frames.counts.total() < count:
             assert time.monotonic() < until, f"{len(self.handled())} of {count} came"
@@ -68,9 +60,9 @@ class Pair:
         found: list[object] = []
         for event in self.events:
             match event:
-                case RanksReported(several) | FrontendsSaid(several):
+                case events.RanksReported(several) | events.FrontendsSaid(several):
                     found += several
-                case RankSaid(message) | FrontendSaid(message):
+                case events.RankSaid(message) | events.FrontendSaid(message):
                     found.append(message)
                 case _:
                     found.append(event)
@@ -78,8 +70,6 @@ class Pair:
 
 
 # Ranks --------------------------------------------------------------------------------------------
-
-
 class Ranks(Pair):
     def __init__(self, *, every_report: bool) -> None:
         super().__init__(zmq.PULL, zmq.PUSH)
@@ -104,7 +94,9 @@ def test_in_lockstep_every_report_is_handled_in_batches(ranks: Ranks) -> None:
     for message in sent:
         ranks.socket.send(codec.encode(message))
     assert ranks.read(len(sent)) == sent
-    assert max(len(event.reports) for event in ranks.events if isinstance(event, RanksReported)) <= HANDLED_AT_ONCE
+    assert (
+        max(len(event.reports) for event in ranks.events if isinstance(event, events.RanksReported)) <= HANDLED_AT_ONCE
+    )
 
 
 @pytest.mark.parametrize("ranks", [False], indirect=True)
@@ -125,7 +117,7 @@ def test_what_else_a_rank_says_is_heard_in_its_place(ranks: Ranks) -> None:
     assert ranks.read(3) == sent
 
 
-def test_garbage_between_reports_is_counted_and_loses_nothing(ranks: Ranks) -> None:
+def test_bad_frames_between_reports_are_counted_and_lose_nothing(ranks: Ranks) -> None:
     good = [report(1), report(2, rank=1)]
     first = codec.encode(good[0])
     ranks.socket.send(first)
@@ -143,7 +135,6 @@ def test_what_waits_unread_is_bounded_over_all_ranks() -> None:
 
 
 def test_a_node_is_heard_only_while_it_is_present(ranks: Ranks) -> None:
-    """An invented one could give the deployment another size."""
     hello = NodeHello(PROTOCOL_VERSION, 7, [0], Scaling(4, 1, 1))
     failed = RankFailed(7, 3, 0)
     for message in (hello, failed):
@@ -156,8 +147,6 @@ def test_a_node_is_heard_only_while_it_is_present(ranks: Ranks) -> None:
 
 
 # Front-ends ---------------------------------------------------------------------------------------
-
-
 class FrontendEnd(Pair):
     def __init__(self) -> None:
         super().__init__(zmq.XPUB, zmq.XSUB)
@@ -210,7 +199,7 @@ def test_coming_and_going_too(frontend: FrontendEnd) -> None:
     frontend.socket.send(b"\x01" + topic)
     frontend.send(ask(1))
     frontend.socket.send(b"\x00" + topic)
-    assert frontend.read(3) == [FrontendSubscribed(), ask(1), FrontendGone(FRONTEND)]
+    assert frontend.read(3) == [events.FrontendSubscribed(), ask(1), events.FrontendGone(FRONTEND)]
 
 
 def test_a_hello_counts_only_while_its_sender_is_present(frontend: FrontendEnd) -> None:
@@ -220,7 +209,7 @@ def test_a_hello_counts_only_while_its_sender_is_present(frontend: FrontendEnd) 
     frontend.send(hello)
     frontend.socket.send(b"\x00" + topic)
     frontend.send(hello)
-    assert frontend.read(5) == [FrontendSubscribed(), hello, FrontendGone(FRONTEND)]
+    assert frontend.read(5) == [events.FrontendSubscribed(), hello, events.FrontendGone(FRONTEND)]
     assert frontend.bad_frames.counts == {"no-presence": 2}
 
 
@@ -234,7 +223,7 @@ def test_nobody_is_heard_under_an_invented_name(frontend: FrontendEnd) -> None:
     assert frontend.bad_frames.counts == {"no-presence": len(said)}
 
 
-def test_garbage_of_a_frontend_loses_nothing_else(frontend: FrontendEnd) -> None:
+def test_bad_frames_of_a_frontend_lose_nothing_else(frontend: FrontendEnd) -> None:
     frontend.appear()
     frontend.send(ask(1))
     frontend.socket.send_multipart([codec.encode(ask(2)), b"more"])

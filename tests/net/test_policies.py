@@ -68,7 +68,7 @@ def test_a_package_does_not_replace_ours() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("magic", "must be one of least-load, .*, lockstep, last, or module:Class, not 'magic'"),
+        ("magic", "must be one of sticky, least-load, .*, lockstep, last, or module:Class, not 'magic'"),
         ("", "must be one of"),
         ("routing_of_mine:", "cannot import"),
         ("routing_of_mine:None", "cannot import"),

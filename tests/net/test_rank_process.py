@@ -1,10 +1,12 @@
-"""A rank on real sockets: requests, aborts, reports, garbage, and a step that waits for nobody."""
+"""A rank on real sockets: requests, aborts, reports, bad frames, and a step that waits for nobody."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import queue
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,15 +16,19 @@ import pytest
 import zmq
 
 from paceline.core import codec
-from paceline.core.messages import PROTOCOL_VERSION, Admit, Identify, RankHello, RankLeaving, RankReport
+from paceline.core.load import Load
+from paceline.core.messages import PROTOCOL_VERSION, Admit, Identify, RankHello, RankLeaving, RankReport, WaveComplete
+from paceline.core.rank.events import FrontendGone, FrontendSaid
 from paceline.core.rank.machine import Rank
-from paceline.core.requests import AbortRequests, AddRequest, Outputs, SamplingParams
+from paceline.core.requests import AbortRequests, AddRequest, Output, Outputs, SamplingParams
 from paceline.engines.base import EngineSettings
 from paceline.engines.timed import CostModel, TimedEngine, word
-from paceline.net.rank import EngineRank, RankSettings, RankTransport, run_rank
+from paceline.net.rank import OUTPUTS_QUEUED, EngineRank, RankSettings, RankTransport, run_rank
+from paceline.net.sockets import SEND_QUEUE_MESSAGES
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Failed, Progressed, Ready
-from tests.net.peers import Context, context, receive, send_garbage, shout_at
+from paceline.settings import DeploymentConfig, EngineConfig
+from tests.net.peers import Context, context, receive, send_bad_frames, shout_at
 from tests.pace import stretched
 from tests.serving import wait_until
 
@@ -65,11 +71,9 @@ class World:
         self.frontend.send(codec.encode(add))
 
     def outputs(self) -> Outputs:
-        """The next message from the rank to the front-end."""
         return codec.outputs().decode(receive(self.frontend)[0])
 
     def text(self, request: int) -> str:
-        """Read until the request has finished; its text."""
         text = ""
         while True:
             for output in self.outputs().outputs:
@@ -85,15 +89,21 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield World(zmq_context, tmp_path)
 
 
+def start_rank(world: World, engine: str = "timed", **settings: Any) -> tuple[Any, Any]:
+    """A rank's process, and where it says how it goes."""
+    reader, writer = get_context("spawn").Pipe(duplex=False)
+    config = DeploymentConfig(engine=EngineConfig(engine=engine, **settings))
+    about = RankSettings(config, 0, world.bind, world.coordinator_input, world.coordinator_output)
+    process = spawn("rank 0", run_rank, {"settings": about, "status": writer})
+    writer.close()
+    return process, reader
+
+
 @contextlib.contextmanager
 def rank_process(world: World, step_ms: str = "5") -> Iterator[Any]:
-    reader, writer = get_context("spawn").Pipe(duplex=False)
-    settings = RankSettings("timed", EngineSettings(options={"step_ms": step_ms}, max_num_seqs=4), world.bind,
-                            world.coordinator_input, world.coordinator_output)  # fmt: skip
-    process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
-    writer.close()
+    process, reader = start_rank(world, options={"step_ms": step_ms}, max_num_seqs=4)
     yield process
-    process.terminate()
+    process.end()
     process.join(stretched(10))
     process.kill()
     reader.close()
@@ -167,15 +177,15 @@ def test_answers_a_new_coordinator_in_the_midst_of_a_step(world: World) -> None:
         process.kill()
 
 
-def test_garbage_on_every_socket(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_frames_on_every_socket(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     # Started here and not by the fixture: what a process writes goes where capfd pointed when it began.
     with rank_process(world) as process:
         hello = world.admit()
-        send_garbage(world.frontend)
-        send_garbage(world.broadcasts)
+        send_bad_frames(world.frontend)
+        send_bad_frames(world.broadcasts)
         stranger = world.frontend.context.socket(zmq.DEALER)
         stranger.connect(hello.address)
-        send_garbage(stranger)
+        send_bad_frames(stranger)
         stranger.close()
         shout_at(hello.address)
         world.add(hello, 1, 1, 5)
@@ -186,9 +196,9 @@ def test_garbage_on_every_socket(world: World, capfd: pytest.CaptureFixture[str]
     assert len(logged) == len({line.split("dropped", 1)[1].split(":")[0] for line in logged}), "one line a kind"
 
 
-def test_sigterm_leaves_in_good_order(world: World, rank: Any) -> None:
+def test_it_leaves_in_good_order(world: World, rank: Any) -> None:
     hello = world.admit()
-    rank.terminate()
+    rank.end()
     assert world.until(RankLeaving).incarnation == hello.incarnation
     rank.join(10)
     assert rank.exitcode == 0
@@ -231,11 +241,7 @@ def test_step_never_waits_for_the_network(tmp_path: Path) -> None:
 
 
 def test_engine_that_cannot_be_made_says_why(world: World) -> None:
-    reader, writer = get_context("spawn").Pipe(duplex=False)
-    settings = RankSettings("timed", EngineSettings(options={"step_ms": "x"}), world.bind,
-                            world.coordinator_input, world.coordinator_output)  # fmt: skip
-    process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
-    writer.close()
+    process, reader = start_rank(world, options={"step_ms": "x"})
     assert "'x' is no number" in wait_for(reader, Failed).why
     process.join(stretched(10))
     assert process.exitcode == 1
@@ -244,13 +250,9 @@ def test_engine_that_cannot_be_made_says_why(world: World) -> None:
 
 def test_a_rank_that_loads_ends_wherever_it_is(world: World) -> None:
     """An exception would not come out of everything: in some callbacks it is printed, and the rank goes on."""
-    reader, writer = get_context("spawn").Pipe(duplex=False)
-    settings = RankSettings("tests.late_engines:InCallback", EngineSettings(), world.bind,
-                            world.coordinator_input, world.coordinator_output)  # fmt: skip
-    process = spawn("rank 0", run_rank, {"settings": settings, "status": writer})
-    writer.close()
+    process, reader = start_rank(world, "tests.late_engines:InCallback")
     wait_for(reader, Progressed)
-    process.terminate()
+    process.end()
     process.join(stretched(10))
     ended = process.exitcode
     process.kill()
@@ -262,3 +264,98 @@ def wait_for(reader: Any, kind: type[Any]) -> Any:
     while not isinstance(message := reader.recv(), kind):
         assert not isinstance(message, Ready)
     return message
+
+
+RANK, LIFE, FRONTEND = 0, 7, 9
+STEPS = 4 * OUTPUTS_QUEUED
+REPORTS = 2 * SEND_QUEUE_MESSAGES
+TEXT = "x" * 2000
+"""Large enough that the system's own buffers hold a few hundred."""
+
+
+class Front:
+    """A front-end's socket, which reads nothing by itself."""
+
+    def __init__(self, folder: Path, zmq_context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.reports = zmq_context.socket(zmq.PULL)
+        self.reports.rcvhwm = 1
+        self.reports.bind(f"ipc://{folder}/o")
+        self.transport = RankTransport(RANK, LIFE, f"ipc://{folder}/r", f"ipc://{folder}/b", f"ipc://{folder}/o")
+        self.transport.start()
+        self.socket = zmq_context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, FRONTEND.to_bytes(8, "little"))
+        self.socket.rcvhwm = 1
+        self.socket.connect(self.transport.address)
+        self.socket.send(codec.encode(AbortRequests([1])))
+        said = self.next_event()
+        assert isinstance(said, FrontendSaid)
+        assert (said.frontend, said.message) == (FRONTEND, AbortRequests([1]))
+        assert said.arrived is not None
+
+    def next_event(self) -> object:
+        return self.transport.inbox.get(timeout=10.0)
+
+    def steps(self, count: int) -> None:
+        for step in range(count):
+            outputs = [Output(request, [step], TEXT) for request in (1, 2)]
+            self.transport.send_frontend(FRONTEND, Outputs(RANK, LIFE, outputs))
+
+    def backlog(self) -> int:
+        """Messages that wait, once all has been sent or put there."""
+        until = time.monotonic() + stretched(10.0)
+        while self.transport._outbox:
+            assert time.monotonic() < until
+        return sum(len(backlog) for backlog in self.transport._backlogs.values())
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Iterator[Front]:
+    with context() as zmq_context:
+        front = Front(tmp_path, zmq_context)
+        yield front
+        front.transport.close()
+
+
+def test_who_does_not_read_gets_all_of_it_later(front: Front) -> None:
+    front.steps(STEPS)
+    assert 0 < front.backlog() < 50
+    decode = codec.outputs().decode
+    got: dict[int, list[int]] = {1: [], 2: []}
+    while any(len(tokens) < STEPS for tokens in got.values()):
+        assert front.socket.poll(stretched(10) * 1000), f"only {[len(tokens) for tokens in got.values()]} tokens came"
+        for output in decode(front.socket.recv()).outputs:
+            got[output.request] += output.token_ids
+            assert output.text == TEXT * len(output.token_ids)
+    assert got == {1: list(range(STEPS)), 2: list(range(STEPS))}
+    front.steps(3)
+    assert [len(decode(front.socket.recv()).outputs) for _ in range(3)] == [2, 2, 2]
+    assert front.backlog() == 0
+    with pytest.raises(queue.Empty):
+        front.transport.inbox.get_nowait()
+
+
+def test_a_coordinator_that_does_not_read_gets_the_last_word_later(front: Front) -> None:
+    pull = front.reports
+    for step in range(REPORTS):
+        front.transport.send_coordinator(RankReport(RANK, LIFE, step, 0, False, Load()))
+        front.transport.send_coordinator(WaveComplete(RANK, LIFE, step))
+    front.backlog()
+    decode, got = codec.from_rank().decode, 0
+    last: dict[type, object] = {}
+    while len(last) < 2 or last[WaveComplete] != WaveComplete(RANK, LIFE, REPORTS - 1):
+        assert pull.poll(stretched(10) * 1000), f"the last word did not come: {last}"
+        message = decode(pull.recv())
+        last[type(message)] = message
+        got += 1
+    assert last[RankReport] == RankReport(RANK, LIFE, REPORTS - 1, 0, False, Load())
+    assert got < 2 * REPORTS
+
+
+def test_who_dies_without_having_read_is_gone(front: Front) -> None:
+    front.steps(STEPS)
+    assert front.backlog() > 0
+    front.socket.close(linger=0)
+    assert front.next_event() == FrontendGone(FRONTEND)
+    until = time.monotonic() + stretched(10.0)
+    while front.backlog():
+        assert time.monotonic() < until

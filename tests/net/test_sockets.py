@@ -1,15 +1,19 @@
-"""Addresses, limits, draining, and the log of garbage; waking a poll; a joining node's question."""
+"""Addresses, limits, draining, and the log of bad frames; waking a poll; a joining node's question."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,13 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
-from paceline.net.links import BadFrames, SocketFolder
-from paceline.net.node import Here, Rendezvous, find_coordinator, own_host
-from paceline.net.sockets import bound_address, drain, open_socket, tcp_address
+from paceline.net.links import BadFrames, LinkMonitor, SocketFolder
+from paceline.net.node import Here, Rendezvous, find_coordinator, own_host, seen_from
+from paceline.net.sockets import bound_address, drain, giving_up_after, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
-from tests.net.peers import context, send_garbage
+from tests.net.peers import context, send_bad_frames
 from tests.pace import stretched
+from tests.serving import wait_until
 
 
 def test_folder_is_private_and_removed() -> None:
@@ -75,7 +80,7 @@ def test_port_that_was_found_is_told() -> None:
             open_socket(zmq_context, zmq.PUSH, connect="nowhere", max_bytes=10)
 
 
-def test_garbage_is_counted_and_logged_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_frames_are_counted_and_logged_once_a_kind(caplog: pytest.LogCaptureFixture) -> None:
     bad_frames = BadFrames(logging.getLogger("test"), "a socket")
     with caplog.at_level("WARNING"):
         for _ in range(3):
@@ -113,7 +118,6 @@ def queued() -> Iterator[zmq.Socket[bytes]]:
 def test_a_socket_is_drained_within_bounds(
     queued: zmq.Socket[bytes], bounds: dict[str, Any], read: list[bytes], bad: int
 ) -> None:
-    """The clock counts the messages that were read."""
     bad_frames, times = BadFrames(logging.getLogger("test"), "a socket"), itertools.count(1)
     came = [message[0] for message in drain(queued, bad_frames, clock=lambda: next(times), **bounds)]
     assert came == read
@@ -143,24 +147,38 @@ def test_wakeup_from_another_thread() -> None:
     wakeup.set()
 
 
-def test_joining_node_is_answered_through_garbage() -> None:
+def test_joining_node_is_answered_through_bad_frames() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    here = Here("tcp://a:1", "tcp://a:2", "tcp://a:3")
-    rendezvous = Rendezvous("127.0.0.1", port, 4, "timed", here)
+    here = Here("ipc:///a", "tcp://a:2", "tcp://a:3")
+    assert seen_from("head", here) == Here("ipc:///a", "tcp://head:2", "tcp://head:3")
+    facts = {"--engine": "timed", "the model": "a (12)"}
+    rendezvous = Rendezvous("127.0.0.1", port, facts, here)
     try:
         with context() as zmq_context:
             stranger = zmq_context.socket(zmq.DEALER)
             stranger.connect(f"tcp://127.0.0.1:{port}")
-            send_garbage(stranger)
-            assert find_coordinator("127.0.0.1", port, 4, "timed", 10.0) == here
-        with pytest.raises(StartupError, match="--engine is timed there and llama here"):
-            find_coordinator("127.0.0.1", port, 4, "llama", 10.0)
+            send_bad_frames(stranger)
+            assert find_coordinator("127.0.0.1", port, facts) == seen_from("127.0.0.1", here)
+        differs = "--engine is timed there and llama here; the model is a (12) there and a (34) here"
+        with pytest.raises(StartupError, match=re.escape(differs)):
+            find_coordinator("127.0.0.1", port, {"--engine": "llama", "the model": "a (34)"})
     finally:
         rendezvous.close()
-    with pytest.raises(StartupError, match=r"no answer .* within 0\.2 s"):
-        find_coordinator("127.0.0.1", port, 4, "timed", 0.2)
+
+
+def test_a_node_asks_until_it_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = Here("tcp://a:1", "tcp://a:2", "tcp://a:3")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(find_coordinator, "127.0.0.1", port, {})
+        wait_until(lambda: f"waiting for the node with rank 0 at 127.0.0.1:{port}" in caplog.text, "the line")
+        rendezvous = Rendezvous("127.0.0.1", port, {}, here)
+        assert answer.result(stretched(20)) == seen_from("127.0.0.1", here)
+        rendezvous.close()
 
 
 def test_own_host_towards_loopback() -> None:
@@ -173,3 +191,85 @@ def test_folder_is_where_temporary_files_are() -> None:
     folder = SocketFolder()
     assert os.path.basename(folder.path).startswith("paceline-")
     folder.close()
+
+
+pytestmark = pytest.mark.slow
+
+PEER = """
+import sys, time, zmq
+socket = zmq.Context().socket(zmq.ROUTER)
+socket.bind(sys.argv[1])
+print("bound", flush=True)
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    pass
+print("computed", flush=True)
+time.sleep(3600)
+"""
+
+
+@contextmanager
+def peer(address: str, busy_s: float = 0.0) -> Iterator[subprocess.Popen[str]]:
+    """A process that binds a socket and computes for a while."""
+    arguments = [sys.executable, "-c", PEER, address, str(busy_s)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "bound\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def watched(address: str, silence_s: float = 0.0) -> Iterator[tuple[LinkMonitor, list[bool]]]:
+    """A socket that connects there, and what its monitor has said."""
+    with context() as zmq_context:
+        options = giving_up_after(silence_s)
+        socket = open_socket(zmq_context, zmq.DEALER, connect=address, max_bytes=100, options=options)
+        said: list[bool] = []
+        monitor = LinkMonitor(socket, said.append)
+        yield monitor, said
+        monitor.close()
+        socket.close()
+
+
+def wait_said(monitor: LinkMonitor, said: list[bool], expected: list[bool]) -> None:
+    def heard() -> bool:
+        monitor.read()
+        return said == expected
+
+    wait_until(heard, f"{expected}", 20.0)
+
+
+def test_a_peer_that_dies_and_its_next_life_at_the_same_address(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/peer"
+    with peer(address) as first, watched(address) as (monitor, said):
+        first.kill()
+        wait_said(monitor, said, [False])
+        with peer(address):
+            wait_said(monitor, said, [False, True])
+
+
+def test_an_address_at_which_nobody_is(tmp_path: Path) -> None:
+    with watched(f"ipc://{tmp_path}/nobody") as (monitor, said):
+        wait_said(monitor, said, [False])
+
+
+def test_a_stopped_peer_is_down_and_up_again_when_it_goes_on(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/peer"
+    with peer(address) as process, watched(address, silence_s=0.5) as (monitor, said):
+        os.kill(process.pid, signal.SIGSTOP)
+        wait_said(monitor, said, [False])
+        os.kill(process.pid, signal.SIGCONT)
+        wait_said(monitor, said, [False, True])
+
+
+def test_a_peer_that_computes_is_up(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/peer"
+    silence_s = stretched(1.0, most=4.0)
+    with peer(address, busy_s=2 * silence_s) as process, watched(address, silence_s=silence_s) as (monitor, said):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "computed\n"
+        monitor.read()
+        assert said == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -38,7 +39,8 @@ def test_completion(timed_server: Deployment) -> None:
     assert body["object"] == "text_completion"
     assert body["model"] == "timed"
     assert body["choices"] == [{"index": 0, "text": " 0 1 2", "logprobs": None, "finish_reason": "length"}]
-    assert body["usage"] == {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    counted = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}
+    assert body["usage"] == counted | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert response.headers["x-data-parallel-rank"] in {"0", "1", "2", "3"}
 
 
@@ -49,7 +51,9 @@ def test_completion_stream_with_usage(timed_server: Deployment) -> None:
     assert response.headers["x-data-parallel-rank"] in {"0", "1", "2", "3"}
     *chunks, last = events_of(response)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == " 0 1 2"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+    # Two tokens may come in one event.
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert reasons == [None] * (len(chunks) - 1) + ["length"]
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == 8
@@ -81,7 +85,8 @@ def test_n_and_list_prompts(timed_server: Deployment) -> None:
     body = timed_server.http.post(COMPLETIONS, json={"prompt": ["a", "bc"], "n": 2, "max_tokens": 2}).json()
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert {choice["text"] for choice in body["choices"]} == {" 0 1"}
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    counted = {"prompt_tokens": 3, "completion_tokens": 8, "total_tokens": 11}
+    assert body["usage"] == counted | {"prompt_tokens_details": {"cached_tokens": 0}}
     stream = timed_server.http.post(COMPLETIONS, json={"prompt": "a", "n": 3, "max_tokens": 2, "stream": True})
     texts: dict[int, str] = {}
     for chunk in events_of(stream):
@@ -117,12 +122,12 @@ def test_unknown_rank(timed_server: Deployment, rank: str) -> None:
 BAD_FIELDS: dict[str, list[Any]] = {
     "prompt": ["", [], None, 7, [1, 256], "x" * 5000],
     "prompt[1]": [["a", ""], ["a", 1]],
-    "max_tokens": [-1, 0, "many", 1.5, 4096],
+    "max_tokens": [-1, 0, "many", 1.5, 4096, 10**400],
     "temperature": [-0.1, 2.1, "hot"],
     "top_p": [0, 1.1],
     "top_k": [-2],
     "min_p": [2],
-    "n": [0, 1000],
+    "n": [0, 2000],
     "seed": ["x"],
     "frequency_penalty": [3],
     "presence_penalty": [-3],
@@ -146,11 +151,13 @@ BAD_CHATS: dict[str, list[Any]] = {
     "messages[0].content[0]": [[{"role": "user", "content": [{"type": "image_url"}]}]],
     "max_completion_tokens": [-1],
     "top_logprobs": [2, 21],
-    "tools": [[{}]],
+    "tools[0].function": [[{"name": "a"}]],
 }
 BOTH: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
-    ({"messages": HELLO, "max_completion_tokens": 2, "max_tokens": 3}, "max_tokens"),
+    ({"prompt": "a", "max_tokns": 3}, "max_tokns"),
+    ({"prompt": "a", "min_tokens": 3}, "min_tokens"),
+    ({"prompt": "a", "use_beam_search": True}, "use_beam_search"),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
 ]
 BAD = [
@@ -234,7 +241,31 @@ def test_openapi_names_every_field(timed_server: Deployment) -> None:
     assert "messages" in schemas["ChatCompletionRequest"]["required"]
     for path, methods in document["paths"].items():
         for method in methods:
-            assert timed_server.http.request(method, path).status_code != 404
+            response = timed_server.http.request(method, path)
+            assert response.status_code != 404 or response.json()["error"]["param"] in ("response_id", "request_id")
+
+
+def test_a_body_that_is_packed_is_refused_by_name(timed_server: Deployment) -> None:
+    packed = gzip.compress(json.dumps({"prompt": "a", "max_tokens": 1}).encode())
+    response = timed_server.http.post(COMPLETIONS, content=packed, headers={"content-encoding": "gzip"})
+    assert error_of(response, 415)["param"] == "content-encoding"
+    plain = {"content": b'{"prompt": "a", "max_tokens": 1}', "headers": {"content-encoding": "identity"}}
+    assert timed_server.http.post(COMPLETIONS, **plain).status_code == 200
+
+
+def test_what_streams_hide_is_not_asked_for(timed_server: Deployment) -> None:
+    asked: dict[str, Any] = {"prompt": "a", "max_tokens": 1, "stream": True}
+    for value, status in ((False, 200), (True, 400)):
+        body = asked | {"stream_options": {"include_obfuscation": value}}
+        assert timed_server.http.post(COMPLETIONS, json=body).status_code == status
+
+
+def test_a_refusal_in_the_history_is_a_text(timed_server: Deployment) -> None:
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    asked = {"messages": [*HELLO, said, *HELLO], "max_tokens": 1}
+    text = asked | {"messages": [*HELLO, {"role": "assistant", "content": "no"}, *HELLO]}
+    one, other = (timed_server.http.post(CHAT, json=body).json()["usage"] for body in (asked, text))
+    assert one == other
 
 
 # X-Paceline-Routing, sessions and --routing ---------------------------------------------------------

@@ -112,8 +112,8 @@ def test_an_idle_deployment_is_paused_and_resumed(server: Deployment, mode: str)
     assert words(complete(server)) == 3
 
 
-def test_a_pause_aborts_where_no_mode_is_named(server: Deployment) -> None:
-    assert done(post(server, "/pause"))["mode"] == "abort"
+def test_a_pause_keeps_where_no_mode_is_named(server: Deployment) -> None:
+    assert done(post(server, "/pause"))["mode"] == "keep"
 
 
 def test_keep_lets_no_rank_compute_and_loses_no_token(server: Deployment, background: ThreadPoolExecutor) -> None:
@@ -287,3 +287,20 @@ def test_a_coordinator_that_is_killed_in_a_pause_forgets_nothing(server: Deploym
     assert done(post(server, "/pause", mode="keep", timeout=30))["suspension"] == number
     assert done(post(server, "/resume", timeout=30))["suspension"] == number + 1
     wait_until(lambda: complete(server).status_code == 200, "it serves")
+
+
+def test_an_engine_that_cannot_says_so_for_each_rank(server: Deployment) -> None:
+    for path in ("/reset_prefix_cache", "/wake_up"):
+        answer = server.http.post(path)
+        assert answer.status_code == 500
+        assert "rank 0: this engine has no" in answer.json()["error"]["message"]
+        assert "rank 1: " in answer.json()["error"]["message"]
+    assert (
+        server.http.post("/collective_rpc", json={"method": "x", "ranks": [9]})
+        .json()["error"]["message"]
+        .endswith("rank 9: is not there")
+    )
+    assert server.http.post("/sleep?level=5").status_code == 400
+    assert server.http.post("/sleep?mode=x").status_code == 400
+    assert server.http.post("/sleep?level=0").json() == {"results": []}
+    assert server.http.get("/is_paused").json()["is_paused"]

@@ -14,6 +14,7 @@ import socket
 import struct
 import weakref
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,8 +25,9 @@ from uvicorn.server import ServerState
 
 from paceline.core.frontend.events import Placed
 from paceline.core.requests import Output
-from paceline.server.http import MAX_HEAD_BYTES, MAX_PIPELINED, HttpConnection, OncePerKind, ResponseWriter
-from paceline.server.responses import CompletionFormat, Response, Submitted
+from paceline.server.formats import CompletionFormat, Wording
+from paceline.server.http import MAX_HEAD_BYTES, MAX_PIPELINED, SUBMIT_S, HttpConnection, OncePerKind, ResponseWriter
+from paceline.server.responses import Response, Submitted
 from tests.pace import stretched
 from tests.serving import deployment, wait_until
 
@@ -299,9 +301,9 @@ async def test_a_response_goes_on_from_where_the_client_stopped_reading() -> Non
         await reads.wait()
         sent.append(message)
 
-    form = CompletionFormat("1", "m", 5, False)
-    writer = ResponseWriter(send, Response(form, "id", [""], 3, stream=True), reads.set)
-    for event in (Placed(1, 0), Submitted([1]), Output(1, [7], "a"), Output(1, [7], "b", "stop")):
+    form = CompletionFormat("1", "m", 5, Wording())
+    writer = ResponseWriter(send, Response(form, "id", [""], stream=True), lambda choice: 1, reads.set)
+    for event in (Placed(1, 0), Submitted(1), Output(1, [7], "a"), Output(1, [7], "b", "stop")):
         writer.handle(event)
     assert not sent
     reads.set()
@@ -309,3 +311,67 @@ async def test_a_response_goes_on_from_where_the_client_stopped_reading() -> Non
     start, rest = sent
     assert (start["status"], rest["more_body"]) == (200, False)
     assert [part.count(b'"text":"') for part in rest["body"].split(b"\n\n")] == [1, 1, 0, 0]
+
+
+@on_loop
+async def test_others_come_in_between_choices_that_take_long_to_submit() -> None:
+    """And nothing is submitted for who has gone away."""
+    loop, submitted, seen = asyncio.get_running_loop(), list[int](), list[int]()
+
+    def submit(choice: int) -> int:
+        until = loop.time() + 2 * SUBMIT_S
+        while loop.time() < until:
+            pass
+        submitted.append(choice)
+        return len(submitted)
+
+    async def send(message: Any) -> None: ...
+
+    def other() -> None:
+        seen.append(len(submitted))
+        loop.call_soon(other)
+
+    loop.call_soon(other)
+    form = CompletionFormat("1", "m", 5, Wording())
+    writers = [ResponseWriter(send, Response(form, "id", [""] * count), submit, lambda: None) for count in (5, 99)]
+    writers[0].submit_more()
+    await wait_for(lambda: len(submitted) == 5)
+    assert submitted == [0, 1, 2, 3, 4]
+    assert {1, 2, 3, 4} <= set(seen)
+    writers[1].submit_more()
+    writers[1].close()
+    begun = len(seen)
+    await wait_for(lambda: loop.time() and len(seen) > begun + 100)
+    assert len(submitted) == 6
+
+
+@on_loop
+async def test_what_comes_last_waits_for_what_is_kept() -> None:
+    kept, sent = Future[None](), list[Any]()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    form = CompletionFormat("1", "m", 5, Wording())
+    writer = ResponseWriter(send, Response(form, "id", [""]), lambda choice: 1, lambda: None, lambda: kept)
+    for event in (Submitted(1), Placed(1, 0), Output(1, [7], "a", "stop")):
+        writer.handle(event)
+    await asyncio.sleep(0)
+    assert not sent
+    kept.set_result(None)
+    await wait_for(lambda: len(sent) == 2)
+
+
+@on_loop
+async def test_http_1_0_gets_a_stream_without_chunks() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for part in (b"one ", b"two"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with served(app) as (peer, _):
+        await peer.send(b"GET / HTTP/1.0\r\n\r\n")
+        head, _, body = (await peer.wait_end()).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert body == b"one two"

@@ -12,16 +12,17 @@ from hypothesis import given, strategies as st
 from paceline.core.frontend.events import Placed, Refuse
 from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
 from paceline.core.routing.policy import Belief, Decision
+from paceline.server.formats import DONE_EVENT, ChatFormat, CompletionFormat, Wording
 from paceline.server.responses import (
-    DONE_EVENT,
     MAX_DECISIONS_BYTES,
     MAX_KEPT_BYTES,
+    MOST_AT_ONCE,
     Blocked,
-    ChatFormat,
-    CompletionFormat,
     CutOff,
+    Failed,
     GiveUp,
     Phase,
+    Quiet,
     Response,
     Submitted,
     Unblocked,
@@ -35,8 +36,14 @@ FORMATS = [CompletionFormat, ChatFormat]
 def response(
     kind: type[CompletionFormat] = CompletionFormat, texts: tuple[str, ...] = ("",), stream: bool = True, **how: Any
 ) -> Response:
-    form = kind("1", "m", 5, bool(how.get("with_usage")))
-    return Response(form, "id", list(texts), 3, stream=stream, **how)
+    explain = how.pop("explain", False)
+    form = kind("1", "m", 5, Wording(prompt_tokens=3, prompt_token_ids=[[1, 2, 3]] * len(texts), **how))
+    return Response(form, "id", list(texts), stream=stream, explain=explain)
+
+
+def submit(made: Response, *requests: int) -> Any:
+    """The next choices were submitted as these requests; returns the last thing to do."""
+    return [made.handle(Submitted(request)) for request in requests][-1]
 
 
 def begun(made: Response) -> Write:
@@ -44,7 +51,7 @@ def begun(made: Response) -> Write:
     first = len(made._choices)
     written = [made.handle(Placed(number, 4)) for number in range(first)]
     assert written == [None] * first, "not before all are submitted: one may be refused"
-    write = made.handle(Submitted(list(range(first))))
+    write = submit(made, *range(first))
     assert isinstance(write, Write) == (made.phase is Phase.STREAMING)
     return write if isinstance(write, Write) else Write(b"")
 
@@ -72,6 +79,27 @@ def position(text: str, logprob: float) -> PositionLogprobs:
     return PositionLogprobs(chosen, [chosen, TokenLogprob(2, b"\xe2", float("-inf"))])
 
 
+def test_a_stream_that_waits_says_a_comment_which_opens_it() -> None:
+    made = response(texts=("a", "b"))
+    assert made.handle(Quiet()) is None, "not before all are submitted: one may be refused"
+    submit(made, 0, 1)
+    opened = sent(made, Quiet())
+    assert opened.status == 200
+    assert opened.data.endswith(b": waiting\n\n")
+    assert sent(made, Quiet()).data == b": waiting\n\n"
+    assert made.handle(Placed(0, 4)) is None
+    events = events_of(sent(made, Output(1, [5], "c")).data)
+    assert [event["choices"][0]["text"] for event in events] == ["b", "c"]
+    made.handle(Blocked())
+    assert made.handle(Quiet()) is None, "who does not read is not waited for by a comment"
+
+
+def test_a_whole_answer_says_no_comment() -> None:
+    made = response(stream=False)
+    begun(made)
+    assert made.handle(Quiet()) is None
+
+
 # Streams ------------------------------------------------------------------------------------------
 
 
@@ -81,7 +109,8 @@ def test_a_token_s_event_is_the_encoded_one(text: str) -> None:
         for with_usage in (False, True):
             made = response(kind, ("", ""), with_usage=with_usage)
             begun(made)
-            form = kind("1", "m", 5, with_usage)
+            made.handle(Output(1, [7], ""))
+            form = kind("1", "m", 5, Wording(with_usage=with_usage))
             assert made.handle(Output(1, [7], text)) == Write(form.event(form.chunk_entry(1, text, None, None)))
 
 
@@ -91,21 +120,29 @@ def test_a_stream_from_its_headers_to_its_end(kind: type[CompletionFormat]) -> N
     opening = begun(made)
     assert (opening.status, opening.last) == (200, False)
     assert dict(opening.headers)[b"x-data-parallel-rank"] == b"4"
-    assert bool(opening.data) == (kind is ChatFormat), "a chat's first event names the role"
-    assert made.handle(Output(0, [7], "")) is None, "its text is held back"
+    assert not opening.data, "load generators take the first event for the first token"
+    first = made.handle(Output(0, [7], ""))
+    if kind is ChatFormat:
+        assert isinstance(first, Write)
+        assert choice_of(first)["delta"] == {"role": "assistant", "content": ""}
+    else:
+        assert first is None, "its text is held back"
+    assert made.handle(Output(0, [7], "")) is None
     assert sent(made, Output(0, [8], "ab")).status == 0
     end = sent(made, Output(0, [9], "c", "stop", stop_reason="END"))
     last, usage, done = events_of(end.data)
     assert (end.last, done + b"\n\n", made.phase) == (True, DONE_EVENT, Phase.ENDED)
     assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == ("stop", "END")
     assert (last["usage"], usage["choices"]) == (None, [])
-    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    counted = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert usage["usage"] == counted | {"prompt_tokens_details": {"cached_tokens": 0}}
     assert made.handle(Output(0, [10], "late")) is None
 
 
 def test_a_chat_s_last_event_without_text_has_an_empty_delta() -> None:
     made = response(ChatFormat)
     begun(made)
+    made.handle(Output(0, [7], ""))
     choice = choice_of(sent(made, Output(0, [7], "", "length")))
     assert (choice["delta"], choice["finish_reason"]) == ({}, "length")
 
@@ -113,7 +150,7 @@ def test_a_chat_s_last_event_without_text_has_an_empty_delta() -> None:
 def test_headers_go_out_with_the_first_token_where_one_still_waits() -> None:
     made = response(texts=("echo ", ""))
     assert made.handle(Placed(0, 4)) is None
-    assert made.handle(Submitted([0, 1])) is None
+    assert submit(made, 0, 1) is None
     write = sent(made, Output(0, [7], "a"))
     assert dict(write.headers)[b"x-data-parallel-rank"] == b"4"
     assert [event["choices"][0]["text"] for event in events_of(write.data)] == ["echo ", "a"]
@@ -125,7 +162,7 @@ def test_headers_go_out_with_the_first_token_where_one_still_waits() -> None:
 
 def test_a_first_token_with_logprobs_comes_behind_the_echo() -> None:
     made = response(texts=("echo ",))
-    made.handle(Submitted([0]))
+    submit(made, 0)
     events = events_of(sent(made, Output(0, [7], "a", logprobs=[position("a", -1.0)])).data)
     assert [event["choices"][0]["text"] for event in events] == ["echo ", "a"]
 
@@ -144,7 +181,8 @@ def test_logprobs_of_tokens_whose_text_is_held_back_come_with_the_text() -> None
 def test_chat_logprobs_have_bytes() -> None:
     made = response(ChatFormat)
     begun(made)
-    (entry,) = choice_of(sent(made, Output(0, [7], "a", logprobs=[position("a", -1.0)])))["logprobs"]["content"]
+    _, event = events_of(sent(made, Output(0, [7], "a", logprobs=[position("a", -1.0)])).data)
+    (entry,) = event["choices"][0]["logprobs"]["content"]
     assert entry["token"] == "a"
     assert entry["top_logprobs"][1] == {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -9999.0, "bytes": [0xE2]}
 
@@ -164,19 +202,20 @@ def test_a_whole_response_gathers_all_outputs(kind: type[CompletionFormat]) -> N
     assert (write.status, write.last, dict(write.headers)[b"content-length"]) == (200, True, b"%d" % len(write.data))
     assert [(one.get("text") or one["message"]["content"]) for one in (first, second)] == ["z", "echo ab"]
     assert (first["finish_reason"], second["finish_reason"], second["stop_reason"]) == ("length", "stop", 4)
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    counted = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == counted | {"prompt_tokens_details": {"cached_tokens": 0}}
 
 
 REFUSALS = [("unknown-rank", 400), ("overloaded", 429), ("no-rank", 503)]
 FAILURES = [*((Refuse(0, reason, "why", 7), status) for reason, status in REFUSALS),  # type: ignore[arg-type]
-            (Output(0, [], finish_reason="error", error="why"), 500), (CutOff(), 503)]  # fmt: skip
+            (Output(0, [], finish_reason="error", error="why"), 500), (CutOff(), 503), (Failed(), 500)]  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("failure", "status"), FAILURES, ids=lambda value: str(value)[:20])
 def test_a_failure_before_the_first_token_has_a_status(failure: Any, status: int, stream: bool) -> None:
     made = response(stream=stream)
-    made.handle(Submitted([0]))
+    submit(made, 0)
     write = sent(made, failure)
     assert (write.status, write.last, made.phase) == (status, True, Phase.ENDED)
     assert set(json.loads(write.data)["error"]) == {"message", "type", "param", "code"}
@@ -195,11 +234,144 @@ def test_a_failure_in_a_stream_is_its_last_event(failure: Any, status: int) -> N
     assert (write.status, write.last, bool(event["error"]["message"])) == (0, True, True)
 
 
-def test_a_refusal_while_others_are_being_submitted_is_the_answer() -> None:
+# Many choices -------------------------------------------------------------------------------------
+
+
+def test_the_first_choice_that_is_refused_is_the_answer() -> None:
     made = response(texts=("", ""))
-    made.handle(Placed(0, 4))
-    assert sent(made, Refuse(1, "overloaded", "full")).status == 429
-    assert made.handle(Submitted([0])) is None
+    assert made.wants
+    assert sent(made, Refuse(0, "overloaded", "full")).status == 429
+    assert submit(made, 0) is None
+    assert not made.wants
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("told_first", [False, True])
+def test_a_later_choice_that_is_refused_waits_for_one_of_its_own(stream: bool, told_first: bool) -> None:
+    made = response(texts=("", "", ""), stream=stream)
+    submit(made, 0)
+    refusal = Refuse(1, "overloaded", "full")
+    if told_first:
+        assert made.handle(refusal) is None
+        submit(made, 1)
+    else:
+        submit(made, 1)
+        assert made.handle(refusal) is None
+    assert not made.wants, "there is no room before one has ended"
+    made.handle(Output(0, [1], "a", "stop"))
+    assert made.wants
+    assert made.next_choice() == 1
+    submit(made, 2)
+    assert made.next_choice() == 2
+    submit(made, 3)
+    assert not made.wants
+    made.handle(Output(3, [1], "c", "stop"))
+    write = sent(made, Output(2, [1], "b", "stop"))
+    assert write.last
+    if not stream:
+        assert [one["text"] for one in json.loads(write.data)["choices"]] == ["a", "b", "c"]
+
+
+def test_a_choice_that_is_refused_with_none_of_its_own_left_is_the_answer() -> None:
+    made = response(texts=("", ""), stream=False)
+    submit(made, 0)
+    made.handle(Refuse(1, "overloaded", "full"))
+    submit(made, 1)
+    made.handle(Output(0, [1], "a", "stop"))
+    assert sent(made, Refuse(2, "overloaded", "full")).status == 429
+
+
+def test_not_all_choices_are_submitted_at_once() -> None:
+    made = response(texts=("",) * (MOST_AT_ONCE + 10), stream=False)
+    submit(made, *range(MOST_AT_ONCE))
+    assert not made.wants
+    made.handle(Output(7, [1], "a", "stop"))
+    assert made.wants
+    assert made.next_choice() == MOST_AT_ONCE
+
+
+# What a request asks of the form ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_usage_throughout_counts_up(kind: type[CompletionFormat]) -> None:
+    made = response(kind, with_usage=True, usage_throughout=True)
+    begun(made)
+    counted = []
+    for _ in range(3):
+        counted.append(
+            events_of(sent(made, Output(0, [7], "a", cached_tokens=0)).data)[-1]["usage"]["completion_tokens"]
+        )
+    assert counted == [1, 2, 3]
+
+
+def test_token_ids_are_shown_where_asked_for() -> None:
+    whole = response(stream=False, with_token_ids=True)
+    submit(whole, 0)
+    (choice,) = json.loads(sent(whole, Output(0, [7, 8], "a", "stop")).data)["choices"]
+    assert (choice["token_ids"], choice["prompt_token_ids"]) == ([7, 8], [1, 2, 3])
+    made = response(ChatFormat, with_token_ids=True)
+    begun(made)
+    made.handle(Output(0, [7], ""))
+    assert choice_of(sent(made, Output(0, [8], "b")))["token_ids"] == [8]
+    chat = response(ChatFormat, stream=False, with_token_ids=True)
+    submit(chat, 0)
+    assert json.loads(sent(chat, Output(0, [7], "a", "stop")).data)["prompt_token_ids"] == [1, 2, 3]
+
+
+def test_tokens_may_be_named_by_their_ids() -> None:
+    made = response(stream=False, tokens_as_ids=True)
+    submit(made, 0)
+    body = json.loads(sent(made, Output(0, [1], "a", "stop", logprobs=[position("a", -1.0)])).data)
+    assert body["choices"][0]["logprobs"]["tokens"] == ["token_id:1"]
+
+
+def test_the_prompt_s_logprobs_come_before_the_answers() -> None:
+    prompt = [position("ab", 0.0), position("c", -3.0)]
+    made = response(texts=("abc",), stream=False, echo_logprobs=True, none_made=True)
+    submit(made, 0)
+    output = Output(0, [9], "x", "length", logprobs=[position("x", -1.0)], prompt_logprobs=prompt)
+    body = json.loads(sent(made, output).data)
+    (choice,) = body["choices"]
+    logprobs = choice["logprobs"]
+    assert (choice["text"], logprobs["tokens"]) == ("abc", ["ab", "c"]), "the one made token is not shown"
+    assert (logprobs["token_logprobs"], logprobs["text_offset"]) == ([None, -3.0], [0, 2])
+    assert body["usage"]["completion_tokens"] == 0
+
+
+def test_prompt_logprobs_are_named_by_token_ids() -> None:
+    made = response(stream=False, prompt_logprobs=True)
+    submit(made, 0)
+    output = Output(0, [9], "x", "length", prompt_logprobs=[position("ab", 0.0), position("c", -3.0)])
+    (choice,) = json.loads(sent(made, output).data)["choices"]
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert second["1"] == {"logprob": -3.0, "rank": 1, "decoded_token": "c"}
+
+
+def test_a_character_of_several_tokens_begins_where_its_first_does() -> None:
+    """And the offsets of a stream are those of the whole."""
+    pieces = [b"a", *(bytes([byte]) for byte in "é".encode()), b"b"]
+    shown = ["a", "", "é", "b"]
+    outputs = [
+        Output(0, [1], text, "stop" if piece == b"b" else None,
+               logprobs=[PositionLogprobs(TokenLogprob(1, piece, -1.0))])
+        for piece, text in zip(pieces, shown, strict=True)
+    ]  # fmt: skip
+    whole, streamed = response(stream=False), response()
+    submit(whole, 0)
+    begun(streamed)
+    writes = [streamed.handle(output) for output in outputs]
+    events = [event for write in writes if isinstance(write, Write) for event in events_of(write.data)]
+    offsets = [
+        offset
+        for event in events
+        if isinstance(event, dict)
+        for offset in event["choices"][0]["logprobs"]["text_offset"]
+    ]
+    made = [whole.handle(output) for output in outputs][-1]
+    assert isinstance(made, Write)
+    assert offsets == json.loads(made.data)["choices"][0]["logprobs"]["text_offset"] == [0, 1, 1, 2]
 
 
 # A client that does not read ----------------------------------------------------------------------
@@ -259,6 +431,6 @@ def test_it_is_told_where_asked_for() -> None:
     for explain in (False, True):
         made = response(explain=explain)
         made.handle(Placed(0, 4, decision if explain else None))
-        write = made.handle(Submitted([0]))
+        write = submit(made, 0)
         assert isinstance(write, Write)
         assert (b"x-paceline-routing" in dict(write.headers)) == explain

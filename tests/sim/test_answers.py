@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from paceline.core.frontend.events import Refuse
-from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
+from paceline.core.frontend.failover import HOLD_S, MOST_LOSSES
 from paceline.core.frontend.inflight import FIRST_RESEND
 from paceline.core.frontend.machine import Frontend
 from paceline.core.requests import AddRequest, Output, SamplingParams
@@ -122,6 +122,6 @@ def test_a_request_may_be_given_up_after_so_many_ranks_or_so_long() -> None:
     answers.refused(Refuse(1, "rank-lost", "the third in a row"))
     answers.sent(0, AddRequest(FIRST_RESEND, 1, 1, 0, [2], SamplingParams(4)))
     answers.rank_lost(0)
-    world.run_for(PATIENCE_S)
+    world.run_for(HOLD_S)
     answers.refused(Refuse(2, "rank-lost", "none was ready"))
     assert answers.open == 0

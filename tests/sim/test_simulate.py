@@ -65,7 +65,7 @@ def test_256_ranks_pass() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong(lockstep: bool) -> None:
-    options = Options(1, ranks=16, frontends=3, faults_per_second=4, duration=8, lockstep=lockstep, encode=False)
+    options = Options(1, ranks=16, frontends=3, faults_per_second=4, duration=20, lockstep=lockstep, encode=False)
     outcome = simulate(options)
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
     assert sum(outcome.faults.values()) > 20
@@ -129,7 +129,7 @@ def a_forgotten_send(patch: pytest.MonkeyPatch) -> None:
 
 def a_token_sent_twice(patch: pytest.MonkeyPatch) -> None:
     real = RankRequests.hand_out
-    patch.setattr(RankRequests, "hand_out", lambda self, outputs: [*real(self, outputs), *real(self, outputs)])
+    patch.setattr(RankRequests, "hand_out", lambda self, *made: [*real(self, *made), *real(self, *made)])
 
 
 def a_report_that_is_not_true(patch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from paceline.settings import ParallelConfig
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "PROTOCOL.md"
 
-ALL_CLASSES = [message for union in messages.UNIONS.values() for message in reference.classes_of(union)]
+ALL_CLASSES = [message for union in codec.UNIONS.values() for message in reference.classes_of(union)]
 ALL_CLASSES += reference.parts()
 
 
@@ -91,7 +91,7 @@ def test_markers_that_are_no_pair_are_named(tmp_path: Path, text: str, capsys: p
 def test_every_message_class_is_in_the_document(document: str) -> None:
     assert set(ALL_CLASSES) == set(subclasses(Message))
     for message in ALL_CLASSES:
-        tag = messages.tag_of(message)
+        tag = codec.tag_of(message)
         heading = f"#### {message.__name__}" + (f": `{tag}`" if tag else "")
         assert document.count(f"\n{heading}\n") == 1, heading
 
@@ -99,7 +99,7 @@ def test_every_message_class_is_in_the_document(document: str) -> None:
 def test_every_field_has_its_row_at_its_place(document: str) -> None:
     for message in ALL_CLASSES:
         rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", section(document, message), re.MULTILINE)
-        first = 0 if messages.tag_of(message) is None else 1
+        first = 0 if codec.tag_of(message) is None else 1
         assert rows == [(str(place), name) for place, name in enumerate(message.__struct_fields__, first)]
 
 
@@ -205,8 +205,8 @@ def test_addresses(document: str) -> None:
 
 
 def test_rendezvous_frames() -> None:
-    question = msgspec.msgpack.encode(rendezvous.WhereIs(1, 4, "llama"))
-    assert msgspec.msgpack.decode(question) == ["where-is", 1, 4, "llama"]
+    question = msgspec.msgpack.encode(rendezvous.WhereIs(1, {"--engine": "llama"}))
+    assert msgspec.msgpack.decode(question) == ["where-is", 1, {"--engine": "llama"}]
     answer = msgspec.msgpack.encode(rendezvous.Here("front", "output", "publish", "no"))
     assert msgspec.msgpack.decode(answer) == ["here", "front", "output", "publish", "no"]
 

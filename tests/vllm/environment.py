@@ -12,6 +12,8 @@ says the version. Its suffix `+cpu` is what makes vLLM choose the CPU.
 import re
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +40,10 @@ def make(version: str) -> Path:
     """The folder of the environment, made where it was not there. Raises CalledProcessError where pip fails."""
     folder = environment_of(version)
     if is_ready(version):
+        if (ROOT / "pyproject.toml").stat().st_mtime > (folder / "ready").stat().st_mtime:
+            # Its entry points may be others, and what it needs.
+            install(folder, "-e", str(ROOT))
+            (folder / "ready").touch()
         return folder
     print(f"setting up {folder.relative_to(ROOT)} (once, about five minutes, 3.4 GB)", flush=True)
     if not (folder / "bin" / "python").exists():
@@ -88,6 +94,25 @@ def announce_plugins(folder: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: paceline-test-plugins\nVersion: 1\n")
     entries = "".join(f"{path.stem} = {path.stem}:register\n" for path in sorted(plugins.glob("*.py")))
     (info / "entry_points.txt").write_text(f"[vllm.general_plugins]\n{entries}")
+
+
+NEWEST = "0.33.0"
+"""There is no CPU build of it; what it needs of vLLM is the source."""
+
+
+def sources_of_newest() -> Path:
+    """The folder `vllm` out of the newest wheel, Python files alone. Raises CalledProcessError where pip fails."""
+    folder = environment_of(NEWEST)
+    if not is_ready(NEWEST):
+        with tempfile.TemporaryDirectory() as wheels:
+            what = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", wheels]
+            # The wheel is for another platform's GPUs: it is read, not installed.
+            subprocess.run([sys.executable, "-m", "pip", *what, f"vllm=={NEWEST}"], check=True)
+            (wheel,) = Path(wheels).glob("*.whl")
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(folder, [name for name in packed.namelist() if name.endswith(".py")])
+        (folder / "ready").touch()
+    return folder / "vllm"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import msgspec
 import zmq
 
 from paceline.vllm.codec import VllmDialect
-from paceline.vllm.coordinator import VllmCoordinator
+from paceline.vllm.plugin import VllmCoordinator
 from tests.vllm import environment
 from tests.vllm.serving import VERSION
 
@@ -28,15 +28,15 @@ Context = zmq.Context[zmq.Socket[bytes]]
 
 
 class StockCoordinators:
-    """A process that makes vLLM's coordinators."""
+    """A process that makes vLLM's coordinators; `sources`: of another version than is installed."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Path | None = None) -> None:
         python = environment.environment_of(VERSION) / "bin" / "python"
         script = Path(__file__).with_name("stock_coordinators.py")
         settings = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-        self.process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings
-        )
+        command = [str(python), str(script), *([str(sources)] if sources else [])]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process: subprocess.Popen[str] = subprocess.Popen(command, **pipes, text=True, env=settings)
         self.dialect = msgspec.convert(self._read()["dialect"], VllmDialect)
         """The version's, which its ranks and front-ends speak."""
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def vllm(model: str, folder: Path, *, paceline: bool, api_servers: int = 2, **variables: str) -> Iterator[Server]:
+def vllm(
+    model: str, folder: Path, *, paceline: bool, api_servers: int = 2, flags: Sequence[str] = (), **variables: str
+) -> Iterator[Server]:
     """Two ranks of `dense` or `moe` on this machine, behind `api_servers`; its log lies in `folder`."""
     port = free_port()
     binaries = environment.environment_of(VERSION) / "bin"
@@ -91,7 +93,7 @@ def vllm(model: str, folder: Path, *, paceline: bool, api_servers: int = 2, **va
         binaries / "python", binaries / "vllm", "serve", environment.models_of(VERSION) / model,
         "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", port,
         "--data-parallel-size", 2, "--api-server-count", api_servers,
-        "--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 16, "--dtype", "bfloat16",
+        "--enforce-eager", "--max-model-len", 256, "--max-num-seqs", 16, "--dtype", "bfloat16", *flags,
     ]  # fmt: skip
     log = folder / f"{model}-{api_servers}-{'paceline' if paceline else 'stock'}-{port}.log"
     with log.open("wb") as output:

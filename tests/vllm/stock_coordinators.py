@@ -2,7 +2,8 @@
 
 Each line of standard input names a folder and a number of ranks (JSON: folder, size, waves, fork). A coordinator is
 forked for it, and its addresses and process are printed when it has bound. Importing vLLM takes seconds, once; the
-first line printed says in what this version differs (`VllmDialect`).
+first line printed says in what this version differs (`VllmDialect`). With a folder of vLLM's sources as its argument it
+makes that version's coordinators, in this one's environment: they are plain Python.
 """
 
 import inspect
@@ -11,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 
@@ -27,14 +29,22 @@ class AddressPrinter:
 
 def main() -> None:
     from vllm.config import ParallelConfig
-    from vllm.v1.engine.coordinator import DPCoordinatorProc
+    from vllm.v1.engine import coordinator
 
-    from paceline.vllm.plugin import installed_dialect
+    from paceline.vllm.plugin import dialect_of, installed_dialect
+
+    dialect = installed_dialect(ParallelConfig())
+    if sys.argv[1:]:
+        sources = Path(sys.argv[1], "v1", "engine")
+        exec(compile((sources / "coordinator.py").read_text(), "coordinator.py", "exec"), vars(coordinator))
+        count_fields = len(coordinator.EngineState().request_counts)
+        dialect = dialect_of((sources / "core.py").read_text(), count_fields, ParallelConfig().dp_sync_interval)
+    DPCoordinatorProc = coordinator.DPCoordinatorProc
 
     # The out-of-order warnings cost it half of its speed at 64 ranks in lockstep; it is measured at its best.
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print(json.dumps({"dialect": msgspec.to_builtins(installed_dialect(ParallelConfig()))}), flush=True)
+    print(json.dumps({"dialect": msgspec.to_builtins(dialect)}), flush=True)
     known = inspect.signature(DPCoordinatorProc.run_coordinator).parameters
     for line in sys.stdin:
         asked = json.loads(line)

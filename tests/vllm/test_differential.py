@@ -8,6 +8,7 @@ shows it on both.
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,9 +44,12 @@ def stats(waiting: int, running: int, wave: int, step: int) -> dict[str, Any]:
 
 
 class Script:
-    """What real ranks and front-ends could say, drawn at random; the named differences are left out."""
+    """What real ranks and front-ends could say, drawn at random; the named differences are left out. `notices`: whether
+    front-ends give notice of requests, as they do up to 0.32.
+    """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, notices: bool = True) -> None:
+        self._notices = notices
         self._draw = random.Random(seed)
         self.size = self.least = self._draw.choice((2, 3, 5))
         self._wave = 0
@@ -54,7 +58,7 @@ class Script:
         self.words = [self._word() for _ in range(EVENTS)]
 
     def _word(self) -> Word:
-        kinds = ["notice", "stale notice", "quiet report", "late", "scale", "old end"]
+        kinds = [*(["notice", "stale notice"] if self._notices else []), "quiet report", "late", "scale", "old end"]
         kinds += ["end", "report", "report", "report", "stale start", "start"] if self._running else ["start"] * 3
         draw, size = self._draw, self.size
         match draw.choice(kinds):
@@ -135,7 +139,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_they_agree(stock: StockCoordinators, seed: int) -> None:
-    script = Script(seed)
+    agree(stock, Script(seed))
+
+
+@pytest.fixture(scope="module")
+def newest() -> Iterator[StockCoordinators]:
+    """The newest version's, of which there is no build for CPUs: its coordinator is plain Python."""
+    if VERSION != environment.DEFAULT_VERSION:
+        pytest.skip("it runs in the environment of the default version")
+    made = StockCoordinators(environment.sources_of_newest())
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_they_agree_with_the_newest(newest: StockCoordinators, seed: int, request: pytest.FixtureRequest) -> None:
+    """Its front-ends give no notice; its ranks say what they start."""
+    if seed >= 2 and not request.config.getoption("--vllm-full"):
+        pytest.skip("two of them do: --vllm-full")
+    agree(newest, Script(seed, notices=False))
+
+
+def test_what_the_newest_has_no_case_for() -> None:
+    """Its front-ends give no notice any more, so none is lost, and none is one of many."""
+    sources = environment.sources_of_newest()
+    client = (sources / "v1" / "engine" / "core_client.py").read_text(encoding="utf-8")
+    sent = re.findall(r"first_req_send_socket\.send\((.*?)\)", client)
+    assert all("SCALE_ELASTIC_EP" in what or what == "scale_msg" for what in sent), sent
+    assert "received unexpected message from front-end" in (sources / "v1" / "engine" / "coordinator.py").read_text()
+
+
+def agree(stock: StockCoordinators, script: Script) -> None:
     for pause_s in (QUICK_S, SLOW_S, SLOWEST_S):
         theirs, ours = both_say(stock, script, pause_s)
         if theirs == ours:
@@ -228,6 +263,17 @@ DIFFERENCES: dict[str, Callable[[tuple[Neighbours, ...]], None]] = {
     "who-has-left-runs-no-more": who_has_left,
     "garbage-counted": bad_frames,
 }
+
+
+GONE = ("report-wakes", "one-wake-for-many-notices", "wake-repeated")
+"""What is shown by a front-end's notice, which the newest version's do not give."""
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENCES if name not in GONE])
+def test_difference_to_the_newest(newest: StockCoordinators, name: str) -> None:
+    with pair(newest, 2) as both:
+        listen(both, SETTLE_S)
+        DIFFERENCES[name](both)
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)

@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 from paceline.core.codec import BadMessage
 from paceline.vllm import codec
 from paceline.vllm.codec import Notice, RankStats, Scale
-from tests.net.peers import GARBAGE
+from tests.net.peers import BAD_FRAMES
 from tests.vllm_plugin import vllm_frames as frames
 
 STATS = {"num_running_reqs": 4, "num_waiting_reqs": 3, "step_counter": 17, "current_wave": 2, "kv_cache_usage": 0.5}
@@ -92,8 +92,8 @@ def test_what_no_frontend_says(wrong: object) -> None:
         codec.read_frontend(msgspec.msgpack.encode(wrong))
 
 
-@pytest.mark.parametrize("bad_frames", GARBAGE)
-def test_garbage_is_a_bad_message(bad_frames: bytes) -> None:
+@pytest.mark.parametrize("bad_frames", BAD_FRAMES)
+def test_bad_frames_are_a_bad_message(bad_frames: bytes) -> None:
     codec.whose_report(bad_frames)
     for read in (codec.read_rank, codec.read_frontend):
         with pytest.raises(BadMessage):
@@ -129,8 +129,6 @@ def test_recorded_frames() -> None:
 
 
 # Whose report -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("index", [0, 1, 127, 128, 255, 256, 65535])
 @pytest.mark.parametrize("length", [8, 9])
 def test_reports_of_one_rank_begin_alike_and_with_nobody_elses(index: int, length: int) -> None:

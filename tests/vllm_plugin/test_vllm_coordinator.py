@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 from paceline.errors import ConfigError, StartupError
 from paceline.operate import loads_app
 from paceline.process.spawn import wait_gone
-from paceline.vllm.coordinator import VllmCoordinator
-from tests.net.peers import Context, context, send_garbage, shout_at
+from paceline.vllm.plugin import VllmCoordinator
+from tests.net.peers import Context, context, send_bad_frames, shout_at
 from tests.pace import stretched
 
 pytestmark = pytest.mark.slow
@@ -229,7 +229,7 @@ def test_shutdown_ends_both_and_leaves_nothing() -> None:
 def test_a_launchers_end_is_everybodys_end() -> None:
     program = """
 import sys, types
-from paceline.vllm.coordinator import VllmCoordinator
+from paceline.vllm.plugin import VllmCoordinator
 if __name__ == "__main__":
     sizes = {"data_parallel_size": 2, "data_parallel_size_local": 2}
     config = types.SimpleNamespace(data_parallel_master_ip="127.0.0.1", **sizes)
@@ -249,14 +249,14 @@ if __name__ == "__main__":
     wait_until(lambda: not alive(watchdog) and not alive(child))
 
 
-def test_garbage_is_counted_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_frames_are_counted_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with status(monkeypatch) as port, deployment(2) as running:
         running.greeted()
         back_publish, back_output = running.coordinator.get_engine_socket_addresses()
-        send_garbage(running.socket(zmq.PUSH, back_output))
+        send_bad_frames(running.socket(zmq.PUSH, back_output))
         # What begins like a subscription is one: strangers speak here, not the front-ends and ranks themselves.
-        send_garbage(running.socket(zmq.XSUB, running.coordinator.get_stats_publish_address()))
-        send_garbage(running.socket(zmq.XSUB, back_publish))
+        send_bad_frames(running.socket(zmq.XSUB, running.coordinator.get_stats_publish_address()))
+        send_bad_frames(running.socket(zmq.XSUB, back_publish))
         for address in (*running.coordinator.get_engine_socket_addresses(),
                         running.coordinator.get_stats_publish_address()):  # fmt: skip
             shout_at(address)

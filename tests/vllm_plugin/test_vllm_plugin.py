@@ -24,7 +24,8 @@ STARTS = "EngineCoreOutputs(start_wave=self.current_wave)\n"
 
 def test_vllm_finds_it() -> None:
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {"paceline": f"{register.__module__}:{register.__name__}"}
+    found = project["entry-points"]["vllm.general_plugins"]
+    assert found["paceline"] == f"{register.__module__}:{register.__name__}"
 
 
 @pytest.mark.parametrize("value", ["", "0", "no"])

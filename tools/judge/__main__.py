@@ -129,7 +129,7 @@ def wire() -> list[str]:
     import protocol_reference as reference
 
     lines = []
-    for direction, union in reference.messages.UNIONS.items():
+    for direction, union in reference.codec.UNIONS.items():
         for message in reference.classes_of(union):
             lines.append(f"{direction}: {fields(reference, message)}")
     return [*lines, *(f"part: {fields(reference, part)}" for part in reference.parts())]

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
 from itertools import product
 from typing import Annotated, Any
 
 import typer
 from msgspec.structs import replace
-from rich.console import Console
-from rich.progress import Progress as Bars, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from paceline.check.dispatch import Dispatch, Limits
-from paceline.check.epochs import Epochs
+from paceline.check.epochs import Epochs, Scaled
 from paceline.check.lockstep import Lockstep
 from paceline.check.parties import Bound
-from paceline.check.scaling import Scaled
 from paceline.check.search import Finding, Model, search
 from paceline.check.serving import Bounds, Serving
-from paceline.core.pause import MODES
+from paceline.console import status_line
 from paceline.core.requests import SuspendMode
 from paceline.core.rules import BINDING_RULES, OF_GENERATIONS, OF_SCALING, RULES, checked
+from paceline.core.transaction import MODES
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "frontends", "requests", "losses", "crashes")
@@ -111,7 +107,8 @@ def check(
     _print(_walk(models, max_memory_mb), as_json, max_memory_mb)
 
 
-check_app = app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+names = {"help_option_names": ["-h", "--help"]}
+check_app = app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=names)
 app.command()(check)
 
 
@@ -175,11 +172,15 @@ def _answers(given: dict[str, int]) -> list[Model[Any]]:
 def _walk(models: list[Model[Any]], most_mb: int) -> list[Finding]:
     """Search one after the other until one of them finds something."""
     findings: list[Finding] = []
-    for model in models:
-        with _progress() as report:
+    with status_line() as say:
+
+        def report(states: int, ahead: int, depth: int) -> None:
+            say(f"{states:,} states, {ahead:,} to look at, depth {depth}")
+
+        for model in models:
             findings.append(search(model, report, most_mb))
-        if findings[-1].violation or not findings[-1].decided:
-            break
+            if findings[-1].violation or not findings[-1].decided:
+                break
     return findings
 
 
@@ -238,22 +239,3 @@ def _rules(names: list[str], walked: Collection[str]) -> frozenset[str]:
         when = "only with --binding" if name in BINDING_RULES else "not with --binding"
         raise typer.BadParameter(f"{name}: {when}", param_hint="--without")
     return rules
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, int], None]]:
-    """A line on a terminal's stderr that says how far the search is; nothing anywhere else."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda *_: None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Bars(*columns, console=console, transient=True) as bars:
-        task, begin = bars.add_task("walking", total=None), time.perf_counter()
-
-        def report(states: int, frontier: int, depth: int) -> None:
-            rate = states / max(time.perf_counter() - begin, 0.001)
-            text = f"{states:,} states, {frontier:,} to look at, depth {depth}, {rate:,.0f} states/s"
-            bars.update(task, description=text)
-
-        yield report

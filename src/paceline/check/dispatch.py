@@ -17,25 +17,23 @@ states in which it has heard it already: hearing it again changes nothing at the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.check.search import Move, Requests, Whole, told
-from paceline.check.state import NOW, Broken, Freezer, Part, Register
+from paceline.check.search import NOW, Broken, Freezer, Move, Part, Register, Whole
 from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.epoch import Epochs, Stalls
+from paceline.core.coordinator.load_table import Publisher
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.coordinator.pause import Pause
-from paceline.core.coordinator.publishing import Publisher
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.frontend import events as on_frontend
 from paceline.core.frontend.dispatch import Placement
-from paceline.core.frontend.inflight import RetryAfter
+from paceline.core.frontend.inflight import RetryAfter, Router
 from paceline.core.frontend.machine import Frontend
-from paceline.core.frontend.ranks import Router
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, LoadView, Members, RankHello, RankReport
 from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
@@ -60,6 +58,46 @@ class Limits(Struct, frozen=True):
     without: frozenset[str] = frozenset()
 
 
+class Requests:
+    """Models of requests, whose moves all happen by themselves and are told as they are named.
+
+    `besides`: classes that are no part of what is walked.
+    """
+
+    def __init__(self, *besides: type) -> None:
+        freeze = Freezer(*besides)
+        self.machines: Register[Any] = Register(freeze)
+        self.messages: Register[Any] = Register(freeze)
+
+    def stuck(self, _: Any) -> str:
+        return "a request can never come to its end any more"
+
+    def tell(self, _: Any, what: tuple[Any, ...], __: Any) -> str:
+        return str(what[0])
+
+    def does(self, machine: Part[Any], event: Any, timer: str = "") -> tuple[Any, tuple[Any, ...]]:
+        """What becomes of a machine by an event, and its effects."""
+        return machine.after(handles, self.messages.part(event), timer)
+
+
+def handles(machine: Any, event: Part[Any], timer: str = "") -> tuple[Any, ...]:
+    """A machine does what is due. A view is numbered when it is read, as the next one."""
+    happens = event.thing
+    if isinstance(happens, on_frontend.CoordinatorSaid) and isinstance(happens.message, LoadView):
+        happens = on_frontend.CoordinatorSaid(replace(happens.message, number=machine.next_view))
+    if timer:
+        machine.expire(timer, NOW)
+    effects = machine.handle(happens, NOW)
+    if isinstance(machine, Coordinator):
+        machine.moment_passes()
+    return tuple(effects)
+
+
+def told(what: str, do: Callable[..., None], *given: Any) -> Move:
+    """A move with its name."""
+    return Move((what,), True, do, given)
+
+
 class State(Whole):
     """All parts. `taken`, `present`, `step`, `reported`, `known`: of each rank. `open`: requests whose clients wait."""
 
@@ -76,28 +114,21 @@ class State(Whole):
         self.asked: frozenset[int] = frozenset()
         self.open: frozenset[int] = frozenset()
         self.sent: frozenset[int] = frozenset()
-        self.aborts, self.losses, self.crashes = limits.aborts, limits.losses, limits.crashes
-
-    @property
-    def spare(self) -> int:
-        return self.losses
+        self.aborts, self.spare, self.crashes = limits.aborts, limits.losses, limits.crashes
 
 
 class Dispatch(Requests):
     """The moves of one deployment."""
 
     def __init__(self, limits: Limits) -> None:
+        super().__init__(*BESIDES)
         self.limits = limits
-        freeze = Freezer(*BESIDES)
-        self.frontends: Register[Frontend] = Register(freeze)
-        self.coordinators: Register[Coordinator] = Register(freeze)
-        self.messages: Register[Any] = Register(freeze)
 
     def start(self) -> State:
         """Ready and idle: everybody knows everybody, and shares are handed out."""
         limits, count = self.limits, self.limits.frontends
         machines = [
-            self.frontends.part(Frontend(FIRST + at, LeastLoad(at, count), late_binding=True, without=limits.without))
+            self.machines.part(Frontend(FIRST + at, LeastLoad(at, count), late_binding=True, without=limits.without))
             for at in range(count)
         ]
         state = State(limits, machines)
@@ -125,8 +156,7 @@ class Dispatch(Requests):
         return not list(state.coordinator.thing.dispatcher.descriptors())
 
     def key(self, state: State) -> Hashable:
-        rest = {**state.__dict__, "losses": 0, "lives": state.lives > 1}
-        return tuple([tuple(one) if type(one) is list else one for one in rest.values()])
+        return state.lives > 1, state.values("spare", "lives")
 
     # Moves ------------------------------------------------------------------------------------------
 
@@ -150,7 +180,7 @@ class Dispatch(Requests):
             yield told("the coordinator dies", self._crash)
         if "queue" in state.coordinator.thing.timers() and not any(state.down) and max(map(len, state.up)) <= 1:
             yield told("the coordinator says again what it granted", self._coordinator, on_coordinator.Tick(), "queue")
-        if not any(state.down) and state.losses < self.limits.losses:
+        if not any(state.down) and state.spare < self.limits.losses:
             yield told("the coordinator publishes", self._coordinator, on_coordinator.FrontendSubscribed())
 
     def _link_moves(self, state: State, index: int) -> Iterator[Move]:
@@ -161,7 +191,7 @@ class Dispatch(Requests):
         if down:
             name = type(down[0].thing).__name__
             yield told(f"{who} hears {name}", self._down, index)
-            if state.losses:
+            if state.spare:
                 yield told(f"{name} is lost on its way to {who}", self._lose, index)
         if coordinator is None:
             if "silence" in timers:
@@ -189,7 +219,7 @@ class Dispatch(Requests):
         self._frontend(state, index, on_frontend.CoordinatorSaid(first.thing))
 
     def _lose(self, state: State, index: int) -> None:
-        state.losses, state.down[index] = state.losses - 1, state.down[index][1:]
+        state.spare, state.down[index] = state.spare - 1, state.down[index][1:]
 
     def _take(self, state: State, rank: int, index: int, message: Any) -> None:
         if isinstance(message, AddRequest):
@@ -237,14 +267,14 @@ class Dispatch(Requests):
         machine = Coordinator(
             limits.ranks, state.lives, 0.0, lockstep=False, fresh=state.lives == 1, without=limits.without
         )
-        state.coordinator = self.coordinators.part(machine)
+        state.coordinator = self.machines.part(machine)
         state.known, state.reported = [False] * limits.ranks, [False] * limits.ranks
         self._coordinator(state, on_coordinator.FrontendSubscribed())
 
     def _coordinator(self, state: State, event: on_coordinator.Event, timer: str = "") -> None:
         if state.coordinator is None:
             return
-        state.coordinator, said = state.coordinator.after(handles, self.messages.part(event), timer)
+        state.coordinator, said = self.does(state.coordinator, event, timer)
         for effect in said:
             if isinstance(effect, on_coordinator.ToFrontends):
                 for index, link in enumerate(state.down):
@@ -260,7 +290,7 @@ class Dispatch(Requests):
         return link if word in link else (*link, word)
 
     def _frontend(self, state: State, index: int, event: on_frontend.Event, timer: str = "") -> None:
-        state.machines[index], effects = state.machines[index].after(handles, self.messages.part(event), timer)
+        state.machines[index], effects = self.does(state.machines[index], event, timer)
         for effect in effects:
             match effect:
                 case on_frontend.ToCoordinator(message):
@@ -271,16 +301,3 @@ class Dispatch(Requests):
                     state.open = state.open - {output.request for output in outputs}
                 case on_frontend.Refuse(request):
                     state.open = state.open - {request}
-
-
-def handles(machine: Any, event: Part[Any], timer: str = "") -> tuple[Any, ...]:
-    """A front-end or a coordinator does what is due. A view is numbered when it is read, as the next one."""
-    happens = event.thing
-    if isinstance(happens, on_frontend.CoordinatorSaid) and isinstance(happens.message, LoadView):
-        happens = on_frontend.CoordinatorSaid(replace(happens.message, number=machine.next_view))
-    if timer:
-        machine.expire(timer, NOW)
-    effects = machine.handle(happens, NOW)
-    if isinstance(machine, Coordinator):
-        machine.moment_passes()
-    return tuple(effects)

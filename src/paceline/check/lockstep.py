@@ -1,4 +1,4 @@
-"""Waves: every interleaving of the machines of lockstep ranks and of the coordinator, and the moves between states.
+"""Waves: every interleaving of the machines of lockstep ranks and of the coordinator.
 
 Front-ends hold nothing that matters to waves but what they believe of the wave, and views reach them however late. So
 they have no state here: a request may be stamped with the newest wave that was published or with the oldest, wave 0
@@ -14,17 +14,17 @@ connects and joins as late as one likes. (Its death in a wave: `epochs.py`.)
 
 What is not told apart, and why it may not matter:
 
-- A step, and the agreement after it, are a barrier. That a rank has entered it is no state of its own: being in it, the
-  rank does not read its inbox until all have come, which is the same as reading nothing and coming last. So a running
-  rank may read or not, and what a rank in the barrier would not do is not fair: liveness is shown without it.
+- A step, and the agreement after it, are a barrier. A rank in the barrier does not read its inbox until all have come,
+  which is the same as reading nothing and coming last. So a running rank may read or not, and what a rank in the
+  barrier would not do is not fair: liveness is shown without it.
 - A request and its notice travel on two links, so either comes first, and until the first of them has come nothing can
   tell that it was sent. So a send and the first arrival of it are one move.
 - A message that the coordinator only notes comes first (`_noted`): it leads to the same state before or after anything
-  else. So does, where nothing else will come that could be read before it, what a paused rank reads.
-- What changes nothing, now or later, is taken off the links unread (`_tidy`).
+  else. What changes nothing, now or later, is taken off the links unread (`tidy`).
 - A life of the coordinator asks a rank once: the rank has told all that changed since its first answer. A question is
   answered when it is sent, if nothing is before it in the link, and what is heard in mid-step may overtake the rest.
-- Ranks are alike: states that differ only in which rank is which are one.
+- Ranks are alike. None holds its number: inside, each is rank 0, and what it says is given its number when the
+  coordinator reads it. So states that differ only in which rank is which are one.
 
 A timer is due once all that ranks have said is read: what is repeated is not repeated for them. The wake of a paused
 deployment counts the pause up, and with a timer that is faster than everybody it would do so for ever: it comes
@@ -33,27 +33,28 @@ when nobody is about to do anything else, and one that comes earlier counts as a
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import permutations, product
-from typing import Any, NamedTuple
+from typing import Any
 
-from paceline.check import parties
+from paceline.check import story
 from paceline.check.parties import (
     BESIDES,
+    FRONTEND,
     Answer,
     Bound,
+    Known,
     Node,
     Process,
-    Settings,
     State,
     Word,
     frontend_sends,
+    happens,
     neutral,
+    notice_of,
 )
-from paceline.check.search import Move, Same
-from paceline.check.state import Freezer, Part, Register, demand
-from paceline.check.story import situation, told
+from paceline.check.search import Freezer, Move, Part, Register, Same, demand, goes_on
+from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.invariants import (
     agree_at_rest,
@@ -62,7 +63,8 @@ from paceline.core.invariants import (
     nothing_steps_while_suspended,
     same_collective,
 )
-from paceline.core.messages import Admit, Form, Identify, RankHello, StartDPWave, WaveComplete
+from paceline.core.messages import Admit, ControlRequest, Form, Identify, RankHello, StartDPWave, WaveComplete
+from paceline.core.rank import events as on_rank
 from paceline.core.rank.events import IN_MID_STEP, Phase, Step
 from paceline.core.requests import ControlAction
 
@@ -70,27 +72,15 @@ REPEATED = ("wake", "question", "suspension", "generation")
 """Timers by which the coordinator says something again; the others let it wait no longer (`epochs.py`)."""
 
 
-class Known(NamedTuple):
-    """What the coordinator shows of itself. `lives`: of the ranks that are ready; `timers`: set, each with whom it
-    waits for."""
-
-    wave: int
-    running: bool
-    suspension: int
-    lives: dict[int, int]
-    timers: dict[str, list[int]]
-
-
 class Lockstep:
     """The moves within a bound."""
 
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
-        self.places = bound.ranks + bool(bound.scales)
+        self.receivers = bound.ranks
         self.calls: tuple[ControlAction, ...] = (bound.mode, "resume") * bound.suspensions
         # What is claimed of the order of moves was shown for all rules together.
         self.commutes = bound.merge and not bound.without
-        self.settings = Settings(bound.steps, bound.sync_interval, bound.grouped, bound.without)
         freeze = Freezer(*BESIDES)
         self.processes: Register[Process] = Register(lambda process: process.key(freeze))
         self.coordinators: Register[Coordinator] = Register(freeze)
@@ -98,59 +88,46 @@ class Lockstep:
         self._numbers: dict[Node, int] = {}
 
     def start(self) -> State:
-        """All ranks have joined, all front-ends know them, nothing is under way: what is nearest to the beginning."""
-        first = self.first_state()
-        first.calls = len(self.calls)
-        ahead, met = deque([first]), {self.key(first)}
-        while ahead:
-            state = ahead.popleft()
-            if self.over(state):
-                return self.begun(state)
-            for move in self.moves(state):
-                after = state.copy()
-                if move.fair:
-                    move.do(after, *move.given)
-                    key = self.key(after)
-                    if key not in met:
-                        met.add(key)
-                        ahead.append(after)
-        # They never come to rest: then this is where they are stuck.
-        return self.begun(first)
+        """All ranks have joined, all front-ends know them, nothing is under way."""
+        state = self.first_state()
+        state.calls = len(self.calls)
+        met = {self.key(state)}
+        # Where they never come to rest, that is where they are stuck.
+        while not self.over(state) and (further := goes_on(self, state, met)) is not None:
+            state = further[1]
+        return self.begun(state)
 
     def begun(self, state: State) -> State:
         """The state at rest with all before it."""
-        bound, state.calls = self.bound, 0
-        state.names = tuple(range(len(state.nodes)))
-        state.unsent, state.losses, state.crashes = bound.requests, bound.losses, bound.crashes
+        bound, state.calls, state.names = self.bound, 0, tuple(range(len(state.nodes)))
+        state.unsent, state.spare, state.crashes = bound.requests, bound.losses, bound.crashes
         return state
 
     def first_state(self) -> State:
         """Ranks that have loaded their engines, and a coordinator that knows nothing."""
-        return State(self.fresh(1), [self.born(1) for _ in range(self.bound.ranks)])
+        return State(self.fresh(1, self.bound.ranks), [self.born(1) for _ in range(self.bound.ranks)])
 
-    def fresh(self, identity: int, size: int = 0) -> Part[Coordinator]:
-        """A life of the coordinator. `size`: ranks that it is told of."""
-        return self.coordinators.part(
-            Coordinator(
-                size or self.bound.ranks, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1,
-                without=self.bound.without,
-            )
-        )  # fmt: skip
+    def fresh(self, identity: int, size: int) -> Part[Coordinator]:
+        """A life of the coordinator, which is told of so many ranks."""
+        machine = Coordinator(
+            size, identity, 0.0, lockstep=True, publish_loads=False, fresh=identity == 1, without=self.bound.without
+        )
+        return self.coordinators.part(machine)
 
     def born(self, incarnation: int) -> Node:
         """A life of a rank that has just loaded its engine."""
-        return Node(self.processes.part(Process(incarnation, self.settings))).after(Process.loads)
+        return Node(self.processes.part(Process(incarnation, self.bound))).after(Process.hears, on_rank.Loaded())
 
     def known(self, state: State) -> Known:
         found = self._known.get(state.coordinator)
         if found is None:
             machine = state.coordinator.thing
-            now = machine.statistics()
+            now: Any = machine.statistics()
             of = (now["wave"], now["running"], now["suspension"], machine.lives(), machine.timers())
-            found = self._known[state.coordinator] = Known(*of)  # type: ignore[arg-type]
+            found = self._known[state.coordinator] = Known(*of)
         return found
 
-    # When all is over -----------------------------------------------------------------------------
+    # When all is over, and which states are one -----------------------------------------------------
 
     def deployed(self, state: State) -> Sequence[Node]:
         """The ranks that the deployment has."""
@@ -162,85 +139,68 @@ class Lockstep:
             processes = [node.process.machine for node in state.nodes]
             known = {f"rank {i}": (one.running, one.pause.number) for i, one in enumerate(processes)}
             demand(nothing_steps_while_suspended(state.settled, known))
-        if state.asking or state.stranded or self.known(state).timers or not all(map(_quiet, self.deployed(state))):
+        nodes = self.deployed(state)
+        if state.asking or state.stranded or self.known(state).timers or not all(node.quiet() for node in nodes):
             return False
-        machines = [node.process.machine for node in self.deployed(state)]
         # Who joined after the last wave was told what the coordinator knew then; it catches up with the next one.
+        machines = [node.process.machine for node in nodes]
         waves = {f"rank {i}": one.wave for i, one in enumerate(machines) if one.incarnation == 1}
         demand(agree_at_rest(self.known(state).wave, waves))
         return True
 
     def stuck(self, state: State) -> str:
-        return f"Stuck: {situation(state)}. Nothing that happens by itself brings this to an end."
+        return f"Stuck: {story.situation(state)}. Nothing that happens by itself brings this to an end."
 
     def tell(self, before: State, what: tuple[Any, ...], after: State) -> str:
-        return told(before, what, after)
-
-    # Which states are one --------------------------------------------------------------------------
+        return story.told(before, what, after)
 
     def key(self, state: State) -> tuple[Any, ...]:
         """The state brought into the one form of those that differ in the ranks' numbers, without its losses."""
         if self.bound.merge:
-            self._tidy(state)
+            self.tidy(state)
         numbers = [self._numbers.setdefault(node, len(self._numbers)) for node in state.nodes]
-        if self.bound.merge:
+        if self.bound.merge and not self.bound.scales:
             numbers = self._sort(state, numbers)
-        rest = (state.published, state.calls, state.asking, state.heard, state.answered, state.settled, state.stranded)
-        return (state.coordinator.number, *numbers, state.unsent, state.crashes, *rest)
+        return (*numbers, *state.values("nodes", "names", "spare"))
 
     def _sort(self, state: State, numbers: list[int]) -> list[int]:
-        alike = self.alike(state)
-        first, rest = numbers[:alike], tuple(range(alike, len(numbers)))
-        best = sorted(first)
-        if best == first and len(set(best)) == alike:
+        best = sorted(numbers)
+        if best == numbers and len(set(best)) == len(best):
             return numbers
         # Where some are equal, the coordinator's state decides.
-        orders = [(*order, *rest) for order in permutations(range(alike)) if [first[place] for place in order] == best]
+        orders = [order for order in permutations(range(len(best))) if [numbers[place] for place in order] == best]
         order = min(orders, key=lambda order: state.coordinator.mirrored(order).number) if orders[1:] else orders[0]
-        self.reorder(state, order)
-        return [numbers[place] for place in order]
-
-    def reorder(self, state: State, order: tuple[int, ...]) -> None:
-        """Let rank `order[i]` be rank `i`."""
         state.coordinator = state.coordinator.mirrored(order)
-        state.nodes = [state.nodes[place] for place in order]
-        state.names = tuple(state.names[place] for place in order)
+        state.nodes, state.names = [state.nodes[i] for i in order], tuple(state.names[i] for i in order)
+        return best
 
-    def alike(self, state: State) -> int:
-        """Ranks below this are alike."""
-        return len(state.nodes)
-
-    def _tidy(self, state: State) -> None:
-        """Take messages off the links that change nothing, now or later, when they are read.
-
-        Wakes of a wave that the rank has finished. Where the coordinator knows the rank, so that it hears of every
-        change, wakes of the wave that the rank runs in, and questions too: the answer would repeat the last word. And
-        of what ranks say all that leaves the coordinator as it is, but for hellos that it may have to know them by.
-        """
+    def tidy(self, state: State) -> None:
+        """Take messages off the links that change nothing, now or later, when they are read: wakes of a wave that the
+        rank has finished; where the coordinator knows the rank, so that it hears of every change, wakes of the wave
+        that the rank runs in, and questions too: the answer would repeat the last word."""
         if not self.commutes:
             return
         lives = self.known(state).lives
         for rank, node in enumerate(state.nodes):
-            if not node.up and not node.down:
-                continue
             machine = node.process.machine
             known = lives.get(rank) == machine.incarnation
+            self.drop(state, rank, machine.wave + (known and machine.running), known)
+
+    def drop(self, state: State, rank: int, least: int, questions: bool) -> None:
+        """Take wakes below a wave off a rank's link, and questions where that is asked for."""
+        node = state.nodes[rank]
+        if node.down:
             down = tuple(
-                word for word in node.down if not _outdated(word, machine.wave + (known and machine.running), known)
-            )
-            up = node.up
-            while up and isinstance(up[0].thing, RankHello) == known and not (known and state.crashes):
-                after, answer = state.coordinator.after(parties.said, rank, up[0])
-                if after is not state.coordinator or not all(isinstance(w.thing, Identify) for w in answer.broadcasts):
-                    break
-                up = up[1:]
-            if len(up) + len(down) < len(node.up) + len(node.down):
-                state.nodes[rank] = node._replace(up=up, down=down)
+                word for word in node.down
+                if not (isinstance(word.thing, StartDPWave) and word.thing.wave < least)
+                and not (questions and isinstance(word.thing, Identify))
+            )  # fmt: skip
+            state.nodes[rank] = node._replace(down=down)
 
     # Moves ------------------------------------------------------------------------------------------
 
     def moves(self, state: State) -> Iterator[Move]:
-        first = self._first(state) if self.commutes else None
+        first = self._noted(state) if self.commutes else None
         if first is not None:
             yield first
             return
@@ -252,44 +212,33 @@ class Lockstep:
         if state.unsent:
             yield from self._requests(state)
         if state.calls < len(self.calls) and not state.asking:
-            yield Move(("ask", -1, self.calls[state.calls]), self.calls[state.calls] == "resume", _ask)
+            action = self.calls[state.calls]
+            yield Move(("ask", -1, action), action == "resume", become, (-1, None, (), {"asking": True}))
         if state.crashes:
             yield from self._crashes(state)
             yield from self.deaths(state)
 
-    def _first(self, state: State) -> Move | None:
-        """A move that is to come before all others, since their order makes no difference."""
-        known = self.known(state)
-        current = [known.lives.get(rank) == node.process.machine.incarnation for rank, node in enumerate(state.nodes)]
-        for rank, node in enumerate(state.nodes):
-            if node.up and current[rank] and self._noted(state, known, rank, node.up[0].thing):
-                answer = state.coordinator.after(parties.said, rank, node.up[0])[1]
-                if not answer.broadcasts and answer.published <= state.published:
-                    return next(self._says(state, rank, node))
-        if state.unsent or state.crashes or state.calls < len(self.calls) or "suspension" in known.timers:
-            return None
-        for rank, node in enumerate(state.nodes):
-            if node.down and not node.process.machine.running:
-                moves = list(self.rank_moves(rank, node))
-                if len(moves) == 1:
-                    return moves[0]
-        if all(current) and all(node.connected and not node.down and not node.arriving for node in state.nodes):
-            return next(self.rounds(state), None)
-        return None
-
-    def _noted(self, state: State, known: Known, rank: int, message: object) -> bool:
-        """Whether the coordinator notes the message of a rank that it knows, and acts on it no otherwise if it is late.
+    def _noted(self, state: State) -> Move | None:
+        """A message of a rank that the coordinator knows, which it notes, and acts on no otherwise if it is late.
 
         A rank that pauses after others have: the wave is over already. A rank that runs in the wave that others are
         known to run in: it owes no answer any more. A hello is read by the next coordinator if this one dies.
         """
-        if isinstance(message, WaveComplete):
-            return known.wave > message.wave
-        if not isinstance(message, RankHello) or state.crashes:
-            return False
-        if state.coordinator.thing.acknowledged(rank) != (message.suspension, message.held):
-            return False
-        return known.wave == message.wave and known.running if message.running else known.wave >= message.wave
+        known = self.known(state)
+        for rank, node in enumerate(state.nodes):
+            if not node.up or known.lives.get(rank) != node.process.machine.incarnation:
+                continue
+            message, noted = node.up[0].thing, False
+            if isinstance(message, WaveComplete):
+                noted = known.wave > message.wave
+            elif isinstance(message, RankHello) and not state.crashes:
+                same = known.wave == message.wave and known.running if message.running else known.wave >= message.wave
+                noted = same and state.coordinator.thing.acknowledged(rank) == (message.suspension, message.held)
+            if noted:
+                answer = state.coordinator.after(happens, rank, node.up[0])[1]
+                if not answer.broadcasts and answer.published <= state.published:
+                    return next(self._says(state, rank, node))
+        return None
 
     def rank_moves(self, rank: int, node: Node) -> Iterator[Move]:
         """What can happen at one rank alone."""
@@ -303,32 +252,28 @@ class Lockstep:
             at_once = at_once or in_mid_step
         joining = process.machine.phase is Phase.JOINING and process.idle
         if joining and not node.up and not node.down and node.connected:
-            yield becomes(("hello", rank), node, Process.says_hello_again)
+            yield becomes(("hello", rank), node, Process.turns, 10.0)
         for stamp in sorted(set(node.arriving)) if not busy else ():
-            rest = node._replace(arriving=_less(node.arriving, stamp))
+            rest = node._replace(arriving=less(node.arriving, stamp))
             yield becomes(("arrive", rank, stamp), rest, Process.arrives, stamp, fair=not running)
 
     def _says(self, state: State, rank: int, node: Node) -> Iterator[Move]:
-        rest = node._replace(up=node.up[1:])
-        return self.heard(state, ("say", rank, node.up[0]), self.reads, rest, parties.said, rank, node.up[0])
+        return self.heard(state, ("say", rank, node.up[0]), node.up[0], node=node._replace(up=node.up[1:]))
 
     def _coordinator_moves(self, state: State) -> Iterator[Move]:
         for rank, node in enumerate(state.nodes):
             if node.up:
                 yield from self._says(state, rank, node)
             for stamp in sorted(set(node.notices)):
-                rest = node._replace(notices=_less(node.notices, stamp))
-                yield from self.heard(state, ("notice", rank, stamp), self.reads, rest, parties.noticed, rank, stamp)
+                rest = node._replace(notices=less(node.notices, stamp))
+                yield from self.heard(state, ("notice", rank, stamp), notice_of(stamp), node=rest)
             if not node.connected and not node.process.loading:
                 up = node._replace(connected=True)
-                yield from self.heard(state, ("connect", rank), self.reads, up, parties.subscribed, rank)
+                yield from self.heard(state, ("connect", rank), on_coordinator.RankSubscribed(), node=up)
         if state.asking and not state.heard:
-            yield from self.heard(state, ("call", -1, self.calls[state.calls]), self._called)
-
-    def _called(self, state: State) -> Answer:
-        state.heard = True
-        call = (state.calls, self.calls[state.calls], state.answered)
-        return self.happens(state, parties.called, -1, *call)
+            action = self.calls[state.calls]
+            request = on_coordinator.FrontendSaid(ControlRequest(FRONTEND, state.calls, action, state.answered))
+            yield from self.heard(state, ("call", -1, action), request, heard=True)
 
     def _timer_moves(self, state: State) -> Iterator[Move]:
         nodes, known = state.nodes, self.known(state)
@@ -342,15 +287,11 @@ class Lockstep:
 
     def timer(self, state: State, timer: str, *, early: bool = False) -> Iterator[Move]:
         """A timer is due. `early`: that it may be so again and again counts as a loss."""
-        what, act = ("tick", -1, timer), (self.happens, parties.ticked, -1, timer)
+        what, event = ("tick", -1, timer), on_coordinator.Tick()
         if not early:
-            yield from self.heard(state, what, *act)
-        elif state.losses:
-            yield Move(what, False, self._early, act)
-
-    def _early(self, state: State, *act: Any) -> None:
-        state.losses -= 1
-        self._heard(state, -1, *act)
+            yield from self.heard(state, what, event, timer)
+        elif state.spare:
+            yield Move(what, False, self._heard, (-1, -1, event, timer, None, {"spare": state.spare - 1}))
 
     def _stirs(self, state: State) -> bool:
         """Whether ranks are about to do something by themselves, a step included."""
@@ -376,52 +317,39 @@ class Lockstep:
             nodes = [node.after(Process.steps) for node in nodes]
         demand(same_collective({f"rank {r}": n.process.agree or Step() for r, n in zip(members, nodes, strict=True)}))
         # In an agreement a rank can hear of a pause that it has not spoken of.
-        if agreeing or not self.calls:
-            nodes = agreed(nodes)
-        put(state, members, nodes)
+        put(state, members, agreed(nodes) if agreeing or not self.calls else nodes)
 
     def _requests(self, state: State) -> Iterator[Move]:
         newest, runs = state.published
         beliefs = {(0, False), (newest, False)} | ({(newest, True)} if runs else {(newest - 1, True)} - {(-1, True)})
         for rank in self.open_ranks(state):
             node = state.nodes[rank]
-            if node.process.takes_requests and not self.bound.notices:
+            if node.process.machine.phase is not Phase.READY:
+                continue
+            if not self.bound.notices:
                 yield from self.sends(state, rank, stranded=False)
-            elif node.process.takes_requests:
-                for wave, running in sorted(beliefs):
-                    stamp, notice = frontend_sends(wave, running)
-                    if not node.process.busy:
-                        what = "send" if notice is None else "send-first"
-                        notices = () if notice is None else (notice,)
-                        yield Move((what, rank, stamp), False, self._sent, (rank, stamp, notices))
-                    if notice is not None:
-                        what = "notice-first"
-                        given = (rank, stamp, notice)
-                        yield from self.heard(state, (what, rank, stamp), self._notified, *given, fair=False)
-
-    def _sent(self, state: State, rank: int, stamp: int, notices: tuple[int, ...]) -> None:
-        state.unsent -= 1
-        node = state.nodes[rank].after(Process.arrives, stamp)
-        state.nodes[rank] = node._replace(notices=tuple(sorted((*node.notices, *notices))))
-
-    def _notified(self, state: State, rank: int, stamp: int, notice: int) -> Answer:
-        state.unsent -= 1
-        node = state.nodes[rank]
-        state.nodes[rank] = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
-        return self.happens(state, parties.noticed, rank, notice)
+                continue
+            left = state.unsent - 1
+            for stamp, notice in (frontend_sends(*belief) for belief in sorted(beliefs)):
+                if not node.process.busy:
+                    what = "send" if notice is None else "send-first"
+                    rest = node if notice is None else node._replace(notices=more(node.notices, notice))
+                    yield becomes((what, rank, stamp), rest, Process.arrives, stamp, fair=False, unsent=left)
+                if notice is not None:
+                    what, late = "notice-first", node._replace(arriving=more(node.arriving, stamp))
+                    event = notice_of(notice)
+                    yield from self.heard(state, (what, rank, stamp), event, fair=False, node=late, unsent=left)
 
     def sends(self, state: State, rank: int, *, stranded: bool) -> Iterator[Move]:
         """A request whose notice is lost, or was not sent. `stranded`: one whose rank has died."""
-        newest, runs = state.published
-        what = "send-late" if state.nodes[rank].process.busy else "send-alone"
+        node, (newest, runs) = state.nodes[rank], state.published
+        left: dict[str, Any] = {"stranded": state.stranded - 1} if stranded else {"unsent": state.unsent - 1}
         for stamp in sorted({0, newest, max(0, newest - (not runs))}):
-            yield Move((what, rank, stamp), stranded, self._sent_alone, (rank, stamp, stranded))
-
-    def _sent_alone(self, state: State, rank: int, stamp: int, stranded: bool) -> None:
-        state.unsent, state.stranded = state.unsent - (not stranded), state.stranded - stranded
-        node = state.nodes[rank]
-        late = node._replace(arriving=tuple(sorted((*node.arriving, stamp))))
-        state.nodes[rank] = late if node.process.busy else node.after(Process.arrives, stamp)
+            if node.process.busy:
+                late = node._replace(arriving=more(node.arriving, stamp))
+                yield becomes(("send-late", rank, stamp), late, fair=stranded, **left)
+            else:
+                yield becomes(("send-alone", rank, stamp), node, Process.arrives, stamp, fair=stranded, **left)
 
     def open_ranks(self, state: State) -> Sequence[int]:
         """The ranks that front-ends send requests to, once they are ready."""
@@ -436,42 +364,37 @@ class Lockstep:
 
     def crashed(self, state: State, nodes: Sequence[Node]) -> None:
         """The coordinator has died, and that is what ranks are like."""
-        state.nodes = list(nodes)
-        state.coordinator = self.fresh(state.coordinator.thing.identity + 1)
-        state.crashes, state.heard = state.crashes - 1, False
+        state.nodes, state.crashes, state.heard = list(nodes), state.crashes - 1, False
+        state.coordinator = self.fresh(state.coordinator.thing.identity + 1, len(nodes))
 
     def deaths(self, state: State) -> Iterator[Move]:
         """A rank dies while none runs, and is started again. Its requests are over: its front-ends see it end."""
         if not any(node.process.steps_on for node in state.nodes):
-            for rank in range(len(state.nodes)):
-                yield Move(("die", rank), False, self._die, (rank,))
-
-    def _die(self, state: State, rank: int) -> None:
-        state.crashes -= 1
-        node = state.nodes[rank]
-        state.nodes[rank] = self.born(node.process.machine.incarnation + 1)._replace(notices=node.notices)
+            for rank, node in enumerate(state.nodes):
+                born = self.born(node.process.machine.incarnation + 1)._replace(notices=node.notices)
+                yield becomes(("die", rank), born, fair=False, crashes=state.crashes - 1)
 
     # What the coordinator hears, and says -----------------------------------------------------------
 
-    def happens(self, state: State, do: Callable[..., Answer], *given: Any) -> Answer:
-        state.coordinator, answer = state.coordinator.after(do, *given)
-        return answer
-
-    def reads(self, state: State, node: Node, do: Callable[..., Answer], rank: int, *given: Any) -> Answer:
-        """Something of a rank's links reaches the coordinator. `node`: the rank without it."""
-        state.nodes[rank] = node
-        return self.happens(state, do, rank, *given)
-
     def heard(
-        self, state: State, what: tuple[Any, ...], act: Callable[..., Answer], *given: Any, fair: bool = True
-    ) -> Iterator[Move]:
-        """The coordinator hears something; what it says may be lost to one receiver, where there are losses left."""
-        yield Move(what, fair, self._heard, (-1, act, *given))
-        for lost in range(self.places + bool(self.bound.scales)) if state.losses else ():
-            yield Move((*what, "lost", lost), False, self._heard, (lost, act, *given))
+        self, state: State, what: tuple[Any, ...], event: Any, timer: str = "", *, fair: bool = True,
+        node: Node | None = None, **changed: Any,
+    ) -> Iterator[Move]:  # fmt: skip
+        """The coordinator hears something; what it says may be lost to one receiver, where there are losses left.
 
-    def _heard(self, state: State, lost: int, act: Callable[..., Answer], *given: Any) -> None:
-        self.answered(state, act(state, *given), lost)
+        `node`: what the rank that `what` names is like then. `changed`: of the state, besides.
+        """
+        given = (what[1], event, timer, node, changed)
+        yield Move(what, fair, self._heard, (-1, *given))
+        for lost in range(self.receivers) if state.spare else ():
+            yield Move((*what, "lost", lost), False, self._heard, (lost, *given))
+
+    def _heard(
+        self, state: State, lost: int, rank: int, event: Any, timer: str, node: Node | None, changed: dict[str, Any]
+    ) -> None:
+        become(state, rank, node, (), changed)
+        state.coordinator, answer = state.coordinator.after(happens, rank, event, timer)
+        self.answered(state, answer, lost)
 
     def answered(self, state: State, answer: Answer, lost: int) -> None:
         """What follows of what the coordinator has made of something. `lost`: the receiver that misses it."""
@@ -481,30 +404,21 @@ class Lockstep:
             state.answered = answer.answered or state.answered
             if state.asking and state.answered and answer.settled >= state.answered:
                 state.calls, state.asking, state.heard, state.answered = state.calls + 1, False, False, 0
-        if not answer.broadcasts:
-            if lost >= 0:
-                raise Same
-            return
+        # A question follows a connection that is up: what was lost before is why it is asked.
+        if lost >= 0 and all(isinstance(word.thing, Identify) for word in answer.broadcasts):
+            raise Same
         for word in answer.broadcasts:
             if isinstance(word.thing, Admit | Form):
                 demand(joiner_is_told(word.thing, self.known(state).wave))
             if isinstance(word.thing, StartDPWave) and word.thing.exclude is not None and lost < 0:
                 self.check_left_out(word.thing, state.nodes[word.thing.exclude])
-        if lost < 0:
-            self.broadcast(state, answer, -1)
-            return
-        # A question follows a connection that is up: what was lost before is why it is asked.
-        if all(isinstance(word.thing, Identify) for word in answer.broadcasts):
-            raise Same
-        whole = state.copy()
+        whole = state.copy() if lost >= 0 else state
         self.broadcast(whole, answer, -1)
-        self.broadcast(state, answer, lost)
-        if self.same_links(state, whole):
-            raise Same
-        state.losses -= 1
-
-    def same_links(self, state: State, other: State) -> bool:
-        return state.nodes == other.nodes
+        if lost >= 0:
+            self.broadcast(state, answer, lost)
+            if (state.nodes, state.scale) == (whole.nodes, whole.scale):
+                raise Same
+            state.spare -= 1
 
     def broadcast(self, state: State, answer: Answer, lost: int) -> None:
         """Put what the coordinator says into the links."""
@@ -540,17 +454,20 @@ def agreed(nodes: Sequence[Node]) -> list[Node]:
     parts = [node.process.agree for node in nodes if node.process.agree is not None]
     if not parts:
         return list(nodes)
-    outcome = (any(one.has_work for one in parts), max(one.wave for one in parts), max(one.suspension for one in parts))
-    return [node.after(Process.agrees, *outcome) for node in nodes]
+    work, wave, suspension = (max(getattr(one, name) for one in parts) for name in ("has_work", "wave", "suspension"))
+    return [node.after(Process.hears, on_rank.Agreed(work, wave, suspension)) for node in nodes]
 
 
-def becomes(what: tuple[Any, ...], node: Node, do: Callable[..., Any], *given: Any, fair: bool = True) -> Move:
-    """Something happens to the rank that `what` names, which is like `node`."""
-    return Move(what, fair, _become, (what[1], node, do, *given))
+def becomes(what: tuple[Any, ...], node: Node, *do: Any, fair: bool = True, **changed: Any) -> Move:
+    """The rank that `what` names is like `node`, and does this; `changed`: of the state, besides."""
+    return Move(what, fair, become, (what[1], node, do, changed))
 
 
-def _become(state: State, rank: int, node: Node, do: Callable[..., Any], *given: Any) -> None:
-    state.nodes[rank] = node.after(do, *given)
+def become(state: State, rank: int, node: Node | None, do: tuple[Any, ...], changed: dict[str, Any]) -> None:
+    # Lists are changed in place.
+    state.__dict__.update({name: [*one] if type(one) is list else one for name, one in changed.items()})
+    if node is not None:
+        state.nodes[rank] = node.after(*do) if do else node
 
 
 def put(state: State, ranks: Sequence[int], nodes: Sequence[Node]) -> None:
@@ -559,23 +476,10 @@ def put(state: State, ranks: Sequence[int], nodes: Sequence[Node]) -> None:
         state.nodes[rank] = node
 
 
-def _ask(state: State) -> None:
-    state.asking = True
-
-
-def _quiet(node: Node) -> bool:
-    """Whether nothing is under way at this rank: paused, without requests, its links empty."""
-    process = node.process
-    moving = node.up or node.down or node.arriving or node.notices or process.unfinished or process.machine.running
-    return node.connected and not moving and process.machine.phase is Phase.READY
-
-
-def _outdated(word: Word, least: int, known: bool) -> bool:
-    if isinstance(word.thing, StartDPWave):
-        return word.thing.wave < least
-    return known and isinstance(word.thing, Identify)
-
-
-def _less(stamps: tuple[int, ...], stamp: int) -> tuple[int, ...]:
+def less(stamps: tuple[int, ...], stamp: int) -> tuple[int, ...]:
     place = stamps.index(stamp)
     return stamps[:place] + stamps[place + 1 :]
+
+
+def more(stamps: tuple[int, ...], stamp: int) -> tuple[int, ...]:
+    return tuple(sorted((*stamps, stamp)))

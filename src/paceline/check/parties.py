@@ -1,24 +1,19 @@
-"""The parties of a lockstep deployment as values: a rank with its engine and links, and the coordinator.
-
-A rank does not hold its number: inside, each is rank 0, and what it says is given its number when the coordinator reads
-it. So ranks are alike, and states that differ only in which rank is which can be one.
-"""
+"""What a lockstep deployment is made of, as values: a rank with its engine and links, and the coordinator."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.check.search import Whole
-from paceline.check.state import NOW, Freezer, Part, Register, demand
+from paceline.check.search import NOW, Freezer, Part, Register, Whole, demand
 from paceline.core.coordinator import events as on_coordinator
 from paceline.core.coordinator.epoch import Stalls
-from paceline.core.coordinator.load_table import LoadTable
+from paceline.core.coordinator.load_table import LoadTable, Publisher
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.publishing import Publisher
 from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.frontend.events import CoordinatorSaid, Submit, ToCoordinator, ToRank as SentToRank
 from paceline.core.frontend.machine import Frontend
@@ -28,9 +23,7 @@ from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
     ControlAnswer,
-    ControlRequest,
     Form,
-    FromRank,
     GroupMember,
     LoadView,
     Member,
@@ -38,7 +31,6 @@ from paceline.core.messages import (
     RankHello,
     Scaling,
     StartDPWave,
-    ToRank,
     WakeNotice,
 )
 from paceline.core.rank import events as on_rank
@@ -47,14 +39,45 @@ from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import RankQuota
 from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
-from paceline.core.requests import AddRequest, ControlAction, SamplingParams, SuspendMode
+from paceline.core.requests import AddRequest, SamplingParams, SuspendMode
 from paceline.core.routing.least import LeastLoad
 
 FRONTEND = 1
-MESSAGES: Register[FromRank | ToRank] = Register(Freezer())
-"""Every message that was ever on a link: equal ones are one."""
-
+BESIDES = (Publisher, LoadTable, Dispatcher, Stalls, LoadReporter, RankRequests, RankQuota)
+"""No part of what is walked: loads, and what is published of them; requests' names; the prefill quota, which is off."""
+MESSAGES: Register[Any] = Register(Freezer())
+"""Every message that was ever on a link, and events: equal ones are one."""
 Word = Part[Any]
+
+
+class Bound(Struct, frozen=True):
+    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
+
+    `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
+    `sync_interval`: steps between agreements. `without`: rules (`rules.py`) left out. `grouped`: whether ranks form
+    epochs, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
+    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
+    `notices`: whether front-ends' notices come through. `merge`: whether states that behave alike are merged and moves
+    put in order; the verdict is the same without, and the walk longer.
+    """
+
+    ranks: int = 2
+    requests: int = 2
+    losses: int = 1
+    crashes: int = 1
+    suspensions: int = 0
+    mode: SuspendMode = "keep"
+    steps: int = 1
+    sync_interval: int = 1
+    without: frozenset[str] = frozenset()
+    grouped: bool = False
+    scales: int = 0
+    backlog: int = 3
+    notices: bool = True
+    merge: bool = True
+
+
+# Ranks ------------------------------------------------------------------------------------------
 
 
 class Group(NamedTuple):
@@ -69,27 +92,19 @@ class Group(NamedTuple):
     size: int
 
 
-class Settings(NamedTuple):
-    """Of all ranks. `steps`: engine steps of a request. `without`: rules left out."""
-
-    steps: int
-    sync_interval: int
-    grouped: bool
-    without: frozenset[str]
-
-
 class Process:
     """One life of a rank: its machine and, by the machine's keys, each request's name and the steps left of it.
 
     `agree`: what it has said to the agreement that it is in. `group`: the epoch whose connections it holds;
-    `to_form`: the one that it was told to form and has not begun with; `forming`: the one that it waits for.
+    `to_form`: the one that it was told to form and has not begun with; `forming`: the one that it waits for. Each
+    method returns what the rank says.
     """
 
-    def __init__(self, incarnation: int, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, incarnation: int, bound: Bound) -> None:
+        self.bound = bound
         self.machine = Rank(
-            0, incarnation, "rank", lockstep=True, report_loads=False, sync_interval=settings.sync_interval,
-            group_address="group" if settings.grouped else "", without=settings.without,
+            0, incarnation, "rank", lockstep=True, report_loads=False, sync_interval=bound.sync_interval,
+            group_address="group" if bound.grouped else "", without=bound.without,
         )  # fmt: skip
         self.left: dict[int, tuple[int, int]] = {}
         self.agree: on_rank.Agree | None = None
@@ -105,7 +120,7 @@ class Process:
     @property
     def steps_on(self) -> bool:
         """Whether its next turn is a step: it runs, and has a group if it needs one."""
-        return self.machine.running and bool(self.machine.epoch or not self.settings.grouped)
+        return self.machine.running and bool(self.machine.epoch or not self.bound.grouped)
 
     @property
     def idle(self) -> bool:
@@ -118,11 +133,6 @@ class Process:
         return self.machine.phase is Phase.LOADING
 
     @property
-    def takes_requests(self) -> bool:
-        """Whether front-ends are connected to this life."""
-        return self.machine.phase is Phase.READY
-
-    @property
     def unfinished(self) -> int:
         """Requests that the rank has, with the engine or held back."""
         return len(self.left) + self.machine.requests.kept_back
@@ -133,30 +143,31 @@ class Process:
         rest = (self.machine.requests.kept_back, freeze(self.agree), self.group, self.to_form, self.forming)
         return (freeze(self.machine), left, *rest)
 
-    # What happens to it; each returns what it says ---------------------------------------------------
-
-    def loads(self) -> tuple[Word, ...]:
-        return self._feed(on_rank.Loaded())
-
-    def hears(self, word: Word) -> tuple[Word, ...]:
-        told = self.machine.told
-        said = self._handle(on_rank.CoordinatorSaid(word.thing))
-        if isinstance(word.thing, Form) and self.machine.told > told:
-            self.to_form = named(word.thing)
-        return said + (self._turn() if self.idle else ())
+    def hears(self, what: Word | on_rank.Event) -> tuple[Word, ...]:
+        """`what`: a broadcast, or something that happens to it."""
+        event, told = on_rank.CoordinatorSaid(what.thing) if isinstance(what, Part) else what, self.machine.told
+        match event:
+            case on_rank.Formed():
+                self.forming = None
+            case on_rank.Agreed():
+                self.agree = None
+            case on_rank.EpochEnded():
+                self.agree = self.group = self.forming = None
+        said = self._done(self.machine.handle(event, NOW))
+        if isinstance(event, on_rank.CoordinatorSaid) and isinstance(event.message, Form) and self.machine.told > told:
+            self.to_form = named(event.message)
+        turns = not self.machine.running if isinstance(event, on_rank.Agreed) else self.idle
+        return said + self.turns() if turns else said
 
     def arrives(self, stamp: int) -> tuple[Word, ...]:
-        machine = self.machine
-        name = machine.requests.taken.get(FRONTEND, 0) + 1
-        request = AddRequest(name, name, machine.incarnation, stamp, [1], SamplingParams(1))
-        return self._feed(on_rank.FrontendSaid(FRONTEND, request))
-
-    def says_hello_again(self) -> tuple[Word, ...]:
-        return self._turn(NOW + 10)
+        """A request."""
+        name = self.machine.requests.taken.get(FRONTEND, 0) + 1
+        request = AddRequest(name, name, self.machine.incarnation, stamp, [1], SamplingParams(1))
+        return self.hears(on_rank.FrontendSaid(FRONTEND, request))
 
     def steps(self) -> tuple[Word, ...]:
         """A step; if an agreement follows, it is in that one then."""
-        said = self._turn()
+        said = self.turns()
         outputs, names = [], []
         for key, (name, left) in sorted(self.left.items()):
             outputs.append(on_rank.StepOutput(key, [1], "", "length" if left == 1 else None))
@@ -169,51 +180,26 @@ class Process:
         self.agree = next((effect for effect in effects if isinstance(effect, on_rank.Agree)), None)
         return said + self._done(effects)
 
-    def agrees(self, any_work: bool, wave: int, suspension: int) -> tuple[Word, ...]:
-        self.agree = None
-        said = self._handle(on_rank.Agreed(any_work, wave, suspension))
-        return said if self.machine.running else said + self._turn()
-
-    def turns(self) -> tuple[Word, ...]:
-        return self._turn()
+    def turns(self, later: float = 0.0) -> tuple[Word, ...]:
+        """What the rank does when all that has come is read, up to the step that it would begin."""
+        said: tuple[Word, ...] = ()
+        while True:
+            effects = self.machine.handle(on_rank.Turn(Load(), bool(self.left)), NOW + later)
+            said += self._done(effects)
+            if not any(isinstance(effect, on_rank.Again) for effect in effects):
+                return said
 
     def meets(self) -> tuple[Word, ...]:
         """All that it forms a group with have come."""
         self.group = self.forming
         return ()
 
-    def formed(self) -> tuple[Word, ...]:
-        assert self.forming is not None
-        number, self.forming = self.forming.number, None
-        return self._feed(on_rank.Formed(number))
-
-    def ended(self) -> tuple[Word, ...]:
-        """Its group is over, or it waits no longer for it to be formed."""
-        self.agree = self.group = self.forming = None
-        return self._feed(on_rank.EpochEnded())
-
-    def _feed(self, event: on_rank.Event) -> tuple[Word, ...]:
-        said = self._handle(event)
-        return said + self._turn() if self.idle else said
-
-    def _turn(self, now: float = NOW) -> tuple[Word, ...]:
-        """What the rank does when all that has come is read, up to the step that it would begin."""
-        said: tuple[Word, ...] = ()
-        while True:
-            effects = self.machine.handle(on_rank.Turn(Load(), bool(self.left)), now)
-            said += self._done(effects)
-            if not any(isinstance(effect, on_rank.Again) for effect in effects):
-                return said
-
-    def _handle(self, event: on_rank.Event) -> tuple[Word, ...]:
-        return self._done(self.machine.handle(event, NOW))
-
     def _done(self, effects: list[on_rank.Effect]) -> tuple[Word, ...]:
         said = []
         for effect in effects:
             match effect:
                 case on_rank.Take(key, request):
-                    self.left[key] = (request.request, self.settings.steps)
+                    self.left[key] = (request.request, self.bound.steps)
                 case on_rank.Drop(key):
                     del self.left[key]
                 case on_rank.FormGroup(generation, members):
@@ -255,79 +241,49 @@ class Node(NamedTuple):
         """How many requests the rank has, those on their way to it included."""
         return self.process.unfinished + len(self.arriving)
 
-    def after(self, do, *given) -> Node:  # type: ignore[no-untyped-def]
-        """What becomes of the rank by this, one of what happens to a Process; what it says is in its link then."""
+    def after(self, do: Callable[..., Any], *given: Any) -> Node:
+        """What becomes of the rank by this, a method of Process; what it says is in its link then."""
         life, said = self.life.after(do, *given)
-        before, machine = self.life.thing.machine, life.thing.machine
+        before, machine, up, down = self.process.machine, life.thing.machine, self.up, self.down
         if before.incarnation == machine.incarnation:
             demand(wave_never_falls("a rank", before.wave, machine.wave))
-        up = self.up
         for word in said:
             # A hello that is equal to the message before it says nothing.
             if not (up and up[-1] is word and isinstance(word.thing, RankHello)):
                 up = (*up, word)
-        down = self.down
         if machine.told:
             # What it was told before is not read again, so it may go unread.
             down = tuple(w for w in down if not (isinstance(w.thing, Form) and w.thing.generation <= machine.told))
         return self._replace(life=life, up=up, down=down)
 
-
-class Bound(Struct, frozen=True):
-    """How much of each: `losses` of a broadcast to one receiver, `crashes` of the coordinator or of a rank.
-
-    `suspensions`: that an operator asks for, each in `mode` and resumed afterwards. `steps`: engine steps of a request.
-    `sync_interval`: steps between agreements. `without`: rules (`rules.py`) left out. `grouped`: whether ranks form
-    epochs, so that one may die in a wave. `scales`: how often somebody asks for a rank more or one fewer.
-    `backlog`: messages of one rank that the coordinator may leave unread while the ranks go on to their next step.
-    `notices`: whether front-ends' notices come through. `merge`: whether states that behave alike are merged and moves
-    put in order; the verdict is the same without, and the walk longer.
-    """
-
-    ranks: int = 2
-    requests: int = 2
-    losses: int = 1
-    crashes: int = 1
-    suspensions: int = 0
-    mode: SuspendMode = "keep"
-    steps: int = 1
-    sync_interval: int = 1
-    without: frozenset[str] = frozenset()
-    grouped: bool = False
-    scales: int = 0
-    backlog: int = 3
-    notices: bool = True
-    merge: bool = True
+    def quiet(self) -> bool:
+        """Whether nothing is under way here: paused, without requests, its links empty."""
+        machine = self.process.machine
+        moving = self.up or self.down or self.notices or self.requests or machine.running
+        return self.connected and not moving and machine.phase is Phase.READY
 
 
 class State(Whole):
-    """All parts, and what belongs to no one party.
+    """All parts, and what belongs to no one of them.
 
     `unsent`: requests that may still be sent. `published`: the newest (wave, running) that front-ends can have heard.
     `calls`: of the operator, how many have been served. `asking`: whether one is under way; `heard`: whether this life
     of the coordinator has it; `answered`: its answer, 0 for none. `settled`: the number of the pause that all
     ranks have said to keep, 0 where none is in force. `stranded`: requests whose rank has died, and that their
-    front-ends are to send to another one. `scale`: where ranks come and go (`scaling.py`). `names`: what a story calls
-    each rank.
+    front-ends are to send to another one. `scale`: where ranks come and go. `names`: what a story calls each rank.
     """
 
-    def __init__(self, coordinator: Part[Coordinator], nodes: list[Node]) -> None:
-        self.coordinator = coordinator
-        self.nodes = nodes
-        self.names = tuple(range(len(nodes)))
-        self.unsent = self.losses = self.crashes = 0
+    def __init__(self, coordinator: Part[Coordinator], nodes: list[Node], losses: int = 0) -> None:
+        self.coordinator, self.nodes, self.names = coordinator, nodes, tuple(range(len(nodes)))
+        self.unsent = self.crashes = 0
+        self.spare = losses
         self.published = (0, False)
         self.calls, self.asking, self.heard, self.answered, self.settled = 0, False, False, 0, 0
         self.stranded = 0
         self.scale: Any = None
 
-    @property
-    def spare(self) -> int:
-        """Losses that are left."""
-        return self.losses
 
-
-# The coordinator: what happens to its machine. Each names the rank that it is about first, -1 for none ---------------
+# The coordinator --------------------------------------------------------------------------------
 
 
 class Answer(NamedTuple):
@@ -344,37 +300,30 @@ class Answer(NamedTuple):
     scaling: Word | None = None
 
 
-def said(machine: Coordinator, rank: int, word: Word) -> Answer:
-    message = replace(word.thing, rank=rank) if hasattr(word.thing, "rank") else word.thing
-    return happens(machine, on_coordinator.RankSaid(message))
+class Known(NamedTuple):
+    """What the coordinator shows of itself. `lives`: of the ranks that are ready; `timers`: set, each with whom it
+    waits for."""
+
+    wave: int
+    running: bool
+    suspension: int
+    lives: dict[int, int]
+    timers: dict[str, list[int]]
 
 
-def noticed(machine: Coordinator, rank: int, stamp: int) -> Answer:
-    return happens(machine, on_coordinator.FrontendSaid(WakeNotice(FRONTEND, rank, stamp)))
-
-
-def subscribed(machine: Coordinator, _: int) -> Answer:
-    return happens(machine, on_coordinator.RankSubscribed())
-
-
-def gone(machine: Coordinator, rank: int, incarnation: int) -> Answer:
-    return happens(machine, on_coordinator.RankGone(rank, incarnation))
-
-
-def called(machine: Coordinator, _: int, call: int, action: ControlAction, answered: int) -> Answer:
-    return happens(machine, on_coordinator.FrontendSaid(ControlRequest(FRONTEND, call, action, answered)))
-
-
-def ticked(machine: Coordinator, _: int, timer: str) -> Answer:
-    machine.expire(timer, NOW)
-    return happens(machine, on_coordinator.Tick())
-
-
-def happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
-    before = machine.statistics()
-    effects = machine.handle(event, NOW)
+def happens(machine: Coordinator, rank: int, what: Any, timer: str = "") -> Answer:
+    """`what`: an event, or what a rank has said; it is about rank `rank`, below 0 for none. `timer`: that is due."""
+    event: Any = what.thing if isinstance(what, Part) else what
+    event = event if isinstance(event, on_coordinator.Event) else on_coordinator.RankSaid(event)
+    if rank >= 0 and hasattr(getattr(event, "message", None), "rank"):
+        event = replace(event, message=replace(event.message, rank=rank))
+    elif isinstance(event, on_coordinator.RankGone):
+        event = replace(event, rank=rank)
+    if timer:
+        machine.expire(timer, NOW)
+    before, effects = machine.statistics(), machine.handle(event, NOW)
     machine.moment_passes()
-    known = machine.statistics()
+    known: Any = machine.statistics()
     demand(wave_never_falls("the coordinator", before["wave"], known["wave"]))  # type: ignore[arg-type]
     published, answered, scaling = (0, False), 0, None
     for effect in effects:
@@ -386,8 +335,7 @@ def happens(machine: Coordinator, event: on_coordinator.Event) -> Answer:
             case on_coordinator.ToFrontends(ControlAnswer() as answer):
                 answered = answer.number
     words = tuple(MESSAGES.part(one.message) for one in effects if isinstance(one, on_coordinator.ToRanks))
-    settled = known["suspension"] if known["suspension_settled"] else 0
-    return Answer(words, published, answered, settled, scaling)  # type: ignore[arg-type]
+    return Answer(words, published, answered, known["suspension"] if known["suspension_settled"] else 0, scaling)
 
 
 @cache
@@ -408,12 +356,8 @@ def neutral(word: Word, rank: int, by: int) -> Word | None:
 
 
 def named(form: Form) -> Group:
-    """The group that such a message is to form."""
+    """The group that such a message, as a rank reads it, is to form."""
     return Group(form.generation, int(form.members[-1].address), form.members[-1].incarnation)
-
-
-BESIDES = (Publisher, LoadTable, Dispatcher, Stalls, LoadReporter, RankRequests, RankQuota)
-"""No part of what is walked: loads, and what is published of them; requests' names; the prefill quota, which is off."""
 
 
 @cache
@@ -430,3 +374,9 @@ def frontend_sends(wave: int, running: bool) -> tuple[int, int | None]:
         elif isinstance(effect, ToCoordinator) and isinstance(effect.message, WakeNotice):
             notice = effect.message.wave
     return stamp, notice
+
+
+@cache
+def notice_of(stamp: int) -> Word:
+    """A front-end's notice of a request, as the coordinator hears it."""
+    return MESSAGES.part(on_coordinator.FrontendSaid(WakeNotice(FRONTEND, 0, stamp)))

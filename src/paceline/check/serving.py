@@ -26,17 +26,15 @@ from typing import Any
 
 from msgspec import Struct
 
-from paceline.check.dispatch import handles
-from paceline.check.search import Move, Requests, Whole, told
-from paceline.check.state import NOW, Broken, Freezer, Part, Register
+from paceline.check.dispatch import Requests, told
+from paceline.check.search import NOW, Broken, Move, Part, Whole
 from paceline.core import node as on_node
 from paceline.core.coordinator import events as on_coordinator
+from paceline.core.coordinator.load_table import Publisher
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.publishing import Publisher
 from paceline.core.frontend import events as on_frontend
-from paceline.core.frontend.inflight import RetryAfter
+from paceline.core.frontend.inflight import RetryAfter, Router
 from paceline.core.frontend.machine import Frontend
-from paceline.core.frontend.ranks import Router
 from paceline.core.load import Load
 from paceline.core.messages import Identify, Members, ScaleRequest, Scaling
 from paceline.core.rank import events as on_rank
@@ -85,16 +83,11 @@ class Desk:
         self.machine = Frontend(FRONTEND, LowestRank(), resumes=True)
         self.answers = Answers(Moment(), "the front-end")  # type: ignore[arg-type]
 
-    def asks(self, tokens: int, rank: int) -> tuple[on_frontend.Effect, ...]:
-        """A client asks."""
-        request = self.answers.asked(tokens)
-        return self.takes(on_frontend.Submit(request, [request], SamplingParams(tokens), rank))
-
     def hears(self, word: Part[Any]) -> tuple[on_frontend.Effect, ...]:
-        return self.takes(word.thing)
-
-    def takes(self, event: on_frontend.Event) -> tuple[on_frontend.Effect, ...]:
-        if isinstance(event, on_frontend.LinkDown):
+        event = word.thing
+        if isinstance(event, on_frontend.Submit):
+            self.answers.asked(event.params.max_tokens, event.request)
+        elif isinstance(event, on_frontend.LinkDown):
             self.answers.rank_lost(event.rank)
         effects = self.machine.handle(event, NOW)
         scaling = self.machine.scaling
@@ -165,29 +158,22 @@ class State(Whole):
         self.asked = 0
         self.crashes, self.cuts, self.scales = bounds.crashes, bounds.cuts, bounds.scales
 
-    spare = 0
-
 
 class Serving(Requests):
     """The moves of one deployment."""
 
     def __init__(self, bounds: Bounds) -> None:
+        # Loads are reported by nobody; routing has one way to go.
+        super().__init__(Router, RetryAfter, LoadReporter, Publisher)
         self.bounds = bounds
         self.places = bounds.ranks + bool(bounds.scales)
-        # Loads are reported by nobody; routing has one way to go.
-        freeze = Freezer(Router, RetryAfter, LoadReporter, Publisher)
-        self.desks: Register[Desk] = Register(freeze)
-        self.lives: Register[Life] = Register(freeze)
-        self.nodes: Register[on_node.Node] = Register(freeze)
-        self.coordinators: Register[Coordinator] = Register(freeze)
-        self.messages: Register[Any] = Register(freeze)
 
     def start(self) -> State:
         """All ranks are ready, and the front-end knows them."""
         ranks = self.bounds.ranks
-        lives = [self.lives.part(Life(rank, 0)) for rank in range(self.places)]
-        node = self.nodes.part(on_node.Node(NODE, range(ranks), ranks))
-        state = State(self.bounds, self.desks.part(Desk()), lives, node)
+        lives = [self.machines.part(Life(rank, 0)) for rank in range(self.places)]
+        node = self.machines.part(on_node.Node(NODE, range(ranks), ranks))
+        state = State(self.bounds, self.machines.part(Desk()), lives, node)
         self._start_coordinator(state)
         for rank in range(ranks):
             self._start_rank(state, rank)
@@ -207,7 +193,7 @@ class Serving(Requests):
         return machine.ready_ranks() == size and (not self.bounds.scales or there == size)
 
     def key(self, state: State) -> Hashable:
-        return tuple([tuple(one) if type(one) is list else one for one in state.__dict__.values()])
+        return state.values()
 
     # Moves ------------------------------------------------------------------------------------------
 
@@ -298,16 +284,15 @@ class Serving(Requests):
 
     def _submit(self, state: State, rank: int) -> None:
         state.asked += 1
-        self._front(state, None, rank)
+        params = SamplingParams(self.bounds.tokens)
+        self._front(state, on_frontend.Submit(state.asked, [state.asked], params, rank))
 
     def _front_hears(self, state: State) -> None:
-        first, *rest = state.for_frontend
-        state.for_frontend = tuple(rest)
+        first, state.for_frontend = state.for_frontend[0], state.for_frontend[1:]
         self._front(state, first.thing)
 
     def _outputs(self, state: State, rank: int) -> None:
-        first, *rest = state.said[rank]
-        state.said[rank] = tuple(rest)
+        first, state.said[rank] = state.said[rank][0], state.said[rank][1:]
         self._front(state, first.thing)
 
     def _link(self, state: State, rank: int, up: bool) -> None:
@@ -321,11 +306,8 @@ class Serving(Requests):
             state.inbox[rank] = state.said[rank] = ()
         self._link(state, rank, False)
 
-    def _front(self, state: State, event: on_frontend.Event | None, rank: int = -1) -> None:
-        if event is None:
-            state.desk, effects = state.desk.after(Desk.asks, self.bounds.tokens, rank)
-        else:
-            state.desk, effects = state.desk.after(Desk.hears, self.messages.part(event))
+    def _front(self, state: State, event: on_frontend.Event) -> None:
+        state.desk, effects = state.desk.after(Desk.hears, self.messages.part(event))
         for effect in effects:
             match effect:
                 case on_frontend.ToRank(rank, message):
@@ -344,13 +326,12 @@ class Serving(Requests):
 
     def _start_rank(self, state: State, rank: int) -> None:
         incarnation = state.lives[rank].thing.machine.incarnation + 1
-        state.lives[rank], state.alive[rank] = self.lives.part(Life(rank, incarnation)), True
+        state.lives[rank], state.alive[rank] = self.machines.part(Life(rank, incarnation)), True
         self._rank(state, rank, on_rank.Loaded())
         self._coordinator(state, on_coordinator.RankSubscribed(rank, incarnation))
 
     def _rank_reads(self, state: State, rank: int) -> None:
-        first, *rest = state.inbox[rank]
-        state.inbox[rank] = tuple(rest)
+        first, state.inbox[rank] = state.inbox[rank][0], state.inbox[rank][1:]
         self._rank(state, rank, first.thing)
 
     def _rank(self, state: State, rank: int, event: on_rank.Event, later: float = 0.0) -> None:
@@ -375,7 +356,7 @@ class Serving(Requests):
     def _dies(self, state: State, rank: int, lost: bool) -> None:
         """`lost`: so is what it had said; else that is still read."""
         state.alive[rank], state.inbox[rank] = False, ()
-        state.lives[rank] = self.lives.part(Life(rank, state.lives[rank].thing.machine.incarnation))
+        state.lives[rank] = self.machines.part(Life(rank, state.lives[rank].thing.machine.incarnation))
         if lost:
             state.said[rank] = ()
             state.for_coordinator = tuple(one for one in state.for_coordinator if one[0] != rank)
@@ -396,7 +377,7 @@ class Serving(Requests):
         self._coordinator(state, on_coordinator.RankGone(rank, state.lives[rank].thing.machine.incarnation))
 
     def _node(self, state: State, event: on_node.Event) -> None:
-        state.node, effects = state.node.after(handles, self.messages.part(event))
+        state.node, effects = self.does(state.node, event)
         for effect in effects:
             if isinstance(effect, on_node.ToCoordinator):
                 word = self.messages.part(on_coordinator.RankSaid(effect.message))
@@ -413,7 +394,7 @@ class Serving(Requests):
         state.coordinators += 1
         fresh, size = state.coordinators == 1, state.node.thing.scaling.size
         machine = Coordinator(size, state.coordinators, 0.0, lockstep=False, publish_loads=False, fresh=fresh)
-        state.coordinator = self.coordinators.part(machine)
+        state.coordinator = self.machines.part(machine)
         self._coordinator(state, on_coordinator.FrontendSubscribed())
         for rank, life in enumerate(state.lives):
             if state.alive[rank]:
@@ -422,8 +403,7 @@ class Serving(Requests):
             self._coordinator(state, on_coordinator.RankSubscribed())
 
     def _coordinator_hears(self, state: State) -> None:
-        (_, word), *rest = state.for_coordinator
-        state.for_coordinator = tuple(rest)
+        (_, word), state.for_coordinator = state.for_coordinator[0], state.for_coordinator[1:]
         self._coordinator(state, word.thing)
 
     def _seen_gone(self, state: State, rank: int) -> None:
@@ -444,7 +424,7 @@ class Serving(Requests):
     def _coordinator(self, state: State, event: on_coordinator.Event, timer: str = "") -> None:
         if state.coordinator is None:
             return
-        state.coordinator, effects = state.coordinator.after(handles, self.messages.part(event), timer)
+        state.coordinator, effects = self.does(state.coordinator, event, timer)
         for effect in effects:
             if isinstance(effect, on_coordinator.ToRanks):
                 self._tell_ranks(state, effect.message)
@@ -457,9 +437,7 @@ class Serving(Requests):
     def _coordinator_reads(self, state: State) -> None:
         """Where the size changes, all that it is told at once. Where there is none, nobody hears it."""
         while self.bounds.scales and state.for_coordinator:
-            (_, word), *rest = state.for_coordinator
-            state.for_coordinator = tuple(rest)
-            self._coordinator(state, word.thing)
+            self._coordinator_hears(state)
 
     def _tell_ranks(self, state: State, message: Any) -> None:
         if self.bounds.scales and isinstance(message, Scaling | Identify):

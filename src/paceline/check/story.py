@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from msgspec import Struct
+
 from paceline.check.parties import Node, State, Word
-from paceline.check.state import Part
+from paceline.check.search import Part
 from paceline.core.invariants import join
-from paceline.core.messages import (
-    Admit,
-    Form,
-    Identify,
-    NodeHello,
-    RankFailed,
-    RankHello,
-    Scaling,
-    StartDPWave,
-    StartWave,
-    Suspension,
-    WaveComplete,
-)
 
 SENDS = "A front-end that believes the ranks paused before wave {what} sends {rank} a request, which"
 TEXTS = {
@@ -60,6 +49,8 @@ TEXTS = {
     "node-says": "The coordinator reads the node's {what}",
     "node-hears": "The node reads {what}, and sees to it",
 }
+MADE_UP = {"address", "group_address", "members", "protocol", "rank"}
+"""Fields of messages that say nothing here."""
 
 
 def told(before: State, what: tuple[Any, ...], after: State) -> str:
@@ -69,8 +60,8 @@ def told(before: State, what: tuple[Any, ...], after: State) -> str:
     rank = f"rank {before.names[place]}" if place >= 0 else "nobody"
     detail = details[0] if details else ""
     text = TEXTS[kind].format(rank=rank, what=meaning(detail.thing) if isinstance(detail, Part) else detail)
-    parties = zip(before.names, before.nodes, after.nodes, strict=True)
-    results = [line for name, was, now in parties for line in _results(name, was, now)]
+    nodes = zip(before.names, before.nodes, after.nodes, strict=True)
+    results = [line for name, was, now in nodes for line in _results(f"rank {name}", was, now)]
     if lost >= 0:
         who = f"rank {before.names[lost]}" if lost < len(before.names) else "the node"
         results.append(f"the broadcast does not reach {who}")
@@ -89,66 +80,38 @@ def situation(state: State) -> str:
     running = "knows ranks that run" if known["running"] else "knows of no rank that runs"
     parts.append(f"the coordinator holds wave {known['wave']}, {running}")
     if state.scale is not None:
-        held_, heard, node_ = state.coordinator.thing.scaling, state.scale.known.thing, state.scale.node.scaling
+        held_, heard, node_ = state.coordinator.thing.scaling, state.scale.heard, state.scale.node.scaling
         parts.append(f"it holds {meaning(held_)}, the front-ends {meaning(heard)}, the node {meaning(node_)}")
     return join(parts)
 
 
-def meaning(message: object) -> str:
-    """A message in words."""
-    match message:
-        case StartWave(wave=wave):
-            return f"StartWave: I took a request while paused and run in wave {wave}"
-        case WaveComplete(wave=wave):
-            return f"WaveComplete: I have paused, wave {wave} is finished"
-        case RankHello():
-            state = "run in" if message.running else "am paused, next is"
-            text = f"RankHello: I am {'ready' if message.ready else 'joining'} and {state} wave {message.wave}"
-            if message.suspension:
-                text += f", know suspension {message.suspension}{' and keep it' * message.held}"
-            group = f", am in epoch {message.generation} and was told {message.told}"
-            return text + group * bool(message.group_address)
-        case Identify():
-            return "Identify: who are you?"
-        case StartDPWave(wave=wave):
-            return f"StartDPWave: whoever is paused, run in wave {wave}"
-        case Suspension(number=number) if number % 2:
-            return f"Suspension {number} ({message.mode}): start nothing by yourself"
-        case Suspension():
-            return f"Suspension {message.number}: {'go on' if message.released else 'this is to end, do you know?'}"
-        case Form():
-            return f"Form: leave what group you are in, form epoch {message.generation}; the wave is {message.wave}"
-        case Admit():
-            return f"Admit: you may be ready, the wave is {message.wave}"
-        case Scaling(under_way=True):
-            return f"scaling {message.number}, from {message.size} to {message.target} ranks"
-        case Scaling():
-            return f"scaling {message.number}, {message.size} ranks, {message.outcome}"
-        case NodeHello():
-            return f"NodeHello: ranks {', '.join(map(str, message.ranks))} run here, I know {meaning(message.scaling)}"
-        case RankFailed():
-            return f"RankFailed: rank {message.rank} ended before it had joined"
-    return repr(message)
+def meaning(message: Struct) -> str:
+    """A message's name, and what it says beside the defaults."""
+    names = zip(reversed(message.__struct_fields__), reversed(message.__struct_defaults__), strict=False)
+    defaults, said = dict(names), []
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if name not in MADE_UP and (name not in defaults or value != defaults[name]):
+            said.append(f"{name} {meaning(value) if isinstance(value, Struct) else value}")
+    return f"{type(message).__name__}{f' ({join(said)})' if said else ''}"
 
 
-def _results(name: int, before: Node, after: Node) -> Iterator[str]:
+def _results(name: str, before: Node, after: Node) -> Iterator[str]:
     was, now = before.process.machine, after.process.machine
     if now.incarnation != was.incarnation:
-        if before.requests and before.process.settings.grouped:
+        if before.requests and before.process.bound.grouped:
             yield f"{before.requests} request{'s' * (before.requests > 1)} must go on elsewhere"
     elif after.ended > before.ended:
-        yield f"rank {name} is no more"
+        yield f"{name} is no more"
     elif now.running and (not was.running or now.wave != was.wave):
-        yield f"rank {name} runs in wave {now.wave}"
+        yield f"{name} runs in wave {now.wave}"
     elif was.running and not now.running:
-        yield f"rank {name} pauses, wave {now.wave} is next"
+        yield f"{name} pauses, wave {now.wave} is next"
     finished = len(before.process.left) - len(after.process.left)
     if finished > 0 and now.incarnation == was.incarnation:
-        yield f"rank {name} answers {finished} request{'s' * (finished > 1)}"
-    for word in _new(before.up, after.up):
-        yield f'rank {name} says "{meaning(word.thing)}"'
-    for word in _new(before.down, after.down):
-        yield f'the coordinator sends rank {name} "{meaning(word.thing)}"'
+        yield f"{name} answers {finished} request{'s' * (finished > 1)}"
+    yield from (f"{name} says {meaning(word.thing)}" for word in _new(before.up, after.up))
+    yield from (f"the coordinator sends {name} {meaning(word.thing)}" for word in _new(before.down, after.down))
 
 
 def _new(before: tuple[Word, ...], after: tuple[Word, ...]) -> tuple[Word, ...]:

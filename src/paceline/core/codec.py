@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from paceline.core import messages
 from paceline.core.limits import (
     MAX_CONTROL_BYTES as MAX_CONTROL_BYTES,
     MAX_REQUEST_BYTES as MAX_REQUEST_BYTES,
 )
 from paceline.core.load import Load
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    FromFrontend,
-    FromRank,
-    FrontendHello,
-    Identify,
-    LoadView,
-    Members,
-    RankHello,
-    RankReport,
-    ToFrontend,
-    ToRank,
-)
 from paceline.core.requests import AddRequest, FromFrontendToRank, Message, ToFrontendFromRank
 
 T = TypeVar("T")
@@ -47,7 +36,6 @@ class BadMessage(Exception):
 
 
 def encode(message: Message) -> bytes:
-    """One message as one frame."""
     return _encoder.encode(message)
 
 
@@ -81,12 +69,12 @@ def _check_finite(message: object, floats: Iterable[float]) -> None:
         raise BadMessage("value", f"{type(message).__name__} holds a number that is not finite")
 
 
-def _check_version(message: RankHello | FrontendHello | Members | Identify) -> None:
-    if message.version != PROTOCOL_VERSION:
-        raise BadMessage("version", f"protocol version {message.version}, this side speaks {PROTOCOL_VERSION}")
+def _check_version(message: messages.RankHello | messages.FrontendHello | messages.Members | messages.Identify) -> None:
+    if message.version != messages.PROTOCOL_VERSION:
+        raise BadMessage("version", f"protocol version {message.version}, this side speaks {messages.PROTOCOL_VERSION}")
 
 
-def _check_hello(hello: RankHello) -> None:
+def _check_hello(hello: messages.RankHello) -> None:
     _check_version(hello)
     if not hello.address.startswith(("tcp://", "ipc://")):
         raise BadMessage("value", f"rank {hello.rank}: {hello.address!r} is no address")
@@ -96,7 +84,7 @@ def _floats_of(load: Load) -> tuple[float, ...]:
     return (load.prefill_rate, load.decode_rate, load.step_s, load.prompt_token_s, load.answer_token_s)
 
 
-def _check_report(report: RankReport) -> None:
+def _check_report(report: messages.RankReport) -> None:
     load = report.load
     # A sum with one of them is one of them: mostly, one look will do.
     if not math.isfinite(
@@ -105,7 +93,7 @@ def _check_report(report: RankReport) -> None:
         _check_finite(report, _floats_of(load))
 
 
-def _check_view(view: LoadView) -> None:
+def _check_view(view: messages.LoadView) -> None:
     _check_finite(view, (value for entry in view.ranks or () for value in _floats_of(entry.load)))
 
 
@@ -118,12 +106,12 @@ def _check_request(request: AddRequest) -> None:
 
 
 _CHECKS: dict[type, Callable[[Any], None]] = {
-    RankHello: _check_hello,
-    FrontendHello: _check_version,
-    Members: _check_version,
-    Identify: _check_version,
-    RankReport: _check_report,
-    LoadView: _check_view,
+    messages.RankHello: _check_hello,
+    messages.FrontendHello: _check_version,
+    messages.Members: _check_version,
+    messages.Identify: _check_version,
+    messages.RankReport: _check_report,
+    messages.LoadView: _check_view,
     AddRequest: _check_request,
 }
 """By type of message; most need none. One look-up, since every message comes by here."""
@@ -147,34 +135,13 @@ def whose_report(frame: bytes) -> bytes | None:
         return None
 
 
-def from_rank() -> Decoder[FromRank]:
-    """What the coordinator reads from ranks."""
-    return Decoder(FromRank, MAX_CONTROL_BYTES)
-
-
-def to_rank() -> Decoder[ToRank]:
-    """What a rank reads from the coordinator."""
-    return Decoder(ToRank, MAX_CONTROL_BYTES)
-
-
-def from_frontend() -> Decoder[FromFrontend]:
-    """What the coordinator reads from front-ends."""
-    return Decoder(FromFrontend, MAX_CONTROL_BYTES)
-
-
-def to_frontend() -> Decoder[ToFrontend]:
-    """What a front-end reads from the coordinator."""
-    return Decoder(ToFrontend, MAX_CONTROL_BYTES)
-
-
-def request() -> Decoder[FromFrontendToRank]:
-    """What a rank reads from front-ends."""
-    return Decoder(FromFrontendToRank, MAX_REQUEST_BYTES)
-
-
-def outputs() -> Decoder[ToFrontendFromRank]:
-    """What a front-end reads from ranks."""
-    return Decoder(ToFrontendFromRank, MAX_REQUEST_BYTES)
+# Each makes the decoder of one direction, named by what is read.
+from_rank = partial(Decoder[messages.FromRank], messages.FromRank, MAX_CONTROL_BYTES)
+to_rank = partial(Decoder[messages.ToRank], messages.ToRank, MAX_CONTROL_BYTES)
+from_frontend = partial(Decoder[messages.FromFrontend], messages.FromFrontend, MAX_CONTROL_BYTES)
+to_frontend = partial(Decoder[messages.ToFrontend], messages.ToFrontend, MAX_CONTROL_BYTES)
+request = partial(Decoder[FromFrontendToRank], FromFrontendToRank, MAX_REQUEST_BYTES)
+outputs = partial(Decoder[ToFrontendFromRank], ToFrontendFromRank, MAX_REQUEST_BYTES)
 
 
 # Presence: a subscriber also subscribes to a topic that names it. No message starts with these bytes
@@ -187,17 +154,14 @@ NODE_TOPIC = b"\xfd"
 
 
 def frontend_topic(frontend: int) -> bytes:
-    """The presence topic of a front-end."""
     return FRONTEND_TOPIC + frontend.to_bytes(8, "little")
 
 
 def rank_topic(rank: int, incarnation: int) -> bytes:
-    """The presence topic of one life of a rank."""
     return RANK_TOPIC + rank.to_bytes(2, "little") + incarnation.to_bytes(8, "little")
 
 
 def node_topic(node: int) -> bytes:
-    """The presence topic of a node."""
     return NODE_TOPIC + node.to_bytes(8, "little")
 
 
@@ -224,3 +188,20 @@ def read_rank_topic(topic: bytes) -> tuple[int, int] | None:
         return None
     incarnation = int.from_bytes(topic[3:], "little")
     return (int.from_bytes(topic[1:3], "little"), incarnation) if incarnation < 2**63 else None
+
+
+UNIONS: dict[str, object] = {
+    "rank → coordinator": messages.FromRank,
+    "coordinator → ranks": messages.ToRank,
+    "front-end → coordinator": messages.FromFrontend,
+    "coordinator → front-ends": messages.ToFrontend,
+    "front-end → rank": FromFrontendToRank,
+    "rank → front-end": ToFrontendFromRank,
+}
+"""Direction to its union, in the order of the table in `docs/PROTOCOL.md`."""
+
+
+def tag_of(message: type[Message]) -> str | None:
+    """The tag of a message class, or None for a part of one (Load, Member, …)."""
+    tag = msgspec.inspect.type_info(message).tag  # type: ignore[attr-defined]
+    return tag if isinstance(tag, str) else None

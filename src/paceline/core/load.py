@@ -33,20 +33,18 @@ from paceline.core.requests import Count, Message
 class Load(Message, frozen=True):
     """What a rank has queued, and how fast it works it off.
 
-    `waiting`, `running`: requests. `slots`: how many can run at once. `prefill_tokens`: prompt
-    tokens not yet computed, of waiting and running requests. `kv_used`, `kv_total`: tokens.
-    `prefill_rate`, `decode_rate`: tokens a second, the rank's own moving averages, 0 until known.
-    `finished`: requests this incarnation has ended, however they ended. `step_s`, `prompt_token_s`,
-    `answer_token_s`: what a step costs, by the rank's own measurement: so many seconds, and more for each prompt
-    token and for each token of an answer; all 0 until known. `step_tokens`: tokens that a step computes at most,
-    0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens of KV that the
-    running requests may come to need. `answers_left`, `first_end`: of an earlier version, 0 now.
-    `answer_tokens`: the expected length of one
-    answer, a mean over all requests there. `kv_waiting`: tokens of KV that the waiting requests may come to need.
-    `startable_tokens`: those of `prefill_tokens` that the next step could compute, of running requests and of those
-    for which there is a slot and memory; null where the engine does not say. `prefill_quota`: prompt tokens that a
-    lockstep step computed at most when this was reported, null for no limit; that it has changed is no reason for a
-    report.
+    `waiting`, `running`: requests. `slots`: how many can run at once. `prefill_tokens`: prompt tokens not yet computed,
+    of waiting and running requests. `kv_used`, `kv_total`: tokens. `prefill_rate`, `decode_rate`: tokens a second, the
+    rank's own moving averages, 0 until known. `finished`: requests this incarnation has ended, however they ended.
+    `step_s`, `prompt_token_s`, `answer_token_s`: what a step costs, by the rank's own measurement: so many seconds, and
+    more for each prompt token and for each token of an answer; all 0 until known. `step_tokens`: tokens that a step
+    computes at most, 0 for any number. `decoding`: running requests that are past their prompts. `kv_reserved`: tokens
+    of KV that the running requests may come to need. `answers_left`, `first_end`: of an earlier version, 0 now.
+    `answer_tokens`: the expected length of one answer, a mean over all requests there. `kv_waiting`: tokens of KV that
+    the waiting requests may come to need. `startable_tokens`: those of `prefill_tokens` that the next step could
+    compute, of running requests and of those for which there is a slot and memory; null where the engine does not say.
+    `prefill_quota`: prompt tokens that a lockstep step computed at most when this was reported, null for no limit; that
+    it has changed is no reason for a report.
     """
 
     waiting: Count = 0
@@ -151,7 +149,6 @@ class SpeedMeter:
         self._seconds = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """`tokens` took `seconds`."""
         keep = 0.5 ** (seconds / self._half_life_s)
         self._tokens = self._tokens * keep + tokens
         self._seconds = self._seconds * keep + seconds

@@ -1,25 +1,18 @@
 """Every message that crosses a socket, one tagged union per direction.
 
-Each direction has its own union, so a decoder for one link cannot be talked
-into accepting a message of another. On the wire a message is one frame: a msgpack array whose first
-element is the tag (`codec.py`; `docs/PROTOCOL.md` is generated from this file).
+A decoder for one link cannot be talked into accepting a message of another. On the wire a message is one frame, a
+msgpack array whose first element is the tag (`codec.py`). A field may be appended to a message, with a default; nothing
+else may change without a new `PROTOCOL_VERSION`.
 
-A field may be appended to a message, with a default: old readers ignore it, new readers fill it in.
-Nothing else about a message may change without a new `PROTOCOL_VERSION`.
-
-Three identities appear throughout:
-
-- `rank`: the rank's number in the whole deployment.
-- `incarnation`: one life of one process, a number that its predecessor did not have.
-- `frontend`: one life of one front-end. It is also, as 8 little-endian bytes, the front-end's
-  ZeroMQ routing id towards the ranks, so a rank never has to be told who sent something.
+Three identities:
+- `rank`: its number in the whole deployment. `incarnation`: one life of one process, another number than before.
+- `frontend`: one life of one front-end; as 8 little-endian bytes also its ZeroMQ routing id towards the ranks.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from paceline.core.load import Load
@@ -27,15 +20,21 @@ from paceline.core.requests import (
     Address,
     ControlAction,
     Count,
-    FromFrontendToRank,
     Identity,
     Message,
+    Outcome,
     RankNumber,
+    Receipt,
+    Refused,
+    Revive,
     StampedWave,
+    StartAgain,
     SuspendMode,
-    ToFrontendFromRank,
+    UpdateWeights,
     Wave,
-)
+    Weights,
+    WeightsOfRank,
+)  # fmt: skip
 
 PROTOCOL_VERSION = 1
 
@@ -47,23 +46,26 @@ class Suspension(Message, frozen=True, tag="suspension"):
 
     `mode`: what becomes of requests: `keep` them as they are, `wait` until they are finished, `abort` them.
     `released`: work starts again, since all ranks know the even number (in lockstep), or without waiting for that.
+    `weights`: with which; null where nobody has brought any.
     """
 
     number: Count
     mode: SuspendMode
     released: bool = False
+    weights: Weights | None = None
 
 
 class SuspensionState(Message, frozen=True):
     """The suspension in force, or the last one. Odd `number`: suspended; even: resumed; 0: there was none.
 
-    `settled`: every rank has said so. `waiting_for`: the ranks that have not.
+    `settled`: every rank has said so, of the weights too. `waiting_for`: the ranks that have not.
     """
 
     number: Count = 0
     mode: SuspendMode = "keep"
     settled: bool = True
     waiting_for: list[RankNumber] = []
+    weights: Weights | None = None
 
 
 class ControlRequest(Message, frozen=True, tag="control"):
@@ -82,19 +84,22 @@ class ControlRequest(Message, frozen=True, tag="control"):
 
 
 class ControlAnswer(Message, frozen=True, tag="control-answer"):
-    """What a ControlRequest asks for holds once the suspension's number is at least `number` and settled."""
+    """What a ControlRequest asks for holds once the suspension's number is at least `number` and settled; what an
+    UpdateWeights does, once that of the weights is. `why`: it is refused.
+    """
 
     coordinator: Identity
     frontend: Identity
     call: Identity
     number: Count
+    why: Annotated[str, Meta(max_length=512)] = ""
 
 
 class StallReport(Message, frozen=True, tag="stall"):
     """This rank has waited for others for longer than the stall timeout; repeated while it does.
 
-    `ranks`: those whose part it lacks, empty once it has gone on. `collective`: its number in the generation,
-    `kind`: which one ("all_reduce"). `seconds`: how long it has waited.
+    `ranks`: those whose part it lacks, empty once it has gone on; itself, where its own step does not return.
+    `collective`: its number in the generation, `kind`: which one ("all_reduce", "step"). `seconds`: for how long.
     """
 
     rank: RankNumber
@@ -107,10 +112,7 @@ class StallReport(Message, frozen=True, tag="stall"):
 
 
 class Stall(Message, frozen=True):
-    """A rank that holds others up: in which step and collective of theirs, and for how long they have waited.
-
-    `waiting`: the ranks that wait.
-    """
+    """A rank that holds others up: in which step and collective of theirs, for how long; `waiting`: those that wait."""
 
     rank: RankNumber
     step: Count
@@ -119,13 +121,16 @@ class Stall(Message, frozen=True):
     seconds: float
     waiting: list[RankNumber]
 
+    @property
+    def hangs(self) -> bool:
+        """Whether its own step does not return."""
+        return self.kind == "step"
+
 
 # How many ranks there are (`coordinator/scaling.py`) ------------------------------------------
 
 Size = Annotated[int, Meta(ge=1, le=65536)]
 """How many ranks a deployment can have."""
-
-Outcome = Literal["done", "refused", "failed", "late"]
 
 
 class Scaling(Message, frozen=True, tag="scaling"):
@@ -179,19 +184,6 @@ class Scaling(Message, frozen=True, tag="scaling"):
         """The ranks that are to go."""
         return range(self.serving, self.size)
 
-    def in_words(self) -> dict[str, object]:
-        """For `/health` and clients."""
-        going = "loading" if self.joining else "draining"
-        return {
-            "status": going if self.under_way else "settled",
-            "number": self.number,
-            "size": self.size,
-            "target": self.target,
-            "waiting_for": self.waiting_for,
-            "outcome": self.outcome,
-            "why": self.why,
-        }
-
 
 class ScaleRequest(Message, frozen=True, tag="scale"):
     """Let the deployment have `size` ranks. Repeated until a Scaling names it; `call` is the front-end's number for it.
@@ -234,11 +226,17 @@ class RankFailed(Message, frozen=True, tag="rank-failed"):
 # Late binding: descriptors one way, grants and credits the other (`dispatch/queue.py`) --------
 
 
+Blocks = Annotated[bytes, Meta(max_length=8 * 2048)]
+Weight = Annotated[float, Meta(gt=0, le=1_000_000)]
+
+
 class Descriptor(Message, frozen=True):
     """A request that waits at its front-end for a rank.
 
     `request`: the front-end's own id for it. `tokens`: of its prompt; `answer_tokens`: that its answer may come to
-    have. `priority`: lower goes first. `waited_ms`: how long it has waited already.
+    have. `priority`: lower goes first. `waited_ms`: how long it has waited already. `blocks`, `session`: names of its
+    prompt's beginnings, eight bytes each, and of its client's key (`core/blocks.py`); empty and 0 where unused.
+    `tenant`, `weight`: whose it is, 0 for nobody's, and the part of the queue that is theirs.
     """
 
     request: Identity
@@ -246,6 +244,10 @@ class Descriptor(Message, frozen=True):
     answer_tokens: Count
     priority: int = 0
     waited_ms: Count = 0
+    blocks: Blocks = b""
+    session: Identity = 0
+    tenant: Identity = 0
+    weight: Weight = 1.0
 
 
 class Ask(Message, frozen=True, tag="ask"):
@@ -278,12 +280,19 @@ class ReturnShares(Message, frozen=True, tag="return-shares"):
 
 
 class Grant(Message, frozen=True):
-    """The request goes to this life of this rank. Repeated until the front-end's SendNotice or Withdraw names it."""
+    """The request goes to this life of this rank. Repeated until the front-end's SendNotice or Withdraw names it.
+
+    `held`: tokens of its prompt believed to be there: the notice counts the others alone. `waited_ms`: as in
+    Descriptor, when it was granted. `receipt`: where it belongs, if anybody holds its beginning.
+    """
 
     frontend: Identity
     request: Identity
     rank: RankNumber
     incarnation: Identity
+    held: Count = 0
+    waited_ms: Count = 0
+    receipt: Receipt | None = None
 
 
 class Grants(Message, frozen=True, tag="grants"):
@@ -333,6 +342,7 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     `suspension`, `mode`: the highest number it knows (Suspension). `held`: it starts nothing by itself.
     `group_address`: where the other ranks reach it for collectives, empty where it has none of ours.
     `generation`: the group that it is a member of, 0 for none. `told`: the highest that it was told to form.
+    `once`: each life of it can be a member of one group only, of all ranks.
     """
 
     version: Count
@@ -348,6 +358,8 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     group_address: Address = ""
     generation: Count = 0
     told: Count = 0
+    once: bool = False
+    weights: WeightsOfRank | None = None
 
 
 class RankReport(Message, frozen=True, tag="rank-report"):
@@ -399,7 +411,7 @@ class FrontendHello(Message, frozen=True, tag="front-end-hello"):
 
     `suspension`, `mode`: the highest number it knows (Suspension). `brokered`: its requests wait in the coordinator's
     queue, and it is given shares. `ranks`: those that it balances over, null for all. `scaling`: the newest that it
-    knows, null where there was none.
+    knows, null where there was none; `weights` likewise.
     """
 
     version: Count
@@ -409,6 +421,7 @@ class FrontendHello(Message, frozen=True, tag="front-end-hello"):
     brokered: bool = False
     ranks: list[RankNumber] | None = None
     scaling: Scaling | None = None
+    weights: Weights | None = None
 
 
 class WakeNotice(Message, frozen=True, tag="wake-notice"):
@@ -420,9 +433,10 @@ class WakeNotice(Message, frozen=True, tag="wake-notice"):
 
 
 class Send(Message, frozen=True):
-    """One request sent: to which rank and life of it, its number there, its prompt tokens.
+    """One request sent: to which rank and life of it, its number there, its prompt tokens that are to be computed.
 
     `answer_tokens`: that its answer may come to have. `request`: as in Descriptor, of a request that waited; else 0.
+    `held`: tokens of its prompt believed to be there. `blocks`, `session`: as in Descriptor, where it has not waited.
     """
 
     rank: RankNumber
@@ -431,6 +445,9 @@ class Send(Message, frozen=True):
     tokens: Count
     answer_tokens: Count = 0
     request: Identity = 0
+    held: Count = 0
+    blocks: Blocks = b""
+    session: Identity = 0
 
 
 class SendNotice(Message, frozen=True, tag="send-notice"):
@@ -453,7 +470,8 @@ class FrontendLeaving(Message, frozen=True, tag="front-end-leaving"):
 OfRequests = SendNotice | Ask | Withdraw | ReturnShares
 """What a front-end says of its requests: by far the most of what it says."""
 
-FromFrontend = FrontendHello | WakeNotice | OfRequests | ControlRequest | ScaleRequest | FrontendLeaving
+Calls = ControlRequest | UpdateWeights | ScaleRequest | Revive
+FromFrontend = FrontendHello | WakeNotice | OfRequests | Calls | FrontendLeaving
 
 
 # Coordinator -> front-ends (XPUB -> XSUB) ------------------------------------------------------
@@ -577,22 +595,4 @@ class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
     exclude: RankNumber | None = None
 
 
-ToRank = Identify | Admit | Form | Suspension | StartDPWave | Scaling
-
-# Directions -----------------------------------------------------------------------------------
-
-UNIONS: dict[str, object] = {
-    "rank → coordinator": FromRank,
-    "coordinator → ranks": ToRank,
-    "front-end → coordinator": FromFrontend,
-    "coordinator → front-ends": ToFrontend,
-    "front-end → rank": FromFrontendToRank,
-    "rank → front-end": ToFrontendFromRank,
-}
-"""Direction to its union; the table in `docs/PROTOCOL.md` follows this order."""
-
-
-def tag_of(message: type[Message]) -> str | None:
-    """The tag of a message class, or None for a part of one (Load, Member, …)."""
-    tag = msgspec.inspect.type_info(message).tag  # type: ignore[attr-defined]
-    return tag if isinstance(tag, str) else None
+ToRank = Identify | Admit | Form | Suspension | StartDPWave | Scaling | StartAgain | Refused

@@ -14,13 +14,12 @@ from msgspec import Struct
 
 from paceline.core.load import plausible
 from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling, ToRank
+from paceline.core.requests import StartAgain
 
 # Events ---------------------------------------------------------------------------------------
 
 
 class CoordinatorSaid(Struct, frozen=True):
-    """A message from the coordinator."""
-
     message: ToRank
 
 
@@ -48,19 +47,21 @@ class KeepRank(Struct, frozen=True):
     rank: int
 
 
-class StopRank(Struct, frozen=True):
-    """End a rank's process."""
+class ReviveRank(Struct, frozen=True):
+    """Start a rank's process now, where none runs, however often it has ended."""
 
     rank: int
 
 
-class ToCoordinator(Struct, frozen=True):
-    """Send to the coordinator."""
+class StopRank(Struct, frozen=True):
+    rank: int
 
+
+class ToCoordinator(Struct, frozen=True):
     message: NodeHello | RankFailed
 
 
-Effect = StartRank | KeepRank | StopRank | ToCoordinator
+Effect = StartRank | KeepRank | ReviveRank | StopRank | ToCoordinator
 
 
 class Node:
@@ -87,6 +88,8 @@ class Node:
                 return self._on_scaling(scaling)
             case CoordinatorSaid(Identify()):
                 return [self._hello(), *self._failures()]
+            case CoordinatorSaid(StartAgain(ranks)):
+                return [ReviveRank(rank) for rank in ranks if rank in self.ranks and rank not in self._provisional]
             case CoordinatorSaid():
                 return []
             case RankEnded(rank, why):
@@ -105,8 +108,11 @@ class Node:
             # A repeat; or a new coordinator, that does not know of the newest yet.
             return [self._hello(), *self._failures()]
         self.scaling = scaling
-        effects: list[Effect] = [StopRank(rank) for rank in sorted(self.ranks) if rank >= scaling.limit]
-        self.ranks = {rank for rank in self.ranks if rank < scaling.limit}
+        # One that the flags name may have been put elsewhere while this node was away.
+        elsewhere = {rank for rank, node in scaling.hosts if node != self.identity}
+        leaving = {rank for rank in self.ranks if rank >= scaling.limit or rank in elsewhere}
+        effects: list[Effect] = [StopRank(rank) for rank in sorted(leaving)]
+        self.ranks -= leaving
         self._provisional &= self.ranks
         for rank, node in scaling.hosts:
             if node == self.identity and rank < scaling.limit and rank not in self.ranks:

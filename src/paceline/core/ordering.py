@@ -37,7 +37,6 @@ class Ordering(Generic[T]):
         self.changed: set[int] | None = None
 
     def refresh(self) -> None:
-        """Take in what has changed."""
         changed = self.changed
         if changed is None or len(changed) * RESORT_SHARE > len(self.keys):
             self.keys = [self._key(candidate) for candidate in self._candidates]
@@ -60,11 +59,9 @@ class Ordering(Generic[T]):
             self.total += new - old
 
     def least(self) -> int:
-        """The smallest key."""
         return self.entries[0] >> PLACE_BITS
 
     def most(self) -> int:
-        """The largest key."""
         return self.entries[-1] >> PLACE_BITS
 
     def up_to(self, limit: int) -> int:

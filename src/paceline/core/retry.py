@@ -35,10 +35,8 @@ class Retry:
         self.due = None
 
     def is_due(self, now: float) -> bool:
-        """Whether it must be said now."""
         return self.due is not None and now >= self.due
 
     def said(self, now: float) -> None:
-        """It was said."""
         self.due = now + self._wait_s
         self._wait_s = min(self._wait_s * 2, self._longest_s)

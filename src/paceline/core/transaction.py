@@ -1,9 +1,10 @@
-"""A numbered transaction over the whole deployment: pausing it, and changing its size, are the same machinery.
+"""A numbered transaction over the whole deployment: a pause, a change of its size or of its weights are one machinery.
 
-One counter says it all. An odd number is a transaction under way (a pause in force, a change of the size), the even
+One counter says it all. An odd number is a transaction under way (a pause in force, a change), the even
 number behind it says how it ended; the higher number is the newer word, whoever brings it, so that messages may come
 late, twice or crosswise. Nothing is saved: a new coordinator takes up the highest number that it hears. What everybody
-must know is repeated until everybody has said so.
+must know is repeated until everybody has said so. The even number of a pause is in force once it is `released`: every
+rank has said that it knows it.
 
 What is asked for is a *call* of a front-end, which repeats it until it is served, since the coordinator may have been
 away. A repeat is no new call: each is served once, also where somebody has asked for the contrary meanwhile.
@@ -12,6 +13,8 @@ away. A repeat is no new call: each is served once, also where somebody has aske
 from __future__ import annotations
 
 from paceline.core.load import plausible
+from paceline.core.messages import Suspension
+from paceline.core.requests import SuspendMode
 from paceline.core.retry import Retry
 
 ANSWERS_KEPT = 4096
@@ -26,7 +29,6 @@ class Transaction:
 
     @property
     def number(self) -> int:
-        """The newest that is known."""
         raise NotImplementedError
 
     @property
@@ -65,3 +67,64 @@ class ServedCalls:
         """The front-end is gone; what it asked for stays asked for."""
         self._newest.pop(frontend, None)
         self._served = {key: number for key, number in self._served.items() if key[0] != frontend}
+
+
+MODES: tuple[SuspendMode, ...] = ("keep", "wait", "abort")
+
+
+class PauseState:
+    """The pause as one party knows it: its number, its mode, whether it is over."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.mode: SuspendMode = "keep"
+        self.released = True
+        self.draining = False
+        """Whether what is begun may be finished, as `wait` says. Not where there was a pause in force already:
+        to finish would mean to go on."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the newest word is to pause."""
+        return self.number % 2 == 1
+
+    @property
+    def over(self) -> bool:
+        """Whether work may be started."""
+        return not self.paused and self.released
+
+    @property
+    def packed(self) -> int:
+        """Number and mode as one integer, of which the largest is the newest."""
+        return self.number * len(MODES) + MODES.index(self.mode)
+
+    def learn(self, number: int, mode: SuspendMode, released: bool) -> bool:
+        """Take in somebody's word. Returns whether it was news."""
+        if not plausible(number, self.number):
+            return False
+        if number > self.number:
+            going = self.over or self.draining
+            self.number, self.mode = number, mode
+            self.draining = going and self.paused and mode == "wait"
+            self.released = released and not self.paused
+            return True
+        if number == self.number and released and not self.released and not self.paused:
+            self.released = True
+            return True
+        return False
+
+    def hear(self, told: Suspension | None) -> None:
+        """Take in what the coordinator says, if it says anything."""
+        if told is not None:
+            self.learn(told.number, told.mode, told.released)
+
+    def learn_packed(self, packed: int) -> bool:
+        """Take in what the ranks agreed on. Returns whether it was news."""
+        number, mode = divmod(packed, len(MODES))
+        return self.learn(number, MODES[mode], False)
+
+
+def stops(packed: int) -> bool:
+    """Whether ranks that have agreed on this pause at once."""
+    number, mode = divmod(packed, len(MODES))
+    return number % 2 == 1 and MODES[mode] != "wait"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from msgspec import Struct
 
@@ -21,7 +21,11 @@ from paceline.core.rank.events import StepOutput
 from paceline.core.requests import SamplingParams
 
 if TYPE_CHECKING:
+    from paceline.engines.chat import Conversation
     from paceline.engines.group import RankGroup  # imports numpy, which a front-end does without
+
+Source = Mapping[str, Any]
+"""Where weights come from (`engines/weights.py`)."""
 
 Progress = Callable[[str, float], None]
 """Called with what is being done ("loading model") and the share done, 0.0 to 1.0."""
@@ -47,7 +51,12 @@ class EngineSettings(Struct, frozen=True):
     `max_num_seqs`: requests that run at once. `max_num_batched_tokens`: tokens computed in a step, at least
     `max_num_seqs`. `kv_cache_tokens`: tokens of KV memory, None
     for `max_num_seqs` requests of moderate length. `threads`: compute threads, None for this
-    rank's share of the cores. `options`: `--engine-option KEY=VALUE`, for the engine to parse.
+    rank's share of the cores. `options`: `--engine-option KEY=VALUE`, for the engine to parse. `place`: which of its
+    node's `places` the rank has, from 0: for devices and cores. `arguments`: flags of the engine's own, as they were
+    typed (`Engine.takes_arguments`). `learned`: what `Engine.prepare` found out, for ranks and front-ends to read.
+    `host`: this node's address for other ranks, a number, for groups of the engine's own. `task`: `generate`, or
+    `embed` where its `supports` has `embeddings`: then a request's one output is the embedding of its prompt, of as
+    many numbers as its tokenizer says in `embedding_size`.
     """
 
     model: str | None = None
@@ -60,6 +69,12 @@ class EngineSettings(Struct, frozen=True):
     threads: int | None = None
     seed: int = 0
     options: Mapping[str, str] = {}
+    place: int = 0
+    places: int = 1
+    arguments: Sequence[str] = ()
+    learned: Mapping[str, Any] = {}
+    host: str = "127.0.0.1"
+    task: str = "generate"
 
 
 class EngineError(Exception):
@@ -92,9 +107,20 @@ class Tokenizer(Protocol):
 
     max_model_len: int
     """Tokens of prompt and answer together that one request may have."""
+
+    @property
+    def longest_piece(self) -> int:
+        """Bytes of UTF-8 that one token stands for at most: so a long text is known not to fit before it is read."""
+
     vocabulary_size: int
     model_name: str
     """What `/v1/models` shows where `--served-model-name` is not set."""
+
+    sampling_defaults: Mapping[str, float]
+    """What the model's makers recommend for a request that says nothing: `temperature` and so on."""
+
+    chat_template: str | None
+    """The source of its chat template, which says how it writes calls of tools."""
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """The tokens of `text`; with `add_special`, those the model wants around it (BOS)."""
@@ -102,13 +128,10 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of `token_ids`, special tokens left out."""
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
-    ) -> str:
-        """One prompt from a conversation; raises ValueError where the template refuses it.
+    def chat(self, conversation: Conversation) -> Sequence[str | int]:
+        """One prompt from a conversation: text and control tokens in order; raises ValueError where it is none.
 
-        The result already holds the model's special tokens as text: encode it with
-        `add_special=False, parse_special=True`.
+        Nothing of the text is a control token: encode it with `add_special=False`.
         """
 
 
@@ -119,10 +142,23 @@ class Engine(ABC):
     `resumes`: whether it goes on with an answer that a rank which has died had begun: a request with `made_token_ids`
     samples its next token as the rank that made those would have, they count against `max_tokens`, and no text is
     shown twice. Without it such a request ends with an error, unless its client has nothing of it yet.
+    `joins_once`: whether its collectives cannot be formed anew: then it loads in its one `join`, and where a member has
+    died all ranks start again.
+    `takes_arguments`: whether flags of `paceline serve` that Paceline does not know are the engine's.
+    `step_timeout_s`: after so long without an end of a step its rank is ended and started again, where
+    `--step-timeout` does not say; 0 for never. `progress`: an engine whose steps may last longer counts this up in
+    them, and does not hang as long as it changes.
+    `supports`: the sampling that not all engines have, by its field in `SamplingParams`; a request that asks for
+    another is refused by name.
     """
 
     lockstep: ClassVar[bool] = False
     resumes: ClassVar[bool] = False
+    joins_once: ClassVar[bool] = False
+    takes_arguments: ClassVar[bool] = False
+    supports: ClassVar[frozenset[str]] = frozenset()
+    step_timeout_s: ClassVar[float] = 0.0
+    progress: int = 0
 
     @classmethod
     @abstractmethod
@@ -141,6 +177,41 @@ class Engine(ABC):
         Raises EngineError where the settings cannot work (a missing package or file).
         """
         return
+
+    @classmethod
+    def prepare(cls, settings: EngineSettings, progress: Progress) -> EngineSettings:
+        """The settings that ranks and front-ends of this node are made from: checked, and with what is to be known
+        before any of them starts. Raises EngineError, and ConfigError for a flag of the engine's own.
+        """
+        cls.check(settings, progress)
+        return settings
+
+    @classmethod
+    def steps_together(cls, settings: EngineSettings) -> bool:
+        """Whether ranks made from these prepared settings run in lockstep: for some engines the model decides."""
+        return cls.lockstep
+
+    @classmethod
+    def devices(cls, settings: EngineSettings) -> int:
+        """How many accelerators a rank made from these prepared settings computes on."""
+        return 0
+
+    @classmethod
+    def keeps_prefixes(cls, settings: EngineSettings) -> bool:
+        """Whether a prompt that begins as an earlier one did is computed from where they differ: then it is worth
+        waiting for the rank that has had that one.
+        """
+        return False
+
+    @classmethod
+    def adapters(cls, settings: EngineSettings) -> Sequence[str]:
+        """The names of what clients may ask for beside the model itself: its adapters (LoRA)."""
+        return ()
+
+    @classmethod
+    def arguments_help(cls) -> str:
+        """What `--engine-help` prints."""
+        return "this engine has no flags of its own; --engine-option KEY=VALUE sets its options"
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
@@ -166,7 +237,8 @@ class Engine(ABC):
         """The ranks that the next steps run their collectives among. Lockstep engines only.
 
         Called before the first step, and again between steps whenever the group has changed. A step that raises
-        `EpochEnded` is as if it had not been begun: it is made anew in the next group.
+        `EpochEnded` is as if it had not been begun: it is made anew in the next group. Where ranks join once, this is
+        called once in a life, and may raise it, too.
         """
         return
 
@@ -190,6 +262,26 @@ class Engine(ABC):
         `slots` is how many requests may be here at once, 0 for any number: where it is left at 1, the next request
         comes when the one before has ended.
         """
+
+    def stage_weights(self, source: Source) -> list[StepOutput]:
+        """Make other weights ready beside those that are served, while nothing is stepped: read, checked, loaded, as
+        far as memory allows. Returns what steps that were still under way have made. Raises EngineError where they
+        cannot be used; then all is as it was.
+        """
+        raise EngineError("this engine cannot be given other weights")
+
+    def update_weights(self, source: Source, keep_kv: bool) -> None:
+        """Compute with these weights from here on: the ones made ready, or where none were, from the source. What was
+        computed for prompts that have ended goes, and of requests under way, too, where not `keep_kv`. Raises
+        EngineError; then the rank ends, and starts again.
+        """
+        raise EngineError("this engine cannot be given other weights")
+
+    def call(self, method: str, arguments: Mapping[str, Any]) -> Any:
+        """Do something beside serving, between two steps; returns what JSON can say. Raises EngineError, and whatever
+        goes wrong.
+        """
+        raise EngineError(f"this engine has no {method!r}")
 
     def close(self) -> None:
         """Free what the engine holds. Called once, last."""

@@ -35,15 +35,23 @@ batch of 16 (the machine was shared); `--engine-option repack=1` takes that and 
 
 from __future__ import annotations
 
+import math
 import os
 import random
+from array import array
+from operator import add
+from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from paceline.core.load import Load
 from paceline.core.rank.events import StepOutput
-from paceline.core.requests import FinishReason, PositionLogprobs, TokenLogprob
-from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
-from paceline.engines.gguf import model_path, read_header
+from paceline.core.requests import FinishReason, PositionLogprobs, StructuredOutput, TokenLogprob
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, Source, StepResult
+from paceline.engines.gguf import GGUFHeader, read_header
+from paceline.engines.grammars import Form, Grammars
+from paceline.engines.kept import KeptSchedule
 from paceline.engines.llama_text import (
     LlamaTokenizer,
     MemoryPlan,
@@ -55,7 +63,9 @@ from paceline.engines.llama_text import (
     plan_memory,
     read_logprobs,
 )
-from paceline.engines.scheduler import Schedule, Sequence, why_never
+from paceline.engines.models import model_path
+from paceline.engines.scheduler import Chunks, TextSequence, counts, why_never
+from paceline.engines.weights import Staged
 
 F16 = 1
 BF16 = 30
@@ -65,7 +75,7 @@ MICRO_BATCH_TOKENS = 128
 """Tokens llama.cpp computes at once. More is not faster on a CPU, and costs memory in sliding-window layers."""
 
 
-def make_context(model: Any, settings: EngineSettings, plan: MemoryPlan) -> Any:
+def make_context(model: Any, settings: EngineSettings, plan: MemoryPlan, pooling: Pooling | None = None) -> Any:
     """A context with room for the plan. Raises EngineError."""
     cpp = library()
     threads = compute_threads(settings)
@@ -76,6 +86,10 @@ def make_context(model: Any, settings: EngineSettings, plan: MemoryPlan) -> Any:
     params.kv_unified = plan.shared
     params.n_batch = settings.max_num_batched_tokens
     params.n_ubatch = min(settings.max_num_batched_tokens, MICRO_BATCH_TOKENS)
+    if pooling is not None:
+        params.embeddings, params.pooling_type = True, POOL_NOTHING
+        if pooling.whole:
+            params.n_batch = params.n_ubatch = max(settings.max_num_batched_tokens, plan.max_model_len)
     params.n_threads = threads
     params.n_threads_batch = threads
     params.no_perf = True
@@ -104,25 +118,67 @@ def _aligned(tokens: int) -> int:
     return -(-tokens // CELLS_ALIGNMENT) * CELLS_ALIGNMENT
 
 
-Chunks = list[tuple[Sequence, int]]
 OPTIONS = ("repack",)
+
+# Embeddings ---------------------------------------------------------------------------------------
+
+POOL_NOTHING = 0
+"""Llama.cpp's number for an embedding a token: what becomes of them is done here, over prompts computed in pieces."""
+KINDS = {1: "mean", 2: "cls", 3: "last"}
+ENCODERS = ("bert", "gemma-embedding", "t5encoder")
+
+
+class Pooling(Struct, frozen=True):
+    """How the embeddings of tokens become their prompt's: their mean, the first's or the last's. `whole`: whether
+    each token looks at all others, so that a prompt is computed in one piece.
+    """
+
+    kind: str
+    whole: bool
+
+
+def pooling_of(header: GGUFHeader) -> Pooling:
+    """What the file says; the last token's of a model that was made to generate. Raises EngineError."""
+    asked, architecture = header.own("pooling_type"), header.text("general.architecture") or ""
+    whole = header.own("attention.causal") is False or architecture.endswith(ENCODERS)
+    kind = asked if isinstance(asked, int) and asked else (1 if whole else 3)
+    if kind not in KINDS:
+        raise EngineError(f"--task embed: the model ranks and does not embed (its pooling type is {kind})")
+    return Pooling(KINDS[kind], whole)
 
 
 class LlamaEngine(Engine):
     """Llama.cpp behind the engine interface. `create` makes one."""
 
     resumes = True
+    supports = frozenset({
+        "min_tokens", "bad_words", "allowed_token_ids", "prompt_logprobs", "structured_outputs", "embeddings",
+    })  # fmt: skip
 
-    def __init__(self, model: Any, context: Any, settings: EngineSettings, plan: MemoryPlan) -> None:
+    def __init__(
+        self, model: Any, context: Any, settings: EngineSettings, plan: MemoryPlan, pooling: Pooling | None = None
+    ) -> None:
+        self._pooling = pooling
+        """None where it generates."""
+        self._pooled: dict[int, list[float]] = {}
+        """By request, what its embedding will be made from, as far as it is computed."""
         self._model = model
         self._context = context
+        self._settings = settings
         self._plan = plan
+        self._staged = Staged(self._other_model)
         self._vocabulary = Vocabulary(model)
+        self._grammars = Grammars(self._vocabulary)
         # llama.cpp lowers its limit to the KV memory's size, and ends the process for a larger batch.
-        budget = min(settings.max_num_batched_tokens, context.n_batch)
+        most = plan.max_model_len if pooling is not None and pooling.whole else 0
+        budget = min(max(settings.max_num_batched_tokens, most), context.n_batch)
         self._batch = library().LlamaBatch(n_tokens=budget, embd=0, n_seq_max=1)
-        self._schedule = Schedule(plan.slots, plan.kv_tokens, budget)
+        self._schedule = KeptSchedule(plan.slots, plan.kv_tokens, budget, self, pooled=plan.shared)
         self._refused: list[StepOutput] = []
+        self._prompt_logprobs: dict[int, dict[int, PositionLogprobs]] = {}
+        """By request and position, where they are asked for and the first output has not gone out."""
+        self._forms: dict[int, Form] = {}
+        """By request, until its first token is chosen."""
         # Seed 0 is the default and means none: answers without a seed then differ from run to run.
         self._random = random.Random(f"{settings.seed}.{settings.rank}") if settings.seed else random.Random()
 
@@ -130,9 +186,14 @@ class LlamaEngine(Engine):
     def create(cls, settings: EngineSettings, progress: Progress) -> LlamaEngine:
         repack = read_options(settings)
         path = model_path(settings.model, progress)
-        plan = plan_memory(settings, read_header(path))
+        header = read_header(path)
+        plan, pooling = plan_memory(settings, header), pooling_of(header) if settings.task == "embed" else None
         model = load_model(path, progress, repack=repack)
-        return cls(model, make_context(model, settings, plan), settings, plan)
+        made = cls(model, make_context(model, settings, plan, pooling), settings, plan, pooling)
+        if pooling is None:
+            # Reads the vocabulary, now and not with the first request of a form.
+            made._grammars.begin(StructuredOutput("json", "{}"))
+        return made
 
     @classmethod
     def tokenizer(cls, settings: EngineSettings) -> LlamaTokenizer:
@@ -144,18 +205,38 @@ class LlamaEngine(Engine):
         read_options(settings)
         plan_memory(settings, read_header(model_path(settings.model, progress)))
 
+    @classmethod
+    def keeps_prefixes(cls, settings: EngineSettings) -> bool:
+        return True
+
     def add(self, request: EngineRequest) -> None:
         # One bad token makes llama.cpp refuse the whole batch, everybody's.
-        error = why_never(request, self._plan.max_model_len, self._vocabulary.size)
+        # What is embedded may have all the length there is.
+        length = self._plan.max_model_len + (self._pooling is not None)
+        error = why_never(request, length, self._vocabulary.size)
         if error is not None:
             self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
             return
-        room = min(request.params.max_tokens, self._plan.max_model_len - len(request.prompt_token_ids))
-        sequence = Sequence(request, room)
+        if request.params.structured_outputs is not None:
+            try:
+                self._forms[request.key] = self._grammars.begin(request.params.structured_outputs)
+            except ValueError as wrong:
+                said = StepOutput(request.key, [], finish_reason="error", stop_reason="bad_request",
+                                  error=f"structured_outputs: no answer can have this form: {wrong}")  # fmt: skip
+                self._refused.append(said)
+                return
+        made = 0 if self._pooling is not None else request.params.max_tokens
+        room = min(made, self._plan.max_model_len - len(request.prompt_token_ids))
+        sequence = TextSequence(request, room)
+        if self._pooling is not None:
+            # All tokens are looked at, or only the last.
+            sequence.reuses = self._pooling.kind == "last" and not self._pooling.whole
         for token in request.made_token_ids:
             # What it shows has been shown.
             sequence.text.push(self._vocabulary.piece(token, special=not request.params.skip_special_tokens))
-        self._schedule.add(sequence)
+        if request.params.prompt_logprobs is not None and not request.made_token_ids:
+            self._prompt_logprobs[request.key] = {}
+        self._schedule.queue(sequence)
 
     def abort(self, key: int) -> None:
         self._refused = [output for output in self._refused if output.key != key]
@@ -166,24 +247,45 @@ class LlamaEngine(Engine):
 
     def step(self) -> StepResult:
         outputs, self._refused = self._refused, []
-        self._schedule.admit()
         chunks, rows = self._compute()
-        prefilled = 0
+        read = self._read_prompt if self._pooling is None else self._pool
+        answer = self._choose if self._pooling is None else self._embed
         for sequence, count in chunks:
-            prefilled += count if sequence.to_prefill else 0
-            sequence.computed += count
-        decoded = 0
-        for sequence, _ in chunks:
-            if sequence.computed == len(sequence.tokens):
-                outputs.append(self._choose(sequence, rows[sequence.slot]))
-                decoded += 1
+            read(sequence, count, rows[sequence.slot])
+        figures = counts(chunks)
+        outputs += [answer(sequence, rows[sequence.slot]) for sequence in self._schedule.done(chunks)]
         # What could not be computed at all.
         outputs += self._refused
         self._refused = []
-        return StepResult(outputs, prefilled, decoded)
+        return StepResult(outputs, *figures)
 
     def load(self) -> Load:
         return self._schedule.load()
+
+    def stage_weights(self, source: Source) -> list[StepOutput]:
+        self._staged.stage(source)
+        return []
+
+    def update_weights(self, source: Source, keep_kv: bool) -> None:
+        """Swap the model for the one beside it. KV lies in a context of the model's own, and cannot be kept."""
+        model = self._staged.take(source)
+        self._schedule.preempt_all()
+        self._schedule.forget_all()
+        self._context.close()
+        before, self._model = self._model, model
+        self._vocabulary.move(model)
+        before.close()
+        self._context = make_context(model, self._settings, self._plan, self._pooling)
+
+    def _other_model(self, path: Path) -> Any:
+        """One that can take the place of this one. Raises EngineError."""
+        if plan_memory(self._settings, read_header(path)) != self._plan:
+            raise EngineError(f"{path}: needs other memory than the model that is served")
+        model = load_model(path, lambda what, share: None, repack=read_options(self._settings))
+        if not self._vocabulary.same_as(Vocabulary(model)):
+            model.close()
+            raise EngineError(f"{path}: has other tokens than the model that is served")
+        return model
 
     def close(self) -> None:
         self._batch.close()
@@ -194,6 +296,9 @@ class LlamaEngine(Engine):
         """Compute the next batch; returns what was computed, and by slot the row that has its logits."""
         while True:
             chunks = self._schedule.chunks()
+            if self._pooling is not None and self._pooling.whole:
+                # The first fits in any case; who does not is the first of a later step.
+                chunks = [(sequence, count) for sequence, count in chunks if count == sequence.to_prefill]
             if not chunks:
                 return [], {}
             rows = self._fill(chunks)
@@ -213,43 +318,102 @@ class LlamaEngine(Engine):
         for sequence, count in sorted(chunks, key=lambda chunk: chunk[0].slot):
             slots, begin = [sequence.slot], sequence.computed
             last = len(sequence.tokens) - 1
+            pooled = self._pooling.kind if self._pooling is not None else "last"
+            every = pooled == "mean" or self._prompt_logprobs.get(sequence.request.key) is not None
+            one = 0 if pooled == "cls" else last
             for position in range(begin, begin + count):
-                batch.add(sequence.tokens[position], position, slots, position == last)
+                batch.add(sequence.tokens[position], position, slots, position in (one, last) or every)
             rows[sequence.slot] = batch.n_tokens - 1
         return rows
 
+    def _read_prompt(self, sequence: TextSequence, count: int, row: int) -> None:
+        """Keep the log-probabilities of the prompt's tokens behind the next `count` computed, which end at `row`."""
+        found = self._prompt_logprobs.get(sequence.request.key)
+        best = sequence.request.params.prompt_logprobs
+        if found is None or best is None:
+            return
+        begin = sequence.computed
+        for position in range(begin, min(begin + count, len(sequence.request.prompt_token_ids) - 1)):
+            token = sequence.tokens[position + 1]
+            found[position + 1] = self._logprobs(token, row - count + 1 + position - begin, best)
+
+    def _pool(self, sequence: TextSequence, count: int, row: int) -> None:
+        """Add what `count` tokens that were computed, up to `row`, bring to their prompt's embedding."""
+        assert self._pooling is not None
+        first, complete = sequence.computed == 0, sequence.computed + count == sequence.length
+        rows = range(row - count + 1, row + 1)
+        if first:
+            # It may have been computed before, and been set back.
+            self._pooled.pop(sequence.key, None)
+        match self._pooling.kind:
+            case "last":
+                rows = rows[-1:] if complete else rows[:0]
+            case "cls":
+                rows = rows[:1] if first else rows[:0]
+        for one in rows:
+            values, kept = self._context.get_embeddings_ith(one), self._pooled.get(sequence.key)
+            self._pooled[sequence.key] = values if kept is None else list(map(add, kept, values))
+
+    def _embed(self, sequence: TextSequence, row: int) -> StepOutput:
+        values = self._pooled[sequence.key]
+        length = math.sqrt(sum(value * value for value in values)) or 1.0
+        self._end(sequence.key)
+        embedding = array("f", (value / length for value in values)).tobytes()
+        return StepOutput(sequence.key, [], finish_reason="stop", embedding=embedding)
+
     def _make_room(self, chunks: Chunks) -> None:
-        """Llama.cpp found no room for a batch, against all reckoning: let one wait, or end the only one."""
+        """Llama.cpp found no room for a batch, against all reckoning: keep nothing of those that have ended; else let
+        one wait, or end the only one.
+        """
         last = max((sequence for sequence, _ in chunks), key=lambda sequence: sequence.order)
-        if len(chunks) == 1:
+        kept = self._schedule.forget_all()
+        if len(chunks) == 1 and not kept:
             error = f"llama.cpp has no KV memory for this request's {len(last.tokens)} tokens"
-            self._end(last.request.key)
-            self._refused.append(StepOutput(last.request.key, [], finish_reason="error", error=error))
+            self._end(last.key)
+            self._refused.append(StepOutput(last.key, [], finish_reason="error", error=error))
             return
         # Parts of the batch may have been computed. Whose memory is not as we know it starts anew as well.
         for sequence, _ in chunks:
             known = self._context.memory_seq_pos_max(sequence.slot) == sequence.computed - 1
-            if sequence is last or not known:
-                self._free(self._schedule.preempt(sequence))
+            if (sequence is last and not kept) or not known:
+                self._schedule.forget(self._schedule.preempt(sequence))
 
-    def _choose(self, sequence: Sequence, row: int) -> StepOutput:
+    def _choose(self, sequence: TextSequence, row: int) -> StepOutput:
         params = sequence.request.params
         if sequence.sampler is None:
             seed = self._random.getrandbits(32) if params.seed is None else params.seed
             request, window = sequence.request, self._plan.max_model_len
-            sequence.sampler = Sampler(params, request.prompt_token_ids, self._vocabulary.size, window, seed)
+            vocabulary, prompt = self._vocabulary, request.prompt_token_ids
+            form = self._forms.pop(sequence.key, None)
+            sequence.sampler = Sampler(params, prompt, vocabulary.size, window, seed, lambda: vocabulary.ends, form)
             for made in request.made_token_ids:
                 sequence.sampler.accept(made)
         token = sequence.sampler.sample(self._context, row)
         logprobs = None if params.logprobs is None else [self._logprobs(token, row, params.logprobs)]
-        sequence.tokens.append(token)
-        text, reason, stop = self._read(sequence, token)
+        sequence.push(token)
+        text, reason, stop = self._read(sequence, token, sequence.sampler.ended)
+        of_prompt = self._of_prompt(sequence)
         if reason is not None:
-            self._end(sequence.request.key)
-        return StepOutput(sequence.request.key, [token], text, reason, stop, logprobs)
+            self._end(sequence.key)
+        cached, sequence.cached = sequence.cached, 0
+        return StepOutput(
+            sequence.key, [token], text, reason, stop, logprobs, prompt_logprobs=of_prompt, cached_tokens=cached
+        )
 
-    def _read(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """What may be shown after this token; why it is the last, and which stop it was, if so."""
+    def _of_prompt(self, sequence: TextSequence) -> list[PositionLogprobs] | None:
+        """What the first output brings, where it was asked for."""
+        found = self._prompt_logprobs.pop(sequence.key, None)
+        if found is None:
+            return None
+        found[0] = PositionLogprobs(self._logprob(sequence.tokens[0], 0.0))
+        return [found[position] for position in range(len(sequence.request.prompt_token_ids))]
+
+    def _read(
+        self, sequence: TextSequence, token: int, complete: bool
+    ) -> tuple[str, FinishReason | None, str | int | None]:
+        """What may be shown after this token; why it is the last, and which stop it was, if so. `complete`: its form
+        lets nothing follow.
+        """
         params, text = sequence.request.params, sequence.text
         stop: str | int | None = token if token in params.stop_token_ids else None
         ended = stop is not None or (not params.ignore_eos and self._vocabulary.is_end(token))
@@ -258,12 +422,12 @@ class LlamaEngine(Engine):
             shown = text.push(self._vocabulary.piece(token, special=not params.skip_special_tokens))
         if text.stopped_by is not None:
             return shown, "stop", text.stopped_by
-        if not ended and sequence.made < sequence.room:
+        if not (ended or complete) and sequence.made < sequence.room:
             return shown, None, None
         shown += text.finish()
         if text.stopped_by is not None:
             return shown, "stop", text.stopped_by
-        return shown, "stop" if ended else "length", stop
+        return shown, "stop" if ended or complete else "length", stop
 
     def _logprobs(self, token: int, row: int, best: int) -> PositionLogprobs:
         chosen, top = read_logprobs(self._context.get_logits_ith(row), token, best)
@@ -273,16 +437,34 @@ class LlamaEngine(Engine):
         return TokenLogprob(token, self._vocabulary.piece(token, special=True), value)
 
     def _end(self, key: int) -> None:
+        self._prompt_logprobs.pop(key, None)
+        self._forms.pop(key, None)
+        self._pooled.pop(key, None)
         sequence = self._schedule.remove(key)
         if sequence is None:
             return
-        if sequence.slot >= 0:
-            self._free(sequence.slot)
         if sequence.sampler is not None:
             sequence.sampler.close()
 
-    def _free(self, slot: int) -> None:
-        self._context.memory_seq_rm(slot, -1, -1)
+    # What slots have, for the schedule.
+
+    def keep(self, slot: int, count: int) -> bool:
+        context = self._context
+        length = context.memory_seq_pos_max(slot) + 1
+        # A sliding window has let go of what lies before it: there one can go on at the end alone.
+        if 0 < count == length:
+            return True
+        if 0 < count < length and context.memory_seq_pos_min(slot) == 0 and context.memory_seq_rm(slot, count, -1):
+            return True
+        context.memory_seq_rm(slot, -1, -1)
+        return False
+
+    def copy(self, source: int, slot: int, count: int) -> bool:
+        context = self._context
+        if context.memory_seq_pos_min(source) != 0:
+            return False
+        context.memory_seq_cp(source, slot, -1, -1)
+        return True
 
 
 def read_options(settings: EngineSettings) -> bool:

@@ -61,10 +61,15 @@ penalty counts the prompt as well. llama.cpp's one sampler has one window for al
 used, and the prompt is shown to the chain while only the first is in it. The window must be given in
 tokens: -1, documented as the context's size, is none at all.
 
+A token that may not come (an end before `min_tokens`, the last one of a bad word, what is not of the answer's form) is
+drawn again from what is left, by a chain that is built anew for it: that is seldom, and the chances are those of
+leaving it out from the beginning. Where a form leaves one token, nothing is drawn.
+
 The draw at each position has random numbers of its own, made from the request's seed and the position and nothing else:
 so another rank that goes on with a half-written answer draws what this one would have drawn. llama.cpp keeps one
 generator a chain, which nothing can move on but drawing; so each draw gets a copy of the chain with a generator of its
-own, in 10 us.
+own, in 10 us. A copy of a penalty forgets what it has counted (llama.cpp copies the tokens and not their counts), so a
+chain with one is built anew for each draw, in some tenths of a millisecond.
 
 Cost, over 262,144 tokens on one thread: greedy 0.5 ms, top_k 0.5, min_p 0.7, all of them 1.0; plain
 temperature 3.5 and top_p 4.5, as every token's probability must be computed. A row of a decoding batch
@@ -77,10 +82,11 @@ log-probabilities is 1 ms. So they are read for requests that ask, and for no ot
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -89,8 +95,10 @@ from msgspec import Struct
 
 from paceline.core.requests import SamplingParams
 from paceline.engines.base import EngineError, EngineSettings, Progress
-from paceline.engines.chat import ChatTemplate, render_fallback
-from paceline.engines.gguf import GGUFHeader, model_path, read_header
+from paceline.engines.chat import ChatPrompts, Control, Conversation, Fragments
+from paceline.engines.gguf import GGUFHeader, read_header
+from paceline.engines.grammars import Form
+from paceline.engines.models import RECOMMENDED, SMOLLM2, SMOLLM2_FILE, model_path
 
 LOG_VARIABLE = "PACELINE_LLAMA_LOG"
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -191,6 +199,8 @@ def plan_memory(settings: EngineSettings, header: GGUFHeader) -> MemoryPlan:
     return MemoryPlan(length, slots, pool, shared=True)
 
 
+UNKNOWN, CONTROL, EATS_LEFT, EATS_RIGHT = 1 << 0, 1 << 3, 1 << 7, 1 << 8
+"""Of llama.cpp's attributes of tokens."""
 BYTE_PAIR = 2
 """Llama.cpp's number for BPE vocabularies."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
@@ -208,6 +218,17 @@ class Vocabulary:
         self.bos: int = self._vocabulary.token_bos()
         self.eos: int = self._vocabulary.token_eos()
         self._pieces: dict[tuple[int, bool], bytes] = {}
+
+    def move(self, model: Any) -> None:
+        """Read it from another model, which has the same (`same_as`): the one before is about to be freed."""
+        self._model, self._vocabulary = model, model.get_vocab()
+
+    def same_as(self, other: Vocabulary) -> bool:
+        """Whether each token stands for the same."""
+        mine, theirs = (self.size, self.bos, self.eos), (other.size, other.bos, other.eos)
+        return mine == theirs and all(
+            self.piece(token, special=True) == other.piece(token, special=True) for token in range(self.size)
+        )
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """The tokens of `text`. A BOS that the text brings along is not doubled."""
@@ -233,14 +254,31 @@ class Vocabulary:
         """Whether the token ends an answer (EOS, end of turn, …)."""
         return bool(self._vocabulary.is_eog(token))
 
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """All tokens that end an answer."""
+        return frozenset(token for token in range(self.size) if self.is_end(token))
+
     def special_text(self, token: int) -> str:
         """How a special token is written, "" where there is none."""
         return "" if token < 0 else self.piece(token, special=True).decode("utf-8", "replace")
 
-    def knows(self, marker: str) -> bool:
-        """Whether `marker` is one token of this vocabulary."""
-        tokens = self._vocabulary.tokenize(marker, False, True)
-        return len(tokens) == 1 and self.special_text(tokens[0]) == marker
+    def controls(self) -> dict[str, Control]:
+        """The control tokens by their text."""
+        attributes = ((token, self._vocabulary.get_attr(token)) for token in range(self.size))
+        return {
+            self.special_text(token): Control(token, bool(has & EATS_LEFT), bool(has & EATS_RIGHT))
+            for token, has in attributes
+            if has & (CONTROL | UNKNOWN)
+        }
+
+    def control_ids(self) -> set[int]:
+        """The control tokens."""
+        return {control.token_id for control in self.controls().values()}
+
+    def longest_piece(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self._read_piece(token, False)) for token in range(self.size))
 
     def _read_piece(self, token: int, special: bool) -> bytes:
         if not 0 <= token < self.size:
@@ -285,15 +323,29 @@ class LlamaTokenizer:
     def __init__(self, vocabulary: Vocabulary, header: GGUFHeader, path: Path, max_model_len: int) -> None:
         self.max_model_len = max_model_len
         self.vocabulary_size = vocabulary.size
-        self.model_name = slug(header.text("general.name") or "") or path.stem
+        own = {SMOLLM2_FILE: SMOLLM2}.get(path.name)
+        self.model_name = own or slug(header.text("general.name") or "") or path.stem
         self._vocabulary = vocabulary
         self._adds_space = header.text("tokenizer.ggml.model") == SENTENCE_PIECE and bool(
             header.metadata.get("tokenizer.ggml.add_space_prefix", True)
         )
-        self._bos = vocabulary.special_text(vocabulary.bos)
-        source = header.text("tokenizer.chat_template")
-        eos = vocabulary.special_text(vocabulary.eos)
-        self._template = None if source is None else ChatTemplate(source, self._bos, eos)
+        bos, eos = vocabulary.special_text(vocabulary.bos), vocabulary.special_text(vocabulary.eos)
+        self.sampling_defaults = _recommended(header, path)
+        self.special_tokens = {"bos_token": bos, "eos_token": eos}
+        self.chat_template = header.text("tokenizer.chat_template")
+        self.embedding_size = int(header.own("embedding_length") or 0)
+        # Some templates leave BOS to the tokenizer.
+        self._begins = bos if vocabulary.adds_bos else ""
+
+    # Both look at every token, for tenths of a second.
+
+    @cached_property
+    def longest_piece(self) -> int:
+        return self._vocabulary.longest_piece()
+
+    @cached_property
+    def _prompts(self) -> ChatPrompts:
+        return ChatPrompts(self.chat_template, self._vocabulary.controls(), self.special_tokens, self._begins)
 
     @classmethod
     def load(cls, settings: EngineSettings) -> LlamaTokenizer:
@@ -310,15 +362,21 @@ class LlamaTokenizer:
         text = self._vocabulary.text(token_ids, special=False)
         return text.removeprefix(" ") if self._adds_space else text
 
-    def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
-    ) -> str:
-        bos = self._bos if self._vocabulary.adds_bos else ""
-        if self._template is None:
-            return render_fallback(messages, self._vocabulary.knows, bos, add_generation_prompt=add_generation_prompt)
-        prompt = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        # Some templates leave BOS to the tokenizer. The result is encoded without special tokens, so it goes here.
-        return prompt if prompt.startswith(bos) else bos + prompt
+    def chat(self, conversation: Conversation) -> Fragments:
+        return self._prompts.fragments(conversation)
+
+
+SAMPLING_KEYS = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+"""GGUF's `general.sampling.…`, by our names."""
+
+
+def _recommended(header: GGUFHeader, path: Path) -> Mapping[str, float]:
+    """The sampling that the model's makers recommend."""
+    found = {ours: header.metadata.get(f"general.sampling.{theirs}") for theirs, ours in SAMPLING_KEYS.items()}
+    said = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+    return said or RECOMMENDED.get(path.name, {})
 
 
 def slug(name: str) -> str:
@@ -328,6 +386,10 @@ def slug(name: str) -> str:
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are 0, as in vLLM: dividing by them overflows."""
+LIFTED = 1000.0
+"""By how much the allowed tokens are moved above all others, which leaves their chances among each other."""
+OF_FORM = 2 * LIFTED
+"""The same of what the answer's form allows, where that is less than what it forbids: the form comes first."""
 RANDOM_SEED = 0xFFFFFFFF
 """What llama.cpp takes for "a random seed", so that no draw's seed must be it."""
 SEED_INSTEAD = 0x9E3779B9
@@ -337,45 +399,121 @@ ROW = 512
 class Sampler:
     """One request's sampler. Keeps its counts of tokens over the request's life.
 
-    `window`: how many tokens back penalties look; as many as a request may have.
+    `window`: how many tokens back penalties look; as many as a request may have. `ends`: the tokens that end an answer.
+    `form`: what the answer must be.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], vocabulary_size: int, window: int, seed: int
-    ) -> None:
-        chain = library().LlamaSampler()
+        self, params: SamplingParams, prompt: Sequence[int], vocabulary_size: int, window: int, seed: int,
+        ends: Callable[[], frozenset[int]] = frozenset, form: Form | None = None,
+    ) -> None:  # fmt: skip
+        self._params = params
+        self._form = form
+        self._seen = dict.fromkeys(prompt)
+        self._vocabulary_size = vocabulary_size
+        self._window = window
+        self._seed = seed
+        self._ends = ends
+        self._made: list[int] = []
+        self._greedy = params.temperature < GREEDY_BELOW
+        self._guarded = bool(params.min_tokens or params.bad_words or form)
+        self._penalised = params.repetition_penalty != 1.0 or params.frequency_penalty or params.presence_penalty
+        self._chain = self._build({})
+
+    def _build(self, biases: Mapping[int, float]) -> Any:
+        """The chain as it stands after the tokens so far, with these biases behind the penalties."""
+        params, chain = self._params, library().LlamaSampler()
         if params.logit_bias:
-            chain.add_logit_bias(vocabulary_size, list(params.logit_bias.items()))
+            chain.add_logit_bias(self._vocabulary_size, list(params.logit_bias.items()))
         if params.repetition_penalty != 1.0:
-            chain.add_penalties(window, params.repetition_penalty, 0.0, 0.0)
-            for token in prompt:
+            chain.add_penalties(self._window, params.repetition_penalty, 0.0, 0.0)
+            # How often a token was seen is all the same to it.
+            for token in self._seen:
                 chain.accept(token)
         if params.frequency_penalty or params.presence_penalty:
-            chain.add_penalties(window, 1.0, params.frequency_penalty, params.presence_penalty)
-        self._greedy = params.temperature < GREEDY_BELOW
+            chain.add_penalties(self._window, 1.0, params.frequency_penalty, params.presence_penalty)
+        for token in self._made:
+            chain.accept(token)
+        if params.allowed_token_ids is not None:
+            chain.add_logit_bias(self._vocabulary_size, [(token, LIFTED) for token in params.allowed_token_ids])
+        if biases:
+            chain.add_logit_bias(self._vocabulary_size, list(biases.items()))
         if self._greedy:
             chain.add_greedy()
         else:
             _narrow(chain, params)
-        self._chain = chain
-        self._seed = seed
-        self._position = 0
+        return chain
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer's form is complete, so that nothing can follow."""
+        return self._form is not None and self._form.ended
 
     def accept(self, token: int) -> None:
         """Count a token of the answer that was chosen elsewhere."""
+        if self._form is not None:
+            self._form.take(token)
+        self._keep(token)
+
+    def _keep(self, token: int) -> None:
         self._chain.accept(token)
-        self._position += 1
+        self._count(token)
+
+    def _count(self, token: int) -> None:
+        self._made.append(token)
+        self._seen[token] = None
 
     def sample(self, context: Any, row: int) -> int:
         """Choose a token by the logits of the batch's token at `row`, and count it."""
-        if self._greedy:
-            return int(self._chain.sample(context, row))
-        draw = self._chain.clone()
-        draw.add_dist(_seed_at(self._seed, self._position))
-        token = int(draw.sample(context, row))
-        draw.close()
-        self.accept(token)
+        if self._greedy and not self._guarded:
+            token = int(self._chain.sample(context, row))
+            self._count(token)
+            return token
+        place = str(len(self._made))
+        chain = self._build({}) if self._penalised else self._chain.clone()
+        token = self._draw(chain, context, row, place)
+        if self._guarded:
+            forbidden = self._forbidden()
+            if token in forbidden or not (self._form is None or self._form.take(token)):
+                # A draw of its own: what is left has the chances that it would have had alone.
+                token = self._draw_again(forbidden, context, row, place + " again")
+        self._keep(token)
         return token
+
+    def _draw_again(self, forbidden: set[int], context: Any, row: int, place: str) -> int:
+        form, biases = self._form, dict.fromkeys(forbidden, -math.inf)
+        if form is None:
+            return self._draw(self._build(biases), context, row, place)
+        allowed: Any = form.allowed()
+        count = int(allowed.sum())
+        if count < len(allowed) / 2:
+            ids = allowed.nonzero()[0].tolist()
+            # The form comes first: what else is forbidden may be all that it leaves.
+            biases = dict.fromkeys([token for token in ids if token not in forbidden] or ids, OF_FORM)
+        else:
+            biases |= dict.fromkeys((~allowed).nonzero()[0].tolist(), -math.inf)
+        token = next(iter(biases)) if count == 1 else self._draw(self._build(biases), context, row, place)
+        form.take(token)
+        return token
+
+    def _draw(self, chain: Any, context: Any, row: int, place: str) -> int:
+        if not self._greedy:
+            chain.add_dist(_seed_at(self._seed, place))
+        token = int(chain.sample(context, row))
+        chain.close()
+        return token
+
+    def _forbidden(self) -> set[int]:
+        """What may not come next: an end before `min_tokens`, or the last token of a bad word."""
+        made, params = self._made, self._params
+        found = {
+            run[-1]
+            for run in params.bad_words
+            if run[:-1] == made[len(made) - len(run) + 1 :] and len(run) <= len(made) + 1
+        }
+        if len(made) < params.min_tokens:
+            found.update(self._ends(), params.stop_token_ids)
+        return found
 
     def close(self) -> None:
         """Free the chain."""
@@ -412,9 +550,9 @@ def _best_tokens(numpy: Any, values: Any, best: int) -> list[int]:
     return [int(token) for token in candidates[order]]
 
 
-def _seed_at(seed: int, position: int) -> int:
-    """The seed of the draw at one position of one request."""
-    digest = blake2b(f"{seed}.{position}".encode(), digest_size=4).digest()
+def _seed_at(seed: int, place: str) -> int:
+    """The seed of the draw at one place of one request."""
+    digest = blake2b(f"{seed}.{place}".encode(), digest_size=4).digest()
     made = int.from_bytes(digest, "little")
     return SEED_INSTEAD if made == RANDOM_SEED else made
 

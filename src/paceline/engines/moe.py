@@ -37,13 +37,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from paceline.core.load import Load
 from paceline.core.rank.events import StepOutput
 from paceline.core.requests import FinishReason, PositionLogprobs, SamplingParams, TokenLogprob
-from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
-from paceline.engines.chat import render_fallback
-from paceline.engines.scheduler import Schedule, Sequence, why_never
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, Source, StepResult
+from paceline.engines.chat import ChatPrompts, Control, Conversation, Fragments
+from paceline.engines.scheduler import Chunks, Schedule, TextSequence, counts, why_never
+from paceline.engines.weights import Staged
 
 DEFAULT_MAX_MODEL_LEN = 4096
 MOST_TOKENS = 1 << 20
@@ -194,7 +196,11 @@ class MoeTokenizer:
     def __init__(self, max_model_len: int) -> None:
         self.max_model_len = max_model_len
         self.vocabulary_size = VOCABULARY
+        self.longest_piece = 1
         self.model_name = "paceline-moe"
+        self.sampling_defaults: Mapping[str, float] = {}
+        self.chat_template: str | None = None
+        self._prompts = ChatPrompts(None, {text: Control(token) for text, token in SPECIAL.items()}, {}, "<bos>")
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         tokens = [BOS] if add_special else []
@@ -209,8 +215,8 @@ class MoeTokenizer:
     def decode(self, token_ids: Many[int]) -> str:
         return b"".join(piece(token, special=False) for token in token_ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Many[Mapping[str, object]], *, add_generation_prompt: bool = True) -> str:
-        return render_fallback(messages, lambda marker: False, "<bos>", add_generation_prompt=add_generation_prompt)
+    def chat(self, conversation: Conversation) -> Fragments:
+        return self._prompts.fragments(conversation)
 
 
 def piece(token: int, *, special: bool) -> bytes:
@@ -294,8 +300,6 @@ if TYPE_CHECKING:
     from paceline.engines.group import RankGroup
     from paceline.engines.moe_model import Floats, Piece
 
-Chunks = list[tuple[Sequence, int]]
-
 
 class MoeEngine(Engine):
     """One rank of the model. `create` makes one; with a `dp_size` of 1 it needs no group."""
@@ -307,7 +311,11 @@ class MoeEngine(Engine):
         # Here and not at the top: a front-end imports this module for its tokenizer, and does without NumPy.
         from paceline.engines.moe_model import Alone, MoeModel
 
+        def load(weights: Path) -> MoeModel:
+            return MoeModel.load(replace(options, weights=weights), limits.max_model_len)
+
         self._model = MoeModel.load(options, limits.max_model_len)
+        self._staged = Staged(load)
         self._group: RankGroup | None = Alone() if settings.dp_size == 1 else None
         self._limits = limits
         self._step_s = options.step_ms / 1000
@@ -344,11 +352,11 @@ class MoeEngine(Engine):
         # Drawn here: a step that is made anew must not draw again.
         seed = self._random.getrandbits(32) if request.params.seed is None else request.params.seed
         room = min(request.params.max_tokens, self._limits.max_model_len - length)
-        sequence = Sequence(request, room, Sampler(request.params, length, seed))
+        sequence = TextSequence(request, room, Sampler(request.params, length, seed))
         for token in request.made_token_ids:
             # What it shows has been shown.
             sequence.text.push(piece(token, special=not request.params.skip_special_tokens))
-        self._schedule.add(sequence)
+        self._schedule.queue(sequence)
 
     def abort(self, key: int) -> None:
         self._refused = [output for output in self._refused if output.key != key]
@@ -365,7 +373,6 @@ class MoeEngine(Engine):
 
     def step(self) -> StepResult:
         begin = time.monotonic()
-        self._schedule.admit()
         chunks = self._schedule.chunks(self._prefill_limit)
         logits = self._forward(chunks)
         left_s = self._step_s - (time.monotonic() - begin)
@@ -379,13 +386,23 @@ class MoeEngine(Engine):
     def load(self) -> Load:
         return self._schedule.load()
 
+    def stage_weights(self, source: Source) -> list[StepOutput]:
+        self._staged.stage(source)
+        return []
+
+    def update_weights(self, source: Source, keep_kv: bool) -> None:
+        self._model = self._staged.take(source)
+        if not keep_kv:
+            self._schedule.preempt_all()
+            self._kv.clear()
+
     def _forward(self, chunks: Chunks) -> Floats:
         """Compute with the others. Changes nothing but KV that nobody reads yet."""
         if self._group is None:
             raise EngineError("the moe engine steps among several ranks, and has not been given their group")
         pieces: list[Piece] = []
         for sequence, count in chunks:
-            key = sequence.request.key
+            key = sequence.key
             if key not in self._kv:
                 self._kv[key] = self._model.make_kv(sequence.reserved)
             tokens = sequence.tokens[sequence.computed : sequence.computed + count]
@@ -395,31 +412,26 @@ class MoeEngine(Engine):
     def _commit(self, chunks: Chunks, logits: Floats) -> StepResult:
         """Write down what a step has computed; no collective from here on."""
         outputs, self._refused = self._refused, []
-        prefilled = decoded = 0
-        for (sequence, count), row in zip(chunks, logits, strict=True):
-            prefilled += count if sequence.to_prefill else 0
-            sequence.computed += count
-            if sequence.computed == len(sequence.tokens):
-                outputs.append(self._choose(sequence, row.tolist()))
-                decoded += 1
-        return StepResult(outputs, prefilled, decoded)
+        rows, figures = {sequence.key: row for (sequence, _), row in zip(chunks, logits, strict=True)}, counts(chunks)
+        outputs += [self._choose(sequence, rows[sequence.key].tolist()) for sequence in self._schedule.done(chunks)]
+        return StepResult(outputs, *figures)
 
-    def _choose(self, sequence: Sequence, logits: list[float]) -> StepOutput:
+    def _choose(self, sequence: TextSequence, logits: list[float]) -> StepOutput:
         params, sampler = sequence.request.params, sequence.sampler
         token = sampler.choose(logits, sequence.tokens)
         logprobs = None if params.logprobs is None else [sampler.logprobs(logits, token)]
-        sequence.tokens.append(token)
+        sequence.push(token)
         text, reason, stop = _read(sequence, token)
         if reason is not None:
-            self._end(sequence.request.key)
-        return StepOutput(sequence.request.key, [token], text, reason, stop, logprobs)
+            self._end(sequence.key)
+        return StepOutput(sequence.key, [token], text, reason, stop, logprobs)
 
     def _end(self, key: int) -> None:
         self._schedule.remove(key)
         self._kv.pop(key, None)
 
 
-def _read(sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+def _read(sequence: TextSequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
     """What may be shown after this token; why it is the last, and which stop it was, if so."""
     params, text = sequence.request.params, sequence.text
     stop: str | int | None = token if token in params.stop_token_ids else None

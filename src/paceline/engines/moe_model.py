@@ -198,7 +198,7 @@ class Alone(RankGroup):
 
     def _check(self) -> None:
         if self._ended:
-            raise EpochEnded("generation 0 has ended")
+            raise EpochEnded("epoch 0 has ended")
 
 
 class Experts:

@@ -6,7 +6,8 @@ prompt chunks up to the token budget, KV for a request reserved when it starts),
 
     step_ms + prefill_ms x prompt tokens + decode_ms x decoding requests
 
-by default 6 ms, 0.09 ms and 0.02 ms: an 8B-class model. Options: `--engine-option step_ms=0` and so on.
+by default 6 ms, 0.09 ms and 0.02 ms: an 8B-class model. Options: `--engine-option step_ms=0` and so on. With
+`prefix_cache=1` a prompt that begins as an earlier one did costs what is new of it.
 The text is a fixed sequence of words, so that a client can tell whether it got all of it, in order.
 
 The `timed-lockstep` engine: `timed` as a rank of an expert-parallel model, whose steps contain collectives.
@@ -26,8 +27,12 @@ from msgspec import Struct
 
 from paceline.core.load import Load
 from paceline.core.rank.events import StepOutput
-from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, StepResult
-from paceline.engines.scheduler import Schedule, Sequence
+from paceline.core.requests import FinishReason
+from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, Source, StepResult
+from paceline.engines.chat import ChatPrompts, Conversation, Fragments
+from paceline.engines.kept import KeptSchedule
+from paceline.engines.scheduler import Schedule, TextSequence, counts
+from paceline.engines.weights import Staged
 
 if TYPE_CHECKING:
     from paceline.engines.group import RankGroup
@@ -57,9 +62,12 @@ class TimedEngine(Engine):
     def __init__(self, settings: EngineSettings, costs: CostModel) -> None:
         self._costs = costs
         self._kv_total = settings.kv_cache_tokens or DEFAULT_MAX_MODEL_LEN * 8
-        self._schedule = Schedule(settings.max_num_seqs, self._kv_total, settings.max_num_batched_tokens)
+        shape = settings.max_num_seqs, self._kv_total, settings.max_num_batched_tokens
+        kept = self.keeps_prefixes(settings)
+        self._schedule = KeptSchedule(*shape, NoMemory(), pooled=True) if kept else Schedule(*shape)
         self._refused: list[StepOutput] = []
         self._prefill_limit: int | None = None
+        self._staged = Staged(lambda path: path)
 
     @classmethod
     def create(cls, settings: EngineSettings, progress: Progress) -> TimedEngine:
@@ -70,6 +78,10 @@ class TimedEngine(Engine):
         return cls(settings, costs)
 
     @classmethod
+    def keeps_prefixes(cls, settings: EngineSettings) -> bool:
+        return settings.options.get("prefix_cache") == "1"
+
+    @classmethod
     def tokenizer(cls, settings: EngineSettings) -> ByteTokenizer:
         return ByteTokenizer(settings)
 
@@ -78,13 +90,13 @@ class TimedEngine(Engine):
         read_costs(settings.options)
 
     def add(self, request: EngineRequest) -> None:
-        sequence = Sequence(request, request.params.max_tokens)
+        sequence = TextSequence(request, request.params.max_tokens)
         if sequence.made >= sequence.room:
             self._refuse(request, f"the {sequence.made} tokens made already are the whole answer")
         elif sequence.reserved > self._kv_total:
             self._refuse(request, f"needs {sequence.reserved} tokens of KV memory, there are {self._kv_total}")
         else:
-            self._schedule.add(sequence)
+            self._schedule.queue(sequence)
 
     def _refuse(self, request: EngineRequest, error: str) -> None:
         self._refused.append(StepOutput(request.key, [], finish_reason="error", error=error))
@@ -97,32 +109,50 @@ class TimedEngine(Engine):
 
     def step(self) -> StepResult:
         begin = time.monotonic()
-        self._schedule.admit()
         chunks = self._schedule.chunks(self._prefill_limit)
-        prefilled = sum(count for sequence, count in chunks if sequence.to_prefill)
-        writing = [sequence for sequence, count in chunks if sequence.computed + count == len(sequence.tokens)]
-        self._take_time(begin, prefilled, len(writing))
-        for sequence, count in chunks:
-            sequence.computed += count
+        prefilled, writing = counts(chunks)
+        self._take_time(begin, prefilled, writing)
         outputs, self._refused = self._refused, []
-        outputs += [self._emit(sequence) for sequence in writing]
-        return StepResult(outputs, prefilled, len(writing))
+        outputs += [self._emit(sequence) for sequence in self._schedule.done(chunks)]
+        return StepResult(outputs, prefilled, writing)
 
     def load(self) -> Load:
         return self._schedule.load()
+
+    def stage_weights(self, source: Source) -> list[StepOutput]:
+        self._staged.stage(source)
+        return []
+
+    def update_weights(self, source: Source, keep_kv: bool) -> None:
+        """It has none; but what they are called is on its answers."""
+        self._staged.take(source)
+        if not keep_kv:
+            self._schedule.preempt_all()
 
     def _take_time(self, begin: float, prefilled: int, writing: int) -> None:
         """Let the step last as long as it costs; it began at `begin`."""
         if prefilled or writing:
             sleep_until(begin + self._costs.seconds(prefilled, writing))
 
-    def _emit(self, sequence: Sequence) -> StepOutput:
+    def _emit(self, sequence: TextSequence) -> StepOutput:
         text = word(sequence.made)
-        sequence.tokens.append((sequence.made + 1) % VOCABULARY)
+        sequence.push((sequence.made + 1) % VOCABULARY)
         finished = sequence.made >= sequence.room
         if finished:
-            self._schedule.remove(sequence.request.key)
-        return StepOutput(sequence.request.key, sequence.tokens[-1:], text, "length" if finished else None)
+            self._schedule.remove(sequence.key)
+        cached, sequence.cached = sequence.cached, 0
+        reason: FinishReason | None = "length" if finished else None
+        return StepOutput(sequence.key, sequence.tokens[-1:], text, reason, cached_tokens=cached)
+
+
+class NoMemory:
+    """Nothing is kept where nothing is computed: what a slot would have is known by its tokens alone."""
+
+    def keep(self, slot: int, count: int) -> bool:
+        return True
+
+    def copy(self, source: int, slot: int, count: int) -> bool:
+        return True
 
 
 class ByteTokenizer:
@@ -131,7 +161,10 @@ class ByteTokenizer:
     def __init__(self, settings: EngineSettings) -> None:
         self.max_model_len = settings.max_model_len or DEFAULT_MAX_MODEL_LEN
         self.vocabulary_size = VOCABULARY
+        self.longest_piece = 1
         self.model_name = "timed"
+        self.chat_template: str | None = None
+        self.sampling_defaults: Mapping[str, float] = {}
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         return list(text.encode())
@@ -139,9 +172,8 @@ class ByteTokenizer:
     def decode(self, token_ids: Many[int]) -> str:
         return bytes(token_ids).decode(errors="replace")
 
-    def apply_chat_template(self, messages: Many[Mapping[str, object]], *, add_generation_prompt: bool = True) -> str:
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return "".join(lines) + ("assistant:" if add_generation_prompt else "")
+    def chat(self, conversation: Conversation) -> Fragments:
+        return ChatPrompts(None, {}, {}).fragments(conversation)
 
 
 def sleep_until(when: float) -> None:
@@ -160,8 +192,10 @@ def read_costs(options: Mapping[str, str]) -> CostModel:
     """The cost model that the options ask for. Raises EngineError naming the option."""
     values: dict[str, float] = {}
     for name, text in options.items():
+        if name == "prefix_cache" and text in ("0", "1"):
+            continue
         if name not in CostModel.__struct_fields__:
-            known = ", ".join(CostModel.__struct_fields__)
+            known = ", ".join([*CostModel.__struct_fields__, "prefix_cache (0 or 1)"])
             raise EngineError(f"--engine-option {name}: unknown; the timed engine has {known}")
         try:
             values[name] = float(text)

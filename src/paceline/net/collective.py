@@ -19,10 +19,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
+from hmac import compare_digest
 
 import numpy as np
 
 from paceline.engines.group import MAX_REDUCED, Array, EpochEnded, RankGroup, Reduction, Waiting, reduced
+from paceline.net.secret import TAG_BYTES, Seal, tag
 
 MAX_PAYLOAD_BYTES = 1 << 30
 """For one member in one collective."""
@@ -73,11 +75,17 @@ HANG_UP = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class SocketGroup(RankGroup):
-    """A group over one stream socket for each pair of members. `net.group.form_group` makes one."""
+    """A group over one stream socket for each pair of members. `net.group.form_group` makes one.
 
-    def __init__(self, epoch: int, rank: int, links: Mapping[int, socket.socket]) -> None:
+    `seals`: with whom messages are authenticated, all or none.
+    """
+
+    def __init__(
+        self, epoch: int, rank: int, links: Mapping[int, socket.socket], seals: Mapping[int, Seal] | None = None
+    ) -> None:
         super().__init__(epoch, rank, [rank, *links])
         self._links = dict(links)
+        self._seals = seals or {}
         self._peers = [member for member in self.members if member != rank]
         self._number = 0
         self._name = ""
@@ -186,7 +194,7 @@ class SocketGroup(RankGroup):
         """Send a payload to each of `outgoing` and get one from each of `incoming`, all at a time."""
         if self._ended:
             raise EpochEnded(f"epoch {self.epoch} has ended")
-        transfer = _Transfer(kind, self._number, outgoing, incoming, urging)
+        transfer = _Transfer(kind, self._number, outgoing, incoming, urging, self._seals)
         for peer in list(transfer.sending):
             self._guard(transfer.send, peer)
         for peer in list(transfer.receiving):
@@ -238,21 +246,18 @@ class SocketGroup(RankGroup):
 
 
 class _Confused(Exception):
-    """A peer sent what does not belong here: another collective, or too much."""
+    """A peer sent what does not belong here: another collective, too much, or what somebody else has written."""
 
 
 class _Transfer:
     """One exchange under way: what is still to be sent to whom, and to be received from whom."""
 
     def __init__(
-        self,
-        kind: int,
-        number: int,
-        outgoing: Mapping[int, Sequence[bytes | memoryview]],
-        incoming: Sequence[int],
-        urging: bool,
-    ) -> None:
+        self, kind: int, number: int, outgoing: Mapping[int, Sequence[bytes | memoryview]], incoming: Sequence[int],
+        urging: bool, seals: Mapping[int, Seal],
+    ) -> None:  # fmt: skip
         self._kind = kind
+        self._seals, self._tag_bytes = seals, TAG_BYTES if seals else 0
         self.urgent = urging
         self._number = number
         self.sending: dict[int, list[memoryview]] = {}
@@ -261,10 +266,11 @@ class _Transfer:
             if size > MAX_PAYLOAD_BYTES:
                 raise ValueError(f"{size} bytes for rank {peer}, at most {MAX_PAYLOAD_BYTES} go in one message")
             header = HEADER.pack(kind | URGENT if urging else kind, number, size)
+            whole = [header, *parts, *([tag(seals[peer].outgoing, [header, *parts])] if seals else [])]
             if size < 4096:
-                self.sending[peer] = [memoryview(b"".join([header, *parts]))]
+                self.sending[peer] = [memoryview(b"".join(whole))]
             else:
-                self.sending[peer] = [memoryview(header), *(memoryview(part) for part in parts if len(part))]
+                self.sending[peer] = [memoryview(part) for part in whole if len(part)]
         self.receiving: dict[int, bytearray] = {peer: bytearray() for peer in incoming}
         self._sizes: dict[int, int] = {}
         self.received: dict[int, bytes] = {}
@@ -297,10 +303,14 @@ class _Transfer:
         buffer = self.receiving[peer]
         while True:
             size = self._sizes.get(peer)
-            wanted = HEADER.size if size is None else HEADER.size + size
+            wanted = HEADER.size if size is None else HEADER.size + size + self._tag_bytes
             if len(buffer) == wanted:
                 if size is not None:
-                    self.received[peer] = bytes(memoryview(buffer)[HEADER.size :])
+                    whole = memoryview(buffer)
+                    end = wanted - self._tag_bytes
+                    if self._seals and not compare_digest(tag(self._seals[peer].incoming, [whole[:end]]), whole[end:]):
+                        raise _Confused("what it sent is not what came")
+                    self.received[peer] = bytes(whole[HEADER.size : end])
                     del self.receiving[peer]
                     return
                 self._sizes[peer] = self._size_of(buffer)

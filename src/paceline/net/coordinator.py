@@ -13,36 +13,21 @@ import logging
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
 import zmq
 
 from paceline.core import codec
-from paceline.core.coordinator.events import (
-    Event,
-    FrontendGone,
-    FrontendSaid,
-    FrontendsSaid,
-    FrontendSubscribed,
-    NodeGone,
-    Note,
-    RankGone,
-    RankSaid,
-    RanksReported,
-    RankSubscribed,
-    Tick,
-    ToFrontends,
-    ToRanks,
-)
+from paceline.core.coordinator import events
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.messages import FromRank, LoadView, NodeHello, OfRequests, RankFailed, RankReport, StartDPWave
 from paceline.errors import StartupError
+from paceline.log import note
 from paceline.net.handle import ADDRESSES, CoordinatorHandle
 from paceline.net.links import BadFrames, new_identity
 from paceline.net.loop import CoordinatorLoop, ReportInbox
 from paceline.net.sockets import MESSAGES_A_TURN, NOBLOCK, CoordinatorSockets, drain, giving_up_after
-from paceline.process.spawn import stop
+from paceline.process.spawn import ChildProcess, stop
 
 if TYPE_CHECKING:
     from paceline.settings import ParallelConfig
@@ -68,8 +53,9 @@ class RankInbox:
     """What ranks and nodes say to the coordinator. `handle`: the machine's door."""
 
     def __init__(
-        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None], *, every_report: bool
-    ) -> None:
+        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[events.Event], None], *,
+        every_report: bool,
+    ) -> None:  # fmt: skip
         self._bad_frames = bad_frames
         self._handle = handle
         self._inbox = ReportInbox(
@@ -84,13 +70,13 @@ class RankInbox:
         self._inbox.read_until(min(time.monotonic() + READ_S, deadline))
 
     def _on_reports(self, messages: list[FromRank]) -> None:
-        self._handle(RanksReported([message for message in messages if isinstance(message, RankReport)]))
+        self._handle(events.RanksReported([message for message in messages if isinstance(message, RankReport)]))
 
     def _on_message(self, message: FromRank) -> None:
         if isinstance(message, NodeHello | RankFailed) and message.node not in self.nodes:
             self._bad_frames.add("no-presence", f"node {message.node} has not subscribed its presence")
         else:
-            self._handle(RankSaid(message))
+            self._handle(events.RankSaid(message))
 
 
 MAX_PRESENT = 65536
@@ -115,7 +101,9 @@ class FrontendInbox:
     any other nobody would ever learn that it has gone, and ids that somebody invents would be kept for ever.
     """
 
-    def __init__(self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[Event], None]) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], bad_frames: BadFrames, handle: Callable[[events.Event], None]
+    ) -> None:
         self._socket = socket
         self._bad_frames = bad_frames
         self._handle = handle
@@ -124,7 +112,6 @@ class FrontendInbox:
         self._present: set[int] = set()
 
     def read(self) -> None:
-        """Read what is there, up to MESSAGES_A_TURN."""
         for [frame] in drain(self._socket, self._bad_frames, messages=MESSAGES_A_TURN):
             if frame[:1] in (b"\x00", b"\x01"):
                 self._on_subscription(frame)
@@ -138,14 +125,14 @@ class FrontendInbox:
                 self._of_requests.append(message)
             else:
                 self._flush()
-                self._handle(FrontendSaid(message))
+                self._handle(events.FrontendSaid(message))
         self._flush()
 
     def _flush(self) -> None:
         """Everything is heard in its place."""
         if self._of_requests:
             messages, self._of_requests = self._of_requests, []
-            self._handle(FrontendsSaid(messages))
+            self._handle(events.FrontendsSaid(messages))
 
     def _on_subscription(self, frame: bytes) -> None:
         self._flush()
@@ -156,10 +143,10 @@ class FrontendInbox:
                 return
             if frontend is not None:
                 self._present.add(frontend)
-            self._handle(FrontendSubscribed())
+            self._handle(events.FrontendSubscribed())
         elif frontend is not None:
             self._present.discard(frontend)
-            self._handle(FrontendGone(frontend))
+            self._handle(events.FrontendGone(frontend))
 
 
 class DPCoordinator(CoordinatorHandle):
@@ -171,13 +158,9 @@ class DPCoordinator(CoordinatorHandle):
     """
 
     def __init__(
-        self,
-        parallel_config: ParallelConfig,
-        enable_wave_coordination: bool = True,
-        logging_config: dict[str, Any] | None = None,
-        startup_timeout_s: float = 30.0,
-        rank_timeout_s: float = 0.0,
-    ) -> None:
+        self, parallel_config: ParallelConfig, enable_wave_coordination: bool = True,
+        logging_config: dict[str, Any] | None = None, startup_timeout_s: float = 30.0, rank_timeout_s: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         external = parallel_config.data_parallel_external_lb
         self._arguments: dict[str, Any] = self._chosen_addresses(parallel_config) | {
@@ -198,7 +181,7 @@ class DPCoordinator(CoordinatorHandle):
             self.shutdown()
             raise
 
-    def restart(self) -> SpawnProcess:
+    def restart(self) -> ChildProcess:
         """Start another in place of one that has ended, at the same addresses.
 
         Raises StartupError, after which it can be called again.
@@ -229,15 +212,9 @@ class DPCoordinatorProc(CoordinatorLoop):
     """
 
     def __init__(
-        self,
-        engine_count: int,
-        min_stats_update_interval_ms: int = 100,
-        enable_wave_coordination: bool = True,
-        publish_loads: bool = True,
-        fresh: bool = True,
-        rank_timeout_s: float = 0.0,
-        most_ranks: int | None = None,
-    ) -> None:
+        self, engine_count: int, min_stats_update_interval_ms: int = 100, enable_wave_coordination: bool = True,
+        publish_loads: bool = True, fresh: bool = True, rank_timeout_s: float = 0.0, most_ranks: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(logger)
         self._machine = Coordinator(
             engine_count,
@@ -255,15 +232,10 @@ class DPCoordinatorProc(CoordinatorLoop):
 
     @staticmethod
     def run_coordinator(
-        engine_count: int,
-        front_publish_address: str,
-        back_output_address: str,
-        back_publish_address: str,
-        min_stats_update_interval_ms: int = 100,
-        zmq_addr_pipe: Connection | None = None,
-        **further: Any,
-    ) -> None:
-        """Bind, report the bound addresses through the pipe, and run until SIGTERM.
+        engine_count: int, front_publish_address: str, back_output_address: str, back_publish_address: str,
+        min_stats_update_interval_ms: int = 100, zmq_addr_pipe: Connection | None = None, **further: Any,
+    ) -> None:  # fmt: skip
+        """Bind, report the bound addresses through the pipe, and run until END.
 
         The pipe gets `(front_publish, back_output, back_publish)` once all three are bound, or a string that says why
         they cannot be. `further`: what else `DPCoordinatorProc` takes.
@@ -284,12 +256,9 @@ class DPCoordinatorProc(CoordinatorLoop):
             zmq_addr_pipe.send(str(error))
 
     def process_input_socket(
-        self,
-        front_publish_address: str,
-        back_output_address: str,
-        back_publish_address: str,
+        self, front_publish_address: str, back_output_address: str, back_publish_address: str,
         on_bound: Callable[[tuple[str, str, str]], None] = lambda addresses: None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Bind the three sockets, say where each can be reached, and serve until stopped. Raises StartupError."""
         self._sockets = CoordinatorSockets(
             front_publish_address, back_output_address, back_publish_address, kept=reports_kept(self._engine_count),
@@ -306,7 +275,7 @@ class DPCoordinatorProc(CoordinatorLoop):
         return self._machine.deadline
 
     def _tick(self) -> None:
-        self._handle(Tick())
+        self._handle(events.Tick())
 
     def _read_frontends(self) -> None:
         self._front_inbox.read()
@@ -319,29 +288,31 @@ class DPCoordinatorProc(CoordinatorLoop):
         if frame[:1] == b"\x01":
             if node is not None:
                 self._inbox.nodes.add(node)
-            self._handle(RankSubscribed() if life is None else RankSubscribed(*life))
+            self._handle(events.RankSubscribed() if life is None else events.RankSubscribed(*life))
         elif frame[:1] == b"\x00":
             if life is not None:
-                self._handle(RankGone(*life))
+                # What it said before its end counts: that it leaves, for one.
+                self._inbox.read(self._machine.deadline)
+                self._handle(events.RankGone(*life))
             elif node is not None:
                 self._inbox.nodes.discard(node)
-                self._handle(NodeGone(node))
+                self._handle(events.NodeGone(node))
         else:
             self._bad_from_ranks.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: events.Event) -> None:
         for effect in self._machine.handle(event, time.monotonic()):
             match effect:
-                case ToFrontends(message):
+                case events.ToFrontends(message):
                     self._sockets.front.send(codec.encode(message), NOBLOCK)
                     if isinstance(message, LoadView) and logger.isEnabledFor(logging.DEBUG):
                         logger.debug("published, as [waiting, running] by rank: %s", self._get_engine_counts())
-                case ToRanks(StartDPWave(wave, exclude)):
+                case events.ToRanks(StartDPWave(wave, exclude)):
                     self._send_start_wave(self._sockets.back_out, wave, exclude)
-                case ToRanks(message):
+                case events.ToRanks(message):
                     self._sockets.back_out.send(codec.encode(message), NOBLOCK)
-                case Note(text, urgent):
-                    logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
+                case events.Note():
+                    note(logger, effect)
 
     @staticmethod
     def _send_start_wave(socket: zmq.Socket[bytes], wave: int, exclude_engine_index: int | None) -> None:

@@ -2,9 +2,10 @@
 
 Each rank has one listening socket, and each pair of members one connection: the later rank connects to the earlier
 one. The first bytes on a connection are a handshake that says the epoch and the two ranks; a connection that says
-anything else is dropped, so that neither a stranger nor a rank of another epoch becomes a member. Anybody
-that reaches the address can connect and say nothing. That must not hold up those that are expected, so nobody is
-waited for: each is heard as its bytes come.
+anything else is dropped, so that neither a stranger nor a rank of another epoch becomes a member. Where the nodes share
+a secret, both sides prove in it that they have it, and what follows is sealed (`net/secret.py`). Anybody that reaches
+the address can connect and say nothing. That must not hold up those that are expected, so nobody is waited for: each is
+heard as its bytes come.
 
 When all are connected the group is a `SocketGroup` (`net/collective.py`), in which the ranks agree after their steps.
 How long a rank waits there for its peers is watched by a thread of its own, since the engine's thread is what waits.
@@ -13,22 +14,26 @@ How long a rank waits there for its peers is watched by a thread of its own, sin
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import NamedTuple
 
 from msgspec import Struct
 
 from paceline.core.messages import GroupMember
-from paceline.core.rank.events import Agree, Agreed, Waited
+from paceline.core.rank.events import Agree, Agreed
 from paceline.core.rank.prefill_quota import REDUCTIONS, integers, outcome
 from paceline.engines.group import EpochEnded, RankGroup, Waiting
 from paceline.errors import StartupError
 from paceline.net.collective import SocketGroup
+from paceline.net.links import refusals
+from paceline.net.secret import NONCE_BYTES, PROOF_BYTES, Seal, peer_key, proof, proves
+from paceline.net.sockets import tcp_address
 
 GREETING = struct.Struct("<8sQII")
 MAGIC = b"paceline"
@@ -40,7 +45,6 @@ Greeting = tuple[int, int, int]
 
 
 def packed(greeting: Greeting) -> bytes:
-    """A greeting on the wire."""
     return GREETING.pack(MAGIC, *greeting)
 
 
@@ -50,47 +54,74 @@ def read_greeting(data: bytes | bytearray) -> Greeting | None:
     return (epoch, rank, peer) if magic == MAGIC else None
 
 
+def answer_bytes(key: bytes | None) -> int:
+    return GREETING.size + (0 if key is None else NONCE_BYTES + PROOF_BYTES)
+
+
+def nonce(key: bytes | None) -> bytes:
+    return b"" if key is None else os.urandom(NONCE_BYTES)
+
+
+class Link(NamedTuple):
+    """A connection to a peer. `seal`: None where there is no secret."""
+
+    socket: socket.socket
+    seal: Seal | None
+
+
 class _Handshake(Struct):
-    """One connection: what has come of its greeting, and the first one, once that was answered."""
+    """One connection: what has come of its greeting; the first one, once that was answered; all that was said."""
 
     link: socket.socket
     data: bytearray
     answered: Greeting | None = None
+    said: bytes = b""
+
+    def lacks(self, key: bytes | None) -> int:
+        """How many bytes are still to come of what the peer says now."""
+        further = NONCE_BYTES if self.answered is None else PROOF_BYTES
+        return GREETING.size + (0 if key is None else further) - len(self.data)
 
 
 class Handshakes:
     """The listening socket of one rank while it forms `epoch`; those in `later` are to come.
 
     A peer greets, is answered, and greets again: one that gave up waiting in the queue, and came again on a new
-    connection, does not greet again on the old one.
+    connection, does not greet again on the old one. With a `key` the first greeting brings a random number, the answer
+    another and a proof, and the second greeting a proof.
     """
 
-    def __init__(self, listening: socket.socket, epoch: int, rank: int, later: Set[int]) -> None:
+    def __init__(
+        self, listening: socket.socket, epoch: int, rank: int, later: Set[int], key: bytes | None = None
+    ) -> None:
         self._listening = listening
+        self._key = key
         self._epoch = epoch
         self._rank = rank
         self._later = later
         self._handshakes: dict[int, _Handshake] = {}
 
-    def wait(self, seconds: float) -> dict[int, socket.socket]:
+    def wait(self, seconds: float) -> dict[int, Link]:
         """Hear what is said within this time, at least once; returns the links of those that are members."""
         poller = select.poll()
         poller.register(self._listening, select.POLLIN)
         for descriptor in self._handshakes:
             poller.register(descriptor, select.POLLIN)
-        come: dict[int, socket.socket] = {}
+        come: dict[int, Link] = {}
         for descriptor, _ in poller.poll(int(seconds * 1000) + 1):
             handshake = self._handshakes.get(descriptor)
             if handshake is None:
                 self._open()
             elif (peer := self._hear(handshake)) is not None:
                 if peer in come:
-                    come[peer].close()
-                come[peer] = self._handshakes.pop(descriptor).link
+                    come[peer].socket.close()
+                done = self._handshakes.pop(descriptor)
+                come[peer] = Link(
+                    done.link, None if self._key is None else Seal.of(self._key, done.said, connects=False)
+                )
         return come
 
     def close(self) -> None:
-        """Nobody else is expected."""
         for descriptor in list(self._handshakes):
             self._handshakes.pop(descriptor).link.close()
 
@@ -109,17 +140,25 @@ class Handshakes:
     def _hear(self, handshake: _Handshake) -> int | None:
         """Read on; returns the peer whose greeting is complete."""
         try:
-            part = handshake.link.recv(GREETING.size - len(handshake.data))
+            part = handshake.link.recv(handshake.lacks(self._key))
             handshake.data += part
-            if part and len(handshake.data) < GREETING.size:
+            if part and handshake.lacks(self._key):
                 return None
-            greeting = read_greeting(handshake.data) if part else None
+            data = bytes(handshake.data)
+            greeting = read_greeting(data[: GREETING.size]) if part else None
             if handshake.answered is None and greeting is not None and self._expects(greeting):
-                handshake.link.sendall(packed((self._epoch, self._rank, greeting[1])))
+                answer = packed((self._epoch, self._rank, greeting[1])) + nonce(self._key)
+                handshake.said = data + answer
+                answer += b"" if self._key is None else proof(self._key, b"answers", handshake.said)
+                handshake.link.sendall(answer)
                 handshake.answered, handshake.data = greeting, bytearray()
                 return None
-            if greeting is not None and greeting == handshake.answered:
+            proven = self._key is None or proves(self._key, b"greets", handshake.said, data[GREETING.size :])
+            if greeting is not None and greeting == handshake.answered and proven:
                 return greeting[1]
+            # Who ranks of another epoch are is no secret: they give up, and come again.
+            if part and self._key is not None and (greeting is None or handshake.answered is not None):
+                refusals.add("the peers' port")
         except BlockingIOError:
             return None
         except OSError:
@@ -149,26 +188,34 @@ class GroupListener:
     """
 
     def __init__(self, address: str) -> None:
+        self.address = address
+        self.key = peer_key(address)
+        """What its peers must have."""
         self._path: str | None = None
+        self.socket: socket.socket
+        self.listen()
+
+    def listen(self) -> None:
+        """Begin, or begin anew where a cleaner has removed the socket's file."""
+        address = self.address
+        if self._path is not None:
+            if os.path.exists(self._path):
+                return
+            self.socket.close()
+            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+        self.socket, target = _socket_for(address)
+        self._path = target if isinstance(target, str) else None
+        # The port is the same in every life.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            if address.startswith("ipc://"):
-                self._path = address.removeprefix("ipc://")
-                self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                self.socket.bind(self._path)
-                self.address = address
-            else:
-                host, port = host_and_port(address)
-                self.socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-                self.socket.bind((host, port))
-                found = self.socket.getsockname()[1]
-                self.address = f"tcp://[{host}]:{found}" if ":" in host else f"tcp://{host}:{found}"
+            self.socket.bind(target)
         except OSError as error:
             raise StartupError(f"cannot listen for peers on {address}: {error.strerror or error}") from None
+        self.address = address if isinstance(target, str) else tcp_address(target[0], self.socket.getsockname()[1])
         self.socket.listen(LISTEN_BACKLOG)
         self.socket.setblocking(False)
 
     def close(self) -> None:
-        """Stop listening."""
         self.socket.close()
         if self._path is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -183,14 +230,14 @@ def form_group(
 
     Raises StartupError after `timeout_s`, naming the ranks that did not come, or soon after `cancelled`.
     """
-    links: dict[int, socket.socket] = {}
-    deadline = time.monotonic() + timeout_s
-    handshakes = Handshakes(listener.socket, epoch, rank, {peer for peer in addresses if peer > rank})
+    links: dict[int, Link] = {}
+    deadline, key = time.monotonic() + timeout_s, listener.key
+    handshakes = Handshakes(listener.socket, epoch, rank, {peer for peer in addresses if peer > rank}, key)
     try:
         earlier = [peer for peer in sorted(addresses) if peer < rank]
         while len(links) < len(addresses) - 1:
             for peer in earlier:
-                if peer not in links and (link := _connect(addresses[peer], epoch, rank, peer)) is not None:
+                if peer not in links and (link := _connect(addresses[peer], epoch, rank, peer, key)) is not None:
                     links[peer] = link
             if len(links) == len(addresses) - 1:
                 break
@@ -201,57 +248,68 @@ def form_group(
             waits_for_others = any(peer not in links for peer in earlier)
             pause_s = min(left_s, TRY_AGAIN_S if waits_for_others else LOOK_UP_S)
             for peer, link in handshakes.wait(pause_s).items():
-                _prefer_latency(link)
+                _prefer_latency(link.socket)
                 if peer in links:
-                    links[peer].close()
+                    links[peer].socket.close()
                 links[peer] = link
     except BaseException:
         for link in links.values():
-            link.close()
+            link.socket.close()
         raise
     finally:
         handshakes.close()
-    return SocketGroup(epoch, rank, links)
+    seals = {peer: link.seal for peer, link in links.items() if link.seal is not None}
+    return SocketGroup(epoch, rank, {peer: link.socket for peer, link in links.items()}, seals)
 
 
-def _connect(address: str, epoch: int, rank: int, peer: int) -> socket.socket | None:
+def _connect(address: str, epoch: int, rank: int, peer: int, key: bytes | None) -> Link | None:
     """A connection to a peer that listens, greeted and answered; None where there is none yet."""
-    if address.startswith("ipc://"):
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        target: object = address.removeprefix("ipc://")
-    else:
-        host, port = host_and_port(address)
-        link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        target = (host, port)
+    link, target = _socket_for(address)
     try:
         link.settimeout(1.0)
-        link.connect(target)  # type: ignore[arg-type]
+        link.connect(target)
         _prefer_latency(link)
-        link.sendall(packed((epoch, rank, peer)))
+        greeting = packed((epoch, rank, peer))
+        said = greeting + nonce(key)
+        link.sendall(said)
         # The peer answers when it forms the same epoch; until then this connection waits in its queue.
-        if _answer_on(link) == (epoch, peer, rank):
-            link.sendall(packed((epoch, rank, peer)))
-            return link
+        answer = _answer_on(link, answer_bytes(key))
+        if answer is not None and read_greeting(answer[: GREETING.size]) == (epoch, peer, rank):
+            if key is None:
+                link.sendall(greeting)
+                return Link(link, None)
+            said += answer[:-PROOF_BYTES]
+            if proves(key, b"answers", said, answer[-PROOF_BYTES:]):
+                link.sendall(greeting + proof(key, b"greets", said))
+                return Link(link, Seal.of(key, said, connects=True))
     except OSError:
         pass
     link.close()
     return None
 
 
-def _answer_on(link: socket.socket) -> Greeting | None:
-    """A peer's greeting, waited for; None where it is none, or the peer has gone."""
+def _answer_on(link: socket.socket, size: int) -> bytes | None:
+    """What a peer answers, waited for; None where it has gone."""
     data = b""
-    while len(data) < GREETING.size:
-        part = link.recv(GREETING.size - len(data))
+    while len(data) < size:
+        part = link.recv(size - len(data))
         if not part:
             return None
         data += part
-    return read_greeting(data)
+    return data
 
 
 def _prefer_latency(link: socket.socket) -> None:
     if link.family != socket.AF_UNIX:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _socket_for(address: str) -> tuple[socket.socket, str | tuple[str, int]]:
+    """A stream socket of an address's family, and what to bind it or connect it to. Raises StartupError."""
+    if address.startswith("ipc://"):
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), address.removeprefix("ipc://")
+    host, port = host_and_port(address)
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM), (host, port)
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -260,53 +318,6 @@ def host_and_port(address: str) -> tuple[str, int]:
     if not host or not port.isdigit():
         raise StartupError(f"{address} is no address: ipc://PATH or tcp://HOST:PORT")
     return host.strip("[]"), int(port)
-
-
-LOOKS_A_TIMEOUT = 5
-LONGEST_LOOK_S = 5.0
-
-
-class StallWatch:
-    """Watches how long a rank has waited for its peers. It decides nothing: whom the ranks wait for goes to the
-    coordinator, which finds out of all answers which rank holds the group up (`core/coordinator/epoch.py`).
-
-    It says `Waited` after `timeout_s` of waiting, again after each `timeout_s`, and when it is over.
-
-    `waiting`: what `RankGroup.waiting` says; `say`: called in the watch's thread.
-    """
-
-    def __init__(
-        self, timeout_s: float, waiting: Callable[[], Waiting | None], say: Callable[[Waited], object]
-    ) -> None:
-        self._timeout_s = timeout_s
-        self._waiting = waiting
-        self._say = say
-        self._stopping = threading.Event()
-        self._said_at_s: float | None = None
-        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
-
-    def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the watch."""
-        self._stopping.set()
-
-    def look(self) -> None:
-        """Look once, and say what is new."""
-        waiting = self._waiting()
-        if waiting is None or waiting.seconds < self._timeout_s:
-            if self._said_at_s is not None:
-                self._said_at_s = None
-                self._say(Waited(()))
-        elif self._said_at_s is None or waiting.seconds >= self._said_at_s + self._timeout_s:
-            self._said_at_s = waiting.seconds
-            self._say(Waited(waiting.ranks, waiting.collective, waiting.kind, waiting.seconds))
-
-    def _run(self) -> None:
-        while not self._stopping.wait(min(LONGEST_LOOK_S, self._timeout_s / LOOKS_A_TIMEOUT)):
-            self.look()
 
 
 FORM_TIMEOUT_S = 1.0
@@ -329,6 +340,7 @@ class GroupMembership:
     def form(self, epoch: int, members: Sequence[GroupMember]) -> RankGroup:
         """Leave the group there was, and form this one. Raises StartupError naming the ranks that did not come."""
         self._close_group()
+        self._listener.listen()
         addresses = {member.rank: member.address for member in members}
         self._group = form_group(self._listener, epoch, self._rank, addresses, FORM_TIMEOUT_S, lambda: self._left)
         return self._group
@@ -374,7 +386,6 @@ class GroupMembership:
             self._group.leave()
 
     def close(self) -> None:
-        """Leave, and stop listening."""
         self._close_group()
         self._listener.close()
 

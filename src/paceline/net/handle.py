@@ -11,13 +11,12 @@ import multiprocessing
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from paceline.errors import StartupError
 from paceline.net.links import SocketFolder
 from paceline.net.sockets import tcp_address
-from paceline.process.spawn import spawn, stop
+from paceline.process.spawn import ChildProcess, spawn, stop
 
 ADDRESSES = ("front_publish_address", "back_output_address", "back_publish_address")
 
@@ -27,12 +26,12 @@ class CoordinatorHandle:
 
     def __init__(self) -> None:
         self._folder = SocketFolder()
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[ChildProcess] = []
         self._finalizer = weakref.finalize(self, _end, self._processes, self._folder)
         self._addresses: tuple[str, str, str]
 
     @property
-    def proc(self) -> SpawnProcess:
+    def proc(self) -> ChildProcess:
         """The process that runs now."""
         return self._processes[-1]
 
@@ -53,14 +52,16 @@ class CoordinatorHandle:
         """Where to bind, as vLLM chooses it: ipc where all that connect are on this node."""
         external = bool(getattr(config, "data_parallel_external_lb", False))
         front_local = not (external or getattr(config, "data_parallel_hybrid_lb", False))
-        all_here = config.data_parallel_size == config.data_parallel_size_local
+        all_here = config.data_parallel_size == config.data_parallel_size_local and not getattr(config, "on_ray", False)
         # An elastic deployment may get ranks on other nodes.
         back_local = all_here and not getattr(config, "enable_elastic_ep", False)
         local = (front_local, back_local, back_local)
+        # Ours are the same in every life; under vLLM the system chooses.
+        ports = getattr(config, "coordinator_ports", (0, 0, 0))
         return {
             name: self._folder.address(name.removesuffix("_address").replace("_", "-"))
-            if here else tcp_address(config.data_parallel_master_ip)
-            for name, here in zip(ADDRESSES, local, strict=True)
+            if here else tcp_address(config.data_parallel_master_ip, port)
+            for name, here, port in zip(ADDRESSES, local, ports, strict=True)
         }  # fmt: skip
 
     def _start_process(
@@ -88,6 +89,6 @@ def _read_addresses(reader: Connection, timeout_s: float) -> tuple[str, str, str
     return addresses
 
 
-def _end(processes: list[SpawnProcess], folder: SocketFolder, timeout_s: float | None = None) -> None:
+def _end(processes: list[ChildProcess], folder: SocketFolder, timeout_s: float | None = None) -> None:
     stop(processes, 2.0 if timeout_s is None else timeout_s)
     folder.close()

@@ -14,9 +14,10 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from paceline.core.codec import BadMessage
 from paceline.errors import StartupError
-from paceline.net.sockets import drain
+from paceline.net.sockets import DOORS_S, SECRET, bound_address, drain
 
 T = TypeVar("T")
 
@@ -90,6 +91,8 @@ class SocketFolder:
 
     def address(self, name: str) -> str:
         """The ipc address of socket `name`."""
+        # A cleaner may have removed it.
+        self.path.mkdir(0o700, exist_ok=True)
         path = str(self.path / name)
         if len(os.fsencode(path)) > IPC_PATH_BYTES:
             raise StartupError(f"socket path too long for this system ({len(path)} > {IPC_PATH_BYTES}): set TMPDIR")
@@ -107,6 +110,94 @@ def _remove_abandoned(parent: Path) -> None:
         with contextlib.suppress(OSError), open(lock, "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+"""A handshake that ends for no reason that ZeroMQ knows is none: a peer that was stopped, or cut off, gave it up."""
+REFUSED_FOLDER = "PACELINE_REFUSED_FOLDER"
+"""The environment variable that names where the node's processes put down how many connections they have refused."""
+SAY_REFUSED_S = 60.0
+
+
+class Refusals:
+    """Connections that this process has refused, since they do not have the secret: logged at once and then once a
+    minute, and counted in a file that the node's front-ends read (`server/metrics.py`). For any thread.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._unsaid, self._say_at = 0, float("-inf")
+        self._lock = threading.Lock()
+
+    def add(self, where: str) -> None:
+        with self._lock:
+            self.count += 1
+            self._unsaid += 1
+            if (folder := os.environ.get(REFUSED_FOLDER)) is not None:
+                with contextlib.suppress(OSError):
+                    (Path(folder) / f"refused-{os.getpid()}").write_text(str(self.count))
+            if time.monotonic() >= self._say_at:
+                logger.warning("refused at %s, who does not have the secret: connections: %d", where, self._unsaid)
+                self._unsaid, self._say_at = 0, time.monotonic() + SAY_REFUSED_S
+
+
+refusals = Refusals()
+
+
+def refused_connections(folder: str) -> int:
+    """How many connections the node's processes have refused, those of earlier lives too."""
+    total = 0
+    for path in Path(folder).glob("refused-*"):
+        with contextlib.suppress(OSError, ValueError):
+            total += int(path.read_text() or 0)
+    return total
+
+
+class Doors:
+    """Bound sockets. Where a cleaner has removed their files (ipc) those are made again, folder and all; who is
+    connected notices nothing. Where there is a secret, those who knock without it (tcp) are counted.
+
+    `watched`: False where somebody else has the sockets' monitors.
+    """
+
+    def __init__(self, sockets: Iterable[zmq.Socket[bytes]], *, watched: bool = True) -> None:
+        self._addresses = {socket: bound_address(socket) for socket in sockets}
+        self._look_at = 0.0
+        self._bad_frames = BadFrames(logger, "a monitor's socket")
+        self._monitors = {
+            socket: socket.get_monitor_socket(REFUSED)
+            for socket, address in self._addresses.items()
+            if watched and address.startswith("tcp:") and SECRET in os.environ
+        }
+        # A descriptor tells of nothing before the first try to read.
+        self.count()
+
+    def look(self, now: float) -> None:
+        """Costs nothing within DOORS_S of the last time."""
+        if now < self._look_at:
+            return
+        self._look_at = now + DOORS_S
+        for socket, address in self._addresses.items():
+            path = address.removeprefix("ipc://")
+            if path.startswith("/") and not os.path.exists(path):
+                with contextlib.suppress(OSError, zmq.ZMQError):
+                    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                    socket.bind(address)
+
+    @property
+    def files(self) -> set[int]:
+        """File descriptors that change when somebody was refused: then `count` is to be called."""
+        return {int(monitor.fd) for monitor in self._monitors.values()}
+
+    def count(self) -> None:
+        for socket, monitor in self._monitors.items():
+            for _ in drain(monitor, self._bad_frames, parts=2):
+                refusals.add(self._addresses[socket])
+
+    def close(self) -> None:
+        for socket, monitor in self._monitors.items():
+            socket.disable_monitor()
+            monitor.close()
 
 
 UP = zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -128,7 +219,6 @@ class LinkMonitor:
         self.socket: zmq.Socket[bytes] = watched.get_monitor_socket(UP | DOWN)
 
     def read(self) -> None:
-        """Take in all that has happened."""
         for frames in drain(self.socket, self._bad_frames, parts=2):
             up = bool(parse_monitor_message(frames)["event"] & UP)
             if up != self._up:
@@ -136,6 +226,5 @@ class LinkMonitor:
                 self._on_change(up)
 
     def close(self) -> None:
-        """Watch no more."""
         self._watched.disable_monitor()
         self.socket.close()

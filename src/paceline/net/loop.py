@@ -23,9 +23,9 @@ from typing import Any, Generic, TypeVar
 
 import zmq
 
-from paceline.net.links import BadFrames
+from paceline.net.links import BadFrames, Doors
 from paceline.net.sockets import MESSAGES_A_TURN, CoordinatorSockets, drain, has_message
-from paceline.process.spawn import MallocTrim, Wakeup
+from paceline.process.spawn import END, MallocTrim, Wakeup, unmoved
 
 M = TypeVar("M")
 
@@ -67,10 +67,10 @@ class CoordinatorLoop(ABC):
         """What came up the socket on which ranks listen."""
 
     def stop_on_signals(self) -> None:
-        """Let SIGTERM, and Ctrl-C where it is not ignored, end the loop."""
-        signal.signal(signal.SIGTERM, lambda *_: self.stop())
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, lambda *_: self.stop())
+        """Let END end the loop, and SIGTERM and Ctrl-C where those are for this process."""
+        for number in (END, signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) not in (signal.SIG_IGN, unmoved):
+                signal.signal(number, lambda *_: self.stop())
 
     def stop(self) -> None:
         """Make the loop end. Safe in a signal handler."""
@@ -80,7 +80,9 @@ class CoordinatorLoop(ABC):
     def _serve(self, channel: int | None = None, on_channel: Callable[[], None] = lambda: None) -> None:
         """Serve `_sockets` until stopped. `channel`: a file descriptor, to be read by `on_channel`."""
         front, back_in, back_out = self._sockets.front, self._sockets.back_in, self._sockets.back_out
+        doors = Doors((front, back_in, back_out))
         urgent: list[Any] = [front.fd, back_out.fd, self._wakeup.fileno()] + ([] if channel is None else [channel])
+        urgent += doors.files
         everything = [*urgent, back_in.fd]
         ready: list[Any] = []
         self._tick()
@@ -105,12 +107,16 @@ class CoordinatorLoop(ABC):
                 continue
             if not busy:
                 self._malloc_trim.look(now)
+                doors.look(now)
             until = min(deadline, self._ranks_wait_until) if ranks_wait else deadline
             files = urgent if ranks_wait else everything
             ready, _, _ = select.select(files, (), (), 0 if busy else min(max(until - now, 0), LONGEST_SLEEP_S))
             if channel in ready:
                 on_channel()
+            if not doors.files.isdisjoint(ready):
+                doors.count()
         self._wakeup.close()
+        doors.close()
         self._sockets.close()
 
 
@@ -135,7 +141,6 @@ class ReportInbox(Generic[M]):
         self._every_report, self._at_once = every_report, at_once
 
     def read_until(self, until: float) -> None:
-        """Read until nothing is there, or the time `until`."""
         reports: dict[bytes | int, bytes] = {}
         whose_report, every_report = self._whose_report, self._every_report
         for [frame] in drain(self._socket, self._bad_frames, parts=self._parts, until=until):

@@ -7,6 +7,7 @@ step made is encoded and sent while the next one computes.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import queue
@@ -14,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -21,49 +23,29 @@ from typing import TYPE_CHECKING
 
 import zmq
 from msgspec import Struct
+from zmq.utils.monitor import parse_monitor_message
 
 from paceline.core import codec
 from paceline.core.messages import Form, FromRank, ToRank
-from paceline.core.rank.events import (
-    IN_MID_STEP,
-    Agree,
-    CoordinatorSaid,
-    Drop,
-    DummyStep,
-    Effect,
-    EpochEnded,
-    Event,
-    Formed,
-    FormGroup,
-    FrontendGone,
-    FrontendSaid,
-    Leave,
-    Loaded,
-    Phase,
-    Step,
-    Stepped,
-    Take,
-    ToCoordinator,
-    ToFrontend,
-    Turn,
-    Urge,
-    Wait,
-)
+from paceline.core.rank import events
+from paceline.core.rank.hang import Limits
 from paceline.core.rank.machine import Rank
-from paceline.core.rank.prefill_quota import AUTO, OFF
+from paceline.core.rank.prefill_quota import OFF, setting_of
 from paceline.core.rank.requests import Backlog
-from paceline.core.requests import Outputs
+from paceline.core.requests import CallEngine, Outputs, Refused
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings
 from paceline.engines.group import EpochEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
-from paceline.net.group import StallWatch
-from paceline.net.links import BadFrames, new_identity
-from paceline.net.sockets import MESSAGES_A_TURN, bound_address, drain, open_socket
-from paceline.process.spawn import Wakeup
+from paceline.log import about
+from paceline.net.links import REFUSED, BadFrames, Doors, new_identity, refusals
+from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, bound_address, drain, open_socket
+from paceline.process.spawn import AGAIN, END, Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
+from paceline.settings import DeploymentConfig
 
 if TYPE_CHECKING:
+    from paceline.engines.group import Waiting
     from paceline.net.group import GroupMembership  # not needed by independent ranks
 
 logger = logging.getLogger("paceline.rank")
@@ -71,9 +53,13 @@ logger = logging.getLogger("paceline.rank")
 PROBES_S = (0.01, 0.1, 0.5)
 """When front-ends are asked for, after the end of a connection: that is seen before the connection is taken away."""
 
+REQUESTS_S = 0.005
+"""How long requests are read at a stretch: each may be large, and others' tokens wait."""
+
 OUTPUTS_QUEUED = 1_000
 """Messages in the queue to one front-end, beyond which they are put together."""
 
+DOORS_MS = round(DOORS_S * 1000)
 READS_AGAIN_MS = 20
 """How often one that does not read is tried again."""
 
@@ -96,11 +82,11 @@ class RankTransport:
     """
 
     def __init__(self, rank: int, incarnation: int, bind: str, coordinator_input: str, coordinator_output: str) -> None:
-        self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[events.Event | None] = queue.SimpleQueue()
         self._outbox: deque[tuple[int | None, FromRank | Outputs]] = deque()
         self._wakeup = Wakeup()
         self._closing = False
-        self.on_broadcast: Callable[[ToRank], None] = lambda message: self.inbox.put(CoordinatorSaid(message))
+        self.on_broadcast: Callable[[ToRank], None] = lambda message: self.inbox.put(events.CoordinatorSaid(message))
         """What is done, in the transport's thread, with each message from the coordinator."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
@@ -108,7 +94,7 @@ class RankTransport:
         self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests, options=queued)
         self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
         self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
-        self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._frontends: set[int] = set()
         self._probes_due: list[float] = []
         self._life = (rank, incarnation)
@@ -125,7 +111,6 @@ class RankTransport:
         self._thread = threading.Thread(target=self._run, name="transport", daemon=True)
 
     def start(self) -> None:
-        """Begin to send and hear."""
         self._thread.start()
 
     def send_coordinator(self, message: FromRank) -> None:
@@ -134,12 +119,10 @@ class RankTransport:
         self._wakeup.set()
 
     def send_frontend(self, frontend: int, message: Outputs) -> None:
-        """The same, to one front-end."""
         self._outbox.append((frontend, message))
         self._wakeup.set()
 
     def close(self) -> None:
-        """Send what is left and end."""
         self._closing = True
         self._wakeup.set()
         if self._thread.is_alive():
@@ -151,8 +134,10 @@ class RankTransport:
         poller.register(self._broadcasts, zmq.POLLIN)
         poller.register(self._wakeup, zmq.POLLIN)
         poller.register(self._ends, zmq.POLLIN)
+        doors = Doors((self._router,), watched=False)
         while True:
             ready = dict(poller.poll(self._wait_ms()))
+            doors.look(time.monotonic())
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             closing = self._closing
@@ -220,22 +205,28 @@ class RankTransport:
             if to in self._backlogs:
                 self._backlogs[to].clear()
             self._frontends.discard(to)
-            self.inbox.put(FrontendGone(to))
+            self.inbox.put(events.FrontendGone(to))
         return True
 
     # Front-ends that have died ------------------------------------------------------------------
 
     def _read_ends(self) -> None:
-        """Some connection has ended: look which front-ends are there, soon and again."""
-        for _ in drain(self._ends, self.bad_requests, parts=2):
-            pass
+        """Some connection has ended: look which front-ends are there, soon and again. Or one was refused."""
+        ended = False
+        for frames in drain(self._ends, self.bad_requests, parts=2):
+            refused = bool(parse_monitor_message(frames)["event"] & REFUSED)
+            ended = ended or not refused
+            if refused:
+                refusals.add(self.address)
+        if not ended:
+            return
         now = time.monotonic()
         self._probes_due = sorted([*self._probes_due[-1:], *(now + after_s for after_s in PROBES_S)])
 
-    def _wait_ms(self) -> int | None:
+    def _wait_ms(self) -> int:
         if self._backlogs or self._late:
             return READS_AGAIN_MS
-        return int(max(0.0, self._probes_due[0] - time.monotonic()) * 1000) + 1 if self._probes_due else None
+        return int(max(0.0, self._probes_due[0] - time.monotonic()) * 1000) + 1 if self._probes_due else DOORS_MS
 
     def _probe(self) -> None:
         self._probes_due.pop(0)
@@ -251,7 +242,8 @@ class RankTransport:
                 self.on_broadcast(message)
 
     def _read_requests(self) -> None:
-        for sender, frame in drain(self._router, self.bad_requests, parts=2, messages=MESSAGES_A_TURN):
+        until = time.monotonic() + REQUESTS_S
+        for sender, frame in drain(self._router, self.bad_requests, parts=2, messages=MESSAGES_A_TURN, until=until):
             # A peer that set no routing id of ours is given one of five bytes that begins with zero.
             frontend = int.from_bytes(sender, "little")
             if len(sender) != 8 or frontend >= 2**63:
@@ -260,7 +252,55 @@ class RankTransport:
             message = self.bad_requests.decoded(self._decode_request, frame)
             if message is not None:
                 self._frontends.add(frontend)
-                self.inbox.put(FrontendSaid(frontend, message))
+                self.inbox.put(events.FrontendSaid(frontend, message, time.monotonic()))
+
+
+LOOKS_A_TIMEOUT = 5
+LONGEST_LOOK_S = 5.0
+
+
+class StallWatch:
+    """Watches how long a rank has waited for its peers, and that its steps return. It decides nothing: whom the ranks
+    wait for goes to the coordinator, which finds out of all answers which rank holds the group up
+    (`core/coordinator/epoch.py`), and of a step the rank's machine decides.
+
+    It says `Waited` after `timeout_s` of waiting, again after each `timeout_s`, and when it is over; `Looked` always.
+
+    `waiting`: what `RankGroup.waiting` says; `say`: called in the watch's thread; `progress`: the engine's.
+    """
+
+    def __init__(
+        self, timeout_s: float, waiting: Callable[[], Waiting | None], say: Callable[[events.Event], object],
+        progress: Callable[[], int] = lambda: 0,
+    ) -> None:  # fmt: skip
+        self._progress = progress
+        self._timeout_s = timeout_s
+        self._waiting = waiting
+        self._say = say
+        self._stopping = threading.Event()
+        self._said_at_s: float | None = None
+        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def look(self) -> None:
+        waiting = self._waiting()
+        if waiting is None or waiting.seconds < self._timeout_s:
+            if self._said_at_s is not None:
+                self._said_at_s = None
+                self._say(events.Waited(()))
+        elif self._said_at_s is None or waiting.seconds >= self._said_at_s + self._timeout_s:
+            self._said_at_s = waiting.seconds
+            self._say(events.Waited(waiting.ranks, waiting.collective, waiting.kind, waiting.seconds))
+        self._say(events.Looked(self._progress(), waiting is not None))
+
+    def _run(self) -> None:
+        while not self._stopping.wait(min(LONGEST_LOOK_S, self._timeout_s / LOOKS_A_TIMEOUT)):
+            self.look()
 
 
 SWITCH_INTERVAL_S = 0.0005
@@ -270,26 +310,24 @@ SWITCH_INTERVAL_S = 0.0005
 class EngineRank:
     """Drives one engine as one rank, until stopped.
 
-    `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`.
-    `transport`: the sockets. `membership`: for lockstep engines, its place among its peers; `stall_timeout_s`: how
-    long it waits for them before it says so.
-    `on_ready`: called once, when the rank takes requests.
+    `engine`: anything that meets `Engine`; all calls to it come from the thread that calls `run`. `transport`: the
+    sockets. `membership`: for lockstep engines, its place among its peers; `stall_timeout_s`: how long it waits for
+    them, or a step lasts, before it says so. `on_hung`: told why, before the process ends. `on_ready`:
+    called once, when the rank takes requests.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        machine: Rank,
-        transport: RankTransport,
-        membership: GroupMembership | None = None,
-        stall_timeout_s: float = 30.0,
-        on_ready: Callable[[], None] | None = None,
-    ) -> None:
+        self, engine: Engine, machine: Rank, transport: RankTransport, membership: GroupMembership | None = None,
+        stall_timeout_s: float = 30.0, on_ready: Callable[[], None] | None = None,
+        on_hung: Callable[[str], object] = print,
+    ) -> None:  # fmt: skip
         self._engine = engine
         self._machine = machine
         self._transport = transport
         self._membership = membership
-        self._watch = None if membership is None else StallWatch(stall_timeout_s, membership.waiting, self._decide)
+        waiting = membership.waiting if membership is not None else lambda: None
+        self._watch = StallWatch(stall_timeout_s, waiting, self._decide, lambda: engine.progress)
+        self._on_hung = on_hung
         self._on_ready = on_ready
         self._stopping = False
         # The machine is called by both threads: for the blink of a decision, never while a step computes.
@@ -307,19 +345,17 @@ class EngineRank:
     def run(self) -> None:
         """Join the deployment and serve until `stop`. Raises EngineError where the engine fails."""
         self._transport.start()
-        if self._watch is not None:
-            self._watch.start()
-        self._feed(Loaded())
+        self._watch.start()
+        self._feed(events.Loaded())
         while not self._stopping:
             while self._take_in(block_s=0.0):
                 pass
-            self._feed(Turn(self._engine.load(), self._engine.has_work()))
-        self._feed(Leave())
+            self._feed(events.Turn(self._engine.load(), self._engine.has_work()))
+        self._feed(events.Leave())
         self._transport.close()
         if self._membership is not None:
             self._membership.close()
-        if self._watch is not None:
-            self._watch.stop()
+        self._watch.stop()
         self._engine.close()
 
     def _take_in(self, block_s: float | None) -> bool:
@@ -332,88 +368,136 @@ class EngineRank:
             self._feed(event)
         return True
 
-    def _feed(self, event: Event) -> None:
+    def _feed(self, event: events.Event) -> None:
         for effect in self._decide(event):
             self._perform(effect)
-        if self._on_ready is not None and self._machine.phase is Phase.READY:
+        if self._on_ready is not None and self._machine.phase is events.Phase.READY:
             self._on_ready()
             self._on_ready = None
 
-    def _decide(self, event: Event) -> list[Effect]:
+    def _decide(self, event: events.Event) -> list[events.Effect]:
         """Ask the machine, and send what it says; returns what else is to be done."""
         with self._deciding:
             effects = self._machine.handle(event, time.monotonic())
             # Sent before the other thread's turn to decide: messages go out in the order of decisions.
             return [effect for effect in effects if not self._send(effect)]
 
-    def _send(self, effect: Effect) -> bool:
+    def _send(self, effect: events.Effect) -> bool:
         match effect:
-            case ToFrontend(frontend, outputs):
+            case events.ToFrontend(frontend, outputs):
                 self._transport.send_frontend(frontend, outputs)
-            case ToCoordinator(message):
+            case events.ToCoordinator(message):
                 self._transport.send_coordinator(message)
-            case Urge():
+            case events.Urge():
                 if self._membership is not None:
                     self._membership.urge()
+            case events.StartAgain(why) if why:
+                self._on_hung(why)
+                os._exit(1)
+            case events.StartAgain():
+                # The engine's thread may be blocked in a collective, and be it for ever.
+                if not self._stopping:
+                    logger.warning("rank %d: its group has ended; starting again", self._machine.rank)
+                os._exit(AGAIN)
             case _:
                 return False
         return True
 
     def _on_broadcast(self, message: ToRank) -> None:
         """In the transport's thread."""
-        if not isinstance(message, IN_MID_STEP):
+        if isinstance(message, Refused):
+            if (message.rank, message.incarnation) == (self._machine.rank, self._machine.incarnation):
+                has = f"it is held by {message.holder}" if message.holder else f"there are {message.size} ranks"
+                logger.error("rank %d is refused: %s; asking again", message.rank, has)
+            return
+        if not isinstance(message, events.IN_MID_STEP):
             if isinstance(message, Form) and self._membership is not None:
                 # Its members may wait in a collective for one that is stopped, or cut off, and not of the new group.
                 self._membership.break_off(message.generation)
-            self._transport.inbox.put(CoordinatorSaid(message))
+                if self._machine.bound:
+                    self._decide(events.CoordinatorSaid(message))
+            self._transport.inbox.put(events.CoordinatorSaid(message))
             return
-        self._decide(CoordinatorSaid(message))
+        self._decide(events.CoordinatorSaid(message))
         # What it changed may be work for the engine's thread, if that sleeps.
         self._transport.inbox.put(None)
 
-    def _perform(self, effect: Effect) -> None:
+    def _perform(self, effect: events.Effect) -> None:
         try:
             self._do(effect)
         except GroupEnded as error:
             if not self._stopping:
                 logger.warning("rank %d: %s", self._machine.rank, error)
-            self._feed(EpochEnded())
+            self._feed(events.EpochEnded())
 
-    def _do(self, effect: Effect) -> None:
+    def _do(self, effect: events.Effect) -> None:
         """Raises `engines.group.EpochEnded` where the epoch ends in a collective."""
         match effect:
-            case Step(prefill_quota):
+            case events.Step(prefill_quota):
                 self._engine.limit_prefill(prefill_quota)
                 self._step()
-            case Take(key, request):
+            case events.Take(key, request):
+                if logger.isEnabledFor(logging.DEBUG):
+                    logger.debug("request %s: the engine has it as %d", request.name, key, extra=about(request.name))
                 self._engine.add(
                     EngineRequest(
                         key, request.prompt_token_ids, request.params, request.priority, request.made_token_ids
                     )
                 )
-            case Drop(key):
+            case events.Drop(key):
                 self._engine.abort(key)
             # A stop that was asked for before this has been taken out of the inbox already.
-            case Wait(until) if not self._stopping:
+            case events.Wait(until) if not self._stopping:
                 self._take_in(None if until is None else max(0.001, until - time.monotonic()))
-            case DummyStep():
+            case events.DummyStep():
                 self._engine.dummy_step()
-                self._feed(Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
-            case Agree():
+                self._feed(events.Stepped((), self._engine.load(), self._engine.has_work(), urged=self._urged()))
+            case events.Agree():
                 self._feed(self._member().agree(effect))
-            case FormGroup():
+            case events.FormGroup():
                 self._form(effect)
+            case events.Invoke(frontend, message):
+                self._feed(self._invoked(frontend, message))
+            case events.StageWeights() | events.UseWeights():
+                self._feed(self._weights(effect))
 
-    def _form(self, wanted: FormGroup) -> None:
+    def _invoked(self, frontend: int, message: CallEngine) -> events.Invoked:
+        try:
+            arguments = json.loads(message.arguments)
+            if not isinstance(arguments, dict):
+                raise EngineError("the arguments are no object")
+            said = json.dumps(self._engine.call(message.method, arguments), default=repr)
+            return events.Invoked(frontend, message.call, said)
+        except Exception as error:
+            # The caller is told; whatever it was, the engine serves on.
+            return events.Invoked(frontend, message.call, "", str(error)[:1000] or type(error).__name__)
+
+    def _weights(self, effect: events.StageWeights | events.UseWeights) -> events.WeightsDone:
+        number, used = effect.number, isinstance(effect, events.UseWeights)
+        spoils = not used and "transfer" in effect.source
+        try:
+            source = json.loads(effect.source)
+            if isinstance(effect, events.UseWeights):
+                self._engine.update_weights(source, effect.keep_kv)
+                return events.WeightsDone(number, used)
+            return events.WeightsDone(number, used, outputs=self._engine.stage_weights(source), spoils=spoils)
+        except Exception as error:
+            # What a file can be wrong in is not to be foreseen; the machine decides what follows.
+            logger.warning("rank %d: weights %d: %s", self._machine.rank, number, error)
+            logger.debug("traceback", exc_info=True)
+            return events.WeightsDone(number, used, str(error)[:1000] or type(error).__name__, spoils=spoils)
+
+    def _form(self, wanted: events.FormGroup) -> None:
         membership = self._member()
         try:
             group = membership.form(wanted.epoch, wanted.members)
         except StartupError as error:
             logger.warning("rank %d: %s", self._machine.rank, error)
-            self._feed(EpochEnded())
+            self._feed(events.EpochEnded())
             return
+        self._feed(events.Met(wanted.epoch))
         self._engine.join(group)
-        self._feed(Formed(wanted.epoch))
+        self._feed(events.Formed(wanted.epoch))
 
     def _member(self) -> GroupMembership:
         if self._membership is None:
@@ -426,46 +510,43 @@ class EngineRank:
         seconds = time.monotonic() - begin
         load, has_work = self._engine.load(), self._engine.has_work()
         made = (result.prefilled_tokens, result.decoded_tokens, seconds)
-        self._feed(Stepped(result.outputs, load, has_work, *made, self._urged()))
+        self._feed(events.Stepped(result.outputs, load, has_work, *made, self._urged()))
 
     def _urged(self) -> bool:
         return self._membership is not None and self._membership.urged()
 
 
 class RankSettings(Struct, frozen=True):
-    """What one rank's process needs to know.
+    """What one life of one rank is started with, besides all settings of the deployment.
 
     `bind`: where front-ends reach it. `coordinator_input`, `coordinator_output`: as
-    `DPCoordinator.get_engine_socket_addresses()` returns them. `report_loads`: False in external mode.
-    `group_bind`: where the other ranks reach it, for lockstep engines. `sync_interval`: steps between agreements.
-    `stall_timeout_s`: how long it waits for its peers in a collective before it says so.
-    `prefill_quota`: how it is set (`core/rank/prefill_quota.py`), for lockstep engines.
+    `DPCoordinator.get_engine_socket_addresses()` returns them. `group_bind`: where the other ranks reach it, for
+    lockstep engines. `engine`: prepared; None for what the settings of the deployment say. `facts`: where the rank is
+    to find out itself what is particular to its node (`placed.py`), those of the node that serves.
     """
 
-    engine: str
-    settings: EngineSettings
+    config: DeploymentConfig
+    rank: int
     bind: str
     coordinator_input: str
     coordinator_output: str
-    report_loads: bool = True
     group_bind: str = ""
-    sync_interval: int = 16
-    stall_timeout_s: float = 30.0
-    prefill_quota: int = AUTO
+    engine: EngineSettings | None = None
+    facts: dict[str, str] | None = None
 
 
 def run_rank(settings: RankSettings, status: Connection) -> None:
-    """Serve until SIGTERM. Raises StartupError after telling `status` why the rank cannot be."""
+    """Serve until END. Raises StartupError after telling `status` why the rank cannot be."""
     stopping: list[EngineRank | None] = [None]
 
-    def on_terminate(*_: object) -> None:
+    def on_end(*_: object) -> None:
         if stopping[0] is None:
             # It has joined nothing, and owes nobody anything. An exception need not end it: raised in a callback of the
             # import machinery it is printed and forgotten.
             os._exit(0)
         stopping[0].stop()
 
-    signal.signal(signal.SIGTERM, on_terminate)
+    signal.signal(END, on_end)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         stopping[0] = rank = _make(settings, status)
@@ -474,28 +555,41 @@ def run_rank(settings: RankSettings, status: Connection) -> None:
         status.send(Failed(str(error)))
         sys.exit(1)
     except Exception as error:
-        status.send(Failed(f"internal error: {type(error).__name__}: {error}"))
-        raise
+        # The supervisor has it in the log: it knows what kinds of defects earlier lives had.
+        status.send(Failed(f"internal error: {type(error).__name__}: {error}", traceback.format_exc().rstrip()))
+        sys.exit(70)
 
 
 def _make(settings: RankSettings, status: Connection) -> EngineRank:
-    engine_class = find_engine(settings.engine)
-    number = settings.settings.rank
-    engine = engine_class.create(settings.settings, lambda what, share: status.send(Progressed(what, share)))
+    if settings.facts is not None:
+        from paceline.net.placed import placed
+
+        settings = placed(settings, settings.facts, status)
+    parallel = settings.config.parallel
+    engine_class = find_engine(settings.config.engine.engine)
+    engine_settings = settings.engine or settings.config.engine_settings(settings.rank)
+    engine = engine_class.create(engine_settings, lambda what, share: status.send(Progressed(what, share)))
     incarnation = new_identity()
     transport = RankTransport(
-        number, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output
+        settings.rank, incarnation, settings.bind, settings.coordinator_input, settings.coordinator_output
     )
     membership = None
-    if engine_class.lockstep:
+    lockstep = engine_class.steps_together(engine_settings)
+    if lockstep:
         from paceline.net.group import GroupMembership
 
-        membership = GroupMembership(number, settings.group_bind)
+        membership = GroupMembership(settings.rank, settings.group_bind)
+    server = settings.config.server
+    step_s = engine_class.step_timeout_s if server.step_timeout_s is None else server.step_timeout_s
+    limits = Limits(server.stall_timeout_s, step_s)
     machine = Rank(
-        number, incarnation, transport.address, lockstep=engine_class.lockstep, report_loads=settings.report_loads,
-        sync_interval=settings.sync_interval, group_address=membership.address if membership is not None else "",
-        prefill_quota=settings.prefill_quota if engine_class.lockstep else OFF,
+        settings.rank, incarnation, transport.address, lockstep=lockstep,
+        report_loads=not parallel.data_parallel_external_lb, sync_interval=parallel.dp_sync_interval,
+        group_address=membership.address if membership is not None else "",
+        prefill_quota=setting_of(parallel.prefill_quota) if lockstep else OFF,
+        once=lockstep and engine_class.joins_once, limits=limits,
     )  # fmt: skip
     return EngineRank(
-        engine, machine, transport, membership, settings.stall_timeout_s, on_ready=lambda: status.send(Ready())
-    )
+        engine, machine, transport, membership, limits.stall_s, on_ready=lambda: status.send(Ready()),
+        on_hung=lambda why: status.send(Failed(why)),
+    )  # fmt: skip

@@ -4,11 +4,13 @@ Every socket drops its queue when it is closed, bounds what it keeps for a peer 
 that are too large before they are in memory. A shell reads a socket until nothing is left or a bound is reached, so
 that no peer, however much it says, keeps the others from their turn.
 
-A coordinator under vLLM binds its sockets before it imports anything else, so this module imports pyzmq alone.
+Where the deployment has a secret, what leaves the machine is encrypted (`secret.py`). A coordinator under vLLM binds
+its sockets before it imports anything else, so this module imports pyzmq alone.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -37,16 +39,10 @@ def tcp_address(host: str, port: int = 0) -> str:
 
 
 def open_socket(
-    context: zmq.Context[zmq.Socket[bytes]],
-    kind: int,
-    *,
-    max_bytes: int,
-    bind: str | None = None,
-    connect: str | None = None,
-    routing_id: bytes | None = None,
-    kept: int = RECEIVE_QUEUE_MESSAGES,
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, *, max_bytes: int, bind: str | None = None,
+    connect: str | None = None, routing_id: bytes | None = None, kept: int = RECEIVE_QUEUE_MESSAGES,
     options: Mapping[zmq.SocketOption, int] | None = None,
-) -> zmq.Socket[bytes]:
+) -> zmq.Socket[bytes]:  # fmt: skip
     """A socket of `kind`, bound or connected. Frames over `max_bytes` end the sender's connection.
 
     `kept`: received messages of one peer that wait to be read; the peer keeps what is beyond. `options`: further ones
@@ -69,8 +65,20 @@ def open_socket(
         # A front-end that connects anew is the same front-end: its old connection is given up.
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
     address = bind or connect or ""
-    if "[" in address:
-        socket.ipv6 = True
+    if address.startswith("tcp://") and SECRET in os.environ:
+        # Not needed where nothing leaves the machine, nor under vLLM.
+        from paceline.net.secret import keys_of
+
+        keys = keys_of(os.environ[SECRET])
+        curve: dict[zmq.SocketOption, bytes | int] = {
+            zmq.CURVE_SERVERKEY: keys.binder_public,
+            zmq.CURVE_PUBLICKEY: keys.public,
+        }
+        if bind is not None:
+            curve = {zmq.CURVE_SERVER: 1}
+        curve[zmq.CURVE_SECRETKEY] = keys.secret if bind is None else keys.binder_secret
+        for key, given in curve.items():
+            socket.setsockopt(key, given)
     try:
         if bind is not None:
             socket.bind(bind)
@@ -81,6 +89,12 @@ def open_socket(
         verb = "bind" if bind is not None else "connect to"
         raise StartupError(f"cannot {verb} {address}: {error.strerror}") from None
     return socket
+
+
+SECRET = "PACELINE_CURVE_SECRET"
+"""Names the file of the deployment's secret to the node's processes (`secret.py`)."""
+DOORS_S = 2.0
+"""Between two looks whether the files of sockets are there."""
 
 
 def giving_up_after(silence_s: float) -> dict[zmq.SocketOption, int]:
@@ -157,5 +171,4 @@ class CoordinatorSockets:
         return bound_address(self.front), bound_address(self.back_in), bound_address(self.back_out)
 
     def close(self) -> None:
-        """Close all three."""
         self._context.destroy(linger=0)

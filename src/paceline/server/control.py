@@ -1,25 +1,35 @@
 """Control of the whole deployment over HTTP, with vLLM's paths, fields and modes.
 
 `POST /pause`, `POST /resume`, `GET /is_paused`: pause all ranks and let them go on. `POST /scale_elastic_ep`, `GET`
-and `POST /is_scaling_elastic_ep`: have more ranks or fewer.
+and `POST /is_scaling_elastic_ep`: have more ranks or fewer. `POST /sleep`, `/wake_up`, `/reset_prefix_cache`,
+`/collective_rpc`, `GET /is_sleeping`: have the ranks' engines do something; each answer says its rank.
+`POST /revive`: start ranks again that were given up.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any
 
+import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from paceline.core.frontend.control import in_words
 from paceline.core.messages import SuspensionState
-from paceline.core.pause import MODES
 from paceline.core.requests import ControlAction
+from paceline.core.transaction import MODES
 from paceline.net.frontend import FrontendShell
 from paceline.server.errors import ApiError, bad, route
+from paceline.server.fields import Decoder
 from paceline.server.http import read_body
-from paceline.server.requests import Decoder
+from paceline.server.weights import Updates
+
+logger = logging.getLogger("paceline.front-end")
 
 TIMEOUT_S = 60.0
 DRAIN_TIMEOUT_S = 600.0
@@ -52,7 +62,31 @@ class PauseQuery(ResumeQuery):
             description="what becomes of requests: kept as they are, waited for, or aborted",
             extra_json_schema={"enum": [*MODES]},
         ),
-    ] = "abort"
+    ] = "keep"
+
+
+class SleepQuery(PauseQuery):
+    """What `/sleep` may be asked."""
+
+    level: Annotated[int, Meta(ge=0, le=2, description="0: only pause; 1: weights to the CPU; 2: nothing is kept")] = 1
+
+
+class RpcRequest(Struct, forbid_unknown_fields=True):
+    """The body of `/collective_rpc`. `ranks`: those that are asked; all where it is left out."""
+
+    method: Annotated[str, Meta(min_length=1, max_length=128)]
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    timeout: Annotated[float, Meta(gt=0, le=LONGEST_S)] | None = None
+    ranks: list[Annotated[int, Meta(ge=0, lt=65536)]] | None = None
+
+
+class ReviveQuery(ResumeQuery):
+    """What `/revive` may be asked."""
+
+    rank: (
+        Annotated[int, Meta(ge=0, description="the rank to start again; all that are missing without it")] | UnsetType
+    ) = UNSET
 
 
 class ScaleRequest(Struct, forbid_unknown_fields=True):
@@ -72,9 +106,35 @@ class ScaleRequest(Struct, forbid_unknown_fields=True):
     ] = 300.0
 
 
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def _asked(handler: Handler) -> Handler:
+    """Has the log say who asks, and what came of it."""
+
+    async def said(request: Request) -> Response:
+        client = "somebody" if request.client is None else f"{request.client.host}:{request.client.port}"
+        program = "".join(filter(str.isprintable, request.headers.get("user-agent", "unknown")))[:80]
+        what = f"{request.url.path[1:]} {request.url.query}".strip()[:200]
+        logger.info("%s: asked by %s (%s)", what, client, program)
+        begin, came = time.monotonic(), "it failed"
+        try:
+            answer = await handler(request)
+            came = f"status {answer.status_code}"
+            return answer
+        except ApiError as error:
+            came = f"status {error.status}, {error}"
+            raise
+        finally:
+            logger.info("%s: %s after %.3f s", what, came, time.monotonic() - begin)
+
+    return said
+
+
 def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
     """The routes. `most_ranks`: more are refused."""
     pauses, resumes, scales = Decoder(PauseQuery), Decoder(ResumeQuery), Decoder(ScaleRequest)
+    revives = Decoder(ReviveQuery)
 
     async def pause(request: Request) -> Response:
         asked = pauses.convert(dict(request.query_params))
@@ -87,6 +147,20 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
     async def resume(request: Request) -> Response:
         asked = resumes.convert(dict(request.query_params))
         return await _suspend(frontend, "resume", TIMEOUT_S if asked.timeout is UNSET else asked.timeout)
+
+    async def revive(request: Request) -> Response:
+        asked = revives.convert(dict(request.query_params))
+        size = most_ranks if frontend.machine.scaling is None else frontend.machine.scaling.size
+        if asked.rank is not UNSET and asked.rank >= size:
+            raise bad("rank", f"must be 0 to {size - 1}, not {asked.rank}")
+        timeout_s = TIMEOUT_S if asked.timeout is UNSET else asked.timeout
+        try:
+            revived = await frontend.revive(None if asked.rank is UNSET else asked.rank, timeout_s)
+        except TimeoutError:
+            missing = ", ".join(map(str, frontend.machine.missing))
+            text = f"rank {missing} is not back after {timeout_s:g} s"
+            raise ApiError(504, text, kind="server_error", code="timeout") from None
+        return JSONResponse({"revived": revived, "missing": frontend.machine.missing})
 
     async def is_paused(request: Request) -> Response:
         state = frontend.machine.suspension
@@ -101,16 +175,87 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
 
     async def is_scaling(request: Request) -> Response:
         state = frontend.machine.scaling
-        words = {} if state is None else state.in_words()
+        words = {} if state is None else in_words(state)
         return JSONResponse({"is_scaling_elastic_ep": state is not None and state.under_way} | words)
 
     return [
-        route("/pause", "POST", pause),
-        route("/resume", "POST", resume),
+        *engine_routes(frontend),
+        *Updates(frontend, _suspend, _on_all).routes(_asked),
+        route("/pause", "POST", _asked(pause)),
+        route("/resume", "POST", _asked(resume)),
         route("/is_paused", "GET", is_paused),
-        route("/scale_elastic_ep", "POST", scale),
+        route("/revive", "POST", _asked(revive)),
+        route("/scale_elastic_ep", "POST", _asked(scale)),
         route("/is_scaling_elastic_ep", "GET POST", is_scaling),
     ]
+
+
+def engine_routes(frontend: FrontendShell) -> list[Route]:
+    """What the ranks' engines do beside serving."""
+    sleeps, rpcs = Decoder(SleepQuery), Decoder(RpcRequest)
+
+    async def sleep(request: Request) -> Response:
+        asked = sleeps.convert(dict(request.query_params))
+        mode = next((mode for mode in MODES if mode == asked.mode), None)
+        if mode is None:
+            raise bad("mode", f"must be keep, wait or abort, not {asked.mode[:40]!r}")
+        timeout_s = DRAIN_TIMEOUT_S if asked.timeout is UNSET else asked.timeout
+        was_paused = frontend.machine.suspension.number % 2 == 1
+        await _suspend(frontend, mode, timeout_s)
+        if not asked.level:
+            return JSONResponse({"results": []})
+        try:
+            return await _on_all(frontend, "sleep", {"level": asked.level})
+        except ApiError:
+            # Engines that cannot sleep are not left paused.
+            if not was_paused:
+                await _suspend(frontend, "resume", TIMEOUT_S)
+            raise
+
+    async def wake_up(request: Request) -> Response:
+        tags = request.query_params.getlist("tags") or None
+        done = await _on_all(frontend, "wake_up", {"tags": tags})
+        if tags is None:
+            # Of parts that are awake nothing can be computed yet.
+            await _suspend(frontend, "resume", TIMEOUT_S)
+        return done
+
+    async def reset_prefix_cache(request: Request) -> Response:
+        running = request.query_params.get("reset_running_requests", "").lower() in {"1", "true"}
+        return await _on_all(frontend, "reset_prefix_cache", {"reset_running_requests": running})
+
+    async def collective_rpc(request: Request) -> Response:
+        asked = rpcs.decode(await read_body(request.receive, request.headers, MOST_BYTES))
+        arguments = {"method": asked.method, "args": asked.args, "kwargs": asked.kwargs, "timeout": asked.timeout}
+        return await _on_all(frontend, "collective_rpc", arguments, asked.ranks, asked.timeout or TIMEOUT_S)
+
+    async def is_sleeping(request: Request) -> Response:
+        return await _on_all(frontend, "is_sleeping", {})
+
+    return [
+        route("/sleep", "POST", _asked(sleep)),
+        route("/wake_up", "POST", _asked(wake_up)),
+        route("/is_sleeping", "GET", is_sleeping),
+        route("/reset_prefix_cache", "POST", _asked(reset_prefix_cache)),
+        route("/collective_rpc", "POST", _asked(collective_rpc)),
+    ]
+
+
+async def _on_all(
+    frontend: FrontendShell, method: str, arguments: dict[str, Any], ranks: Sequence[int] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Response:  # fmt: skip
+    """Each rank's answer. Raises ApiError where one of them has none."""
+    try:
+        done = await frontend.call_ranks(method, msgspec.json.encode(arguments).decode(), ranks, timeout_s)
+    except TimeoutError:
+        text = f"{method}: not all ranks have answered within {timeout_s:g} s"
+        raise ApiError(504, text, kind="server_error", code="timeout") from None
+    if done.errors or not done.said:
+        why = "; ".join(f"rank {rank}: {error}" for rank, error in sorted(done.errors.items())) or "no rank is ready"
+        raise ApiError(500 if done.errors else 503, f"{method}: {why}", kind="server_error", code="engine_error")
+    results = [{"rank": rank, "result": msgspec.json.decode(text)} for rank, text in sorted(done.said.items())]
+    return JSONResponse({"results": results})
 
 
 # Pausing ---------------------------------------------------------------------------------------
@@ -165,4 +310,7 @@ async def _scale(frontend: FrontendShell, asked: ScaleRequest, most_ranks: int) 
             text = f"rolled back to {state.size} ranks: {state.why}"
             raise ApiError(500 if state.outcome == "failed" else 504, text, kind="server_error", code="rolled_back")
     text = f"Scaled from {done.before} to {size} data parallel ranks"
-    return JSONResponse({"message": text, "before": done.before} | state.in_words())
+    missing = frontend.machine.missing
+    if missing:
+        text += f"; rank {', '.join(map(str, missing))} of them does not serve"
+    return JSONResponse({"message": text, "before": done.before, "missing": missing} | in_words(state))

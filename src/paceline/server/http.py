@@ -15,14 +15,24 @@ import resource
 import types
 from collections import Counter
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from paceline.core.requests import Output
+from paceline.log import about
 from paceline.server.errors import ApiError
-from paceline.server.responses import Blocked, Event, GiveUp, Response, Unblocked, Write
+from paceline.server.responses import Blocked, Event, Failed, GiveUp, Quiet, Response, Submitted, Unblocked, Write
+
+logger = logging.getLogger("paceline.front-end")
+
+T = TypeVar("T")
+
+SUBMIT_S = 0.005
+"""How long choices of one request are submitted at a stretch: each may be large."""
 
 MAX_HEAD_BYTES = 64 * 1024
 """What may come, one read more or less, without an end of a head or a piece of a body; of trailers too."""
@@ -49,6 +59,18 @@ def most_connections() -> int:
     """How many clients may be connected: a quarter of the descriptors stays free for ranks, which come and go."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft - soft // 4
+
+
+class UntilClosed(int):
+    """A length that is not known, for uvicorn: more bytes than come, and none of them lacking at the end."""
+
+    def __sub__(self, other: int) -> UntilClosed:
+        return self
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
 
 
 class HttpConnection(HttpToolsProtocol):
@@ -103,6 +125,10 @@ class HttpConnection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many requests in advance")
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            # It knows no chunks: a body without a length ends with the connection.
+            self.cycle.chunked_encoding = False
+            self.cycle.expected_content_length = UntilClosed(1 << 62)
 
     def on_body(self, body: bytes) -> None:
         self._got_on()
@@ -168,6 +194,10 @@ class OncePerKind(logging.Filter):
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
     """The whole body. Raises ApiError 413 as soon as it is known to be too large."""
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", ""):
+        text = f"content-encoding: {encoding[:40]!r} is not read here: send the body as it is"
+        raise ApiError(415, text, param="content-encoding", code="unsupported")
     too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
     length = headers.get("content-length")
     if length is not None and length.isdigit() and int(length) > max_bytes:
@@ -187,32 +217,83 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
             return b"".join(parts)
 
 
+class ClientGone(ApiError):
+    """Nobody is there to be answered."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns, or ApiError as soon as the client has gone away; then the work is cancelled."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone(400, "the client went away before its request was read")
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
 class ResponseWriter:
     """Writes a response from wherever its parts come into being: no task is woken for a token.
 
     ASGI's `send` is a coroutine that nearly never waits, so it is started by hand and is over at once. Where it does
     wait, because the client does not read, a task goes on with it. `bench/results/http_stacks.md` has what this saves.
-    `give_up` is called where the client does not read enough.
+    `submit` asks the ranks for a choice, and returns the request's number. `give_up` is called where the client does
+    not read enough; `before_last` before what the response ends with is written, which waits for what it returns.
     """
 
-    __slots__ = ("_give_up", "_response", "_send", "_waiting")
+    __slots__ = (
+        "_before_last", "_closed", "_give_up", "_response", "_rests", "_send", "_submit", "_waiting", "_wrote",
+        "status",
+    )  # fmt: skip
 
-    def __init__(self, send: Send, response: Response, give_up: Callable[[], object]) -> None:
+    def __init__(
+        self, send: Send, response: Response, submit: Callable[[int], int], give_up: Callable[[], object],
+        before_last: Callable[[], Future[None] | None] = lambda: None,
+    ) -> None:  # fmt: skip
         self._send = send
         self._response = response
+        self._submit = submit
         self._give_up = give_up
+        self._before_last = before_last
         self._waiting: asyncio.Task[None] | None = None
+        self._wrote = True
+        self._closed = self._rests = False
+        """Whether nothing more is to be submitted: ever, or for the moment."""
+        self.status = 0
+        """Of the answer, once it has begun."""
+
+    def beat(self) -> None:
+        """Called at intervals: let a client that was sent nothing in the last one know that it is waited for."""
+        if not self._wrote:
+            self.handle(Quiet())
+        self._wrote = False
 
     def handle(self, event: Event) -> None:
-        """Something has happened to the response: write what follows."""
-        effect = self._response.handle(event)
+        """Something has happened to the response: write what follows, and submit what it wants."""
+        try:
+            effect = self._response.handle(event)
+        except Exception:
+            name = self._response.name
+            logger.exception("internal error in the answer to request %s", name, extra=about(name))
+            effect = self._response.handle(Failed())
+        if type(event) is Output and event.finish_reason is not None and self._response.wants:
+            # After the effects that are under way: the front-end's machine is not to be called from within.
+            asyncio.get_running_loop().call_soon(self.submit_more)
         if effect is None:
             return
         if isinstance(effect, GiveUp):
             self._give_up()
             return
+        self._wrote = True
+        first = self._before_last() if effect.last else None
+        if effect.status:
+            self.status = effect.status
         message = {"type": "http.response.body", "body": effect.data, "more_body": not effect.last}
         sending: Any = self._start(effect, message) if effect.status else self._send(message)
+        if first is not None:
+            sending = _behind(first, sending)
         try:
             awaited = sending.send(None)
         except StopIteration:
@@ -220,8 +301,30 @@ class ResponseWriter:
         self._response.handle(Blocked())
         self._waiting = asyncio.get_running_loop().create_task(self._go_on(sending, awaited))
 
+    def submit_more(self) -> None:
+        """Submit choices for as long as the response wants them; but others' tokens come in between, here and at the
+        ranks.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + SUBMIT_S
+        try:
+            while self._response.wants and not self._rests and not self._closed:
+                if loop.time() > until:
+                    self._rests = True
+                    loop.call_later(SUBMIT_S, self._go_on_submitting)
+                    return
+                self.handle(Submitted(self._submit(self._response.next_choice())))
+        except Exception:
+            logger.exception("internal error in submitting a choice")
+            self.handle(Failed())
+
+    def _go_on_submitting(self) -> None:
+        self._rests = False
+        self.submit_more()
+
     def close(self) -> None:
         """Nothing more is to be written."""
+        self._closed = True
         if self._waiting is not None:
             self._waiting.cancel()
 
@@ -233,6 +336,11 @@ class ResponseWriter:
     async def _go_on(self, sending: Any, awaited: Any) -> None:
         await _await_started(sending, awaited)
         self.handle(Unblocked())
+
+
+async def _behind(first: Future[None], sending: Coroutine[Any, Any, None]) -> None:
+    await asyncio.wrap_future(first)
+    await sending
 
 
 @types.coroutine

@@ -10,8 +10,14 @@ from typing import Any
 import msgspec
 
 from paceline import __version__
-from paceline.server.control import PauseQuery, ResumeQuery, ScaleRequest
-from paceline.server.requests import ChatCompletionRequest, CompletionRequest
+from paceline.server.control import PauseQuery, ResumeQuery, ReviveQuery, RpcRequest, ScaleRequest, SleepQuery
+from paceline.server.embeddings import EmbeddingsRequest
+from paceline.server.feeds import LoadsQuery
+from paceline.server.fields import ChatCompletionRequest, CompletionRequest
+from paceline.server.messages import CountRequest, MessagesRequest
+from paceline.server.openai_responses import ResponsesRequest
+from paceline.server.timelines import RequestsQuery
+from paceline.server.tokenize import DetokenizeRequest, TokenizeRequest
 
 Schema = dict[str, Any]
 
@@ -35,7 +41,7 @@ _TEXT = _type("string")
 _MAYBE_TEXT = _type(["string", "null"])
 _ERROR = _object(
     "error",
-    error=_object("message type param code", message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT),
+    error=_object("message type", message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT),
 )
 _SOME_TEXT = _type("string", minLength=1)
 _SOME_IDS = _list(_type("integer", minimum=0), minItems=1)
@@ -55,11 +61,15 @@ _MESSAGE = {
 
 def _components() -> dict[str, Schema]:
     """The schemas of request bodies, by name. Some types say less than is checked."""
-    types = [CompletionRequest, ChatCompletionRequest, ScaleRequest]
+    types = [
+        CompletionRequest, ChatCompletionRequest, EmbeddingsRequest, ResponsesRequest, MessagesRequest, CountRequest,
+        ScaleRequest, RpcRequest, TokenizeRequest, DetokenizeRequest,
+    ]  # fmt: skip
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     completion = components["CompletionRequest"]
     completion["properties"]["prompt"] = _PROMPT
     completion["required"] = ["prompt"]
+    components["EmbeddingsRequest"]["properties"]["input"] = _PROMPT
     return components | {"ChatMessage": _MESSAGE, "Error": _ERROR}
 
 
@@ -78,10 +88,16 @@ def _query(kind: type) -> list[Schema]:
 
 _REQUEST_ID = _parameter("header", "X-Request-Id", "comes back in the answer's header of this name", _TEXT)
 _WHY = "1 asks for the response header of this name: what the choice of the rank was based on"
-_SESSION = "the session's key for --routing session; without it, `user` is"
+_SESSION = "the session's key: its requests go to one rank; without it `session_id`, `prompt_cache_key` or `user`"
+_TENANT = "whose it is: tenants share the queue by --tenant-weight; with several API keys each key is one instead"
+_DEADLINE = "milliseconds: 429 at once, or while it waits, where the answer could not be there by then"
+_RESPONSE_ID = {"name": "response_id", "in": "path", "required": True, "schema": _TEXT}
+_REQUEST_NAME = {"name": "request_id", "in": "path", "required": True, "schema": _TEXT}
 _GENERATION_HEADERS = [
     _parameter("header", "X-data-parallel-rank", "the rank that shall serve the request", _type("integer", minimum=0)),
     _parameter("header", "X-Session-Id", _SESSION, _TEXT),
+    _parameter("header", "X-Tenant", _TENANT, _TEXT),
+    _parameter("header", "X-Request-Deadline-Ms", _DEADLINE, _type("integer", minimum=1)),
     _parameter("header", "X-Paceline-Routing", _WHY, _type("string", enum=["1", "true"])),
     _REQUEST_ID,
 ]
@@ -101,6 +117,7 @@ _FAILURES = {
 }
 _RETRY = {"Retry-After": {"schema": _TEXT, "description": "seconds"}}
 _OK = {"description": "OK", "content": {"application/json": {"schema": _type("object")}}}
+_PLAIN = {"description": "OK", "content": {"text/plain": {"schema": _TEXT}}}
 _GENERATED = {
     "description": "the answer; with `stream`, server-sent events that end with `[DONE]`",
     "headers": {
@@ -140,14 +157,15 @@ def _generation(summary: str, body: str) -> Schema:
     return {"post": _operation(summary, *failures, ok=_GENERATED, parameters=_GENERATION_HEADERS, body=body)}
 
 
-def _control(summary: str, query: type) -> Schema:
-    return {"post": _operation(summary, 400, 409, 504, parameters=[*_query(query), _REQUEST_ID])}
+def _control(summary: str, query: type, *failures: int) -> Schema:
+    return {"post": _operation(summary, 400, 409, 504, *failures, parameters=[*_query(query), _REQUEST_ID])}
 
 
 def openapi_document() -> Schema:
     """The OpenAPI 3.1 document of this server."""
     down = "draining, or no rank is ready, or one holds the group up; `status` says which"
     scale = "Have more ranks or fewer while requests are served"
+    rpc = "Have the workers of all ranks, or of those that are named, do something"
     is_scaling = _operation("Whether ranks come or go, and which are waited for")
     return {
         "openapi": "3.1.0",
@@ -155,11 +173,42 @@ def openapi_document() -> Schema:
         "paths": {
             "/v1/completions": _generation("Complete one or more prompts", "CompletionRequest"),
             "/v1/chat/completions": _generation("Answer a conversation", "ChatCompletionRequest"),
+            "/v1/embeddings": _generation("Texts as vectors (--task embed)", "EmbeddingsRequest"),
+            "/tokenize": {"post": _operation("The tokens of a text", 400, 404, 413, body="TokenizeRequest")},
+            "/detokenize": {"post": _operation("The text of tokens", 400, 404, 413, body="DetokenizeRequest")},
+            "/tokenizer_info": {"get": _operation("The special tokens, and the chat template")},
+            "/livez": {"get": _operation("Whether the process turns")},
+            "/readyz": {"get": _operation("Whether new requests are served", down="not now; `status` says why")},
+            "/startupz": {"get": _operation("Whether it has started")},
+            "/load": {"get": _operation("Requests of this front-end that are not answered yet")},
+            "/server_info": {"get": _operation("What is served, and what its engine supports")},
+            "/v1/responses": _generation("Answer items, in OpenAI's newer API", "ResponsesRequest"),
+            "/v1/responses/{response_id}": {
+                "get": _operation("A response that is kept", 400, 404, parameters=[_RESPONSE_ID]),
+                "delete": _operation("Keep a response no more", 404, parameters=[_RESPONSE_ID]),
+            },
+            "/v1/messages": _generation("Answer messages, in Anthropic's API", "MessagesRequest"),
+            "/v1/messages/count_tokens": {
+                "post": _operation("The tokens of a prompt of messages", 400, 404, 413, body="CountRequest")
+            },
             "/v1/models": {"get": _operation("The model that is served")},
             "/health": {"get": _operation("Whether requests are served", down=down)},
-            "/loads": {"get": _operation("What every rank has queued, as this front-end believes it")},
+            "/loads": {
+                "get": _operation(
+                    "Every rank's load, as this front-end believes it", 400, parameters=_query(LoadsQuery)
+                )
+            },
+            "/requests": {"get": _operation("Where requests' time went", 400, parameters=_query(RequestsQuery))},
+            "/requests/{request_id}": {"get": _operation("One's timeline", 404, parameters=[_REQUEST_NAME])},
+            "/metrics": {"get": _operation("Figures for Prometheus, of the whole deployment", ok=_PLAIN)},
             "/pause": _control("Suspend all ranks, and wait until none computes", PauseQuery),
+            "/revive": _control("Start ranks again that ended too often, and wait until they serve", ReviveQuery),
             "/resume": _control("Let all ranks go on, and wait until all do", ResumeQuery),
+            "/sleep": _control("Suspend all ranks, and have their engines give memory back", SleepQuery, 500, 503),
+            "/wake_up": {"post": _operation("Have the engines take it again, and all go on", 500, 503, 504)},
+            "/is_sleeping": {"get": _operation("Whether each rank's engine has given memory back", 500, 503, 504)},
+            "/reset_prefix_cache": {"post": _operation("Have the engines forget what they cache", 500, 503, 504)},
+            "/collective_rpc": {"post": _operation(rpc, 400, 413, 500, 503, 504, body="RpcRequest")},
             "/is_paused": {"get": _operation("Whether all ranks are suspended")},
             "/scale_elastic_ep": {"post": _operation(scale, 400, 409, 413, 500, 504, body="ScaleRequest")},
             "/is_scaling_elastic_ep": {"get": is_scaling, "post": is_scaling},

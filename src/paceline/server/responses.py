@@ -7,9 +7,15 @@ whether its client reads. The shell writes what `handle` returns, in order, and 
 wait; then nothing is to be written until it has said `Unblocked`.
 
     opening: nothing is sent yet. The response headers name the ranks, so a stream's go out when all requests have
-        theirs, or with the first token where some still wait. Until then a failure has a status of its own.
-    streaming: each token goes out as it comes. A failure is an event, and the last one.
+        theirs, or with the first token where some still wait, or a comment where nothing comes. Until then a failure
+        has a status of its own.
+    streaming: each token goes out as it comes; what stands before a choice's first token goes with it, since load
+        generators take the first event for it. A failure is an event, and the last one.
     ended: the last write was made, or is kept for a client that does not read. What comes now is void.
+
+A request of many choices is submitted piece by piece: the machine says how many more it `wants` now, and the shell
+submits the next. So no request has more than `MOST_AT_ONCE` of its own in the queue, and what is refused for want of
+room, while others of it run, is submitted again when one of them has ended.
 
 A whole response goes from opening to ended. While the client does not read, writes are kept up to a bound; past it the
 client is given up.
@@ -20,23 +26,28 @@ token adds its own text between them.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 from enum import Enum
-from itertools import accumulate
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from paceline.core.frontend.events import Placed, Refuse
-from paceline.core.requests import Output, PositionLogprobs, TokenLogprob
+from paceline.core.requests import Output, PositionLogprobs
 from paceline.core.routing.policy import Decision
 from paceline.server.errors import ApiError, error_response
+from paceline.server.formats import CompletionFormat, Entry, prompt_logprobs
+from paceline.server.tools import Reader, Said
 
 _encode = msgspec.json.encode
 
-LOWEST_LOGPROB = -9999.0
-DONE_EVENT = b"data: [DONE]\n\n"
+COMMENT = b": waiting\n\n"
+"""An event stream's comment, which clients leave out: a proxy that sees nothing for long cuts the connection."""
+BAD_REQUEST = "bad_request"
+DEFAULT_VERSION = "default"
+"""vLLM's name for the weights that a rank starts with."""
 RANK_HEADER = b"x-data-parallel-rank"
 ROUTING_HEADER = b"x-paceline-routing"
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -44,27 +55,37 @@ STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cac
 MAX_KEPT_BYTES = 4 * 1024 * 1024
 """What is kept for a client that does not read, besides what the socket and the server hold."""
 
+MOST_AT_ONCE = 256
+"""Choices of one request that are submitted and have not ended: some times what a rank runs at once."""
+DEFECT = ApiError(500, "internal error", kind="server_error", code="internal_error")
+
 MAX_DECISIONS = 4
 MAX_DECISIONS_BYTES = 4096
 """Some proxies refuse longer headers."""
 MAX_DECISION_TEXT = 120
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
-Entry = dict[str, Any]
-"""An element of `choices`."""
 
 
 # Events and what to do ----------------------------------------------------------------------------
 
 
 class Submitted(Struct, frozen=True):
-    """All requests were taken. Their numbers, one for each choice."""
+    """The next choice was submitted as this request."""
 
-    requests: list[int]
+    request: int
+
+
+class Failed(Struct, frozen=True):
+    """A defect of ours: the response cannot go on."""
 
 
 class CutOff(Struct, frozen=True):
     """The server ends before the response does."""
+
+
+class Quiet(Struct, frozen=True):
+    """Nothing was written for a while: its ranks are on their way, or slow."""
 
 
 class Blocked(Struct, frozen=True):
@@ -75,7 +96,7 @@ class Unblocked(Struct, frozen=True):
     """That write is done."""
 
 
-Event = Output | Placed | Refuse | Submitted | CutOff | Blocked | Unblocked
+Event = Output | Placed | Refuse | Submitted | CutOff | Failed | Quiet | Blocked | Unblocked
 
 
 class Write(Struct, frozen=True, gc=False):
@@ -110,22 +131,28 @@ OPENING, STREAMING, ENDED = Phase
 class Response:
     """One response. `opening_texts`: what each choice begins with, of which each is a request of its own.
 
-    `stream`: send each token; `with_usage`: count them in an event of its own. `explain`: say why each rank was chosen.
+    `stream`: send each token. `explain`: say why each rank was chosen. `headers`: go with the answer, whatever it is.
     """
 
     def __init__(
-        self, form: CompletionFormat, request_id: str, opening_texts: list[str], prompt_tokens: int, *,
-        stream: bool = False, with_usage: bool = False, explain: bool = False,
+        self, form: CompletionFormat, request_id: str, opening_texts: list[str], *, stream: bool = False,
+        explain: bool = False, headers: RawHeaders = (),
     ) -> None:  # fmt: skip
         self.phase = OPENING
+        self._more_headers = headers
         self.given_up = False
+        self.name = request_id[:128]
         self._form = form
         self._request_id = request_id
-        self._prompt_tokens = prompt_tokens
         self._stream = stream
-        self._with_usage = with_usage
         self._choices = [Choice(form, index, text, stream) for index, text in enumerate(opening_texts)]
         self._choice_of: dict[int, Choice] = {}
+        self._next = 0
+        """The choice to be submitted next; what is `_refused` for want of room is submitted again, when one has ended
+        (`_rests` until then)."""
+        self._refused: set[int] = set()
+        self._again: list[Choice] = []
+        self._rests = False
         self._left = self._unplaced = len(opening_texts)
         self._ranks: list[int] = []
         self._decisions: list[Decision] | None = [] if explain else None
@@ -146,17 +173,61 @@ class Response:
             case Placed():
                 return self._on_placed(event)
             case Submitted():
-                self._choice_of = dict(zip(event.requests, self._choices, strict=True))
-                return self._begin_when_placed()
+                return self._on_submitted(event.request)
             case Refuse():
-                return self._fail(of_refusal(event))
+                return self._on_refused(event)
+            case Failed():
+                return self._fail(DEFECT)
             case CutOff():
                 text = "the server has shut down"
                 return self._fail(ApiError(503, text, kind="server_error", code="shutting_down", retry_after_s=1))
+            case Quiet() if self._stream and self._choice_of and self._kept is None:
+                return self._write_event(COMMENT)
             case Blocked():
                 self._kept = []
             case Unblocked():
                 return self._write_kept()
+        return None
+
+    # Requests -----------------------------------------------------------------------------------
+
+    @property
+    def wants(self) -> bool:
+        """Whether the next choice is to be submitted now."""
+        return self._waiting and not self._rests and len(self._choice_of) < MOST_AT_ONCE and self.phase is not ENDED
+
+    @property
+    def _waiting(self) -> bool:
+        return bool(self._again) or self._next < len(self._choices)
+
+    def next_choice(self) -> int:
+        """The index of the choice that is to be submitted."""
+        return self._again[-1].index if self._again else self._next
+
+    def _on_submitted(self, request: int) -> Effect | None:
+        choice = self._again.pop() if self._again else self._choices[self._next]
+        if choice.index == self._next:
+            self._next += 1
+        if request in self._refused:
+            self._refused.discard(request)
+            self._again.append(choice)
+            self._rests = True
+            return None
+        self._choice_of[request] = choice
+        return self._begin_when_placed()
+
+    def _on_refused(self, refusal: Refuse) -> Effect | None:
+        known = refusal.request in self._choice_of
+        if refusal.reason != "overloaded" or len(self._choice_of) - known < 1:
+            return self._fail(of_refusal(refusal))
+        if not known:
+            self._refused.add(refusal.request)
+            return None
+        choice = self._choice_of.pop(refusal.request)
+        if choice.tokens:
+            return self._fail(of_refusal(refusal))
+        self._again.append(choice)
+        self._rests = True
         return None
 
     # Beginning and ending -----------------------------------------------------------------------
@@ -171,7 +242,7 @@ class Response:
 
     def _begin_when_placed(self) -> Effect | None:
         # Not before all are submitted: the next one may be refused.
-        if self._stream and self._choice_of and not self._unplaced and self.phase is OPENING:
+        if self._stream and not self._waiting and self._unplaced <= 0 and self.phase is OPENING:
             return self._write_event(b"")
         return None
 
@@ -179,33 +250,37 @@ class Response:
         """Any output but those in the midst of a stream."""
         if output.finish_reason == "error":
             error = output.error or "the rank failed"
+            if output.stop_reason == BAD_REQUEST:
+                return self._fail(ApiError(400, error, code="bad_request"))
             return self._fail(ApiError(500, error, kind="server_error", code="engine_error"))
         choice = self._choice_of[output.request]
-        self._left -= output.finish_reason is not None
+        if output.finish_reason is not None:
+            del self._choice_of[output.request]
+            self._left -= 1
+            self._rests = False
         if not self._stream:
             choice.take(output)
             return None if self._left else self._write_whole()
         data = choice.event(output)
         if self._left:
             return self._write_event(data)
-        if self._with_usage:
-            data += self._form.usage_event(self._usage())
-        return self._write_event(data + DONE_EVENT, last=True)
+        return self._write_event(data + self._form.ending(self._usage()), last=True)
 
     def _fail(self, error: ApiError) -> Effect | None:
         if self.phase is STREAMING:
-            return self._write(stream_event(error.body), last=True)
-        response = error_response(error, self._request_id)
-        return self._start(response.status_code, response.raw_headers, bytes(response.body), last=True)
+            return self._write(self._form.error_event(error), last=True)
+        response = error_response(error, self._request_id, self._form.error_body(error))
+        headers = [*response.raw_headers, *self._more_headers]
+        return self._start(response.status_code, headers, bytes(response.body), last=True)
 
-    def _usage(self) -> dict[str, int]:
-        completion = sum(choice.tokens for choice in self._choices)
-        total = self._prompt_tokens + completion
-        return {"prompt_tokens": self._prompt_tokens, "completion_tokens": completion, "total_tokens": total}
+    def _usage(self) -> Entry:
+        return self._form.usage(
+            sum(choice.tokens for choice in self._choices), sum(choice.cached_tokens for choice in self._choices)
+        )
 
     def _headers(self) -> RawHeaders:
         """What is known so far: the ranks in order of first use."""
-        found = [(b"x-request-id", self._request_id.encode("latin-1", "replace"))]
+        found = [(b"x-request-id", self._request_id.encode("latin-1", "replace")), *self._more_headers]
         if self._ranks:
             found.append((RANK_HEADER, ",".join(map(str, self._ranks)).encode()))
         if self._decisions is not None:
@@ -223,8 +298,7 @@ class Response:
         """Write `data` of a stream, behind the response headers where they have not gone out."""
         if self.phase is not OPENING:
             return self._write(data, last) if data else None
-        opening = b"".join([choice.opening() for choice in self._choices])
-        return self._start(200, [*self._headers(), *STREAM_HEADERS], opening + data, last)
+        return self._start(200, [*self._headers(), *STREAM_HEADERS], data, last)
 
     def _start(self, status: int, headers: RawHeaders, data: bytes, last: bool) -> Write:
         """The first write: nothing can be kept yet."""
@@ -252,139 +326,141 @@ class Response:
 class Choice:
     """One element of `choices` in the making: its event, or all of it."""
 
-    __slots__ = ("_after", "_before", "_form", "_index", "_last", "_offset", "_opening_text", "_positions", "_texts",
-                 "tokens")  # fmt: skip
+    __slots__ = ("_after", "_before", "_decoder", "_embedding", "_form", "_last", "_offset", "_opening", "_plain",
+                 "_positions", "_prompt_logprobs", "_reader", "_said", "_texts", "_token_ids", "cached_tokens",
+                 "index", "tokens", "versions")  # fmt: skip
 
     def __init__(self, form: CompletionFormat, index: int, opening_text: str, stream: bool) -> None:
-        self.tokens = 0
+        self.index = index
+        self.tokens = self.cached_tokens = 0
+        self.versions: list[tuple[str, int]] = []
+        """Which weights chose its tokens, and the first token of each."""
         self._form = form
-        self._index = index
-        self._opening_text = opening_text if stream else ""
         self._texts = [] if stream else [opening_text]
-        """What no event has carried yet, as are `_positions`."""
+        """What no event has carried yet, as are `_positions` and `_token_ids`."""
+        self._reader, self._said = form.reader(), Said()
+        """In a chat what the text says, which is read; of that what no event has carried yet."""
         self._positions: list[PositionLogprobs] | None = None
+        self._prompt_logprobs: list[PositionLogprobs] | None = None
+        self._token_ids: list[int] = []
         self._last: Output | None = None
-        self._offset = 0
-        self._before, self._after = form.splice(index) if stream else (b"", b"")
-
-    def opening(self) -> bytes:
-        """The events before the first token."""
-        opening, text = self._form.opening(self._index), self._opening_text
-        return opening + self._before + _encode(text) + self._after if text else opening
+        self._embedding: Any = None
+        self._offset = len(opening_text)
+        """Characters before the next token, whose bytes go through `_decoder`."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._plain = stream and form.wording.plain
+        self._before, self._after = form.splice(index) if stream and not form.reads else (b"", b"")
+        self._opening = form.opening(index) if stream else b""
+        """What goes out before the first token."""
+        if stream and opening_text:
+            self._opening += self._before + _encode(opening_text) + self._after
 
     def event(self, output: Output) -> bytes:
         """The event for an output; empty while its text is held back."""
-        if output.logprobs is None and output.finish_reason is None and self._positions is None:
+        if not self.versions or output.weight_version != self.versions[-1][0]:
+            self._note_version(output)
+        if output.logprobs is None and output.finish_reason is None and self._plain and not self._opening:
             self.tokens += len(output.token_ids)
             return self._before + _encode(output.text) + self._after if output.text else b""
         self.take(output)
-        if not output.text and output.finish_reason is None:
-            return b""
-        return self._form.event(self.entry(self._form.chunk_entry))
+        opening, self._opening = self._opening, b""
+        if output.finish_reason is None and self._says_nothing(output):
+            return opening
+        return opening + self._form.event(self.entry(self._form.chunk_entry), self.tokens, self.cached_tokens)
+
+    def _says_nothing(self, output: Output) -> bool:
+        """Whether no event is due: nothing can be shown yet."""
+        if self._reader is None:
+            return self._plain and not output.text
+        return output.logprobs is None and not (self._said.content or self._said.reasoning or self._said.calls)
+
+    def _note_version(self, output: Output) -> None:
+        if output.token_ids:
+            self.versions.append((output.weight_version, self.tokens))
 
     def take(self, output: Output) -> None:
-        self.tokens += len(output.token_ids)
-        self._texts.append(output.text)
-        if output.logprobs is not None:
-            self._positions = (self._positions or []) + output.logprobs
+        if not self.versions or output.weight_version != self.versions[-1][0]:
+            self._note_version(output)
+        self.cached_tokens += output.cached_tokens
+        self._prompt_logprobs = output.prompt_logprobs or self._prompt_logprobs
+        if output.embedding:
+            self._embedding = self._form.vector(output.embedding)
+        if not self._form.wording.none_made:
+            self.tokens += len(output.token_ids)
+            if self._reader is None:
+                self._texts.append(output.text)
+            else:
+                self._read(self._reader, output)
+            self._token_ids += output.token_ids
+            if output.logprobs is not None:
+                self._positions = (self._positions or []) + output.logprobs
         self._last = output
 
-    def entry(self, worded: Callable[[int, str, Any, str | None], Entry]) -> Entry:
+    def _read(self, reader: Reader, output: Output) -> None:
+        wording = self._form.wording
+        said = reader.push(output.text)
+        if output.finish_reason is not None:
+            said.add(reader.finish())
+        said.calls = [call for call in said.calls if call.index < wording.most_calls]
+        if not wording.with_reasoning:
+            said.reasoning = ""
+        self._said.add(said)
+
+    def _reason(self) -> str | None:
+        """Why the answer has ended, as OpenAI says it."""
+        reason = self._last.finish_reason if self._last else None
+        called = self._reader is not None and self._reader.calls and not self._form.wording.named
+        return "tool_calls" if called and reason == "stop" else reason
+
+    def entry(self, worded: Callable[[int, Any, Any, str | None], Entry]) -> Entry:
         """What no event has carried yet, in these words."""
-        text, last = "".join(self._texts), self._last
-        logprobs = None if self._positions is None else self._form.logprobs(self._positions, self._offset)
-        entry = worded(self._index, text, logprobs, last.finish_reason if last else None)
+        text: str | Said = "".join(self._texts) if self._reader is None else self._said
+        last, wording = self._last, self._form.wording
+        positions, prompt = self._positions, self._prompt_logprobs
+        if prompt is not None and wording.echo_logprobs:
+            positions, self._offset = prompt + (positions or []), 0
+        logprobs = None if positions is None else self._form.logprobs(positions, self._offsets(positions))
+        if prompt is not None and wording.echo_logprobs and logprobs is not None:
+            logprobs["token_logprobs"][0] = logprobs["top_logprobs"][0] = None
+        entry = worded(self.index, text, logprobs, self._reason())
         if last is not None and last.stop_reason is not None:
             entry["stop_reason"] = last.stop_reason
-        self._texts, self._positions = [], None
-        self._offset += len(text)
+        if self._embedding is not None:
+            entry["embedding"] = self._embedding
+        if last is not None and last.finish_reason is not None:
+            entry |= self._weights()
+        if wording.with_token_ids:
+            entry["token_ids"] = self._token_ids
+            entry |= self._form.prompt_ids_entry(self.index)
+        if wording.prompt_logprobs:
+            entry["prompt_logprobs"] = prompt_logprobs(prompt or [])
+        self._texts, self._positions, self._prompt_logprobs, self._token_ids = [], None, None, []
+        self._said = Said()
         return entry
 
+    def _weights(self) -> Entry:
+        """Which weights chose its tokens: nothing where nobody has ever brought other ones and nobody asks."""
+        versions, asked = self.versions, self._form.wording.with_weight_versions
+        if not asked and not any(version for version, _ in versions):
+            return {}
+        ends = [begin for _, begin in versions[1:]] + [self.tokens]
+        spans = [
+            {"weight_version": version or DEFAULT_VERSION, "start": begin, "end": end}
+            for (version, begin), end in zip(versions, ends, strict=True)
+        ]
+        newest = spans[-1]["weight_version"] if spans else None
+        return {"weight_version": newest} | ({"weight_versions": spans} if asked or len(spans) > 1 else {})
 
-# Formats ------------------------------------------------------------------------------------------
-
-
-class CompletionFormat:
-    """How `/v1/completions` words its responses. `identity`: the response's id; `created`: seconds since 1970."""
-
-    prefix = "cmpl"
-    object_name = chunk_name = "text_completion"
-
-    def __init__(self, identity: str, model: str, created: int, null_usage: bool) -> None:
-        whole = {"id": f"{self.prefix}-{identity}", "object": self.object_name, "created": created, "model": model}
-        self._whole, self._chunk = whole, whole | {"object": self.chunk_name}
-        self._null_usage = {"usage": None} if null_usage else {}
-
-    def body(self, choices: list[Entry], total: dict[str, int]) -> bytes:
-        return _encode(self._whole | {"choices": choices, "usage": total})
-
-    def event(self, choice: Entry) -> bytes:
-        return stream_event(self._chunk | {"choices": [choice]} | self._null_usage)
-
-    def usage_event(self, total: dict[str, int]) -> bytes:
-        return stream_event(self._chunk | {"choices": [], "usage": total})
-
-    def splice(self, index: int) -> tuple[bytes, bytes]:
-        """What stands before and after the text in the plain event of a choice."""
-        marker = "\u0000"
-        before, _, after = self.event(self.chunk_entry(index, marker, None, None)).partition(_encode(marker))
-        return before, after
-
-    def opening(self, index: int) -> bytes:
-        """Events before the first token of a choice."""
-        return b""
-
-    def chunk_entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
-        """The `choices` entry of an event."""
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    entry = chunk_entry
-    """That of a whole response."""
-
-    def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
-        """The `logprobs` object of some tokens, the first of which begins at character `offset`."""
-        texts = [_text(position.chosen) for position in positions]
-        return {
-            "tokens": texts,
-            "token_logprobs": [_logprob(position.chosen) for position in positions],
-            "top_logprobs": [_top(position) for position in positions],
-            "text_offset": [*accumulate(map(len, texts), initial=offset)][:-1],
-        }
-
-
-class ChatFormat(CompletionFormat):
-    """What `/v1/chat/completions` words differently."""
-
-    prefix = "chatcmpl"
-    object_name, chunk_name = "chat.completion", "chat.completion.chunk"
-
-    def opening(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        return self.event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
-
-    def chunk_entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
-        # OpenAI's last event has an empty delta; one that still carries text is as common, and saves one.
-        delta = {"content": text} if text or finish_reason is None else {}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def entry(self, index: int, text: str, logprobs: Any, finish_reason: str | None) -> Entry:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
-
-    def logprobs(self, positions: Sequence[PositionLogprobs], offset: int) -> Any:
-        return {
-            "content": [
-                _chat_token(position.chosen) | {"top_logprobs": [_chat_token(token) for token in position.top]}
-                for position in positions
-            ]
-        }
+    def _offsets(self, positions: Sequence[PositionLogprobs]) -> list[int]:
+        """Where each token begins, in characters: one that ends within a character has not begun the next."""
+        found = []
+        for position in positions:
+            found.append(self._offset)
+            self._offset += len(self._decoder.decode(position.chosen.piece))
+        return found
 
 
 # Words --------------------------------------------------------------------------------------------
-
-
-def stream_event(body: object) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
 
 
 def of_refusal(refusal: Refuse) -> ApiError:
@@ -395,6 +471,11 @@ def of_refusal(refusal: Refuse) -> ApiError:
             return ApiError(400, f"X-data-parallel-rank: {text}", param="X-data-parallel-rank", code="unknown_rank")
         case "overloaded":
             return ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=retry_after_s)
+        case "late":
+            return ApiError(
+                429, text, kind="rate_limit_error", param="X-Request-Deadline-Ms", code="deadline",
+                retry_after_s=retry_after_s,
+            )  # fmt: skip
         case reason:
             code = reason.replace("-", "_")
             return ApiError(503, text, kind="server_error", code=code, retry_after_s=retry_after_s)
@@ -412,24 +493,3 @@ def decisions_value(decisions: list[Decision]) -> bytes:
         if len(value) <= MAX_DECISIONS_BYTES or len(shown) <= 1:
             return value
         shown.pop()
-
-
-def _text(token: TokenLogprob) -> str:
-    return token.piece.decode(errors="replace")
-
-
-def _logprob(token: TokenLogprob) -> float:
-    # JSON has no infinity; clients know this floor from OpenAI and vLLM.
-    return max(token.logprob, LOWEST_LOGPROB)
-
-
-def _top(position: PositionLogprobs) -> dict[str, float]:
-    # Two tokens can have the same text (a byte of a character has none of its own): the likelier stays.
-    top: dict[str, float] = {}
-    for token in [*position.top, position.chosen]:
-        top.setdefault(_text(token), _logprob(token))
-    return top
-
-
-def _chat_token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": _text(token), "logprob": _logprob(token), "bytes": list(token.piece)}

@@ -6,12 +6,13 @@ has, which must be those that have not ended.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 from msgspec import Struct
 
 from paceline.core.frontend.events import Refuse
-from paceline.core.frontend.failover import MOST_LOSSES, PATIENCE_S
+from paceline.core.frontend.failover import HOLD_S, MOST_LOSSES
 from paceline.core.frontend.inflight import FIRST_RESEND
 from paceline.core.frontend.machine import Frontend
 from paceline.core.requests import AddRequest, Output
@@ -55,6 +56,8 @@ class Answers(dict[int, Answer]):
         """Requests that have not ended."""
         self.moved = 0
         """Requests that went on at another rank."""
+        self.on_end: Callable[[int], None] | None = None
+        """Told of each request that has ended."""
         self._clock = clock
         self._name = name
         self._next = 1
@@ -76,7 +79,7 @@ class Answers(dict[int, Answer]):
         if answer.over:
             return False
         answer.abandoned = True
-        self._end(answer)
+        self._end(request, answer)
         return True
 
     def sent(self, rank: int, message: AddRequest) -> None:
@@ -110,7 +113,7 @@ class Answers(dict[int, Answer]):
         if output.finish_reason is None:
             return
         answer.finish_reason, answer.error = output.finish_reason, output.error
-        self._end(answer)
+        self._end(output.request, answer)
         if output.finish_reason == "error":
             self._broken(f"request {output.request} is lost: {output.error}")
         if output.finish_reason == "length" and answer.tokens != answer.max_tokens:
@@ -120,8 +123,8 @@ class Answers(dict[int, Answer]):
         """The client is told that it is not served. Where ranks have died, only after so many or so long."""
         answer = self._still(refusal.request, f"refused ({refusal.reason})")
         answer.refused = refusal.reason
-        self._end(answer)
-        patient = answer.lost_at >= 0 and self._clock.now >= answer.lost_at + PATIENCE_S
+        self._end(refusal.request, answer)
+        patient = answer.lost_at >= 0 and self._clock.now >= answer.lost_at + HOLD_S
         if answer.lost_at >= 0 and answer.losses < MOST_LOSSES and not patient:
             self._broken(f"request {refusal.request} is lost, after {answer.losses} of its ranks: {refusal.text}")
 
@@ -137,9 +140,11 @@ class Answers(dict[int, Answer]):
             self._broken(f"request {request} is {what} after it had ended")
         return answer
 
-    def _end(self, answer: Answer) -> None:
+    def _end(self, request: int, answer: Answer) -> None:
         answer.ended = self._clock.now
         self.open -= 1
+        if self.on_end is not None:
+            self.on_end(request)
 
     def _broken(self, what: str) -> NoReturn:
         raise Violation(f"{self._name}: {what}", self._name)

@@ -69,6 +69,7 @@ class Checks(Watch):
         self._reported = True
         self._sent: set[tuple[int, int]] = set()
         self._barred: dict[int, int] = {}
+        self._stepped_with: dict[int, int] = {}
         self._settled = 0
         self._settled_lives: frozenset[int] = frozenset()
         self._resumed = 0
@@ -107,6 +108,7 @@ class Checks(Watch):
     def step(self, rank: RankProcess, effect: rank_events.Step | rank_events.DummyStep) -> None:
         """A rank begins a step only while it runs; nobody's prompt waits for ever."""
         self._patience(rank, effect)
+        self._weights(rank)
         if rank.lockstep and not rank.machine.running:
             raise Violation(f"{rank.name} steps while paused", rank.name)
         if self._settled <= self._resumed:
@@ -125,6 +127,22 @@ class Checks(Watch):
             text = f"{rank.name} steps in the settled suspension {self._settled}, of whose end {unaware} do not know"
             raise Violation(text, rank.name, *unaware, COORDINATOR)
         self._resumed = self._settled
+
+    def _weights(self, rank: RankProcess) -> None:
+        """Never a mix: a rank steps with the weights that it knows to be in force, and not with earlier ones than
+        another that is there has stepped with.
+        """
+        has, weights = rank.machine.weights.has, rank.machine.weights
+        if weights.known.current != has or weights.known.under_way:
+            text = f"{rank.name} steps with weights {has} where it knows of {weights.known}"
+            raise Violation(text, rank.name)
+        if not self._stepped_with and not has:
+            return
+        for other in self._ready():
+            if self._stepped_with.get(other.machine.incarnation, 0) > has:
+                text = f"{rank.name} steps with weights {has}, {other.name} has stepped with later ones"
+                raise Violation(text, rank.name, other.name, COORDINATOR)
+        self._stepped_with[rank.machine.incarnation] = has
 
     def _patience(self, rank: RankProcess, effect: rank_events.Step | rank_events.DummyStep) -> None:
         """Steps in which a rank may not prefill, though it could, follow one another no longer than agreed."""
@@ -198,9 +216,15 @@ class Checks(Watch):
 
     def controlled(self, frontend: FrontendProcess, answer: frontend_events.Controlled) -> None:
         """A call returns when every rank knows what it asked for, or when somebody has asked for the contrary."""
-        if answer.superseded:
+        if answer.superseded or answer.why:
             return
+        updates = isinstance(frontend.calls[answer.call].event, frontend_events.Update)
         for rank in self._ready():
+            weights = rank.machine.weights
+            if updates and weights.known.number < answer.number:
+                text = f"{frontend.name}: weights are in force at {answer.number}, {rank.name} has {weights.known}"
+                raise Violation(text, frontend.name, rank.name, COORDINATOR)
+        for rank in self._ready() if not updates else ():
             pause = rank.machine.pause
             # A life that has come since the resumption need not know its number, if it is free all the same.
             if pause.number < answer.number and not (answer.number % 2 == 0 and pause.over):

@@ -137,7 +137,10 @@ class Group:
             # The same at all: reduced once.
             values = [agreed(value for value in values if isinstance(value, Agree))]
         for part in parts:
-            self._world.after(self._draw(SCATTER_S), partial(self._hand_out, part, values))
+            if self._scatter is None and not self.over:
+                part.done(values)
+            else:
+                self._world.after(self._draw(SCATTER_S), partial(self._hand_out, part, values))
 
     def _hand_out(self, part: Part, values: list[Any]) -> None:
         if self.over and self._draw(1.0) < 0.5:

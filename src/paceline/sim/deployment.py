@@ -17,6 +17,7 @@ from paceline.core.frontend.machine import Frontend
 from paceline.core.messages import Member, ToFrontend, ToRank
 from paceline.core.node import Node, RankEnded
 from paceline.core.rank import events as rank_events
+from paceline.core.rank.hang import Limits
 from paceline.core.rank.machine import Rank
 from paceline.core.rank.prefill_quota import OFF
 from paceline.core.routing.least import LeastLoad
@@ -30,7 +31,9 @@ from paceline.sim.world import STEADY, Delays, Link, Seeds, World
 
 NODE_IDENTITY = 900_000
 FIRST_FRONTEND = 1_000_000
+AGAIN_S = 0.3
 LONGEST_LOADING_S = 2.0
+HANG_NAMED_S, HANG_ENDED_S = 0.3, 1.5
 Connected = RankProcess | FrontendProcess | NodeProcess
 """Those that have a connection to the coordinator."""
 
@@ -43,6 +46,7 @@ class Shape(Struct, frozen=True):
     `scaled`: whether a node starts and ends ranks, so that the size may change. `connecting`: how long a connection
     takes to come up. `encode`: whether messages travel as bytes. `loss`: the share of the coordinator's broadcasts, and
     of front-ends' notices, that get lost. `same_address`: whether a rank's next life is reached where the last one was.
+    `once`: whether a rank's life can be a member of one epoch only, and loads in it, up to `LONGEST_LOADING_S`.
     `scatter`: whether ranks leave a collective a little apart. `late_binding`: whether front-ends' requests wait in the
     coordinator's queue. `watched`: whether a journal is kept, and front-ends look at each view as it comes.
     """
@@ -65,6 +69,7 @@ class Shape(Struct, frozen=True):
     encode: bool = True
     loss: float = 0.0
     same_address: bool = False
+    once: bool = False
     scatter: bool = False
     late_binding: bool = False
     watched: bool = True
@@ -144,8 +149,9 @@ class Deployment:
         return not under_way and not asked and {scaling.size for scaling in changes} <= {self.size()}
 
     def controlled(self) -> bool:
-        """Whether no operator waits for a pause or its end."""
-        return not any(frontend.waiting(frontend_events.Control) for frontend in self.frontends.values())
+        """Whether no operator waits for a pause or its end, or for weights."""
+        kinds = (frontend_events.Control, frontend_events.Update)
+        return not any(frontend.waiting(kind) for frontend in self.frontends.values() for kind in kinds)
 
     def finished(self) -> bool:
         return all(frontend.finished() for frontend in self.frontends.values())
@@ -200,12 +206,16 @@ class Deployment:
         machine = Rank(
             number, life, address, lockstep=shape.lockstep, report_loads=not shape.external,
             sync_interval=shape.sync_interval, prefill_quota=shape.prefill_quota, without=self.without,
-            group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "",
+            group_address=f"tcp://group-{number}-{life}" if shape.lockstep and shape.grouped else "", once=shape.once,
+            limits=Limits(HANG_NAMED_S, 0.0 if shape.lockstep and not shape.grouped else HANG_ENDED_S),
         )  # fmt: skip
         rank = RankProcess(
             self.world, machine, self.engine(), shape.lockstep, self.groups, self.checks, self.back, self._fixed
         )
+        if shape.once:
+            rank.load_s = self._loads.random() * LONGEST_LOADING_S
         self._join(rank, rank.name, codec.from_rank(), coordinator.RankSaid, codec.to_rank())
+        rank.again = self._start_again
         self.ranks[number] = rank
         self._connect_rank(rank)
         rank.start()
@@ -234,6 +244,11 @@ class Deployment:
         for frontend in self.frontends.values():
             down = partial(frontend.link_down, number, rank.machine.incarnation)
             self.world.after(self.shape.links.draw(self._connecting), down)
+
+    def _start_again(self, number: int) -> None:
+        """It has ended by itself, and its supervisor starts it again at once."""
+        self._end_rank(number)
+        self.world.after(AGAIN_S, lambda: self.revive_rank(number))
 
     def revive_rank(self, number: int) -> None:
         """A rank that has died is started again, if it is still of the deployment, and was not provisional."""
@@ -266,12 +281,12 @@ class Deployment:
     # Front-ends' lives --------------------------------------------------------------------------
 
     def start_frontend(self, index: int) -> FrontendProcess:
-        shape = self.shape
+        shape, policy = self.shape, self.policy(index)
         machine = Frontend(
-            FIRST_FRONTEND + next(self._lives), self.policy(index),
+            FIRST_FRONTEND + next(self._lives), policy,
             ranks=frozenset({index}) if shape.external or shape.hybrid else None,
-            relay_sends=shape.frontends > 1 and not shape.external, lockstep=shape.lockstep,
-            late_binding=shape.late_binding, resumes=True, without=self.without,
+            relay_sends=(shape.frontends > 1 or policy.names) and not shape.external, lockstep=shape.lockstep,
+            late_binding=shape.late_binding, resumes=True, together=shape.once, without=self.without,
         )  # fmt: skip
         frontend = FrontendProcess(
             self.world, f"front-end {index}", machine, self.checks, self._dial, not shape.watched

@@ -17,13 +17,22 @@ from paceline.core.requests import ControlAction
 from paceline.sim.deployment import Deployment
 
 FaultKind = Literal[
-    "coordinator-crash", "rank-crash", "front-end-crash", "slow-rank", "cut-off", "unheard", "lost-wake", "link-down"
+    "coordinator-crash",
+    "rank-crash",
+    "front-end-crash",
+    "slow-rank",
+    "cut-off",
+    "unheard",
+    "lost-wake",
+    "link-down",
+    "hang",
 ]
 """`link-down`: a front-end's connection to a rank that lives ends, and comes up again. `cut-off`: a rank hears the
-coordinator late. `unheard`: the coordinator hears a rank late."""
+coordinator late. `unheard`: the coordinator hears it late. `hang`: a step does not return. The rank is named and ended.
+"""
 MODES: tuple[ControlAction, ...] = ("keep", "wait", "abort")
 CRASHES: tuple[FaultKind, ...] = ("coordinator-crash", "rank-crash", "front-end-crash")
-TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake", "link-down")
+TROUBLES: tuple[FaultKind, ...] = ("slow-rank", "cut-off", "unheard", "lost-wake", "link-down", "hang")
 MAX_PROMPT_TOKENS = 4096
 MAX_ANSWER_TOKENS = 300
 
@@ -71,12 +80,18 @@ class Fault(Struct, frozen=True):
         return "front-end" if self.kind == "front-end-crash" else "rank", self.number
 
 
+class NewWeights(Struct, frozen=True):
+    """`bad_at`: the rank that cannot have them, if any."""
+
+    bad_at: int | None = None
+
+
 class Call(Struct, frozen=True):
-    """An operator's call: when (seconds), at which front-end, what: a pause or its end, or how many ranks."""
+    """An operator's call: when (seconds), at which front-end, what: a pause or its end, how many ranks, or weights."""
 
     at: float
     frontend: int
-    what: ControlAction | int
+    what: ControlAction | int | NewWeights
 
 
 # Drawing ----------------------------------------------------------------------------------------
@@ -131,6 +146,17 @@ def draw_calls(stream: Random, suspensions: int, period: Period) -> list[Call]:
     return sorted(calls, key=lambda call: call.at)
 
 
+def draw_updates(stream: Random, calls: Iterable[Call], period: Period) -> list[Call]:
+    """New weights in half of the pauses; some that a rank cannot have, some when the pause is over already."""
+    updates: list[Call] = []
+    for call in calls:
+        if call.what in MODES and stream.random() < 0.5:
+            bad_at = stream.randrange(period.ranks) if stream.random() < 0.2 else None
+            at = call.at + stream.choice((0.0, 0.01, 0.1, 0.3))
+            updates.append(Call(at, stream.randrange(period.frontends), NewWeights(bad_at)))
+    return updates
+
+
 def draw_faults(stream: Random, crashes: int, troubles: int, period: Period, ranks_may_die: bool = True) -> list[Fault]:
     """So many crashes and so many lesser troubles."""
     kinds = [kind for kind in CRASHES if kind != "rank-crash" or ranks_may_die]
@@ -153,7 +179,9 @@ def draw_steady(stream: Random, per_second: float, period: Period, lockstep: boo
             calls += draw_calls(stream, 1, moment)
         else:
             fault = _fault(stream, kinds[chosen], moment)
-            faults.append(replace(fault, aimed=fault.kind in ("rank-crash", "link-down") and stream.random() < 0.7))
+            faults.append(
+                replace(fault, aimed=fault.kind in ("rank-crash", "link-down", "hang") and stream.random() < 0.7)
+            )
         at += stream.expovariate(per_second)
     return faults, sorted(calls, key=lambda call: call.at)
 
@@ -194,6 +222,9 @@ class Faults:
             size = self._deployment.size() if known is None else known.size
             self.happened["scale up" if what > size else "scale down"] += what != size
             frontend.scale(what)
+        elif isinstance(what, NewWeights):
+            self.happened["new weights" if what.bad_at is None else "bad weights"] += 1
+            frontend.update(what.bad_at)
         else:
             self.happened["resume" if what == "resume" else f"suspend ({what})"] += 1
             frontend.control(what)
@@ -234,6 +265,8 @@ class Faults:
                 deployment.ranks[number].broadcasts.hold()
             case "unheard":
                 deployment.ranks[number].to_coordinator.hold()
+            case "hang":
+                deployment.ranks[number].hang()
             case "link-down":
                 index, severed = int(fault.at * 1000) % len(deployment.frontends), fault.factor > 2.0
                 mend = deployment.cut_link(number, index, severed=severed)
@@ -260,6 +293,8 @@ class Faults:
                 deployment.ranks[number].engine.slowness = 1.0
             case "cut-off":
                 deployment.ranks[number].broadcasts.release()
+            case "hang":
+                deployment.ranks[number].go_on()
             case "link-down":
                 self._to_mend.pop(number)()
             case "unheard" if deployment.coordinator is not None:

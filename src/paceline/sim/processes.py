@@ -19,20 +19,33 @@ from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import Identify, LoadView, Member, RankReport, Scaling, StartDPWave, ToFrontend, ToRank
+from paceline.core.messages import (
+    Form,
+    Identify,
+    LoadView,
+    Member,
+    RankReport,
+    Scaling,
+    StartDPWave,
+    ToFrontend,
+    ToRank,
+)
 from paceline.core.node import Node
 from paceline.core.rank import events as rank_events
 from paceline.core.rank.machine import Phase, Rank
-from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Outputs, SamplingParams
+from paceline.core.requests import AddRequest, ControlAction, FromFrontendToRank, Outputs, SamplingParams, StartAgain
 from paceline.sim.answers import Answers
 from paceline.sim.collectives import Group, Groups, Part, Span
 from paceline.sim.world import Alarm, Link, Violation, World
 
 AGREEMENT_S = 0.0001
+LOOK_S = 0.1
 DECISION_S = 0.00001
 """From what arrives at a rank that waits to the turn that it leads to."""
-CONTROL_REPEAT_S = 0.25
 DRAIN_MS, STARTUP_MS = 1500, 4000
+UPDATE_MS = 3000
+WEIGHTS_S = 0.02
+"""How long a rank takes to read other weights, or to swap them."""
 """Of each change of the size: as long as some ranks need, and not all."""
 COORDINATOR, NODE = "coordinator", "node"
 
@@ -162,16 +175,23 @@ class RankProcess:
         self.connected = False
         self.alive = True
         self.busy = False
+        self.hangs = False
+        """Whether its steps do not return."""
         self.planned = Planned(0.0)
         self.dummy_steps = 0
         self.taken: dict[int, int] = {}
         """Per front-end, the requests meant for this life that arrived: counted here, not asked of the machine."""
         self.gone: set[int] = set()
         """Front-ends found dead: what still arrives from them is nobody's."""
+        self.load_s: float | None = None
+        """How long its engine takes to begin in the one epoch that it can be a member of; None for any number."""
+        self.again: Callable[[int], None] = lambda number: None
+        """Told that it ends to be started again."""
         self._groups, self._watch, self._back = groups, watch, back
         self._turn_due = False
         self._ended = partial(self._over, rank_events.EpochEnded())
         self._span: Span | None = None
+        self._stuck: Callable[[], None] | None = None
         self._part = Part(None, 0.0, lambda values: None, lambda: None)
         self._urge = False
         self._inbox: deque[rank_events.Event] = deque()
@@ -192,7 +212,7 @@ class RankProcess:
 
     def interrupt(self) -> None:
         """Let it have a turn after the step that runs now, or is about to."""
-        if self.busy:
+        if self.busy and self._stuck is None:
             self._part.steps = 1
             if self.span is not None:
                 self.span.cut()
@@ -200,10 +220,27 @@ class RankProcess:
     def hear(self, message: Any) -> None:
         """A broadcast. As in the real shell, some are handled in the midst of a step too."""
         event = rank_events.CoordinatorSaid(message)
-        if self.busy and isinstance(message, rank_events.IN_MID_STEP) and self.alive:
+        at_once = isinstance(message, rank_events.IN_MID_STEP) or (isinstance(message, Form) and self.machine.bound)
+        if self.busy and at_once and self.alive:
             self._feed(event)
         else:
             self.arrive(event)
+
+    def hang(self) -> None:
+        """From here on its step does not return, until `go_on`."""
+        self.hangs = True
+        self._look()
+
+    def go_on(self) -> None:
+        self.hangs = False
+        stuck, self._stuck = self._stuck, None
+        if stuck is not None:
+            stuck()
+
+    def _look(self) -> None:
+        if self.alive and self.hangs:
+            self._feed(rank_events.Looked(waits=self.lockstep and self._stuck is None))
+            self.world.after(LOOK_S, self._look)
 
     def kill(self) -> None:
         self.alive = False
@@ -262,6 +299,13 @@ class RankProcess:
             case rank_events.FormGroup(epoch, members):
                 self.busy = True
                 self._groups.form(self.life, epoch, members, partial(self._formed, epoch), self._ended)
+            case rank_events.StageWeights() | rank_events.UseWeights():
+                used, bad = isinstance(effect, rank_events.UseWeights), effect.source == str(self.machine.rank)
+                error = "they are bad" if bad and not used else ""
+                self.busy = True
+                self.world.after(WEIGHTS_S, partial(self._over, rank_events.WeightsDone(effect.number, used, error)))
+            case rank_events.StartAgain():
+                self.again(self.machine.rank)
             case rank_events.Urge():
                 self._urge = True
             case rank_events.Again():
@@ -303,6 +347,9 @@ class RankProcess:
         span = self._span
         if not self.alive or span is None:
             return
+        if self.hangs:
+            self._stuck = partial(self._stepped, real, begun, urged)
+            return
         if real:
             # In lockstep it lasted as long as the slowest rank's, and as all took to begin it.
             seconds = (self.world.now - begun) / span.steps
@@ -316,7 +363,12 @@ class RankProcess:
     def _formed(self, epoch: int, group: Group) -> None:
         if self.alive:
             self.group = group
-            self._over(rank_events.Formed(epoch))
+            self._feed(rank_events.Met(epoch))
+            formed = partial(self._over, rank_events.Formed(epoch))
+            if self.load_s is None:
+                formed()
+            else:
+                self.world.after(self.load_s, formed)
 
     def _over(self, event: rank_events.Event) -> None:
         if self.alive:
@@ -330,9 +382,9 @@ class RankProcess:
 
 
 class Call(Struct):
-    """An operator's request: the event, which is repeated until it is served; when (virtual seconds); how it ended."""
+    """An operator's request: the event, when it was asked (virtual seconds), and how it ended."""
 
-    event: frontend_events.Control | frontend_events.Scale
+    event: frontend_events.Control | frontend_events.Scale | frontend_events.Update
     asked: float
     answered: float = -1.0
     superseded: bool = False
@@ -375,11 +427,12 @@ class FrontendProcess:
         return request
 
     def ask(
-        self, request: int, prompt: list[int], params: SamplingParams, rank: int | None = None, priority: int = 0
-    ) -> None:
+        self, request: int, prompt: list[int], params: SamplingParams, rank: int | None = None, priority: int = 0,
+        blocks: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
         """One request of a client, by a number that nothing of this front-end has."""
         self.answers.asked(params.max_tokens, request)
-        self.feed(frontend_events.Submit(request, prompt, params, rank, priority))
+        self.feed(frontend_events.Submit(request, prompt, params, rank, priority, blocks=blocks))
 
     def abandon(self, *requests: int) -> None:
         waiting = tuple(request for request in requests if self.answers.hung_up(request))
@@ -394,15 +447,15 @@ class FrontendProcess:
         """An operator asks for so many ranks. Returns the call."""
         return self._call(frontend_events.Scale(self.answers.number(), size, DRAIN_MS, STARTUP_MS))
 
-    def _call(self, event: frontend_events.Control | frontend_events.Scale) -> int:
-        self.calls[event.call] = Call(event, self.world.now)
-        self._ask(self.calls[event.call])
-        return event.call
+    def update(self, bad_at: int | None = None) -> int:
+        """An operator brings new weights, which one rank may not be able to have. Returns the call."""
+        number, source = self.answers.number(), "" if bad_at is None else str(bad_at)
+        return self._call(frontend_events.Update(number, "stage", f"w{number}", source, timeout_ms=UPDATE_MS))
 
-    def _ask(self, call: Call) -> None:
-        if self.alive and not call.over:
-            self.feed(call.event)
-            self.world.after(CONTROL_REPEAT_S, lambda: self._ask(call))
+    def _call(self, event: frontend_events.Control | frontend_events.Scale | frontend_events.Update) -> int:
+        self.calls[event.call] = Call(event, self.world.now)
+        self.feed(event)
+        return event.call
 
     def waiting(self, kind: type) -> bool:
         """Whether an operator waits for the end of such a call."""
@@ -448,7 +501,13 @@ class FrontendProcess:
         self._alarm.set()
 
     def _handle(self, event: frontend_events.Event, when: float) -> None:
+        before = self.machine.hung
         effects = self.machine.handle(event, when)
+        for rank in self.machine.hung ^ before:
+            if rank in self.machine.hung:
+                self.answers.rank_lost(rank)
+            elif rank in self.lives:
+                self._watch.reconnected(self, rank)
         self.world.journal.record(self.world.now, self.name, event, effects)
         for effect in effects:
             self._perform(effect)
@@ -503,7 +562,7 @@ class NodeProcess:
 
     def hear(self, message: Any) -> None:
         """A broadcast; all else is for ranks."""
-        if isinstance(message, Scaling | Identify):
+        if isinstance(message, Scaling | Identify | StartAgain):
             self.feed(node.CoordinatorSaid(message))
 
     def feed(self, event: node.Event) -> None:
@@ -512,6 +571,8 @@ class NodeProcess:
         for effect in effects:
             match effect:
                 case node.StartRank(rank) | node.KeepRank(rank):
+                    self._start(rank)
+                case node.ReviveRank(rank):
                     self._start(rank)
                 case node.StopRank(rank):
                     self._stop(rank)

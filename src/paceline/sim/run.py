@@ -25,6 +25,7 @@ from paceline.sim.faults import (
     draw_faults,
     draw_scales,
     draw_steady,
+    draw_updates,
 )
 from paceline.sim.processes import COORDINATOR, FrontendProcess
 from paceline.sim.world import Delays, Seeds, Violation
@@ -206,10 +207,11 @@ class Run:
         crashes, steady = options.crashes or 0, options.faults_per_second
         may_die = not shape.lockstep or shape.grouped
         self.faults.schedule(draw_faults(stream("faults"), crashes, crashes + (steady is None), period, may_die))
-        self.faults.schedule(draw_calls(stream("suspensions"), options.suspensions or 0, period))
+        pauses = draw_calls(stream("suspensions"), options.suspensions or 0, period)
+        self.faults.schedule([*pauses, *draw_updates(stream("weights"), pauses, period)])
         if steady:
             faults, calls = draw_steady(stream("steady faults"), steady, period, shape.lockstep)
-            self.faults.schedule([*faults, *calls])
+            self.faults.schedule([*faults, *calls, *draw_updates(stream("steady weights"), calls, period)])
             self.faults.schedule(draw_scales(stream("scales"), steady / SCALES, period))
 
     def _submit(self, arrival: Arrival) -> None:

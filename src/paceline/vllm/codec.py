@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from paceline.core.codec import BadMessage
+from paceline.core.codec import BadMessage, Decoder
 from paceline.core.coordinator.wave import Observed
 from paceline.core.limits import MAX_CONTROL_BYTES
 from paceline.core.load import Load
@@ -80,14 +80,14 @@ class Scale(Struct, frozen=True):
     size: int
 
 
-_rank_decoder = msgspec.msgpack.Decoder(RankMessage)
-_frontend_decoder = msgspec.msgpack.Decoder(Any)
+_rank_decoder = Decoder[RankMessage](RankMessage, MAX_CONTROL_BYTES)
+_frontend_decoder = Decoder[Any](Any, MAX_CONTROL_BYTES)
 _encoder = msgspec.msgpack.Encoder()
 
 
 def read_rank(frame: bytes) -> RankMessage:
     """A rank's message. Raises BadMessage of kind `too-large`, `malformed` or `value`."""
-    message: RankMessage = _decode(_rank_decoder, frame)
+    message = _rank_decoder.decode(frame)
     if bytes(message.outputs) != _EMPTY or bytes(message.utility_output) != _NIL:
         raise BadMessage("value", f"rank {message.engine_index} sent outputs to the coordinator")
     if message.scheduler_stats is not None and not math.isfinite(message.scheduler_stats.kv_cache_usage):
@@ -97,7 +97,7 @@ def read_rank(frame: bytes) -> RankMessage:
 
 def read_frontend(frame: bytes) -> Notice | Scale:
     """A front-end's message. Raises BadMessage of kind `too-large`, `malformed` or `value`."""
-    said = _decode(_frontend_decoder, frame)
+    said = _frontend_decoder.decode(frame)
     if not isinstance(said, list) or len(said) != 2:
         raise BadMessage("malformed", "not a pair")
     first, second = said
@@ -117,7 +117,6 @@ def read_frontend(frame: bytes) -> Notice | Scale:
 
 
 def wake(wave: int, exclude: bytes | int | None) -> list[bytes]:
-    """START_DP_WAVE, for ranks."""
     return [START_DP_WAVE, _encoder.encode((wave, exclude))]
 
 
@@ -150,16 +149,6 @@ def whose_report(frame: bytes) -> bytes | None:
     return None
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[Any], frame: bytes) -> Any:
-    if len(frame) > MAX_CONTROL_BYTES:
-        raise BadMessage("too-large", f"{len(frame)} bytes, the limit is {MAX_CONTROL_BYTES}")
-    try:
-        return decoder.decode(frame)
-    # A hostile frame can nest deeper than the decoder will follow, and text may be no UTF-8.
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise BadMessage("malformed", str(error)) from None
-
-
 def _is_number(value: object, below: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
 
@@ -172,12 +161,11 @@ class VllmDialect(Struct, frozen=True):
 
     `count_fields`: numbers a rank in what front-ends hear: waiting and running, since 0.28 the used share of KV too.
     `greeting`: whether a rank waits for READY when it has subscribed: not in 0.10.0; a rank that gets it a second time
-    breaks (`once`) or, since about 0.17, ignores it (`each`).
-    `proof_step`: a rank that reports this step of a wave, or a later one, has come through an all-reduce with all
-    others, so all run. Ranks agree every `dp_sync_interval` steps, since 0.30 after the first step as well.
-    `wake_is_safe`: a rank that is paused, or sleeps, ignores a wake (since about 0.22).
-    `says_started`: rank 0 says `start_wave` when its loop has come through the first all-reduce (since 0.30), so
-    silence after a wake means something.
+    breaks (`once`) or, since about 0.17, ignores it (`each`). `proof_step`: a rank that reports this step of a wave, or
+    a later one, has come through an all-reduce with all others, so all run. Ranks agree every `dp_sync_interval` steps,
+    since 0.30 after the first step as well. `wake_is_safe`: a rank that is paused, or sleeps, ignores a wake (since
+    about 0.22). `says_started`: rank 0 says `start_wave` when its loop has come through the first all-reduce (since
+    0.30), so silence after a wake means something.
     """
 
     count_fields: int = 3
@@ -224,7 +212,6 @@ class RankWords:
         self._reports = {rank: report for rank, report in self._reports.items() if rank < size}
 
     def report(self, rank: int, stats: RankStats) -> RankReport:
-        """A load report."""
         load = Load(
             stats.num_waiting_reqs, stats.num_running_reqs, kv_used=round(stats.kv_cache_usage * KV_PARTS),
             kv_total=KV_PARTS,
@@ -257,7 +244,6 @@ class RankWords:
         return words
 
     def start(self, rank: int, wave: int) -> FromRank:
-        """A rank runs in this wave."""
         self._says(rank, wave, True)
         return StartWave(rank, LIFE, wave)
 

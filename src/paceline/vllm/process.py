@@ -20,28 +20,12 @@ import zmq
 from msgspec import Struct
 
 from paceline.core.coordinator.events import Note
+from paceline.log import note, set_up_log
 from paceline.net.links import new_identity
 from paceline.net.loop import CoordinatorLoop, ReportInbox
 from paceline.net.sockets import MESSAGES_A_TURN, NOBLOCK, CoordinatorSockets, drain
-from paceline.process.log import set_up_log
-from paceline.vllm import codec
+from paceline.vllm import codec, translation
 from paceline.vllm.codec import Notice, VllmDialect
-from paceline.vllm.translation import (
-    Event,
-    FrontendSaid,
-    FrontendSubscribed,
-    Greet,
-    Memory,
-    RankSaid,
-    RanksReported,
-    RankSubscribed,
-    RankUnsubscribed,
-    Remember,
-    Tick,
-    View,
-    VllmTranslation,
-    Wake,
-)
 
 logger = logging.getLogger("paceline.vllm")
 
@@ -65,7 +49,7 @@ class Settings(Struct, frozen=True):
     front_publish_address: str
     back_output_address: str
     back_publish_address: str
-    memory: Memory
+    memory: translation.Memory
     dialect: VllmDialect = VllmDialect()
     interval_ms: float = 10.0
     lockstep: bool = True
@@ -87,7 +71,7 @@ class Said(Struct, frozen=True, omit_defaults=True):
     `addresses`, or why there are none (`failed`): `vllm/main.py`.
     """
 
-    memory: Memory | None = None
+    memory: translation.Memory | None = None
     status: Status | None = None
 
 
@@ -98,14 +82,15 @@ class VllmProcess(CoordinatorLoop):
         super().__init__(logger)
         self._channel = channel
         self._sockets = sockets
-        self._translation = VllmTranslation(
+        self._translation = translation.VllmTranslation(
             settings.memory, settings.dialect, identity=new_identity(), interval_s=settings.interval_ms / 1000,
             lockstep=settings.lockstep, publish_loads=settings.publish_loads, restarted=settings.restarted,
             stall_s=settings.stall_s,
         )  # fmt: skip
         self._inbox = ReportInbox(
             sockets.back_in, self._bad_from_ranks, codec.whose_report, codec.read_rank,
-            lambda messages: self._handle(RanksReported(messages)), lambda message: self._handle(RankSaid(message)),
+            lambda messages: self._handle(translation.RanksReported(messages)),
+            lambda message: self._handle(translation.RankSaid(message)),
             parts=None, every_report=False, at_once=codec.MOST_RANKS,
         )  # fmt: skip
 
@@ -118,10 +103,9 @@ class VllmProcess(CoordinatorLoop):
         return self._translation.deadline
 
     def _tick(self) -> None:
-        self._handle(Tick())
+        self._handle(translation.Tick())
 
     def _on_watchdog(self) -> None:
-        """The watchdog asks how things stand, or is gone."""
         if self._channel.recv(1):
             say(self._channel, Said(status=Status(self._statistics(), self._translation.loads())))
         else:
@@ -140,9 +124,9 @@ class VllmProcess(CoordinatorLoop):
     def _on_rank_subscription(self, frame: bytes) -> None:
         if frame == b"\x01":
             self._sockets.back_out.setsockopt(zmq.SUBSCRIBE, b"")
-            self._handle(RankSubscribed())
+            self._handle(translation.RankSubscribed())
         elif frame == b"\x00":
-            self._handle(RankUnsubscribed())
+            self._handle(translation.RankUnsubscribed())
         else:
             self._bad_from_ranks.add("not-a-subscription", "something was sent up the ranks' broadcast socket")
 
@@ -153,34 +137,34 @@ class VllmProcess(CoordinatorLoop):
     def _on_frontend_frame(self, frame: bytes) -> None:
         kind = frame[:1]
         if kind == b"\x01":
-            self._handle(FrontendSubscribed())
+            self._handle(translation.FrontendSubscribed())
         elif kind != b"\x00" and (message := self._bad_from_frontends.decoded(codec.read_frontend, frame)) is not None:
             sent = self._translation.wake_at_once(message) if isinstance(message, Notice) else None
             if sent is not None:
                 self._wake(sent)
                 time.sleep(REST_S)
-            self._handle(FrontendSaid(message), sent)
+            self._handle(translation.FrontendSaid(message), sent)
 
-    def _wake(self, wake: Wake) -> None:
+    def _wake(self, wake: translation.Wake) -> None:
         kind, what = codec.wake(wake.wave, wake.exclude)
         self._sockets.back_out.send(kind, SEND_MORE)
         self._sockets.back_out.send(what, NOBLOCK)
 
-    def _handle(self, event: Event, sent: Wake | None = None) -> None:
+    def _handle(self, event: translation.Event, sent: translation.Wake | None = None) -> None:
         """The machine's door. `sent`: of the effects, what has been sent already."""
         for effect in self._translation.handle(event, time.monotonic()):
             match effect:
-                case View(counts, wave, running):
+                case translation.View(counts, wave, running):
                     self._sockets.front.send(codec.view(counts, wave, running), NOBLOCK)
-                case Wake():
+                case translation.Wake():
                     if effect != sent:
                         self._wake(effect)
-                case Greet():
+                case translation.Greet():
                     self._sockets.back_out.send(codec.READY, NOBLOCK)
-                case Remember(memory):
+                case translation.Remember(memory):
                     say(self._channel, Said(memory=memory))
-                case Note(text, urgent):
-                    logger.log(logging.WARNING if urgent else logging.INFO, "%s", text)
+                case Note():
+                    note(logger, effect)
 
 
 def say(channel: socket.socket, said: Said) -> None:

@@ -1,15 +1,13 @@
 """vLLM's ranks and front-ends, as the coordinator's machine sees them: what they say, and all that they do not.
 
 There is one coordinator, `core/coordinator/machine.py`, and this is its interpreter: vLLM's values go in as events of
-that machine, its effects come out as vLLM's values. Its rules are the machine's; what is decided here is only what a
-vLLM rank's words mean.
+that machine, its effects come out as vLLM's values. What is decided here is only what a vLLM rank's words mean.
 
 **Hellos.** A vLLM rank never introduces itself, and when it dies, vLLM ends. So all ranks of the deployment are
 introduced at the start, with one life that never ends, and nobody is asked anything. Scaling makes a new machine of
-the new size, which is told again what every rank said last: state is soft.
+the new size, which is told again what every rank said last.
 
-**Who runs.** The machine believes of a rank what that rank said last. A vLLM rank says nothing of the kind, but it can
-be read from what it does say:
+**Who runs.** The machine believes of a rank what that rank said last; of a vLLM rank it is read from what it does say:
 
 - A report that counts requests, or a step after the first, is from a rank that runs in the report's wave. (One of a
   paused rank with requests is not; then nobody can be woken, a wake is ignored, and all start together on resume.)
@@ -19,17 +17,14 @@ be read from what it does say:
 - A report of a step at or after `proof_step` proves that all ranks run: they have come through an all-reduce together.
 
 **Wakes are acknowledged** by these signs. Until they come the machine repeats the wake, at most once a second, also to
-ranks that run and have nothing to report; to them it means nothing. A rank that got a request, and of which the
-front-end's notice was lost, is running by its own report, so the others are woken: that heals the cold start of
-headless ranks (vllm #51983, #54762).
+ranks that run and have nothing to report; to them it means nothing. A rank that got a request whose notice was lost is
+running by its own report, so the others are woken: that heals the cold start of headless ranks (vllm #51983, #54762).
 
 **Restarts.** Ranks cannot be asked for the wave, and a paused rank reports nothing. So the watchdog remembers the last
-word (`Memory`), and when all ranks listen again they are woken once. If a message was lost with the old coordinator, a
-rank may wait alone in its first collective with nothing left to say: this frees it. If all were paused, they run one
-wave without work. Where a version's sleeping ranks could not bear that, only a wave that ran is woken.
-
-A rank that has not reported to this coordinator has counts that front-ends know and it does not, so for a second after
-a restart they are told none.
+word (`Memory`), and when all ranks listen again they are woken once: that frees a rank which waits alone in its first
+collective since a message was lost. If all were paused, they run one wave without work. Where a version's sleeping
+ranks could not bear that, only a wave that ran is woken. Counts of ranks that have not reported to this coordinator
+are known to front-ends and not to it, so for a second after a restart they are told none.
 """
 
 from __future__ import annotations
@@ -50,8 +45,6 @@ from paceline.vllm.codec import KV_PARTS, Notice, RankMessage, RankWords, Scale,
 
 
 class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
     message: RankMessage
 
 
@@ -70,8 +63,6 @@ class RankUnsubscribed(Struct, frozen=True):
 
 
 class FrontendSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
     message: Notice | Scale
 
 
@@ -149,7 +140,6 @@ class Answers:
         return float("inf") if self._since is None or self.stalled else self._since + self._stall_s
 
     def woken(self, wave: int, now: float) -> None:
-        """A wake for this wave goes out."""
         if wave > self._all_in and (wave > self.wave or self._since is None):
             self._since = now
             self.wave = wave
@@ -274,7 +264,6 @@ class VllmTranslation:
         return effects
 
     def statistics(self) -> dict[str, object]:
-        """The machine's figures, for `/health` and tests."""
         known = self._coordinator.statistics()
         stalls, all_listen = self._answers.describe(), self._subscribed >= self._memory.size
         return {

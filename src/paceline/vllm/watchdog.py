@@ -23,8 +23,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from paceline.process.restarts import Restarts
-from paceline.process.spawn import Wakeup
+from paceline.process.spawn import END, Restarts, Wakeup
 
 logger = logging.getLogger("paceline.vllm")
 
@@ -224,7 +223,7 @@ def _error(message: str) -> dict[str, Any]:
 
 
 def run_watchdog(settings: dict[str, Any], report: Connection) -> None:
-    """The target of the watchdog's process."""
     watchdog = Watchdog(settings, report)
-    signal.signal(signal.SIGTERM, lambda *_: watchdog.stop())
+    for number in (signal.SIGTERM, END):
+        signal.signal(number, lambda *_: watchdog.stop())
     watchdog.run()

@@ -1,13 +1,13 @@
-"""Epochs: which lives form one group, when the next one is due, and what a new coordinator takes up."""
+"""Epochs: which lives form one group, when the next one is due; and who holds the group up, by whom each waits for."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core.coordinator.epoch import FORM_TIMEOUT_S, LOST_S, SILENT_S, Epochs, Position
-from paceline.core.messages import GroupMember
-from paceline.core.retry import FIRST_S, LONGEST_S
+from paceline.core.coordinator.epoch import FORM_TIMEOUT_S, LOST_S, SILENT_S, Epochs, Position, Stalls, describe
+from paceline.core.messages import GroupMember, StallReport
+from paceline.core.retry import FIRST_S
 
 
 def hear(found: Epochs, rank: int, epoch: int = 0, life: int | None = None, now: float = 0.0, told: int = 0) -> None:
@@ -16,11 +16,50 @@ def hear(found: Epochs, rank: int, epoch: int = 0, life: int | None = None, now:
 
 
 def formed(number: int = 1, size: int = 2) -> Epochs:
-    """All ranks have said that they are members."""
     found = Epochs(size)
     for rank in range(size):
         hear(found, rank, number)
     return found
+
+
+def hear_once(found: Epochs, rank: int, life: int, now: float, epoch: int = 0, told: int = 0) -> None:
+    found.heard(rank, Position(life, f"group {life}", epoch, max(told, epoch), once=True), now)
+
+
+def test_ranks_that_join_once_are_all_of_them_or_none() -> None:
+    found = Epochs(3)
+    for rank in range(3):
+        hear_once(found, rank, 10 + rank, 0.0)
+    assert found.form(0.0) is not None
+    # It loads for minutes, and is told of it all the while.
+    assert found.form(500.0) is not None
+    assert found.forming
+    for rank in range(3):
+        hear_once(found, rank, 10 + rank, 500.0, epoch=1)
+    assert not found.forming
+    found.forget(1, 600.0)
+    for rank in (0, 2):
+        hear_once(found, rank, 10 + rank, 600.0, told=1)
+    for later in (LOST_S, SILENT_S, 100.0):
+        assert found.form(600.0 + later) is None, "nobody goes on without it"
+    hear_once(found, 1, 21, 800.0)
+    formed_now = found.form(800.0)
+    assert formed_now is not None
+    assert formed_now[0] == 2
+    # The others end their lives on that, and come anew.
+    hear_once(found, 0, 20, 801.0)
+    hear_once(found, 2, 22, 801.5)
+    hear_once(found, 1, 21, 801.5, told=2)
+    last = found.form(801.5)
+    assert last is not None
+    assert (last[0], [member.incarnation for member in last[1]]) == (3, [20, 21, 22])
+
+
+def tells(found: Epochs, now: float) -> tuple[int, list[int]]:
+    """The epoch that is told now, and its ranks."""
+    told = found.form(now)
+    assert told is not None
+    return told[0], [member.rank for member in told[1]]
 
 
 def test_nothing_is_formed_before_every_rank_is_known() -> None:
@@ -43,19 +82,6 @@ def test_it_is_told_again_until_every_member_has_said_that_it_is_one() -> None:
     hear(found, 1, 1)
     assert found.due is None
     assert found.form(99.0) is None
-
-
-def test_repeats_become_rarer() -> None:
-    found = Epochs(1)
-    hear(found, 0)
-    now, gaps = 0.0, []
-    while now < 1.6:
-        found.form(now)
-        assert found.due is not None
-        gaps.append(found.due - now)
-        now = found.due
-    assert gaps[0] == pytest.approx(FIRST_S)
-    assert gaps[-1] == pytest.approx(LONGEST_S)
 
 
 def test_a_new_life_makes_the_next_epoch_once_the_others_have_spoken() -> None:
@@ -108,9 +134,7 @@ def test_who_says_nothing_is_left_out_in_the_end_and_comes_back_when_it_speaks()
     for rank in (0, 1):
         hear(found, rank, 0, told=1, now=5.0)
     assert found.due == 5.0 + SILENT_S
-    told = found.form(5.0 + SILENT_S)
-    assert told is not None
-    assert [member.rank for member in told[1]] == [0, 1]
+    assert tells(found, 5.0 + SILENT_S)[1] == [0, 1]
     for rank in (0, 1):
         hear(found, rank, 2, now=7.5)
     assert found.absent == {2}
@@ -118,9 +142,7 @@ def test_who_says_nothing_is_left_out_in_the_end_and_comes_back_when_it_speaks()
     assert found.absent == set()
     for rank in (0, 1):
         hear(found, rank, 2, now=8.0)
-    told = found.form(8.0)
-    assert told is not None
-    assert (told[0], [member.rank for member in told[1]]) == (3, [0, 1, 2])
+    assert tells(found, 8.0) == (3, [0, 1, 2])
 
 
 def test_before_the_first_epoch_nobody_is_left_out() -> None:
@@ -137,10 +159,8 @@ def test_a_new_coordinator_goes_on_with_those_that_answer() -> None:
     for rank in (0, 2):
         hear(found, rank, 4, now=1.0)
     assert (found.ended, found.due) == (True, 1.0 + SILENT_S)
-    told = found.form(1.0 + SILENT_S)
-    assert told is not None
     # Not the one that they name: who says nothing may be a member of that.
-    assert (told[0], [member.rank for member in told[1]]) == (5, [0, 2])
+    assert tells(found, 1.0 + SILENT_S) == (5, [0, 2])
 
 
 def test_the_last_survivor_goes_on_alone() -> None:
@@ -193,9 +213,7 @@ def test_a_forming_that_takes_too_long_gives_way_to_the_next() -> None:
     hear(found, 1)
     now = 0.0
     while now < FORM_TIMEOUT_S:
-        told = found.form(now)
-        assert told is not None
-        assert told[0] == 1
+        assert tells(found, now)[0] == 1
         assert found.due is not None
         now = found.due
     found.asks = False
@@ -203,9 +221,7 @@ def test_a_forming_that_takes_too_long_gives_way_to_the_next() -> None:
     assert found.asks
     hear(found, 0, 1, now=now)
     hear(found, 1, 0, told=1, now=now)
-    told = found.form(now)
-    assert told is not None
-    assert told[0] == 2
+    assert tells(found, now)[0] == 2
 
 
 def test_a_forming_that_all_have_done_at_last_is_not_given_up() -> None:
@@ -223,9 +239,7 @@ def test_a_number_that_a_rank_was_told_is_not_given_again() -> None:
     found = Epochs(2)
     hear(found, 0, told=8)
     hear(found, 1, told=3)
-    told = found.form(0.0)
-    assert told is not None
-    assert told[0] == 9
+    assert tells(found, 0.0)[0] == 9
 
 
 def test_a_new_coordinator_that_hears_one_epoch_has_nothing_to_do() -> None:
@@ -238,9 +252,7 @@ def test_a_new_coordinator_that_hears_different_ones_makes_the_next(named: tuple
     found = Epochs(2)
     for rank, epoch in enumerate(named):
         hear(found, rank, epoch, now=1.0)
-    told = found.form(1.0)
-    assert told is not None
-    assert told[0] == max(named) + 1
+    assert tells(found, 1.0)[0] == max(named) + 1
 
 
 LIVES = st.tuples(st.integers(0, 2), st.sampled_from(["new life", "falls out", "forms", "says again", "goes"]))
@@ -292,8 +304,6 @@ def test_the_first_hello_of_a_rank_makes_nobody_speak_again() -> None:
 
 
 # Scaling -------------------------------------------------------------------------------------------
-
-
 def test_those_that_are_left_form_the_next_one_at_once() -> None:
     found = formed(size=4)
     found.resize(2, 1.0)
@@ -316,7 +326,7 @@ def test_new_ranks_are_members_of_the_next_one_once_all_have_spoken() -> None:
     hear(found, 0, 1, now=1.0)
     assert found.form(1.0) is None
     hear(found, 1, 1, now=1.0)
-    assert [member.rank for member in (found.form(1.0) or (0, []))[1]] == [0, 1, 2]
+    assert tells(found, 1.0)[1] == [0, 1, 2]
 
 
 def test_who_was_left_out_or_waited_for_and_leaves_is_not_waited_for() -> None:
@@ -328,3 +338,68 @@ def test_who_was_left_out_or_waited_for_and_leaves_is_not_waited_for() -> None:
     found.resize(2, 1.01)
     assert [member.rank for member in (found.form(1.01) or (0, []))[1]] == [0, 1]
     assert found.form(1.0 + LOST_S) is not None or found.due is not None
+
+
+def waits(rank: int, *ranks: int, seconds: float = 2.0) -> StallReport:
+    return StallReport(rank, 10 + rank, 18, list(ranks), 7, "all_reduce", seconds)
+
+
+@pytest.mark.parametrize(
+    ("reports", "culprits"),
+    [
+        ([], []),
+        # Through the first member: it alone knows who is late, the others know only it.
+        ([waits(1, 0), waits(3, 0), waits(0, 2)], [2]),
+        ([waits(0, 1, 2), waits(3, 0)], [1, 2]),
+        ([waits(1, 0), waits(2, 0)], [0]),
+        # Not of one moment: everybody waits for somebody, and all who are named are shown.
+        ([waits(0, 1), waits(1, 0)], [0, 1]),
+    ],
+)
+def test_the_culprits_are_those_who_wait_for_nobody(reports: list[StallReport], culprits: list[int]) -> None:
+    stalls = Stalls()
+    for report in reports:
+        stalls.report(report)
+    assert [stall.rank for stall in stalls.found] == culprits
+
+
+def test_only_other_names_are_news() -> None:
+    stalls = Stalls()
+    assert stalls.report(waits(0, 2))
+    assert not stalls.report(waits(0, 2, seconds=4.0))
+    assert not stalls.report(waits(1, 2))
+    assert stalls.report(waits(0, 1, 2)) is False
+    assert not stalls.report(waits(0))
+    assert stalls.report(waits(1))
+    assert stalls.found == []
+
+
+def test_who_is_gone_waits_no_more() -> None:
+    stalls = Stalls()
+    stalls.report(waits(0, 2))
+    assert stalls.forget(0)
+    assert not stalls.forget(0)
+
+
+def test_it_says_which_rank_step_and_collective_for_how_long_and_who_waits() -> None:
+    stalls = Stalls()
+    stalls.report(waits(0, 2, seconds=3.0))
+    stalls.report(waits(1, 2, seconds=2.5))
+    (stall,) = stalls.found
+    assert describe(stall) == "rank 2 holds the group up: all_reduce 7 in step 18, for 3.0 s; waiting: rank 0, 1"
+
+
+def test_a_rank_that_hangs_in_its_own_step_is_the_one_whoever_waits_for_whom() -> None:
+    stalls = Stalls()
+    assert stalls.report(StallReport(2, 1, 5, [2], 5, "step", 31.0))
+    assert stalls.lines() == ["rank 2 hangs: step 5 has not returned for 31.0 s"]
+    # The reduction goes through rank 0, which all others name.
+    assert not stalls.report(StallReport(0, 1, 5, [2], 9, "all_reduce", 32.0))
+    assert not stalls.report(StallReport(1, 1, 5, [0], 9, "all_reduce", 32.0))
+    assert [(stall.rank, stall.hangs) for stall in stalls.found] == [(2, True)]
+    assert stalls.report(StallReport(3, 1, 5, [3], 5, "step", 31.0))
+    assert [stall.rank for stall in stalls.found] == [2, 3]
+    for rank in (1, 0):
+        assert not stalls.report(StallReport(rank, 1, 6))
+    assert stalls.report(StallReport(2, 1, 6))
+    assert "rank 2 goes on" in stalls.lines()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from paceline.core.coordinator.load_table import HEARTBEAT_S, STEP_WAIT_S, LoadTable, PublishClock, UnackedSends
+from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable, PublishClock, UnackedSends
 from paceline.core.dispatch.capacity import Amount
 from paceline.core.load import Load
 from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
@@ -35,17 +35,6 @@ def test_the_latest_report_of_each_rank_is_shown() -> None:
     assert view(load_table, 1).load.waiting == 6
 
 
-def test_a_step_never_goes_back_within_a_life_and_ranks_do_not_concern_one_another() -> None:
-    load_table = LoadTable()
-    load_table.report(report(0, 50, waiting=1))
-    assert not load_table.report(report(0, 49, waiting=2))
-    assert view(load_table, 0).load.waiting == 1
-    # Before and after a step there may be two reports of the same one.
-    assert load_table.report(report(0, 50, waiting=3))
-    assert load_table.report(report(1, 1, waiting=4))
-    assert (view(load_table, 0).load.waiting, view(load_table, 1).load.waiting) == (3, 4)
-
-
 def test_a_new_life_begins_its_steps_anew() -> None:
     load_table = LoadTable()
     load_table.report(report(0, 50))
@@ -64,19 +53,6 @@ def test_only_ready_ranks_are_shown_in_their_order() -> None:
     for rank in (2, 1, 0):
         load_table.report(report(rank, 1))
     assert [entry.rank for entry in load_table.views(MEMBERS)] == [0, 1]
-
-
-def test_sends_are_unacked_until_the_rank_has_taken_them() -> None:
-    load_table = LoadTable()
-    load_table.report(report(0, 1))
-    for number, tokens in ((1, 10), (2, 20)):
-        load_table.sent(FIRST, Send(0, 10, number, tokens))
-    load_table.sent(SECOND, Send(0, 10, 1, 5))
-    assert view(load_table, 0).on_the_wire == [OnTheWire(FIRST, 2, 2, 30), OnTheWire(SECOND, 1, 1, 5)]
-    load_table.report(report(0, 2, f100=1))
-    assert find(view(load_table, 0).on_the_wire, OnTheWire, frontend=FIRST, requests=1, tokens=20)
-    load_table.report(report(0, 3, f100=2, f200=1))
-    assert view(load_table, 0).on_the_wire == []
 
 
 def test_a_send_that_was_taken_before_word_of_it_came_is_not_unacked() -> None:
@@ -110,18 +86,6 @@ def test_who_is_gone_is_forgotten() -> None:
     assert [unacked.frontend for unacked in view(load_table, 1).on_the_wire] == [SECOND]
     load_table.report(report(0, 1))
     assert view(load_table, 0).on_the_wire == []
-
-
-def test_one_step_is_that_of_all_ready_ranks_that_have_reported() -> None:
-    load_table = LoadTable()
-    assert load_table.one_step(MEMBERS)
-    load_table.report(report(0, 5))
-    assert load_table.one_step(MEMBERS)
-    load_table.report(report(1, 4))
-    assert not load_table.one_step(MEMBERS)
-    assert load_table.one_step(MEMBERS[:1])
-    load_table.report(report(1, 5))
-    assert load_table.one_step(MEMBERS)
 
 
 def test_one_step_follows_every_report_and_every_change_of_the_members() -> None:
@@ -166,23 +130,8 @@ def test_who_was_behind_in_a_view_is_not_waited_for_until_it_reports() -> None:
 
 
 # The clock ------------------------------------------------------------------------------------
-
-
 def test_the_first_view_is_due_at_once() -> None:
     assert PublishClock(0.1).due(0.0)
-
-
-def test_a_change_after_quiet_is_due_at_once_and_the_next_after_the_interval() -> None:
-    clock = PublishClock(0.1, 0.0)
-    clock.published(10.0)
-    assert not clock.due(11.0)
-    clock.changed(11.0)
-    assert clock.due(11.0)
-    clock.published(11.0)
-    clock.changed(11.01)
-    assert not clock.due(11.05)
-    assert clock.deadline() == 11.1
-    assert clock.due(11.1)
 
 
 def test_a_whole_step_may_go_out_early_and_moves_no_later_view() -> None:
@@ -233,15 +182,6 @@ def test_a_short_interval_is_kept_on_average(interval_s: float) -> None:
     assert now >= (views - 2) * interval_s
 
 
-def test_without_a_change_a_view_is_due_after_the_heartbeat() -> None:
-    clock = PublishClock(0.1)
-    clock.published(10.0)
-    assert clock.deadline() == 10.0 + HEARTBEAT_S
-    assert not clock.due(10.0 + HEARTBEAT_S - 0.01)
-    assert clock.due(10.0 + HEARTBEAT_S)
-    assert not clock.hold(10.0 + HEARTBEAT_S)
-
-
 def test_a_hold_ends_and_begins_anew_with_each_view() -> None:
     clock = PublishClock(0.1)
     for begin in (1.0, 2.0):
@@ -265,23 +205,7 @@ def test_further_changes_do_not_move_the_deadline() -> None:
         assert clock.due(now)
 
 
-# What is on the wire to a rank: the sum is the sum of the ledgers, whatever is told in whatever -----
-
-
-def test_a_send_is_unacked_until_it_is_reported() -> None:
-    unacked = UnackedSends()
-    assert unacked.sent(100, Send(0, 10, 1, 5, 7), {})
-    assert unacked.total == Amount(1, 5, 12)
-    unacked.reported({100: 1})
-    assert unacked.total == Amount()
-    assert not unacked.sent(100, Send(0, 10, 1, 5, 7), {100: 1})
-
-
-def test_what_the_rank_had_taken_in_before_anything_was_told_is_not() -> None:
-    unacked = UnackedSends()
-    assert not unacked.sent(100, Send(0, 10, 3, 5, 7), {100: 3})
-    assert unacked.sent(100, Send(0, 10, 4, 5, 7), {100: 3})
-    assert unacked.total == Amount(1, 5, 12)
+# What is on the wire to a rank: the sum is the sum of the accountings, whatever is told in whatever -----
 
 
 def test_the_sum_is_the_sum_of_the_accountings() -> None:

@@ -87,13 +87,6 @@ def test_a_life_that_has_left_is_over_until_there_is_another() -> None:
     assert membership.is_ready(0)
 
 
-def test_a_rank_may_leave_before_it_is_ready() -> None:
-    membership = Membership(1)
-    membership.hello(0, 7, "there", ready=False)
-    assert membership.leave(0, 7)
-    assert membership.ended() == [(0, 7)]
-
-
 def test_a_rank_whose_connection_ended_is_missing_until_it_is_back() -> None:
     membership = ready((0, 7), (1, 8))
     assert membership.lose(0, 7, 5.0)
@@ -130,12 +123,6 @@ def test_a_late_hello_of_the_dead_does_not_take_the_place_of_who_is_connected() 
     assert not membership.hello(0, 11, "next", ready=False)
     membership.connected(0, 11)
     assert membership.hello(0, 11, "next", ready=False)
-
-
-def test_nobody_unknown_leaves() -> None:
-    membership = Membership(2)
-    assert not membership.leave(0, 7)
-    assert membership.ended() == []
 
 
 def test_the_last_lives_are_remembered_and_older_ones_forgotten() -> None:
@@ -236,8 +223,6 @@ def test_who_knows_that_ranks_show_their_presence_believes_no_stranger_from_the_
 
 
 # When the coordinator asks the ranks who they are, and which hello it answers -----------------------
-
-
 def roll_call(fresh: bool = True, patience_s: float | None = 1.0, **more: Any) -> RollCall:
     return RollCall(2, fresh=fresh, patience_s=patience_s, **more)
 
@@ -248,19 +233,6 @@ def some() -> list[int]:
 
 def none() -> list[int]:
     return []
-
-
-def test_nothing_is_asked_before_anybody_is_there() -> None:
-    found = roll_call()
-    assert found.due is None
-    assert not found.ask(5.0, some)
-
-
-def test_the_first_question_goes_out_at_once() -> None:
-    found = roll_call()
-    found.wanted(0.0)
-    assert found.due == 0.0
-    assert found.ask(0.0, some)
 
 
 def test_those_who_come_within_a_moment_share_a_question() -> None:

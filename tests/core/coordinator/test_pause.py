@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given, strategies as st
 
 from paceline.core.coordinator.pause import Pause
 from paceline.core.messages import ControlRequest, Suspension, SuspensionState
 from paceline.core.requests import ControlAction
-from paceline.core.retry import FIRST_S, LONGEST_S
-from paceline.core.transaction import ANSWERS_KEPT
+from paceline.core.retry import LONGEST_S
 
 RANKS = (0, 1)
 
@@ -36,13 +34,6 @@ def suspended() -> Pause:
     return group
 
 
-def test_nothing_is_told_before_anybody_asks() -> None:
-    group = ready()
-    assert group.due is None
-    assert group.message(0.0) is None
-    assert group.state(RANKS) == SuspensionState(0, "keep", True, [])
-
-
 def test_a_pause_is_settled_when_each_rank_has_said_that_it_holds_it() -> None:
     group = ready()
     assert group.ask("wait", 0.0) == 1
@@ -54,54 +45,10 @@ def test_a_pause_is_settled_when_each_rank_has_said_that_it_holds_it() -> None:
     assert group.due is None
 
 
-def test_it_is_repeated_ever_more_slowly_while_a_rank_lacks_it() -> None:
-    group = ready()
-    group.ask("keep", 0.0)
-    told, now = [], 0.0
-    while now < 5.0:
-        assert group.message(now) is not None
-        assert group.due is not None
-        told.append(group.due - now)
-        now = group.due
-    assert told[:3] == pytest.approx([FIRST_S, 2 * FIRST_S, 4 * FIRST_S])
-    assert told[-1] == pytest.approx(LONGEST_S)
-
-
-def test_a_repeat_is_not_told_before_its_time() -> None:
-    group = ready()
-    group.ask("keep", 0.0)
-    group.message(0.0)
-    assert group.message(FIRST_S / 2) is None
-    assert group.message(FIRST_S) is not None
-
-
-def test_a_resumption_is_released_only_when_all_know_it() -> None:
-    group = suspended()
-    assert group.ask("resume", 0.0) == 2
-    assert group.message(0.0) == Suspension(2, "keep", False)
-    say(group, 0, 2, True)
-    assert group.told() == Suspension(2, "keep", False)
-    assert not say(group, 1, 2, True).settled
-    assert group.message(0.0) == Suspension(2, "keep", True)
-    assert say(group, 0, 2, False).waiting_for == [1]
-    assert say(group, 1, 2, False) == SuspensionState(2, "keep", True, [])
-    assert group.due is None
-
-
 def test_a_rank_that_knows_the_resumption_is_not_waited_for() -> None:
     group = suspended()
     group.ask("resume", 0.0)
     assert say(group, 0, 2, True).waiting_for == [1], "it is held because rank 1 has not answered"
-
-
-def test_asking_for_what_is_so_changes_nothing() -> None:
-    group = ready()
-    assert group.ask("resume", 0.0) == 0
-    assert group.due is None
-    group = suspended()
-    assert group.ask("keep", 0.0) == 1
-    assert group.state(RANKS).settled
-    assert group.due is None
 
 
 def test_another_mode_is_another_pause() -> None:
@@ -129,40 +76,10 @@ def test_what_was_said_of_an_older_number_does_not_count() -> None:
     assert say(group, 0, 1, True).waiting_for == [0, 1]
 
 
-def test_a_wake_makes_what_was_said_before_it_void() -> None:
-    group = ready()
-    group.ask("abort", 0.0)
-    say(group, 0, 1, True)
-    group.woke(0.0)
-    assert group.told() == Suspension(3, "abort", False)
-    assert say(group, 1, 1, True).waiting_for == [0, 1]
-    for rank in RANKS:
-        say(group, rank, 3, True)
-    assert group.state(RANKS).settled
-
-
 def test_a_wake_while_nothing_is_paused_changes_nothing() -> None:
     group = ready()
     group.woke(0.0)
     assert group.told().number == 0
-
-
-@pytest.mark.parametrize("number", [5, 6])
-def test_a_higher_number_from_before_this_coordinator_is_taken_up(number: int) -> None:
-    group = ready()
-    state = say(group, 0, number, number % 2 == 1)
-    assert (state.number, state.settled) == (number, False)
-    assert group.message(0.0) == Suspension(number, "keep", False)
-    state = say(group, 1, number, number % 2 == 1)
-    if number % 2 == 0:
-        assert group.told().released
-    assert state.settled
-
-
-def test_a_lower_number_is_not_taken_up() -> None:
-    group = suspended()
-    group.known(0, "abort", 0.0)
-    assert group.told() == Suspension(1, "keep", False)
 
 
 def test_a_rank_that_should_be_there_and_has_said_nothing_is_waited_for() -> None:
@@ -292,23 +209,3 @@ def test_a_call_that_the_coordinator_before_answered_keeps_its_number() -> None:
 def test_a_call_whose_number_nobody_knows_any_more_is_asked_anew() -> None:
     desk = Desk(number=2)
     assert desk.ask(FIRST, 1, "keep", answered=5) == [(FIRST, 1, 3)]
-
-
-def test_a_frontend_that_is_gone_is_forgotten_and_what_it_asked_for_stays() -> None:
-    desk = Desk()
-    desk.ask(FIRST, 1, "keep")
-    desk.ask(SECOND, 1, "keep")
-    desk.pause.served.forget_frontend(FIRST)
-    assert desk.number == 1
-    desk.ask(SECOND, 2, "resume")
-    assert desk.ask(SECOND, 1, "keep") == [(SECOND, 1, 1)]
-
-
-def test_answers_that_are_kept_are_bounded() -> None:
-    desk = Desk()
-    for call in range(ANSWERS_KEPT + 10):
-        desk.ask(FIRST, call, "keep")
-    assert len(desk.pause.served._served) == ANSWERS_KEPT
-    desk.ask(SECOND, 1, "resume")
-    assert desk.ask(FIRST, ANSWERS_KEPT, "keep") == [(FIRST, ANSWERS_KEPT, 1)]
-    assert desk.number == 2

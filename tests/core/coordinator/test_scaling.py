@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from paceline.core.coordinator.events import Effect, FrontendSaid, RankGone, RankSaid, RankSubscribed, Tick
 from paceline.core.coordinator.machine import Coordinator
-from paceline.core.coordinator.scaling import NODES_S, DeploymentScaling
+from paceline.core.coordinator.scaling import AWAY_S, NODES_S, DeploymentScaling
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
@@ -91,23 +91,6 @@ def test_nobody_is_believed_who_claims_more_ranks_than_there_may_be(claim: Scali
     assert found.state == Scaling(0, 2, 2)
 
 
-def test_new_ranks_become_part_of_it_all_at_once_when_the_last_has_loaded() -> None:
-    found = scaling()
-    ask(found, 4)
-    state = found.state
-    assert (state.number, state.size, state.limit, state.serving) == (1, 2, 4, 2)
-    assert state.hosts == [(2, NODE), (3, NODE)]
-    loaded(found, 3)
-    advance(found)
-    assert found.state.waiting_for == [2]
-    assert found.arrivals() == []
-    loaded(found, 2)
-    advance(found)
-    assert numbers(found) == (2, 4, "done")
-    assert [hello.rank for hello in found.arrivals()] == [3, 2]
-    assert found.arrivals() == []
-
-
 def test_new_ranks_go_where_there_are_fewest() -> None:
     found = scaling(4, node_7=[0, 1, 2], node_8=[3])
     ask(found, 8)
@@ -119,15 +102,6 @@ def test_a_node_that_has_gone_gets_no_rank() -> None:
     found.forget_node(OTHER)
     ask(found, 5)
     assert found.state.hosts == [(4, NODE)]
-
-
-def test_a_rank_that_is_lost_before_it_joins_is_waited_for() -> None:
-    found = scaling()
-    ask(found, 3)
-    loaded(found, 2)
-    found.lost(2)
-    advance(found)
-    assert found.state.waiting_for == [2]
 
 
 def test_a_rank_that_fails_takes_all_new_ones_with_it() -> None:
@@ -162,20 +136,6 @@ def test_what_takes_too_long_to_load_is_undone() -> None:
     advance(found, 6.0)
     assert numbers(found) == (2, 2, "late")
     assert found.state.why == "rank 3 had not loaded after 5 s"
-
-
-def test_ranks_leave_when_frontends_know_and_nothing_is_left() -> None:
-    found = scaling(4)
-    ask(found, 2)
-    assert (found.state.limit, found.state.serving, found.state.waiting_for) == (4, 2, [2, 3])
-    found.frontend(FRONTEND, None, 0.0)
-    advance(found, frontends={FRONTEND})
-    assert found.state.under_way
-    found.frontend(FRONTEND, found.state, 0.0)
-    advance(found, busy=(3,), frontends={FRONTEND})
-    assert found.state.waiting_for == [3]
-    advance(found, frontends={FRONTEND})
-    assert numbers(found) == (2, 2, "done")
 
 
 def test_ranks_leave_after_the_drain_time_in_any_case() -> None:
@@ -512,3 +472,69 @@ def test_a_new_coordinator_that_has_not_heard_all_ranks_waits_when_the_time_of_a
     for now in (0.5, 1.0, 1.5, 20.0):
         coordinator.handle(Tick(), now)
         assert coordinator.deadline > now
+
+
+def homes(found: DeploymentScaling) -> dict[int, int]:
+    return dict(found.state.hosts)
+
+
+def scaled_up(hosts: list[tuple[int, int]], **nodes: list[int]) -> DeploymentScaling:
+    """As a new coordinator of two ranks learns it from the nodes that are there."""
+    found = DeploymentScaling(2, 8)
+    state = Scaling(2, 2 + len(hosts), 2 + len(hosts), hosts=hosts)
+    for name, ranks in nodes.items():
+        found.said(node_hello(int(name.removeprefix("node_")), ranks, state), 0.0)
+    return found
+
+
+def test_a_rank_whose_node_is_gone_is_started_elsewhere() -> None:
+    found = scaled_up([(2, 99), (3, OTHER)], node_7=[0], node_8=[1, 3])
+    found.find_homes(0.0)
+    assert homes(found) == {2: 99, 3: OTHER}
+    assert found.due is not None
+    assert found.due <= AWAY_S
+    found.find_homes(AWAY_S)
+    assert homes(found) == {2: NODE, 3: OTHER}
+    assert numbers(found) == (4, 4, "done")
+    assert "rank 2 now at another node" in found.line()
+
+
+def test_but_not_where_the_node_is_back_in_time() -> None:
+    found = scaled_up([(2, OTHER)], node_7=[0, 1], node_8=[2])
+    found.forget_node(OTHER)
+    found.find_homes(1.0)
+    found.said(node_hello(OTHER, [2], found.state), 2.0)
+    found.find_homes(2.0)
+    found.forget_node(OTHER)
+    found.find_homes(AWAY_S + 1.5)
+    assert homes(found) == {2: OTHER}
+    assert numbers(found) == (2, 3, "done")
+
+
+def test_who_has_it_by_its_flags_keeps_it() -> None:
+    found = scaled_up([(2, 99)], node_7=[0, 1, 2])
+    found.find_homes(0.0)
+    assert homes(found) == {2: NODE}
+
+
+def test_a_change_whose_node_is_gone_has_failed_and_does_not_wait_until_it_is_late() -> None:
+    found = scaling(2, node_7=[0], node_8=[1])
+    ask(found, 3)
+    host = homes(found)[2]
+    found.forget_node(host)
+    found.find_homes(0.0)
+    assert found.state.under_way
+    found.find_homes(AWAY_S)
+    assert numbers(found) == (2, 2, "failed")
+    assert found.state.why == "the node that was to start rank 2 is gone"
+
+
+def test_a_new_head_starts_what_scaling_had_put_on_the_old_one() -> None:
+    coordinator = Coordinator(2, 1, 0.0, lockstep=False, most_ranks=8)
+    state = Scaling(2, 3, 3, hosts=[(2, 99)])
+    coordinator.handle(RankSaid(node_hello(OTHER, [1], state)), 0.0)
+    coordinator.handle(RankSaid(node_hello(NODE, [0], Scaling(0, 2, 2))), 0.0)
+    effects: list[Effect] = []
+    while coordinator.scaling.number == 2:
+        effects = coordinator.handle(Tick(), coordinator.deadline)
+    assert dict(one(said(effects, Scaling)).hosts)[2] in (NODE, OTHER)

@@ -121,7 +121,6 @@ def test_a_rank_that_is_kept_for_somebody_is_not_taken() -> None:
 
 
 def slowly(made: Capacities, kv: int) -> set[int]:
-    """The ranks that may be taken."""
 
     def weight(capacity: Capacity) -> int:
         has, promised = capacity.load, capacity.promised

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import example, given, settings, strategies as st
 
 from paceline.core.dispatch.capacity import KV_SHARE, Amount
-from paceline.core.dispatch.queue import COMPACT, PATIENCE, PRIORITY_PATIENCE, CentralQueue, Entry, SortedQueue
+from paceline.core.dispatch.line import COMPACT, PATIENCE, PRIORITY_PATIENCE, Entry, SortedQueue
+from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.load import Load
 from paceline.core.messages import Descriptor
 from tests.pace import examples
@@ -34,7 +37,6 @@ class Ranks:
         self.queue.ask(frontend, Descriptor(request, tokens, answer, priority), float(request))
 
     def grant(self) -> list[Entry]:
-        """Grant, and let each grant be sent and taken."""
         made = self.queue.grant()
         for entry in made:
             assert entry.capacity is not None
@@ -44,7 +46,6 @@ class Ranks:
         return made
 
     def end(self, rank: int) -> None:
-        """The rank ends what it has run for longest."""
         if self.running[rank]:
             del self.running[rank][0]
             self.report(rank)
@@ -288,8 +289,6 @@ def finish(ranks: Ranks) -> None:
 
 
 # A line in order: joined anywhere, left from anywhere -----------------------------------------------
-
-
 class One:
     def __init__(self, order: tuple[int, int]) -> None:
         self.order = order
@@ -298,7 +297,7 @@ class One:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 20))))
 def test_it_is_a_sorted_list_of_those_that_wait(steps: list[tuple[bool, int]]) -> None:
-    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
+    line: Any = SortedQueue(lambda one: one.order)
     there: list[One] = []
     for number, (joins, key) in enumerate(steps):
         if joins or not there:
@@ -312,7 +311,7 @@ def test_it_is_a_sorted_list_of_those_that_wait(steps: list[tuple[bool, int]]) -
 
 
 def test_those_that_have_left_do_not_gather() -> None:
-    line: SortedQueue[One] = SortedQueue(lambda one: one.order)
+    line: Any = SortedQueue(lambda one: one.order)
     for number in range(100 * COMPACT):
         one = One((0, number))
         line.join(one)

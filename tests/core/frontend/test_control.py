@@ -5,28 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core.frontend.events import (
-    Connected,
-    Control,
-    ControlGivenUp,
-    Controlled,
-    CoordinatorSaid,
-    Effect,
-    Refuse,
-    Submit,
-    ToRank,
-)
+from paceline.core import messages
+from paceline.core.frontend import events
+from paceline.core.frontend.control import ASK_AGAIN_S
 from paceline.core.frontend.machine import Frontend
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    ControlAnswer,
-    ControlRequest,
-    FrontendHello,
-    LoadView,
-    Member,
-    Members,
-    SuspensionState,
-)
 from paceline.core.requests import AddRequest, ControlAction, SamplingParams, SuspendMode
 from paceline.core.routing import LeastLoad
 from tests.core.harness import find, one, said
@@ -40,18 +22,22 @@ class Views:
     def __init__(self, machine: Frontend, coordinator: int = 1) -> None:
         self.machine, self.coordinator, self.number = machine, coordinator, 0
 
-    def state(self, number: int, settled: bool, mode: SuspendMode = "keep") -> list[Effect]:
+    def state(self, number: int, settled: bool, mode: SuspendMode = "keep") -> list[events.Effect]:
         self.number += 1
-        state = SuspensionState(number, mode, settled, [] if settled else [1])
-        return hear(self.machine, LoadView(self.coordinator, self.number, 0, False, None, {}, state))
+        state = messages.SuspensionState(number, mode, settled, [] if settled else [1])
+        return hear(self.machine, messages.LoadView(self.coordinator, self.number, 0, False, None, {}, state))
 
 
-def hear(machine: Frontend, message: Members | LoadView | ControlAnswer) -> list[Effect]:
-    return machine.handle(CoordinatorSaid(message), 0.0)
+def hear(
+    machine: Frontend, message: messages.Members | messages.LoadView | messages.ControlAnswer
+) -> list[events.Effect]:
+    return machine.handle(events.CoordinatorSaid(message), 0.0)
 
 
-def members(machine: Frontend, coordinator: int = 1) -> list[Effect]:
-    return hear(machine, Members(PROTOCOL_VERSION, coordinator, 0, False, [Member(0, 10, "address")]))
+def members(machine: Frontend, coordinator: int = 1) -> list[events.Effect]:
+    return hear(
+        machine, messages.Members(messages.PROTOCOL_VERSION, coordinator, 0, False, [messages.Member(0, 10, "address")])
+    )
 
 
 def fresh() -> tuple[Frontend, Views]:
@@ -60,26 +46,34 @@ def fresh() -> tuple[Frontend, Views]:
     return machine, Views(machine)
 
 
-def ask(machine: Frontend, call: int, action: ControlAction) -> list[Effect]:
-    return machine.handle(Control(call, action), 0.0)
+def ask(machine: Frontend, call: int, action: ControlAction) -> list[events.Effect]:
+    return machine.handle(events.Control(call, action), 0.0)
 
 
-def answer(machine: Frontend, call: int, number: int, frontend: int = IDENTITY) -> list[Effect]:
-    return hear(machine, ControlAnswer(1, frontend, call, number))
+def answer(machine: Frontend, call: int, number: int, frontend: int = IDENTITY) -> list[events.Effect]:
+    return hear(machine, messages.ControlAnswer(1, frontend, call, number))
 
 
 @pytest.mark.parametrize("action", ["keep", "wait", "abort", "resume"])
-def test_a_call_is_sent_on_and_again_when_it_is_repeated(action: ControlAction) -> None:
-    machine, _ = fresh()
-    for _ in range(2):
-        assert one(said(ask(machine, 7, action), ControlRequest)) == ControlRequest(IDENTITY, 7, action)
+def test_a_call_is_sent_on_and_repeated_until_it_is_served(action: ControlAction) -> None:
+    machine, views = fresh()
+    request = messages.ControlRequest(IDENTITY, 7, action)
+    assert said(ask(machine, 7, action), messages.ControlRequest) == [request]
+    assert machine.deadline == ASK_AGAIN_S
+    assert not machine.handle(events.Tick(), ASK_AGAIN_S / 2)
+    answer(machine, 7, 1)
+    for now in (ASK_AGAIN_S, 2 * ASK_AGAIN_S):
+        again = one(said(machine.handle(events.Tick(), now), messages.ControlRequest))
+        assert again == messages.ControlRequest(IDENTITY, 7, action, answered=1)
+    views.state(1, True)
+    assert machine.deadline == float("inf")
 
 
 def test_a_call_says_what_the_frontend_knows() -> None:
     machine, views = fresh()
     views.state(3, True, "abort")
-    asked = one(said(ask(machine, 7, "resume"), ControlRequest))
-    assert asked == ControlRequest(IDENTITY, 7, "resume", 0, 3, "abort")
+    asked = one(said(ask(machine, 7, "resume"), messages.ControlRequest))
+    assert asked == messages.ControlRequest(IDENTITY, 7, "resume", 0, 3, "abort")
 
 
 def test_a_call_is_served_once_its_number_is_settled() -> None:
@@ -88,7 +82,7 @@ def test_a_call_is_served_once_its_number_is_settled() -> None:
     assert views.state(1, False) == []
     assert answer(machine, 7, 1) == []
     assert views.state(1, False) == []
-    assert views.state(1, True) == [Controlled(7, 1, False)]
+    assert views.state(1, True) == [events.Controlled(7, 1, False)]
     assert views.state(1, True) == [], "once"
 
 
@@ -96,7 +90,7 @@ def test_the_answer_may_come_after_the_state() -> None:
     machine, views = fresh()
     ask(machine, 7, "keep")
     assert views.state(1, True) == [], "whether this is what was asked for, nobody has said"
-    assert answer(machine, 7, 1) == [Controlled(7, 1, False)]
+    assert answer(machine, 7, 1) == [events.Controlled(7, 1, False)]
 
 
 def test_a_settled_state_from_before_serves_nobody() -> None:
@@ -105,7 +99,7 @@ def test_a_settled_state_from_before_serves_nobody() -> None:
     ask(machine, 7, "keep")
     assert answer(machine, 7, 3) == []
     assert views.state(2, True) == []
-    assert views.state(3, True) == [Controlled(7, 3, False)]
+    assert views.state(3, True) == [events.Controlled(7, 3, False)]
 
 
 def test_a_wake_in_between_raises_the_number_and_the_call_goes_on() -> None:
@@ -113,7 +107,7 @@ def test_a_wake_in_between_raises_the_number_and_the_call_goes_on() -> None:
     ask(machine, 7, "keep")
     answer(machine, 7, 1)
     assert views.state(3, False) == []
-    assert views.state(5, True) == [Controlled(7, 5, False)]
+    assert views.state(5, True) == [events.Controlled(7, 5, False)]
 
 
 @pytest.mark.parametrize("settled", [False, True])
@@ -121,7 +115,7 @@ def test_a_call_is_superseded_by_the_contrary(settled: bool) -> None:
     machine, views = fresh()
     ask(machine, 7, "keep")
     answer(machine, 7, 1)
-    assert views.state(2, settled) == [Controlled(7, 2, True)]
+    assert views.state(2, settled) == [events.Controlled(7, 2, True)]
 
 
 def test_calls_that_wait_for_the_same_are_served_together() -> None:
@@ -129,15 +123,15 @@ def test_calls_that_wait_for_the_same_are_served_together() -> None:
     for call, number in ((7, 1), (8, 1), (9, 2)):
         ask(machine, call, "keep" if number == 1 else "resume")
         answer(machine, call, number)
-    assert views.state(1, True) == [Controlled(7, 1, False), Controlled(8, 1, False)]
-    assert views.state(2, True) == [Controlled(9, 2, False)]
+    assert views.state(1, True) == [events.Controlled(7, 1, False), events.Controlled(8, 1, False)]
+    assert views.state(2, True) == [events.Controlled(9, 2, False)]
 
 
 def test_a_call_that_is_given_up_is_served_no_more() -> None:
     machine, views = fresh()
     ask(machine, 7, "keep")
-    assert machine.handle(ControlGivenUp(7), 0.0) == []
-    assert machine.handle(ControlGivenUp(7), 0.0) == []
+    assert machine.handle(events.ControlGivenUp(7), 0.0) == []
+    assert machine.handle(events.ControlGivenUp(7), 0.0) == []
     assert answer(machine, 7, 1) == []
     assert views.state(1, True) == []
 
@@ -157,21 +151,21 @@ def test_a_call_that_another_coordinator_numbered_is_numbered_anew() -> None:
     members(machine, coordinator=2)
     later = Views(machine, coordinator=2)
     assert later.state(3, True) == []
-    ask(machine, 7, "keep")
-    assert answer(machine, 7, 3) == [Controlled(7, 3, False)]
+    machine.handle(events.Tick(), ASK_AGAIN_S)
+    assert answer(machine, 7, 3) == [events.Controlled(7, 3, False)]
 
 
 def test_a_coordinator_that_knows_less_is_told_the_number_that_perhaps_nobody_else_knows() -> None:
     machine, views = fresh()
     assert views.state(3, True, "wait") == []
     later = Views(machine, coordinator=2)
-    assert one(said(later.state(0, True), FrontendHello)) == FrontendHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert one(said(later.state(0, True), messages.FrontendHello)) == messages.FrontendHello(
+        messages.PROTOCOL_VERSION, IDENTITY, 3, "wait"
+    )
     assert later.state(3, False, "wait") == []
 
 
 # The number -----------------------------------------------------------------------------------
-
-
 def test_a_new_coordinator_that_knows_less_does_not_take_the_number_down() -> None:
     machine, views = fresh()
     views.state(3, True, "abort")
@@ -182,9 +176,9 @@ def test_a_new_coordinator_that_knows_less_does_not_take_the_number_down() -> No
 def test_a_new_coordinator_is_told_the_number() -> None:
     machine, views = fresh()
     views.state(3, True, "wait")
-    hello = FrontendHello(PROTOCOL_VERSION, IDENTITY, 3, "wait")
-    assert one(said(members(machine, coordinator=2), FrontendHello)) == hello
-    assert one(said(machine.handle(Connected(), 0.0), FrontendHello)) == hello
+    hello = messages.FrontendHello(messages.PROTOCOL_VERSION, IDENTITY, 3, "wait")
+    assert one(said(members(machine, coordinator=2), messages.FrontendHello)) == hello
+    assert one(said(machine.handle(events.Connected(), 0.0), messages.FrontendHello)) == hello
 
 
 @given(states=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8), st.booleans()), max_size=20))
@@ -198,8 +192,6 @@ def test_the_number_never_goes_down(states: list[tuple[int, int, bool]]) -> None
 
 
 # Requests -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("mode", "refused"), [("keep", False), ("wait", False), ("abort", True)])
 @pytest.mark.parametrize("settled", [False, True])
 def test_requests_are_refused_while_all_are_aborted_and_only_then(
@@ -207,20 +199,20 @@ def test_requests_are_refused_while_all_are_aborted_and_only_then(
 ) -> None:
     machine, views = fresh()
     views.state(1, settled, mode)
-    effects = machine.handle(Submit(1, [1], SamplingParams(2)), 0.0)
-    assert len(find(effects, Refuse, reason="suspended")) == refused
-    assert len(said(find(effects, ToRank), AddRequest)) == (not refused)
+    effects = machine.handle(events.Submit(1, [1], SamplingParams(2)), 0.0)
+    assert len(find(effects, events.Refuse, reason="suspended")) == refused
+    assert len(said(find(effects, events.ToRank), AddRequest)) == (not refused)
     views.state(2, False, mode)
-    effects = machine.handle(Submit(2, [1], SamplingParams(2)), 0.0)
-    assert find(effects, Refuse) == []
+    effects = machine.handle(events.Submit(2, [1], SamplingParams(2)), 0.0)
+    assert find(effects, events.Refuse) == []
     assert machine.in_flight() == 2 - refused
 
 
 def test_a_rank_that_is_unknown_is_named_before_the_pause() -> None:
     machine, views = fresh()
     views.state(1, True, "abort")
-    effects = machine.handle(Submit(1, [1], SamplingParams(2), rank=5), 0.0)
-    assert one(find(effects, Refuse)).reason == "unknown-rank"
+    effects = machine.handle(events.Submit(1, [1], SamplingParams(2), rank=5), 0.0)
+    assert one(find(effects, events.Refuse)).reason == "unknown-rank"
 
 
 def test_statistics_tell_the_pause() -> None:

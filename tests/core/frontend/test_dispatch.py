@@ -11,8 +11,8 @@ from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import Abandon, CoordinatorSaid, Placed, Refuse, Submit
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
-from paceline.core.requests import Output, Outputs, SamplingParams
+from paceline.core.messages import PROTOCOL_VERSION, Grant, Grants, LoadView, Member, Members, RankView, Shares
+from paceline.core.requests import Output, Outputs, Receipt, SamplingParams
 from paceline.core.routing import LeastLoad
 from paceline.core.routing.candidates import Candidates
 from paceline.core.routing.policy import Decision, Policy, Query
@@ -179,8 +179,9 @@ def test_a_decision_says_what_it_was_based_on() -> None:
     assert (again.believed.requests, again.believed.prefill_tokens, again.believed.in_flight) == (1, 30, 1)
 
 
-def test_nothing_is_said_unasked() -> None:
-    assert decision_of(five_ranks(LeastLoad()), Submit(1, [1], PARAMS)) is None
+def test_unasked_a_choice_is_told_of_without_a_look_at_the_other_ranks() -> None:
+    decision = decision_of(five_ranks(LeastLoad()), Submit(1, [1], PARAMS))
+    assert (decision.policy, decision.rank, decision.ranks, decision.alternatives) == ("LeastLoad", 2, 5, [])
 
 
 def test_a_policy_has_its_say_and_knows_the_request() -> None:
@@ -206,3 +207,20 @@ def test_a_choice_that_is_no_candidate_is_refused_and_changes_nothing() -> None:
     assert refusal.reason == "misrouted"
     assert "99" in refusal.text
     assert frontend.in_flight() == 0
+
+
+def test_what_the_queue_found_of_a_prompt_is_in_the_receipt() -> None:
+    policy = LeastLoad()
+    machine = Frontend(1, policy, late_binding=True)
+    members = Members(PROTOCOL_VERSION, 1, 0, False, [Member(0, 10, "tcp://a"), Member(1, 11, "tcp://b")])
+    machine.handle(CoordinatorSaid(members), 0.0)
+    machine.handle(CoordinatorSaid(LoadView(1, 1, 0, False, [], shares=[Shares(1, 1, [])])), 0.0)
+    for request, rank, life in ((1, 1, 11), (2, 0, 10)):
+        machine.handle(Submit(request, [7] * 300, PARAMS), 1.0)
+        grant = Grant(1, request, rank, life, receipt=Receipt(1, 256, True, 12, -1))
+        (placed,) = find(machine.handle(CoordinatorSaid(Grants(1, [grant], {1: 1}, 0, False)), 1.5), Placed)
+        assert placed.decision is not None
+        found = placed.decision
+        assert (found.home, found.prefix_tokens, found.known_by) == (1, 256, "key")
+        assert (found.home_ms, found.elsewhere_ms) == (12, None)
+        assert found.reason.startswith("at its home" if rank == 1 else "sooner than at its home")

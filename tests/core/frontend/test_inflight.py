@@ -63,7 +63,6 @@ def test_it_follows_what_requests_take_now() -> None:
 
 @pytest.mark.parametrize(("silent_s", "told"), [(0.5, 1), (9.5, 10), (3600.0, LONGEST_S)])
 def test_where_nothing_ends_for_long_the_next_end_is_as_far(silent_s: float, told: int) -> None:
-    """A rank in a long step."""
     assert steady(0.1).come_back_s(8, 1000.0 + silent_s) == told
 
 

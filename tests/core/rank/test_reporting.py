@@ -7,7 +7,6 @@ import random
 import pytest
 
 from paceline.core.load import Load
-from paceline.core.messages import RankReport
 from paceline.core.rank.events import Stepped
 from paceline.core.rank.reporting import LoadReporter, StepCost, StepMeter
 from paceline.core.rank.requests import RankRequests
@@ -23,13 +22,6 @@ def request(number: int) -> AddRequest:
 def fresh() -> tuple[RankRequests, LoadReporter]:
     requests = RankRequests(3, LIFE)
     return requests, LoadReporter(requests)
-
-
-def test_the_first_report_says_all_and_the_same_is_not_said_twice() -> None:
-    _, reporter = fresh()
-    load = Load(1, 2, 8, 30, 40, 50)
-    assert reporter.report(load, 7, 2, True) == RankReport(3, LIFE, 7, 2, True, load)
-    assert reporter.report(load, 8, 2, True) is None, "a step alone is no news"
 
 
 @pytest.mark.parametrize(
@@ -78,13 +70,6 @@ def test_what_is_held_and_what_is_finished_are_reported() -> None:
     assert (dropped.load.waiting, dropped.load.finished) == (0, 1)
 
 
-def test_who_asks_anew_is_told_all() -> None:
-    _, reporter = fresh()
-    first = reporter.report(Load(1), 1, 0, False)
-    reporter.forget()
-    assert reporter.report(Load(1), 1, 0, False) == first
-
-
 def test_speed_is_measured_by_kind_and_a_mixed_step_is_split_by_tokens() -> None:
     _, reporter = fresh()
     reporter.measure(Stepped((), Load(), False, prefilled_tokens=100, seconds=0.5), 0.0)
@@ -116,8 +101,6 @@ def test_what_a_step_costs_is_reported() -> None:
 
 
 # What a rank learns of its steps: the costs of each kind of token, the pace of the machine ----------
-
-
 def seconds(prefilled: int, decoded: int) -> float:
     return 0.006 + 0.0004 * prefilled + 0.002 * decoded
 

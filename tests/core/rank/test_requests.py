@@ -9,7 +9,7 @@ from hypothesis import given, strategies as st
 
 from paceline.core.load import Load
 from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontend
-from paceline.core.rank.requests import FRONTENDS_KEPT, PART_TOKENS, Backlog, RankRequests
+from paceline.core.rank.requests import FRONTENDS_KEPT, PART_TOKENS, Backlog, RankRequests, put_together
 from paceline.core.requests import AddRequest, Output, Outputs, PositionLogprobs, SamplingParams, TokenLogprob
 from tests.core.harness import find, one
 
@@ -34,22 +34,6 @@ def ended(effects: list[Effect]) -> list[tuple[int, int, Any]]:
     ]
 
 
-def test_keys_are_the_ranks_own_and_never_used_twice() -> None:
-    found = fresh()
-    first, second = found.take(FIRST, request(1)), found.take(SECOND, request(1))
-    found.hand_out([StepOutput(first.key, [7], finish_reason="stop")])
-    third = found.take(FIRST, request(2))
-    assert len({effect.key for effect in (first, second, third)}) == 3
-    assert len(found) == 2
-
-
-def test_a_request_for_another_life_is_refused_and_does_not_count_as_taken() -> None:
-    found = fresh()
-    effects = found.arrive(FIRST, request(5, life=LIFE + 1))
-    assert ended(effects) == [(FIRST, 5, "error")]
-    assert (found.taken, found.void) == ({}, 1)
-
-
 def test_a_request_that_comes_twice_is_refused_whether_the_first_is_held_or_taken() -> None:
     found = fresh()
     assert found.arrive(FIRST, request(1)) == []
@@ -65,53 +49,6 @@ def test_taken_counts_the_highest_number_of_each_frontend() -> None:
     for frontend, number in ((FIRST, 1), (FIRST, 3), (FIRST, 2), (SECOND, 9)):
         found.arrive(frontend, request(number))
     assert found.taken == {FIRST: 3, SECOND: 9}
-
-
-def test_what_is_held_is_given_in_its_order_and_once() -> None:
-    found = fresh()
-    arrivals = [(FIRST, 2), (SECOND, 1), (FIRST, 1)]
-    for frontend, number in arrivals:
-        found.hold(frontend, request(number))
-    assert (len(found), found.kept_back) == (0, 3)
-    taken = find(found.take_kept_back(), Take)
-    assert [effect.request.request for effect in taken] == [number for _, number in arrivals]
-    assert [effect.key for effect in taken] == sorted(effect.key for effect in taken)
-    assert (len(found), found.kept_back, found.take_kept_back()) == (3, 0, [])
-
-
-def test_what_is_held_counts_as_waiting() -> None:
-    found = fresh()
-    found.hold(FIRST, request(1, tokens=5))
-    found.hold(FIRST, request(2, tokens=2))
-    assert found.load(Load(1, 2, 8, 10)) == Load(3, 2, 8, 17)
-    found.take_kept_back()
-    assert found.load(Load(1, 2, 8, 10)) == Load(1, 2, 8, 10)
-
-
-def test_a_refused_request_is_told_so() -> None:
-    found = fresh()
-    assert ended([found.refuse(FIRST, request(4))]) == [(FIRST, 4, "abort")]
-
-
-def test_what_nobody_waits_for_is_dropped_held_or_taken_and_counts_as_finished() -> None:
-    found = fresh()
-    key = found.take(FIRST, request(1)).key
-    found.hold(FIRST, request(2))
-    effects = found.drop(FIRST, [1, 2, 99])
-    assert effects == [Drop(key)]
-    assert (len(found), found.kept_back, found.finished) == (0, 0, 2)
-    assert found.drop(FIRST, [1, 2]) == []
-    assert found.finished == 2
-
-
-def test_a_frontend_that_is_gone_takes_its_own_with_it() -> None:
-    found = fresh()
-    for frontend in (FIRST, SECOND):
-        found.arrive(frontend, request(1))
-        found.take(frontend, request(1))
-        found.hold(frontend, request(2))
-    assert len(find(found.drop_frontend(FIRST), Drop)) == 1
-    assert (len(found), found.kept_back, found.taken) == (1, 1, {FIRST: 1, SECOND: 1})
 
 
 def test_frontends_that_are_gone_are_not_counted_for_ever() -> None:
@@ -133,20 +70,6 @@ def test_abort_all_ends_held_and_taken_and_tells_whose_they_were() -> None:
     assert effects.index(Drop(key)) == 0, "the engine forgets it before anybody is told"
     assert (len(found), found.kept_back, found.finished) == (0, 0, 2)
     assert found.abort_all() == []
-
-
-def test_outputs_go_to_their_owners_one_message_each() -> None:
-    found = fresh()
-    mine = [found.take(FIRST, request(number)).key for number in (1, 2)]
-    other = found.take(SECOND, request(1)).key
-    effects = found.hand_out(
-        [StepOutput(mine[0], [5]), StepOutput(other, [6], finish_reason="stop"), StepOutput(mine[1], [7], "x")]
-    )
-    assert [(e.frontend, [o.request for o in e.message.outputs]) for e in find(effects, ToFrontend)] == [
-        (FIRST, [1, 2]),
-        (SECOND, [1]),
-    ]
-    assert (len(found), found.finished) == (2, 1)
 
 
 def test_outputs_of_what_was_dropped_go_nowhere() -> None:
@@ -260,3 +183,35 @@ def test_an_empty_message_leaves_nothing() -> None:
     backlog = Backlog(RANK, LIFE_UNREAD)
     backlog.add(Outputs(RANK, LIFE_UNREAD, []))
     assert len(backlog) == 0
+
+
+def test_what_the_first_output_alone_brings_is_kept() -> None:
+    of_prompt = [PositionLogprobs(TokenLogprob(3, b"x", -1.0), [])]
+    first = Output(1, [5], "a", prompt_logprobs=of_prompt, cached_tokens=7)
+    backlog = Backlog(RANK, LIFE_UNREAD)
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [first]))
+    backlog.add(Outputs(RANK, LIFE_UNREAD, [Output(1, [6], "b", "length")]))
+    whole = Output(1, [5, 6], "ab", "length", prompt_logprobs=of_prompt, cached_tokens=7)
+    assert taken_out(backlog) == [whole]
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.lists(st.integers(0, 3), unique=True), st.booleans())))
+def test_put_together_each_request_gets_the_same_in_one_message_of_a_life(
+    steps: list[tuple[int, list[int], bool]],
+) -> None:
+    expected: dict[tuple[int, int], tuple[list[int], bool]] = {}
+    messages = []
+    for step, (life, requests, last) in enumerate(steps):
+        outputs = []
+        for request in requests:
+            tokens, over = expected.setdefault((life, request), ([], False))
+            if not over:
+                outputs.append(Output(request, [step], f" {step}", "stop" if last else None))
+                expected[life, request] = ([*tokens, step], last)
+        messages.append(Outputs(RANK, life, outputs))
+    together = put_together(messages)
+    assert len(together) == len({message.incarnation for message in messages})
+    found = {(one.incarnation, output.request): output for one in together for output in one.outputs}
+    said = {key: (output.token_ids, output.finish_reason is not None) for key, output in found.items()}
+    assert said == {key: value for key, value in expected.items() if value[0]}
+    assert all(output.text == "".join(f" {step}" for step in output.token_ids) for output in found.values())

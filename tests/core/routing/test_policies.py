@@ -10,18 +10,30 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.core.coordinator import machine as coordinator
+from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.events import FrontendSaid, RankSaid, Tick
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import CoordinatorSaid, Placed, Submit, ToCoordinator, ToRank
 from paceline.core.frontend.machine import Frontend
-from paceline.core.load import Load
+from paceline.core.load import REQUEST_TOKENS, Load
 from paceline.core.messages import PROTOCOL_VERSION, RankHello, RankReport
 from paceline.core.requests import Output, Outputs, SamplingParams
-from paceline.core.routing import POLICIES, Candidate, Candidates, LeastLoad, LeastRequests, Query, RoundRobin
+from paceline.core.routing import (
+    POLICIES,
+    Candidate,
+    Candidates,
+    LeastLoad,
+    LeastRequests,
+    Lockstep,
+    PowerOfTwo,
+    Query,
+    RoundRobin,
+)
+from paceline.sim.outcome import Outcome
 from tests.core.harness import find, one
 from tests.pace import examples
+from tests.sim.traces import LOCKSTEP, finished, mixed
 
 
 class Burst:
@@ -115,8 +127,6 @@ def level(burst: Burst, within: int = 1) -> bool:
 
 
 # Bursts ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("frontends", [1, 2, 4])
 def test_a_burst_without_a_view_is_level_for_every_split(frontends: int) -> None:
     shares = shares_of(64, frontends, 4)
@@ -164,8 +174,6 @@ def test_a_burst_with_views_that_say_nothing_new_is_level(seed: int, frontends: 
 
 
 # One at a time --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("heard", [True, False], ids=["with-views", "without-views"])
 @pytest.mark.parametrize("policy", ["least-load", "least-requests", "round-robin"])
 def test_successive_single_requests_go_round_the_ranks(policy: str, heard: bool) -> None:
@@ -187,8 +195,6 @@ def test_frontends_begin_at_ranks_of_their_own() -> None:
 
 
 # Policies -------------------------------------------------------------------------------------
-
-
 def ranks(*loads: tuple[int, int], in_flight: int = 0) -> Candidates:
     """Candidates with so many requests and prompt tokens each, numbered from 5."""
     return Candidates(
@@ -283,3 +289,119 @@ def test_what_a_choice_among_64_ranks_costs() -> None:
         burst.submit(request % 4)
     print(f"{(time.perf_counter() - begin) / 512 * 1e6:.0f} microseconds a submission over 64 ranks")
     assert level(burst)
+
+
+def idle(size: int) -> Candidates:
+    return Candidates(Candidate(rank, 0, 0, 0, 0, 0, 0) for rank in range(size))
+
+
+def test_draws_are_repeated_by_the_same_frontend_and_not_by_another() -> None:
+    first, again, other = ([policy.choose(idle(16), Query(1)) for _ in range(50)]
+                           for policy in (PowerOfTwo(1, 4), PowerOfTwo(1, 4), PowerOfTwo(2, 4)))  # fmt: skip
+    assert first == again
+    assert first != other
+    assert len(set(first)) > 10
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_two_different_ranks_are_drawn(size: int) -> None:
+    # The most loaded one is never the better of two, and with two ranks the other one always is.
+    candidates = idle(size)
+    candidates[0].requests = 5
+    policy = PowerOfTwo()
+    chosen = {policy.choose(candidates, Query(1)) for _ in range(200)}
+    assert chosen == ({0} if size == 1 else set(range(1, size)))
+
+
+def test_it_is_more_level_than_one_draw_would_be() -> None:
+    candidates, policy, loads = idle(32), PowerOfTwo(), Counter[int]()
+    for _ in range(3200):
+        rank = policy.choose(candidates, Query(1))
+        candidates[rank].requests += 1
+        loads[rank] += 1
+    # One draw a request leaves a rank 20 to 30 above the mean of 100.
+    assert max(loads.values()) <= 105
+
+
+def test_what_the_other_frontends_have_most_likely_sent_counts() -> None:
+    candidates = idle(2)
+    candidates[0].requests, candidates[1].requests, candidates[1].since_view_requests = 3, 2, 2
+    assert {PowerOfTwo(0, 1).choose(candidates, Query(1)) for _ in range(20)} == {1}
+    assert {PowerOfTwo(0, 4).choose(candidates, Query(1)) for _ in range(20)} == {0}
+
+
+def test_round_robin_goes_on_as_ranks_come_and_go() -> None:
+    candidates, policy = idle(3), RoundRobin()
+    assert [policy.choose(candidates, Query(1)) for _ in range(4)] == [0, 1, 2, 0]
+    candidates.remove(1)
+    assert {policy.choose(candidates, Query(1)) for _ in range(2)} == {0, 2}
+
+
+def loaded(*loads: tuple[int, int]) -> Candidates:
+    return Candidates(Candidate(rank, requests, tokens, 0, 0, 0, 0) for rank, (requests, tokens) in enumerate(loads))
+
+
+def work(candidate: Candidate) -> int:
+    return candidate.prefill_tokens + REQUEST_TOKENS * candidate.requests
+
+
+def test_the_slowest_ranks_work_grows_least() -> None:
+    chance = random.Random(1)
+    for _ in range(300):
+        candidates = loaded(*((chance.randrange(8), chance.randrange(6_000)) for _ in range(chance.randrange(1, 12))))
+        prompt = chance.choice([10, 500, 5_000])
+        works = [work(candidate) for candidate in candidates]
+
+        def grown(place: int, works: list[int] = works, prompt: int = prompt) -> int:
+            return max(max(works), works[place] + REQUEST_TOKENS + prompt)
+
+        chosen = Lockstep().choose(candidates, Query(prompt))
+        assert grown(chosen) == min(map(grown, range(len(candidates))))
+
+
+def test_where_the_slowest_does_not_grow_the_fewest_requests_decide() -> None:
+    # All but the first stay under its 6,256; the last has the least work, but more requests.
+    candidates = loaded((1, 6_000), (2, 400), (1, 400), (2, 0))
+    assert Lockstep().choose(candidates, Query(100)) == 2
+    assert LeastRequests().choose(candidates, Query(100)) == 0
+
+
+def test_prompt_ahead_counts_by_the_step() -> None:
+    assert Lockstep().choose(loaded((1, 9_000), (1, 2_000), (2, 100)), Query(100)) == 2
+
+
+def test_among_equals_a_rank_that_prefills_already_is_taken() -> None:
+    assert Lockstep().choose(loaded((3, 4_000), (2, 0), (2, 300), (2, 0)), Query(100)) == 2
+    assert Lockstep(1, 2).choose(loaded((3, 4_000), (2, 0), (2, 300), (2, 0)), Query(100)) == 2
+    # With no prefill anywhere there is nothing to align with, and front-ends begin at ranks of their own.
+    assert {Lockstep(index, 4).choose(loaded(*[(2, 0)] * 4), Query(100)) for index in range(4)} == {0, 1, 2, 3}
+
+
+def test_a_prompt_that_fits_under_no_rank_goes_to_the_least_loaded() -> None:
+    # 1,012, 1,156, 868 and 1,300 of work: the fewest requests and the fewest tokens are elsewhere.
+    assert Lockstep().choose(loaded((2, 500), (1, 900), (3, 100), (0, 1_300)), Query(9_000)) == 2
+    assert Lockstep().choose(loaded((2, 500), (1, 600), (3, 100), (4, 0)), Query(9_000)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("a_second", "long_share", "sooner"),
+    [(1e6, 0.5, 0.99), (1e6, 0.0, 1.01), (110.0, 0.1, 1.01)],
+    ids=["backlog-long", "backlog-short", "busy"],
+)
+def test_it_serves_lockstep_ranks_no_worse_than_least_load(a_second: float, long_share: float, sooner: float) -> None:
+    """The whole is done within `sooner` of least-load's time, and first tokens come within 3% of its median."""
+
+    def outcomes(routing: str) -> list[Outcome]:
+        traces = [mixed(seed, 1_000, a_second, long_share) for seed in range(3)]
+        shared = {"ranks": 8, "lockstep": True, "quota": False, "bind": "arrival", "engine": LOCKSTEP}
+        return [finished(trace, routing=routing, **shared).outcome for trace in traces]
+
+    ours, plain = outcomes("lockstep"), outcomes("least-load")
+    seconds = [sum(one.duration_s for one in each) / 3 for each in (ours, plain)]
+    firsts = [sum(one.ttft_p50_ms for one in each) / 3 for each in (ours, plain)]
+    print(
+        f"all done {seconds[0]:.2f} s against {seconds[1]:.2f}; first token {firsts[0]:.0f} ms against {firsts[1]:.0f}"
+    )
+    assert seconds[0] <= sooner * seconds[1]
+    assert firsts[0] <= 1.03 * firsts[1]

@@ -20,7 +20,7 @@ class DeafProcess(vllm_process.VllmProcess):
 
 def register() -> None:
     if program := os.environ.get("PACELINE_TEST_COORDINATOR"):
-        from paceline.vllm.coordinator import VllmCoordinator
+        from paceline.vllm.plugin import VllmCoordinator
 
         VllmCoordinator.program = program
 

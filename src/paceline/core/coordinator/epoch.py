@@ -1,26 +1,28 @@
-"""The coordinator's part in epochs: which lockstep ranks run their collectives together.
+"""The coordinator's part in epochs: which lockstep ranks run their collectives together, and which rank holds them up.
 
 Collectives block until every member takes part, so who is a member must be the same for all, and a member's death
 ends the group for all. When every rank of the deployment has said where it is reached, the coordinator gives that
 set of lives a number and tells all to form it, again and again until each has said that it has.
 
-A new life of a rank, a member that fell out, or a forming that takes too long makes the next epoch, with a
-number that no rank has been told before. Whoever fell out knows only that somebody has died, and the dead say
-nothing: so the next epoch is formed once every rank has spoken again. Those that live are asked, and answer
-in mid-step too.
+A new life of a rank, a member that fell out, or a forming that takes too long makes the next epoch, with a number that
+no rank has been told before. Whoever fell out knows only that somebody has died, and the dead say nothing: so the next
+epoch is formed once every rank has spoken again. Those that live are asked, and answer in mid-step too.
 
 Who does not answer is left out: at once where its connection has ended, else after a longer patience, since it may be
-slow; before the first epoch nobody is, since all are still loading. The survivors go on without it. When it
-speaks, the same life or the next, it makes the next epoch, with all. That breaks off the step that the others are
-in, which they make anew: sooner than the end of a wave or an agreed step, and it costs one step.
+slow; before the first epoch nobody is, since all are still loading. When it speaks, the same life or the next, it makes
+the next epoch, with all: that breaks off the step that the others are in, which they make anew.
 
 A new coordinator that hears all ranks name the same epoch has nothing to do.
 
-Which rank holds the others up, out of what each rank says of whom it waits for.
+Some engines' collectives cannot be formed anew (vLLM's): the death of a member is the end of the group, and each rank
+says that a life of it is a member *once*. Nobody goes on without whoever is lost, then: the others end their lives,
+by themselves as their step fails, or when the next epoch is told, and the one after that is formed of new lives. Such
+a group loads as it forms, for minutes: a member's end tells that it will not be formed, and no time does.
 
-A rank that waits in a collective for longer than the stall timeout says so, and whose part it lacks. Small
+Stalls. A rank that waits in a collective for longer than the stall timeout says so, and whose part it lacks. Small
 reductions go through one member, so most ranks can only name that one; it names the rank that is late. So of those
-that are named, the culprits are the ones that wait for nobody themselves.
+that are named, the culprits are the ones that wait for nobody themselves. A rank whose own step does not return names
+itself (`core/rank/hang.py`): so do independent ranks, which nobody waits for.
 """
 
 from __future__ import annotations
@@ -42,19 +44,20 @@ FORM_TIMEOUT_S = 2.0
 
 
 class Position(Struct, frozen=True):
-    """A rank's life, where its peers reach it, the epoch that it is a member of (0: none), and the highest
-    that it was told.
+    """A rank's life, where its peers reach it, the epoch that it is in (0: none), and the highest that it was told.
+    `once`: as in RankHello.
     """
 
     incarnation: int
     address: str
     epoch: int
     told: int
+    once: bool = False
 
     @classmethod
     def of(cls, hello: RankHello) -> Position:
         """What a rank says of it."""
-        return cls(hello.incarnation, hello.group_address, hello.generation, hello.told)
+        return cls(hello.incarnation, hello.group_address, hello.generation, hello.told, hello.once)
 
 
 class Epochs:
@@ -78,6 +81,8 @@ class Epochs:
         self._silent_at: float | None = None
         self._retry = Retry()
         self._give_up_at = float("inf")
+        # Whether there is an epoch of all ranks or none.
+        self._whole = False
 
     @property
     def ended(self) -> bool:
@@ -86,7 +91,6 @@ class Epochs:
 
     @property
     def forming(self) -> bool:
-        """Whether its members are being told."""
         return self._retry.due is not None
 
     @property
@@ -123,11 +127,11 @@ class Epochs:
         return self._members if self._spoken is None else {}
 
     def heard(self, rank: int, position: Position, now: float) -> None:
-        """A rank said hello."""
         if not plausible(max(position.epoch, position.told), self.number):
             return
         before = self._ranks.get(rank)
         self._ranks[rank] = position
+        self._whole = self._whole or position.once
         self._lost.discard(rank)
         self.absent.discard(rank)
         if self._complete():
@@ -188,6 +192,8 @@ class Epochs:
     def _leave_out(self, ranks: Set[int], now: float) -> None:
         """Go on without these, if there has been an epoch and others are left."""
         told = max((position.told for position in self._ranks.values()), default=0)
+        if self._whole:
+            return
         if self._spoken is None or not max(self.number, told):
             return
         for rank in ranks:
@@ -224,7 +230,7 @@ class Epochs:
         self._members = {rank: position.incarnation for rank, position in self._ranks.items()}
         self.number = max(self.number, *(position.told for position in self._ranks.values())) + 1
         self._retry.start(now)
-        self._give_up_at = now + FORM_TIMEOUT_S
+        self._give_up_at = float("inf") if self._whole else now + FORM_TIMEOUT_S
 
     def _wait_for_nobody(self) -> None:
         self._spoken = self._lost_at = self._silent_at = None
@@ -235,6 +241,7 @@ class Stalls:
 
     def __init__(self) -> None:
         self._reports: dict[int, StallReport] = {}
+        self._over: list[int] = []
         self.found: list[Stall] = []
         """Each rank that holds others up."""
 
@@ -253,17 +260,21 @@ class Stalls:
 
     def lines(self) -> list[str]:
         """What is to be said of it, a line each."""
-        return [describe(stall) for stall in self.found] or ["no rank holds the group up any more"]
+        return [*map(describe, self.found), *(f"rank {rank} goes on" for rank in self._over)]
 
     def _settle(self) -> bool:
         before = [stall.rank for stall in self.found]
         named = {rank for report in self._reports.values() for rank in report.ranks}
-        self.found = [self._stall(rank) for rank in sorted(named - set(self._reports) or named)]
-        return [stall.rank for stall in self.found] != before
+        wait = {rank for rank, report in self._reports.items() if rank not in report.ranks}
+        self.found = [self._stall(rank) for rank in sorted(named - wait or named)]
+        found = [stall.rank for stall in self.found]
+        self._over = [rank for rank in before if rank not in found]
+        return found != before
 
     def _stall(self, rank: int) -> Stall:
         waiting = [report for report in self._reports.values() if rank in report.ranks]
-        longest = max(waiting, key=lambda report: report.seconds)
+        # What it says of itself tells more than what others wait for.
+        longest = max(waiting, key=lambda report: (report.rank == rank, report.seconds))
         return Stall(
             rank, longest.step, longest.collective, longest.kind, longest.seconds, sorted(self._reports)
         )  # fmt: skip
@@ -271,6 +282,8 @@ class Stalls:
 
 def describe(stall: Stall) -> str:
     """One line for the log and `/health`."""
+    if stall.hangs:
+        return f"rank {stall.rank} hangs: step {stall.step} has not returned for {stall.seconds:.1f} s"
     waiting = ", ".join(map(str, stall.waiting))
     kind = stall.kind.encode("unicode_escape").decode()
     return (

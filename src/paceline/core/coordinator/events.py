@@ -16,8 +16,6 @@ class Tick(Struct, frozen=True):
 
 
 class RankSaid(Struct, frozen=True):
-    """A message from a rank."""
-
     message: FromRank
 
 
@@ -28,15 +26,11 @@ class RanksReported(Struct, frozen=True):
 
 
 class FrontendSaid(Struct, frozen=True):
-    """A message from a front-end."""
-
     message: FromFrontend
 
 
 class FrontendsSaid(Struct, frozen=True):
-    """What front-ends said of their requests, in the order in which it came: as FrontendSaid one after the other, but
-    for less.
-    """
+    """What front-ends said of their requests, in the order in which it came: as RanksReported."""
 
     messages: Sequence[OfRequests]
 
@@ -69,8 +63,6 @@ class FrontendSubscribed(Struct, frozen=True):
 
 
 class FrontendGone(Struct, frozen=True):
-    """A front-end's connection has ended."""
-
     frontend: int
 
 
@@ -83,22 +75,23 @@ Event = (
 
 
 class ToRanks(Struct, frozen=True):
-    """Broadcast to all ranks."""
-
     message: ToRank
 
 
 class ToFrontends(Struct, frozen=True):
-    """Broadcast to all front-ends."""
-
     message: ToFrontend
 
 
 class Note(Struct, frozen=True):
-    """Something for the log that an operator wants to read; `urgent` where something is wrong."""
+    """Something for the log that an operator wants to read; `urgent` where something is wrong, `routine` where the log
+    has it anyway. `rank`, `request`: what it is about, if any.
+    """
 
     text: str
     urgent: bool = False
+    rank: int | None = None
+    routine: bool = False
+    request: str = ""
 
 
 Effect = ToRanks | ToFrontends | Note

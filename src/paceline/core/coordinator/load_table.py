@@ -1,4 +1,4 @@
-"""The coordinator's load table, and when to publish it.
+"""The coordinator's load table, and what it publishes of it: who is there, every rank's load, the wave, the pause.
 
 Publishing has a deadline that no input delays: the first change after a quiet time goes out at once,
 later ones one interval after the last view, and without any change a view goes out every few seconds.
@@ -8,19 +8,37 @@ before its time on it goes out as soon as all are at one step, and else at its t
 or after a quiet time, the view waits a few milliseconds at most. A rank reports what has changed, so one that was
 waited for in vain, or was behind in an urgent view, is not waited for again until it reports.
 
-What is on the wire to one life of a rank: a accounting for each front-end, and the sum of all, kept beside them.
-
-The sum is asked for with every report while somebody waits; with many front-ends, most of whom have nothing under way,
-adding up would cost more than all the rest.
+Of what is on the wire to one life of a rank there is an accounting for each front-end, and the sum of all is kept
+beside them: it is asked for with every report while somebody waits, and most of many front-ends have nothing under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from msgspec import Struct
+
+from paceline.core.coordinator.events import Effect, ToFrontends
+from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.capacity import ANY, Amount
 from paceline.core.load import Accounting
-from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
+from paceline.core.messages import (
+    PROTOCOL_VERSION,
+    LoadView,
+    Member,
+    Members,
+    OnTheWire,
+    RankReport,
+    RankView,
+    Scaling,
+    Send,
+    Stall,
+    SuspensionState,
+)
+
+if TYPE_CHECKING:
+    from paceline.core.dispatch.dispatcher import Dispatcher
 
 
 class UnackedSends:
@@ -40,7 +58,7 @@ class UnackedSends:
             accounting = self.accountings[frontend] = Accounting()
             accounting.reported(taken.get(frontend, 0))
         requests, tokens, kv = accounting.requests, accounting.tokens, accounting.kv
-        accounting.sent(send.number, send.tokens, send.tokens + send.answer_tokens)
+        accounting.sent(send.number, send.tokens, send.tokens + send.held + send.answer_tokens)
         self.total.add(accounting.requests - requests, accounting.tokens - tokens, accounting.kv - kv)
         return accounting.requests > requests
 
@@ -203,12 +221,10 @@ class PublishClock:
         self._hold_until: float | None = None
 
     def changed(self, now: float) -> None:
-        """Something that a view shows has changed."""
         if self._changed_at is None:
             self._changed_at = now
 
     def published(self, now: float) -> None:
-        """A view went out."""
         # What goes out early makes the next one no earlier: with the steps of all ranks it would always be early.
         on_time = self._last + self._interval_s
         self._last = on_time if on_time - self._early_s <= now < on_time else now
@@ -216,7 +232,6 @@ class PublishClock:
         self._hold_until = None
 
     def due(self, now: float) -> bool:
-        """Whether a view may go out now."""
         return now >= self._plain_due()
 
     def hold(self, now: float) -> bool:
@@ -231,10 +246,97 @@ class PublishClock:
         return now < self._hold_until
 
     def deadline(self) -> float:
-        """When to ask again."""
         return self._hold_until if self._hold_until is not None else self._plain_due()
 
     def _plain_due(self) -> float:
         if self._changed_at is None:
             return self._last + HEARTBEAT_S
         return max(self._changed_at, self._last + self._interval_s - self._early_s)
+
+
+class SnapshotHeader(Struct, frozen=True):
+    """What a view says besides the loads; `free`: whether work may be started."""
+
+    wave: int
+    running: bool
+    suspension: SuspensionState
+    free: bool
+    scaling: Scaling
+
+
+class Publisher:
+    """The views of one coordinator. `with_loads`: False in external mode. `step_wait_s`: in lockstep, how long a view
+    waits for ranks that have not reported the same step; None where no view waits.
+    """
+
+    INCIDENTAL = frozenset({"views"})
+
+    def __init__(
+        self, identity: int, interval_s: float, *, with_loads: bool, step_wait_s: float | None = STEP_WAIT_S
+    ) -> None:
+        self.views = 0
+        """Published so far."""
+        self._identity = identity
+        self._with_loads = with_loads
+        self._one_step = step_wait_s is not None
+        self._clock = PublishClock(interval_s, step_wait_s or 0.0)
+        self._members_due = True
+        self._members_sent = float("-inf")
+        self._said = (0, False, 0, True)
+
+    @property
+    def deadline(self) -> float:
+        return self._clock.deadline()
+
+    def changed(self, now: float) -> None:
+        self._clock.changed(now)
+
+    def loads_changed(self, now: float) -> None:
+        if self._with_loads:
+            self._clock.changed(now)
+
+    def members_changed(self, now: float) -> None:
+        """Somebody has come or gone, or wants to know who is there."""
+        self._members_due = True
+        self._clock.changed(now)
+
+    def ripe(self, load_table: LoadTable, membership: Membership, now: float) -> bool:
+        """Whether a view that waits for one step is due, and all ranks have reported it."""
+        return self._one_step and self._clock.due(now) and load_table.one_step(membership.members())
+
+    def publish(
+        self, header: SnapshotHeader, load_table: LoadTable, membership: Membership, stalls: Sequence[Stall],
+        dispatcher: Dispatcher, now: float,
+    ) -> list[Effect]:  # fmt: skip
+        state = (header.wave, header.running, header.suspension.number, header.suspension.settled)
+        # A change of the wave or of running is what front-ends act on: it does not wait.
+        if not self._members_due and state == self._said:
+            if not self._clock.due(now):
+                return []
+            if self._one_step and not load_table.one_step(membership.members()) and self._clock.hold(now):
+                return []
+        effects: list[Effect] = []
+        members = membership.members()
+        if self._members_due or now >= self._members_sent + HEARTBEAT_S:
+            self._members_sent = now
+            missing, ended = membership.missing(), membership.ended()
+            known = Members(
+                PROTOCOL_VERSION, self._identity, header.wave, header.running, members, missing, ended, list(stalls),
+                header.scaling,
+            )  # fmt: skip
+            effects.append(ToFrontends(known))
+        self._members_due = False
+        self._said = state
+        self.views += 1
+        ranks = load_table.views(members) if self._with_loads else None
+        load_table.pass_over()
+        heard = dict(load_table.heard) if self._with_loads else {}
+        # Without loads nobody knows where there is room.
+        shares = dispatcher.shares(load_table, membership, header.free) if self._with_loads else None
+        view = LoadView(
+            self._identity, self.views, header.wave, header.running, ranks, heard, header.suspension, shares,
+            dispatcher.queued, dispatcher.queues(),
+        )  # fmt: skip
+        effects.append(ToFrontends(view))
+        self._clock.published(now)
+        return effects

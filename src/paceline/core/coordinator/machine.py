@@ -11,28 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from paceline.core.coordinator import events
 from paceline.core.coordinator.epoch import Epochs, Position, Stalls, describe
-from paceline.core.coordinator.events import (
-    Effect,
-    Event,
-    FrontendGone,
-    FrontendSaid,
-    FrontendsSaid,
-    FrontendSubscribed,
-    NodeGone,
-    Note,
-    RankGone,
-    RankSaid,
-    RanksReported,
-    RankSubscribed,
-    Tick as Tick,
-    ToFrontends,
-    ToRanks,
-)
-from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable
+from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable, Publisher, SnapshotHeader
 from paceline.core.coordinator.membership import PATIENCE_S, Membership, RollCall
 from paceline.core.coordinator.pause import Pause
-from paceline.core.coordinator.publishing import Publisher, SnapshotHeader
 from paceline.core.coordinator.scaling import DeploymentScaling
 from paceline.core.coordinator.wave import GroupWave
 from paceline.core.dispatch.dispatcher import Dispatcher
@@ -62,19 +45,19 @@ from paceline.core.messages import (
     WaveComplete,
     Withdraw,
 )
+from paceline.core.requests import Revive, StartAgain, UpdateWeights
 from paceline.core.rules import checked
 
 
 class Coordinator:
     """One life of the coordinator: the parts, who is forgotten in all of them, and what each event does to them.
 
-    `engine_count`: ranks in the deployment. `identity`: this life's own number.
-    `interval_s`: least time between two load views; 0 publishes every change. `step_wait_s`: how much earlier one goes
-    out in lockstep where all ranks have reported one step, and how long a late one waits for that.
-    `lockstep`: whether the ranks run in waves. `publish_loads`: False in external mode, where views
-    carry the wave and no loads. `fresh`: no other came before it. `presence`: all ranks show theirs. `most_ranks`: what
-    the deployment may be scaled to, None for four times the ranks that it has and at least 16. `without`: rules
-    (`rules.py`) left out, to show what breaks.
+    `engine_count`: ranks in the deployment. `identity`: this life's own number. `interval_s`: least time between two
+    load views; 0 publishes every change. `step_wait_s`: how much earlier one goes out in lockstep where all ranks have
+    reported one step, and how long a late one waits for that. `lockstep`: whether the ranks run in waves.
+    `publish_loads`: False in external mode, where views carry the wave and no loads. `fresh`: no other came before it.
+    `presence`: all ranks show theirs. `most_ranks`: what the deployment may be scaled to, None for four times the ranks
+    that it has and at least 16. `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
@@ -102,7 +85,6 @@ class Coordinator:
 
     @property
     def size(self) -> int:
-        """Ranks in the deployment."""
         return self._membership.size
 
     @property
@@ -143,7 +125,7 @@ class Coordinator:
                 self._pause.expire(now)
             case "queue":
                 self.dispatcher.expire(now)
-            case "scaling" | "scaling-late":
+            case "scaling" | "scaling-late" | "scaling-away":
                 self._scaling.expire(timer, now)
             case _:
                 self._epochs.expire(timer, now)
@@ -158,7 +140,6 @@ class Coordinator:
 
     @property
     def scaling(self) -> Scaling:
-        """How many ranks there are, or are to be."""
         return self._scaling.state
 
     def lives(self) -> dict[int, int]:
@@ -181,7 +162,6 @@ class Coordinator:
         return [[report.load.waiting, report.load.running] if report is not None else [0, 0] for report in last]
 
     def statistics(self) -> dict[str, object]:
-        """What this machine knows, for `/health`, metrics and tests."""
         return {
             "wave": self._group.wave,
             "running": self._group.running,
@@ -205,10 +185,19 @@ class Coordinator:
         self._epochs.forget(rank, now)
         self._pause.forget(rank)
         self._stalls.forget(rank)
+        self._hung_changed()
         self._scaling.lost(rank)
         self.dispatcher.lost(rank)
         self._pause_changed(now)
         self._publisher.members_changed(now)
+
+    def _hung_changed(self) -> None:
+        """Nothing is granted to ranks that hang."""
+        before = self._membership.hung
+        self._membership.hung = frozenset(stall.rank for stall in self._stalls.found if stall.hangs)
+        for rank in before ^ self._membership.hung:
+            self.dispatcher.lost(rank)
+            self.dispatcher.mark(rank)
 
     def _forget_frontend(self, frontend: int, now: float) -> None:
         self._pause.served.forget_frontend(frontend)
@@ -232,43 +221,50 @@ class Coordinator:
         """Ranks that were told, with their epoch, a wave that the others have finished meanwhile."""
         return self._group.late() if self._epochs.number else []
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Take in one event; returns what to send, in order."""
-        effects: list[Effect] = []
+        effects: list[events.Effect] = []
         self._roll_call.acquainted(now)
         match event:
-            case RankSaid(message):
+            case events.RankSaid(message):
                 self._on_rank(message, now, effects)
-            case RanksReported(reports):
+            case events.RanksReported(reports):
                 for report in reports:
                     # A view that waits for all ranks to be at one step goes out before the first is a step ahead.
                     if self._publisher.ripe(self._load_table, self._membership, now):
                         self._say_what_is_due(now, effects)
                     self._on_rank(report, now, effects)
-            case FrontendSaid(message):
+            case events.FrontendSaid(Revive() as revive):
+                effects.append(
+                    events.Note(f"asked to start again: rank {', '.join(map(str, revive.ranks))}", urgent=True)
+                )
+                effects.append(events.ToRanks(StartAgain(revive.ranks)))
+            case events.FrontendSaid(message):
                 self._on_frontend(message, now)
-            case FrontendsSaid(messages):
+            case events.FrontendsSaid(messages):
                 for message in messages:
                     self._on_frontend(message, now)
-            case RankSubscribed(rank, incarnation):
+            case events.RankSubscribed(rank, incarnation):
                 self._membership.connected(rank, incarnation)
                 self._roll_call.wanted(now)
-            case RankGone(rank, incarnation):
+            case events.RankGone(rank, incarnation):
                 if self._membership.lose(rank, incarnation, now):
                     self._forget_rank(rank, now)
-                    effects.append(Note(f"the connection of rank {rank} has ended"))
-            case NodeGone(node):
+                    # Whoever else has claimed its number is asked again.
+                    self._roll_call.wanted(now)
+                    effects.append(events.Note(f"rank {rank} is lost: its connection has ended", True, rank))
+            case events.NodeGone(node):
                 self._scaling.forget_node(node)
-            case FrontendSubscribed():
+            case events.FrontendSubscribed():
                 self._publisher.members_changed(now)
-            case FrontendGone(frontend):
+            case events.FrontendGone(frontend):
                 self._forget_frontend(frontend, now)
         self._say_what_is_due(now, effects)
         return effects
 
     # Ranks ------------------------------------------------------------------------------------
 
-    def _on_rank(self, message: FromRank, now: float, effects: list[Effect]) -> None:
+    def _on_rank(self, message: FromRank, now: float, effects: list[events.Effect]) -> None:
         match message:
             case RankHello():
                 self._on_hello(message, now, effects)
@@ -277,7 +273,7 @@ class Coordinator:
             # A rank that leaves may be lost by now: the end of its connection comes on another socket.
             case RankLeaving(rank, incarnation) if self._membership.leave(rank, incarnation):
                 self._forget_rank(rank, now)
-                effects.append(Note(f"rank {rank} has left"))
+                effects.append(events.Note(f"rank {rank} has left", rank=rank))
             case _ if not self._membership.is_current(message.rank, message.incarnation):
                 self._dropped += 1
                 if not self._membership.is_retired(message.rank, message.incarnation):
@@ -294,18 +290,22 @@ class Coordinator:
             case StallReport():
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
-                    effects += [Note(line, urgent=True) for line in self._stalls.lines()]
+                    self._hung_changed()
+                    effects += [events.Note(line, urgent=True) for line in self._stalls.lines()]
             case _:
                 self._dropped += 1
 
-    def _on_hello(self, hello: RankHello, now: float, effects: list[Effect]) -> None:
-        if hello.rank >= self._membership.limit:
+    def _on_hello(self, hello: RankHello, now: float, effects: list[events.Effect]) -> None:
+        if hello.rank >= self._membership.limit or self._membership.held(hello):
             self._dropped += 1
-            line = self._membership.stranger(hello.rank, now)
-            effects += [Note(line)] if line else []
+            if (refusal := self._membership.refusal(hello, now)) is not None:
+                # One that was just scaled away may say hello once more.
+                leaves = (hello.rank, hello.incarnation) in self._membership.ended()
+                effects += [events.ToRanks(refusal[0]), events.Note(refusal[1], not leaves, hello.rank, leaves)]
             return
         was_current = self._membership.is_current(hello.rank, hello.incarnation)
         was_ready = was_current and self._membership.is_ready(hello.rank)
+        back = self._membership.served_before(hello.rank)
         if not self._membership.hello(hello.rank, hello.incarnation, hello.address, hello.ready):
             self._dropped += 1
             return
@@ -328,12 +328,15 @@ class Coordinator:
             self._pause_changed(now)
             self.dispatcher.mark(hello.rank)
             if not was_ready:
-                effects.append(Note(f"rank {hello.rank} is ready"))
+                ready = f"rank {hello.rank} is back" if back else f"rank {hello.rank} is ready, at {hello.address}"
+                # Those of this node its supervisor tells of, once they are all ready.
+                routine = not back and hello.address.startswith("ipc:")
+                effects.append(events.Note(ready, rank=hello.rank, routine=routine))
                 self._publisher.members_changed(now)
         asks = hello.rank in self._late() if self._membership.is_ready(hello.rank) else not grouped
         if asks and self._roll_call.admits(hello.rank, hello.incarnation, now):
             admit = Admit(hello.rank, hello.incarnation, self._group.joiners_wave, self._pause.told())
-            effects.append(ToRanks(admit))
+            effects.append(events.ToRanks(admit))
 
     # Front-ends -------------------------------------------------------------------------------
 
@@ -348,6 +351,7 @@ class Coordinator:
                 self._scaling.frontend(frontend, message.scaling, now)
                 self.dispatcher.hello(message, (member.rank for member in self._membership.members()))
                 self._pause.known(suspension, mode, now)
+                self._pause.known_weights(message.weights, now)
                 self._pause_changed(now)
                 self._publisher.members_changed(now)
             case WakeNotice(_, rank, wave):
@@ -357,6 +361,10 @@ class Coordinator:
             case ScaleRequest() if self._roll_call.acquainted(now):
                 self._scaling.ask(message, now)
                 self._publisher.members_changed(now)
+            case UpdateWeights(known=weights):
+                self._pause.known_weights(weights, now)
+                self._pause_changed(now)
+                self._pause.request(message)
             case ControlRequest(known=number, mode=mode):
                 self._pause.known(number, mode, now)
                 self._pause_changed(now)
@@ -374,15 +382,15 @@ class Coordinator:
 
     # What is due ------------------------------------------------------------------------------
 
-    def _say_what_is_due(self, now: float, effects: list[Effect]) -> None:
+    def _say_what_is_due(self, now: float, effects: list[events.Effect]) -> None:
         self._scale(now, effects)
         if self._pause.asked and self._roll_call.acquainted(now):
-            effects += map(ToFrontends, self._pause.answers(now))
+            effects += map(events.ToFrontends, self._pause.answers(now))
             self._pause_changed(now)
         self._tell_ranks(now, effects)
         free = self._pause.pause.over
         if (grants := self.dispatcher.grants(self._load_table, self._membership, free, now)) is not None:
-            effects.append(ToFrontends(grants))
+            effects.append(events.ToFrontends(grants))
         if self.dispatcher.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
@@ -391,11 +399,12 @@ class Coordinator:
             header, self._load_table, self._membership, self._stalls.found, self.dispatcher, now
         )
 
-    def _scale(self, now: float, effects: list[Effect]) -> None:
+    def _scale(self, now: float, effects: list[events.Effect]) -> None:
         """Go on with a change of the size, and bring everything in line with it."""
         scaling, members = self._scaling, self._membership
         if scaling.state.under_way and self._roll_call.acquainted(now):
             scaling.advance(self._frontends, lambda rank: self._load_table.idle(rank, members.ready_life(rank)), now)
+        scaling.find_homes(now)
         if scaling.changed:
             for rank in scaling.bring_in_line(members, self._epochs, self._roll_call, self.dispatcher, now):
                 self._forget_rank(rank, now)
@@ -403,11 +412,11 @@ class Coordinator:
                 self._on_hello(hello, now, effects)
             self._pause_changed(now)
             self._publisher.members_changed(now)
-            effects.append(Note(scaling.line()))
+            effects.append(events.Note(scaling.line()))
         if (told := scaling.message(now)) is not None:
-            effects.append(ToRanks(told))
+            effects.append(events.ToRanks(told))
 
-    def _tell_ranks(self, now: float, effects: list[Effect]) -> None:
+    def _tell_ranks(self, now: float, effects: list[events.Effect]) -> None:
         formed = self._epochs.form(now)
         for rank in self._epochs.absent:
             # Nothing is to be learned from who is not there: nobody waits for its word, or runs for its sake.
@@ -415,16 +424,18 @@ class Coordinator:
             self._group.forget(rank, now)
             self._pause_changed(now)
         if formed is not None:
-            effects.append(ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._pause.told())))
+            effects.append(events.ToRanks(Form(formed[0], self._group.joiners_wave, formed[1], self._pause.told())))
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
         if self._roll_call.ask(now, self._unheard):
-            effects.append(ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
+            effects.append(events.ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:
-            effects.append(ToRanks(wake))
+            effects.append(events.ToRanks(wake))
             if self._pause.pause.paused:
                 self._pause.woke(now)
                 self._pause.settle(self._membership, self._epochs, now)
+        if self._pause.late(now):
+            self._pause_changed(now)
         if (suspension := self._pause.message(now)) is not None:
-            effects.append(ToRanks(suspension))
+            effects.append(events.ToRanks(suspension))

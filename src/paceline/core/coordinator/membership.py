@@ -1,28 +1,23 @@
-"""Which ranks there are, in the coordinator's eyes: joining, ready, gone.
+"""Which ranks there are, in the coordinator's eyes: joining, ready, gone; and when it asks them who they are.
 
-The coordinator starts none of them and may itself have just come back empty, so all it knows is what
-ranks say. Three things make that safe:
+The coordinator starts none of them and may itself have just come back empty, so all it knows is what ranks say:
 
-- Only a RankHello introduces a new life of a rank; any other message from a life that is not the
-  current one is void.
-- A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are
-  compared for equality only: clocks jump, so a larger one need not be the newer one. So a new coordinator, which has
-  retired nobody, tells a late hello of the dead from a new life by the connection: where ranks show their presence,
-  nobody has a place before it is connected. An invented life would be a member for ever: no connection of it ends.
+- Only a RankHello introduces a new life of a rank; any other message from a life that is not the current one is void.
+- A life that was replaced or has left is retired, and a late hello of it is void too. Incarnations are compared for
+  equality only: clocks jump. So a new coordinator, which has retired nobody, tells a late hello of the dead from a new
+  life by the connection: where ranks show their presence, nobody has a place before it is connected. An invented life
+  would be a member for ever: no connection of it ends.
 - A rank becomes ready by saying so, after it was told the wave.
 - A rank whose connection has ended is lost: no member, and what still arrives of it is void, until it has connected
   anew and says hello. It is not retired, since it need not be dead.
 
-When the coordinator asks the ranks who they are, and when it answers one that joins.
+The roll call. A question is a broadcast that every rank answers; subscriptions within a moment share one. It can be
+lost to a rank whose connection was not up yet, and a paused rank says nothing by itself, so while ranks are missing it
+is asked again. A message from a life that is not known is a reason to ask too: only an answer introduces it.
 
-A question is a broadcast that every rank answers, and a new coordinator is subscribed to by all of them within
-milliseconds: those subscriptions share one question. A question can be lost to a rank whose connection was not up
-yet, and a paused rank says nothing by itself, so while ranks are missing it is asked again. A message from a life
-that is not known is a reason to ask too: only an answer introduces it.
-
-Until a coordinator that has taken another's place has heard the ranks, it does not know whether they are paused.
-So it admits nobody, wakes nobody for a front-end and answers no call, before it is acquainted: with all ranks where
-they run in lockstep, and otherwise with those that answer within a second, since one of them may be dead.
+Until a coordinator that has taken another's place has heard the ranks, it does not know whether they are paused. So it
+admits nobody, wakes nobody for a front-end and answers no call, before it is acquainted: with all ranks where they run
+in lockstep, and otherwise with those that answer within a second, since one of them may be dead.
 """
 
 from __future__ import annotations
@@ -33,14 +28,15 @@ from enum import Enum
 
 from msgspec import Struct
 
-from paceline.core.messages import Member
+from paceline.core.messages import Member, RankHello
+from paceline.core.requests import Refused
 from paceline.core.retry import Retry
 
 RETIRED_KEPT = 16
 LOST_S = 2.0
 """After this a rank whose connection has ended is taken for dead, in questions that wait for an answer of all."""
-STRANGERS_S = 1.0
-"""A rank that is not of the deployment says hello ten times a second. It is named so often at most."""
+REFUSED_S = 60.0
+"""A life that has no place says hello ten times a second. It is told and named so often."""
 
 
 class RankState(Enum):
@@ -107,20 +103,41 @@ class Membership:
         self.size = size
         self.limit = size
         """Ranks below this may say hello: those of the deployment, and those that are to become part of it."""
+        self.hung: frozenset[int] = frozenset()
+        """Ranks whose step does not return: members still, that get nothing new."""
         self._entries: dict[int, RankEntry] = {}
         self._retired: dict[int, deque[int]] = {}
         self._connected: set[tuple[int, int]] = set()
         # Whether ranks show their presence: known from the start, or once one has.
         self._presence = presence
         self._members: list[Member] | None = None
-        self._named = float("-inf")
+        self._refused: dict[tuple[int, int], float] = {}
 
-    def stranger(self, rank: int, now: float) -> str:
-        """A rank said hello that is not of the deployment. Returns what is to be said of it, or nothing."""
-        if now < self._named + STRANGERS_S:
-            return ""
-        self._named = now
-        return f"rank {rank} is not of this deployment of {self.size}"
+    def refusal(self, hello: RankHello, now: float) -> tuple[Refused, str] | None:
+        """What a life is told that has no place, and what is to be said of it; None where that was said already."""
+        rank, life = hello.rank, (hello.rank, hello.incarnation)
+        self._refused = {known: at for known, at in self._refused.items() if now < at + REFUSED_S}
+        if life in self._refused:
+            return None
+        self._refused[life] = now
+        holder = self._entries[rank].address if rank < self.limit else ""
+        line = f"rank {rank} is not of this deployment of {self.size}: {hello.address} is refused"
+        if holder:
+            line = f"rank {rank} is held by {holder}: {hello.address}, which claims it too, is refused"
+        return Refused(*life, holder[:256], self.size), line
+
+    def held(self, hello: RankHello) -> bool:
+        """Whether another life has the rank, and lives, as its connection shows. It does not where the address is the
+        same; and one that joins gives way to one that has served, which a new coordinator hears in any order.
+        """
+        entry = self._entries.get(hello.rank)
+        return (
+            entry is not None
+            and entry.incarnation != hello.incarnation
+            and (entry.rank, entry.incarnation) in self._connected
+            and entry.address != hello.address
+            and (entry.state is READY or (entry.state is RankState.JOINING and not hello.ready))
+        )
 
     def hello(self, rank: int, incarnation: int, address: str, ready: bool) -> bool:
         """A rank said hello. Returns whether it counts; a retired life's does not."""
@@ -197,7 +214,6 @@ class Membership:
         return {member.rank: member.incarnation for member in self.members()}
 
     def is_ready(self, rank: int) -> bool:
-        """Whether the rank takes requests."""
         entry = self._entries.get(rank)
         return entry is not None and entry.state is RankState.READY
 
@@ -217,7 +233,6 @@ class Membership:
         return self._members
 
     def missing(self) -> list[int]:
-        """Ranks of the deployment that are not ready."""
         return [rank for rank in range(self.size) if not self.is_ready(rank)]
 
     def gone(self, now: float) -> set[int]:
@@ -232,6 +247,11 @@ class Membership:
     def ended(self) -> list[tuple[int, int]]:
         """Of each rank that is not ready, or not there any more, the life that ended last, if any did."""
         return [(rank, lives[-1]) for rank, lives in sorted(self._retired.items()) if not self.is_ready(rank)]
+
+    def served_before(self, rank: int) -> bool:
+        """Whether a life of it has been here that was more than joining, or is retired."""
+        entry = self._entries.get(rank)
+        return rank in self._retired or (entry is not None and entry.state is not RankState.JOINING)
 
     def _retire(self, entry: RankEntry) -> None:
         self._retired.setdefault(entry.rank, deque(maxlen=RETIRED_KEPT)).append(entry.incarnation)
@@ -295,7 +315,6 @@ class RollCall:
         self.wanted(now)
 
     def heard(self, rank: int) -> None:
-        """The rank has said hello."""
         self._unheard.discard(rank)
 
     def acquainted(self, now: float) -> bool:

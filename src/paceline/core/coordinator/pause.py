@@ -19,10 +19,10 @@ from msgspec import Struct
 
 from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership
+from paceline.core.coordinator.weights import WeightUpdate
 from paceline.core.messages import ControlAnswer, ControlRequest, RankHello, Suspension, SuspensionState
-from paceline.core.pause import PauseState
-from paceline.core.requests import ControlAction, SuspendMode
-from paceline.core.transaction import Transaction
+from paceline.core.requests import ControlAction, SuspendMode, UpdateWeights, Weights
+from paceline.core.transaction import PauseState, Transaction
 
 
 class Acknowledged(Struct, frozen=True):
@@ -45,7 +45,8 @@ class Pause(Transaction):
         """What front-ends are shown."""
         self._identity = identity
         self._lockstep = lockstep
-        self._calls: dict[tuple[int, int], ControlRequest] = {}
+        self.weights = WeightUpdate()
+        self._calls: dict[tuple[int, int], ControlRequest | UpdateWeights] = {}
         self._said: dict[int, Acknowledged] = {}
         self._numbered = "suspension-number" not in without
         # Until somebody speaks of one there is nothing to agree on, whoever comes and goes.
@@ -54,6 +55,11 @@ class Pause(Transaction):
     @property
     def number(self) -> int:
         return self.pause.number
+
+    @property
+    def due(self) -> float | None:
+        """When the word must be said (again), or an update of the weights has taken too long."""
+        return min((at for at in (self._retry.due, self.weights.due) if at is not None), default=None)
 
     def expire(self, now: float) -> None:
         """The ranks are to be told again, whatever the time was."""
@@ -66,13 +72,11 @@ class Pause(Transaction):
 
     # Calls -------------------------------------------------------------------------------------
 
-    def request(self, request: ControlRequest) -> None:
-        """A front-end asks, or repeats what it asked."""
+    def request(self, request: ControlRequest | UpdateWeights) -> None:
         self._calls[request.frontend, request.call] = request
 
     @property
     def asked(self) -> bool:
-        """Whether calls wait to be answered."""
         return bool(self._calls)
 
     def answers(self, now: float) -> list[ControlAnswer]:
@@ -82,13 +86,21 @@ class Pause(Transaction):
         calls, self._calls = self._calls, {}
         answers = []
         for key, request in calls.items():
-            number = self.served.number(*key)
+            weights = isinstance(request, UpdateWeights)
+            number, why = self.served.number(*key), ""
             number = number if number is not None else (request.answered or None)
-            if number is None or number > self.number:
+            if number is None or number > (self.weights.number if weights else self.number):
                 # Never answered, or by a coordinator of whose pause nobody knows any more.
-                number = self.ask(request.action, now)
+                if isinstance(request, ControlRequest):
+                    number = self.ask(request.action, now)
+                elif request.action == "stage" and self._pausing():
+                    self._calls[key] = request  # whether all are paused is not known yet
+                    continue
+                else:
+                    number, why = self.weights.ask(request, self.pause.paused, now)
+                    self._repeat(now)
             self.served.serve(*key, number)
-            answers.append(ControlAnswer(self._identity, *key, number))
+            answers.append(ControlAnswer(self._identity, *key, number, why))
         return answers
 
     def ask(self, action: ControlAction, now: float) -> int:
@@ -107,8 +119,9 @@ class Pause(Transaction):
     # What ranks say ----------------------------------------------------------------------------
 
     def hello(self, hello: RankHello, now: float) -> None:
-        """A ready rank said what it knows."""
+        self.weights.heard(hello.rank, hello.weights)
         self.heard(hello.rank, hello.suspension, hello.mode, hello.held, now)
+        self.known_weights(None if hello.weights is None else hello.weights.known, now)
 
     def heard(self, rank: int, number: int, mode: SuspendMode, quiesced: bool, now: float) -> None:
         self._said[rank] = Acknowledged(number, quiesced)
@@ -120,9 +133,14 @@ class Pause(Transaction):
         if self.is_news(number):
             self._begin(number, mode, now)
 
+    def known_weights(self, weights: Weights | None, now: float) -> None:
+        """As `known`, of the weights."""
+        if self.weights.learn(weights, now):
+            self._repeat(now)
+
     def forget(self, rank: int) -> None:
-        """The rank is gone."""
         self._said.pop(rank, None)
+        self.weights.forget(rank)
 
     def woke(self, now: float) -> None:
         """A wake goes out: acknowledgements from before it are void."""
@@ -135,8 +153,10 @@ class Pause(Transaction):
             return
         pause = self.pause
         ranks = list(expected)
+        while self.weights.advance(ranks, now):
+            self._retry.start(now)
         known = not self._lockstep or all(self._knows(rank) for rank in ranks)
-        if known and not pause.paused and not pause.released:
+        if known and not pause.paused and not pause.released and not self.weights.state.under_way:
             pause.released = True
             self._retry.start(now)
         if not any(self._lacks(rank) for rank in self._said):
@@ -157,12 +177,26 @@ class Pause(Transaction):
         return self.header != before
 
     def state(self, expected: Iterable[int]) -> SuspensionState:
-        """For front-ends."""
         if self._unheard_of:
             return SuspensionState()
         lacking = [rank for rank in expected if self._lacks(rank)]
         settled = not lacking and (self.pause.paused or self.pause.released)
-        return SuspensionState(self.pause.number, self.pause.mode, settled, lacking)
+        return SuspensionState(self.pause.number, self.pause.mode, settled, lacking, self.weights.told)
+
+    def _repeat(self, now: float) -> None:
+        """There is a new word of the weights, if any."""
+        if self.weights.number:
+            self._unheard_of = False
+            self._retry.start(now)
+
+    def _pausing(self) -> bool:
+        """Whether a pause is asked for, and not all are known to hold it."""
+        settled = self.header.settled and self.header.number == self.pause.number
+        return self.pause.paused and not settled and not self.weights.state.under_way
+
+    def late(self, now: float) -> bool:
+        """Whether an update of the weights has taken too long."""
+        return self.weights.due is not None and now >= self.weights.due
 
     def message(self, now: float) -> Suspension | None:
         """What to broadcast now, if that is due; the next repeat is set."""
@@ -173,7 +207,7 @@ class Pause(Transaction):
 
     def told(self) -> Suspension:
         """What a rank is told, whether due or not."""
-        return Suspension(self.pause.number, self.pause.mode, self.pause.released)
+        return Suspension(self.pause.number, self.pause.mode, self.pause.released, self.weights.told)
 
     def _begin(self, number: int, mode: SuspendMode, now: float) -> None:
         self._unheard_of = False
@@ -186,6 +220,8 @@ class Pause(Transaction):
 
     def _lacks(self, rank: int) -> bool:
         """Whether the rank has not done what the number asks."""
+        if self.weights.lacks(rank):
+            return True
         if not self._knows(rank):
             return self.pause.number > 0 or rank in self._said
         quiesced = self._said[rank].quiesced

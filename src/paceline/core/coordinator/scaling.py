@@ -14,6 +14,9 @@ ranks have nothing left, the ranks go. After the drain time they go in any case,
 had go on at others, as when a rank dies. In lockstep the others form an epoch without them.
 
 A rank that a scale-down takes away, and a later scale-up brings back, is another life like any other.
+
+A rank that scaling has put on a node goes on elsewhere when that node is gone for AWAY_S: nobody else knows that it is
+to run there, and a node that comes back has the ranks of its flags alone. Who has it already by its flags keeps it.
 """
 
 from __future__ import annotations
@@ -27,12 +30,15 @@ from paceline.core.coordinator.epoch import Epochs
 from paceline.core.coordinator.membership import Membership, RollCall
 from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.limits import most_ranks
-from paceline.core.messages import NodeHello, Outcome, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.messages import NodeHello, RankFailed, RankHello, ScaleRequest, Scaling
+from paceline.core.requests import Outcome
 from paceline.core.transaction import Transaction
 
 NODES_S = 1.0
 """How long a new coordinator waits for the nodes before it says that there are none."""
 LOOK_AGAIN_S = 0.1
+AWAY_S = 10.0
+"""How long a node that scaling has put ranks on may be away before they are started elsewhere."""
 
 
 class KnownNode(Struct):
@@ -63,6 +69,9 @@ class DeploymentScaling(Transaction):
         self._known_by: dict[int, int] = {}
         self._nodeless_since: float | None = None
         self._deadline: float | None = None
+        self._away_since: float | None = None
+        """Since when a rank that scaling has put somewhere is at no node that is there."""
+        self._moved: list[int] = []
 
     @property
     def number(self) -> int:
@@ -71,17 +80,21 @@ class DeploymentScaling(Transaction):
     @property
     def due(self) -> float | None:
         """When nodes must be told (again), or time is up; None for neither."""
-        return min((at for at in (self._retry.due, self._deadline) if at is not None), default=None)
+        return min((at for at in (self._retry.due, self._deadline, self._away_due) if at is not None), default=None)
+
+    @property
+    def _away_due(self) -> float | None:
+        return None if self._away_since is None else self._away_since + AWAY_S
 
     def timers(self) -> dict[str, list[int]]:
-        """What is waited for."""
-        found = {"scaling": self._retry.due, "scaling-late": self._deadline}
+        found = {"scaling": self._retry.due, "scaling-late": self._deadline, "scaling-away": self._away_due}
         return {name: [] for name, at in found.items() if at is not None}
 
     def expire(self, timer: str, now: float) -> None:
-        """One of these has come, whatever its time was."""
         if timer == "scaling":
             self._retry.due = now
+        elif timer == "scaling-away":
+            self._away_since = now - AWAY_S
         else:
             self._deadline = now
 
@@ -123,7 +136,7 @@ class DeploymentScaling(Transaction):
             self._change(replace(state, number=state.number + 2) if state.under_way else state, now)
 
     def _change(self, state: Scaling, now: float) -> None:
-        self.state = state
+        self.state, self._moved = state, []
         self.changed = True
         self.served.serve(state.frontend, state.call, state.number)
         allowed_ms = state.startup_ms if state.joining else state.drain_ms
@@ -131,7 +144,6 @@ class DeploymentScaling(Transaction):
         self._retry.start(now)
 
     def said(self, message: NodeHello | RankFailed, now: float) -> None:
-        """A node said something."""
         if isinstance(message, RankFailed):
             if message.number == self.state.number and message.rank in self.state.joining:
                 self._end("failed", f"rank {message.rank} ended before it was ready: {message.why}", now)
@@ -148,7 +160,6 @@ class DeploymentScaling(Transaction):
         self._nodes.pop(node, None)
 
     def frontend(self, frontend: int, state: Scaling | None, now: float) -> None:
-        """A front-end said what it knows."""
         if state is not None:
             self._known_by[frontend] = state.number
             self.learn(state, now)
@@ -163,7 +174,6 @@ class DeploymentScaling(Transaction):
         self._loaded[hello.rank] = hello
 
     def lost(self, rank: int) -> None:
-        """The rank is gone, or may be."""
         self._loaded.pop(rank, None)
 
     def bring_in_line(
@@ -228,7 +238,8 @@ class DeploymentScaling(Transaction):
             what = "load" if state.joining else "end what they have"
             return f"scaling from {state.size} to {state.target} ranks: rank {_names(state.waiting_for)} to {what}"
         if state.outcome == "done":
-            return f"there are {state.size} ranks"
+            moved = f": rank {_names(self._moved)} now at another node, its own is gone" if self._moved else ""
+            return f"there are {state.size} ranks{moved}"
         # A new coordinator has it from whoever knows it: it may be anything, but a log has a line for each entry.
         return f"there are still {state.size} ranks, not {state.target}: {' '.join(state.why.split())}"
 
@@ -240,6 +251,34 @@ class DeploymentScaling(Transaction):
             state, number=state.number + 1, size=size, hosts=hosts, waiting_for=[], outcome=outcome, why=why[:1024]
         )  # fmt: skip
         self._change(ended, now)
+
+    def _homeless(self) -> list[int]:
+        """Ranks that scaling has put on a node that is not there."""
+        return [rank for rank, node in self.state.hosts if rank < self.state.limit and node not in self._nodes]
+
+    def find_homes(self, now: float) -> None:
+        """After anything: see to ranks whose node is gone."""
+        homeless = self._homeless() if self._nodes else []
+        if not homeless:
+            self._away_since = None
+            return
+        if self._away_since is None:
+            self._away_since = now
+        state, late = self.state, now >= self._away_since + AWAY_S
+        if state.under_way:
+            lacking = [rank for rank in homeless if rank in state.joining and rank not in self._loaded]
+            if late and lacking:
+                self._end("failed", f"the node that was to start rank {_names(lacking)} is gone", now)
+            return
+        mine = {rank: node for node, known in self._nodes.items() for rank in known.ranks}
+        found = {rank: mine[rank] for rank in homeless if rank in mine}
+        if late:
+            left = [rank for rank in homeless if rank not in found]
+            found.update(zip(left, self._places(len(left)), strict=True))
+        if found:
+            hosts = [(rank, found.get(rank, node)) for rank, node in state.hosts]
+            self._change(replace(state, number=state.number + 2, hosts=hosts), now)
+            self._moved, self._away_since = sorted(found), None
 
     def _waits_for_nodes(self, now: float) -> bool:
         """Whether it is too soon to begin anything: whoever asks, asks again.

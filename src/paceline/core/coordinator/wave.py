@@ -1,20 +1,17 @@
 """The coordinator's part in waves: what ranks said of themselves, and the wake that is not answered yet.
 
-Lockstep ranks run and pause together. A rank that takes a request while paused starts to run, and
-blocks in its first collective until all the others run too; so somebody must wake them, and a wake
-that is lost stops the deployment. The reference sends the wake once and then calls the ranks running.
-Here two rules stand instead:
+Lockstep ranks run and rest together. A rank that takes a request while paused starts to run, and blocks in its first
+collective until all the others run too; so somebody must wake them, and a wake that is lost stops the deployment. The
+reference sends the wake once and then calls the ranks running. Here these rules stand instead:
 
 - What is believed of a rank is what that rank said last, never what was sent to it.
-- A wake is owed as long as some rank runs in the current wave (or a front-end says that it has sent a
-  request) and another ready rank has not said that it runs in that wave or has finished it. It is
-  repeated until no rank owes an answer. A rank that gets it twice changes nothing.
-- A rank that is paused a wave behind the others, while all rest, is told theirs. It joined while they finished the
-  wave that it was told.
+- A wake is owed as long as some rank runs in the current wave (or a front-end says that it has sent a request) and
+  another ready rank has not said that it runs in that wave or has finished it. It is repeated until no rank owes an
+  answer. A rank that gets it twice changes nothing.
+- A rank that is paused a wave behind the others, while all rest, is told theirs: they finished one while it joined.
 
-From these it follows that any sign of work wakes the others: a StartWave, but also the plain report of
-a rank that runs, and that a new coordinator that knows nothing picks up a half-started wave by hearing
-the ranks once.
+So any sign of work wakes the others, also the plain report of a rank that runs, and a new coordinator that knows
+nothing picks up a half-started wave by hearing the ranks once.
 
 `wave` is the wave that runs or, when all are paused, the next one. It never goes down.
 """

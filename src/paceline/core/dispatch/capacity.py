@@ -111,7 +111,6 @@ class Capacity:
         return int(BUDGETS_AHEAD * load.step_tokens) - ahead
 
     def free_kv(self) -> int:
-        """Tokens of KV."""
         load = self.load
         if not load.kv_total:
             return ANY
@@ -202,9 +201,7 @@ class Capacities:
         self.changed(capacity)
 
     def reported(self, report: RankReport) -> bool | None:
-        """A rank has reported. Returns whether something may start there that could not, None where that life of it is
-        not known.
-        """
+        """Returns whether something may start there that could not, None where that life of a rank is not known."""
         rank = report.rank
         capacity = self._by_rank.get(rank)
         if capacity is None or capacity.incarnation != report.incarnation:
@@ -272,6 +269,14 @@ class Capacities:
             if keys[place] <= -kv:
                 return self._capacities[place]
         return self._capacities[frees.entries[0] & PLACE_MASK]
+
+    def least_loaded(self) -> list[Capacity]:
+        """The ranks that can start something; of many, the LOOKED_AT least loaded."""
+        if len(self.open) <= FEW:
+            return list(self.open.values())
+        loads, _ = self._orderings()
+        places = [entry & PLACE_MASK for entry in loads.entries[:LOOKED_AT] if entry >> PLACE_BITS < ANY]
+        return [self._capacities[place] for place in places]
 
     def _orderings(self) -> tuple[Ordering[Capacity], Ordering[Capacity]]:
         places = [bisect_left(self._ranks, rank) for rank in self._moved]

@@ -8,8 +8,6 @@ gets while the others' credits lie idle. Where that half is used up and somebody
 A credit is a limit on the sends beyond those that the view has heard of, the same cut on which the front-end's
 accounting rests (`LoadView.heard`). So views may be lost: an older one allows no more than a newer one that nobody has
 given back. `epoch` says which credits were given back: what comes late of an older credit epoch is void on both sides.
-
-One queue, for the front-ends that balance over the same ranks, and the capacities that must be looked at anew for it.
 """
 
 from __future__ import annotations
@@ -54,7 +52,6 @@ class CreditBook:
         return bool(self._holders)
 
     def holders(self) -> Set[int]:
-        """The front-ends that hold any."""
         return self._holders
 
     def join(self, frontend: int) -> None:
@@ -62,7 +59,6 @@ class CreditBook:
         self._holdings.setdefault(frontend, Holding())
 
     def leave(self, frontend: int, capacities: Capacities) -> None:
-        """The front-end is gone."""
         holding = self._holdings.pop(frontend, None)
         if holding is not None:
             self._clear(frontend, holding, capacities)
@@ -79,13 +75,12 @@ class CreditBook:
         return True
 
     def spent(self, frontend: int, send: Send, capacities: Capacities) -> None:
-        """The front-end has sent something by itself."""
         holding = self._holdings.get(frontend)
         amount = holding.amounts.get(send.rank) if holding is not None else None
         capacity = capacities.of(send.rank)
         if amount is None or capacity is None:
             return
-        kv = send.tokens + send.answer_tokens
+        kv = send.tokens + send.held + send.answer_tokens
         used = (min(1, amount.requests), min(send.tokens, amount.tokens), min(kv, amount.kv))
         self._give(amount, capacity, -used[0], -used[1], -used[2])
         capacities.changed(capacity)
@@ -189,11 +184,10 @@ class QueueGroup:
         """Whether something may start since the queue was last looked through: a send alone makes no capacity."""
 
     def look(self, load_table: LoadTable, membership: Membership) -> None:
-        """Reckon the capacities of the ranks that are marked."""
         capacities = self.queue.capacities
         for rank in self.marked:
             report = load_table.reports.get(rank)
-            if report is None or report.incarnation != membership.ready_life(rank):
+            if report is None or report.incarnation != membership.ready_life(rank) or rank in membership.hung:
                 continue
             capacities.heard(rank, report.incarnation, report.load, load_table.on_the_wire(rank, report.incarnation))
         self.marked.clear()

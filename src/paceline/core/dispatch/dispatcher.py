@@ -10,14 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
+from paceline.core.blocks import unpacked
 from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.credits import QueueGroup
-from paceline.core.dispatch.queue import Entry
+from paceline.core.dispatch.line import Entry
 from paceline.core.messages import Ask, FrontendHello, Grant, Grants, RankReport, ReturnShares, Send, Shares, Withdraw
 
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
+
+LONGEST_MS = 2**53 - 1
+"""As a front-end may say of what has waited there."""
 
 UNANSWERED_S = 1.0
 """A front-end that has not answered a grant, or a revoke of its credits, for so long is not waited for."""
@@ -55,7 +59,6 @@ class Dispatcher:
 
     @property
     def queued(self) -> int:
-        """Descriptors that wait."""
         return sum(len(group.queue.queued) for group in self._groups.values())
 
     @property
@@ -130,9 +133,7 @@ class Dispatcher:
             self._stirred = group.stale = True
 
     def sent(self, frontend: int, send: Send, on_the_wire: bool) -> None:
-        """A front-end has sent a request: one that waited, or one of its credit. `on_the_wire`: by the load table,
-        which has been told.
-        """
+        """A front-end has sent a request: one that waited, or one of its credit. `on_the_wire`: by the load table."""
         group = self._group_of.get(frontend)
         confirmed = group is not None and on_the_wire and group.queue.confirm(frontend, send)
         if group is not None and confirmed and not group.queue.counts:
@@ -151,6 +152,8 @@ class Dispatcher:
             self._stirred = self._changed = True
         else:
             group.shares.spent(frontend, send, group.queue.capacities)
+        if send.blocks or send.session:
+            group.queue.homes.sent(send.rank, unpacked(send.blocks), send.session)
         if group.queue.queued and group.queue.may_start():
             # What was promised for it elsewhere is free, or what its rank has reported already was promised twice.
             self._stirred = group.stale = True
@@ -205,7 +208,6 @@ class Dispatcher:
                     self._stirred = True
 
     def mark(self, rank: int) -> None:
-        """A rank is ready."""
         if rank >= self._limit:
             return
         for group in self._groups.values():
@@ -332,4 +334,7 @@ class Dispatcher:
 
 def _grant(entry: Entry) -> Grant:
     assert entry.capacity is not None
-    return Grant(entry.frontend, entry.request, entry.capacity.rank, entry.capacity.incarnation)
+    held = entry.whole - entry.tokens
+    waited_ms = min(LONGEST_MS, max(0, round((entry.granted_at - entry.arrival) * 1000)))
+    return Grant(entry.frontend, entry.request, entry.capacity.rank, entry.capacity.incarnation, held, waited_ms,
+                 entry.receipt)  # fmt: skip

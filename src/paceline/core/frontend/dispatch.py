@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from paceline.core.blocks import block_hashes, packed
 from paceline.core.frontend.control import FrontendCalls
+from paceline.core.frontend.deadlines import Deadlines, too_late
 from paceline.core.frontend.events import Deliver, Effect, Refuse, Submit, ToCoordinator
-from paceline.core.frontend.failover import PATIENCE_S
-from paceline.core.frontend.inflight import InFlightRequests
-from paceline.core.frontend.ranks import NAMED, RankHandle, Router
+from paceline.core.frontend.failover import HOLD_S
+from paceline.core.frontend.inflight import NAMED, InFlightRequests, RankHandle, Router, query_of, session_of
 from paceline.core.load import plausible
 from paceline.core.messages import Ask, Descriptor, Grant, Grants, LoadView, ReturnShares, Share, Withdraw
 from paceline.core.requests import Output
@@ -33,6 +35,10 @@ from paceline.core.routing.policy import Query
 
 ASK_AGAIN_S = 0.25
 SILENCE_S = 0.5
+WORTH_ASKING = 4
+"""A prompt of so many blocks takes longer to compute than the coordinator to be asked who holds its prefix,"""
+KNOWN_SHARE = 8
+"""unless of so many parts all but one are known to be at a rank that may have it."""
 
 
 class Held(Struct, frozen=True):
@@ -40,6 +46,13 @@ class Held(Struct, frozen=True):
 
     submit: Submit
     since: float
+
+
+class Waiting(Struct):
+    """How many of a tenant wait, and its part of the queue."""
+
+    weight: float
+    count: int = 0
 
 
 class Binding:
@@ -51,6 +64,8 @@ class Binding:
     def __init__(self, identity: int, late_binding: bool, without: Set[str] = frozenset()) -> None:
         self.waiting_for_grant: dict[int, Held] = {}
         """By request, in order of arrival."""
+        self.tenants: dict[int, Waiting] = {}
+        """Those of whom any waits here."""
         self._identity = identity
         self._late_binding = late_binding
         self._asks_again = "unsent-asked-again" not in without
@@ -112,25 +127,36 @@ class Binding:
         )  # fmt: skip
 
     def fitting(self, handles: Mapping[int, RankHandle], tokens: int, kv: int) -> list[int]:
-        """The ranks that this may be sent to now."""
         return [rank for rank in self._credits if rank in handles and self.fits(handles[rank], tokens, kv)]
 
     # Waiting ------------------------------------------------------------------------------------
 
     def hold(self, submit: Submit, now: float) -> list[Effect]:
-        """Let a request wait, and ask."""
         if not self.waiting_for_grant:
             self._answered = now
         self.waiting_for_grant[submit.request] = waiting_for_grant = Held(submit, now)
+        tenant = self.tenants.get(submit.tenant)
+        if tenant is None:
+            tenant = self.tenants[submit.tenant] = Waiting(submit.weight)
+        tenant.count += 1
         return [self._ask([waiting_for_grant], False, now)]
 
     def drop(self, requests: Iterable[int], now: float) -> list[Effect]:
         """These do not wait any more. Those that did not are left out."""
-        gone = [request for request in requests if self.waiting_for_grant.pop(request, None) is not None]
+        gone = [request for request in requests if self.take(request) is not None]
         return self.withdraw(gone, now)
 
+    def take(self, request: int) -> Held | None:
+        """One that waits no more; None where it did not."""
+        held = self.waiting_for_grant.pop(request, None)
+        if held is not None:
+            tenant = self.tenants[held.submit.tenant]
+            tenant.count -= 1
+            if not tenant.count:
+                del self.tenants[held.submit.tenant]
+        return held
+
     def withdraw(self, requests: list[int], now: float) -> list[Effect]:
-        """Let the coordinator know that these do not wait."""
         if not requests:
             return []
         return [ToCoordinator(Withdraw(self._identity, self._count(now), requests))]
@@ -138,7 +164,7 @@ class Binding:
     def give_up(self) -> list[Held]:
         """Everything that is held, to be bound here, in the order in which the coordinator would have."""
         waiting_for_grant = sorted(self.waiting_for_grant.values(), key=lambda one: one.submit.priority)
-        self.waiting_for_grant = {}
+        self.waiting_for_grant, self.tenants = {}, {}
         return waiting_for_grant
 
     def stop(self) -> None:
@@ -164,14 +190,11 @@ class Binding:
         return bool(self.waiting_for_grant) and self._asks_again
 
     def ask_again(self, now: float) -> Effect:
-        """Ask for all that is held."""
         self._behind_since = now
         return self._ask(list(self.waiting_for_grant.values()), True, now)
 
     def take_view(self, view: LoadView) -> bool:
-        """Shares, and whether there is a queue at all. Returns whether this front-end has been forgotten there, as one
-        that hangs is, and must say hello.
-        """
+        """Returns whether this front-end has been forgotten there, as one that hangs is, and must say hello."""
         self._has_queue = self._late_binding and view.shares is not None
         self._queued = view.queues.get(self._identity, view.queued)
         self._credits = {}
@@ -207,7 +230,8 @@ class Binding:
         descriptors = [
             Descriptor(
                 one.submit.request, len(one.submit.prompt_token_ids), one.submit.params.max_tokens,
-                one.submit.priority, max(0, round((now - one.since) * 1000)),
+                one.submit.priority, max(0, round((now - one.since) * 1000)), packed(one.submit.blocks or ()),
+                session_of(one.submit), one.submit.tenant, one.submit.weight,
             )
             for one in waiting_for_grant
         ]  # fmt: skip
@@ -230,53 +254,67 @@ QUEUE = "broker"
 
 
 class Placement:
-    """How one front-end's requests get their ranks. `max_waiting`: how many may wait for a slot, None for no limit."""
+    """How one front-end's requests get their ranks. `max_waiting`: how many may wait for a slot, None for no limit.
+    `hold_s`: how long they wait while there is no rank.
+    """
 
     def __init__(
-        self,
-        router: Router,
-        all_inflight: InFlightRequests,
-        binding: Binding,
-        calls: FrontendCalls,
+        self, router: Router, all_inflight: InFlightRequests, binding: Binding, calls: FrontendCalls,
         max_waiting: int | None,
-    ) -> None:
+        hold_s: float = HOLD_S,
+    ) -> None:  # fmt: skip
         self._router = router
         self._inflight = all_inflight
         self._binding = binding
         self._calls = calls
         self._max_waiting = max_waiting
+        self._hold_s = hold_s
         self._rankless_since: float | None = None
+        self._deadlines = Deadlines(all_inflight)
 
     @property
     def deadline(self) -> float:
         """When something must be done about what waits, at the latest."""
+        due = self._deadlines.due
         if self._rankless_since is None or not self._binding.waiting_for_grant:
-            return self._binding.deadline
-        return self._rankless_since + PATIENCE_S
+            return min(due, self._binding.deadline)
+        return min(due, self._rankless_since + self._hold_s)
 
     # Requests -----------------------------------------------------------------------------------
 
     def submit(self, submit: Submit, now: float) -> list[Effect]:
-        """A client's request."""
         refusal = self._refusal(submit, now)
         if refusal is not None:
             return [refusal]
-        query = _query(submit)
+        if self._router.names and submit.blocks is None:
+            submit = replace(submit, blocks=block_hashes(submit.prompt_token_ids))
+        if not self._inflight.handles:
+            return self._hold(submit, now)
+        query = query_of(submit)
         reason = ""
         if submit.rank is not None:
             rank = submit.rank
         elif self._binding.available:
             by_credit = self._by_credit(submit, query)
             if by_credit is None:
-                return self._binding.hold(submit, now)
+                return self._hold(submit, now)
             rank, reason = by_credit, "room that this front-end was given in advance"
         else:
             rank = self._router.choose(query)
         if rank not in self._inflight.handles:
             return [_misrouted(submit, rank)]
         name = NAMED if submit.rank is not None else ""
-        decision = self._router.explain(rank, query, name, reason) if submit.explain else None
+        decision = self._router.explain(rank, query, name, reason, alternatives=submit.explain)
         return self._inflight.send(submit, rank, decision, now, waited=False)
+
+    def _hold(self, submit: Submit, now: float) -> list[Effect]:
+        self._deadlines.waits(submit, self._binding.waiting_for_grant)
+        return self._binding.hold(submit, now)
+
+    def _awaits_ranks(self, now: float) -> bool:
+        """Whether there were ranks, not too long ago, and there is a queue where requests can wait for the next."""
+        since = self._rankless_since
+        return since is not None and self._binding.available and now < since + self._hold_s
 
     def _by_credit(self, submit: Submit, query: Query) -> int | None:
         """The rank that a request may go to without a word, if nobody waits and there is one."""
@@ -285,6 +323,11 @@ class Placement:
         tokens, kv = query.prompt_tokens, query.prompt_tokens + submit.params.max_tokens
         handles = self._inflight.handles
         rank = self._router.choose(query)
+        if query.session is not None or len(query.blocks) >= WORTH_ASKING:
+            # The coordinator knows of all front-ends' prompts who holds what.
+            tokens -= self._router.held(rank, query)
+            known = tokens * KNOWN_SHARE <= query.prompt_tokens
+            return rank if known and rank in handles and self._binding.fits(handles[rank], tokens, kv) else None
         if rank in handles and self._binding.fits(handles[rank], tokens, kv):
             return rank
         fitting = self._binding.fitting(handles, tokens, kv)
@@ -299,35 +342,53 @@ class Placement:
             known = ", ".join(map(str, sorted(self._inflight.handles))) or "none"
             text = f"rank {submit.rank} is not served here; ready ranks: {known}"
             return Refuse(submit.request, "unknown-rank", text)
-        if not self._inflight.handles:
+        if not self._inflight.handles and not self._awaits_ranks(now):
             return Refuse(submit.request, "no-rank", "no rank is ready")
         if self._calls.suspended and self._calls.suspension.mode == "abort":
             return Refuse(
                 submit.request, "suspended", "the deployment is suspended; requests are refused until it resumes"
             )
-        if self._max_waiting is None:
+        timed = submit.deadline != float("inf")
+        if self._max_waiting is None and not timed:
             return None
         waiting = self.waiting()
         if not waiting:
             self._inflight.retry_after.no_queue()
-        if waiting >= self._max_waiting:
+        if self._max_waiting is not None and waiting >= self._max_waiting and not self._has_less_than_its_part(submit):
             back_s = self._inflight.retry_after.come_back_s(len(self._inflight), now)
             return Refuse(submit.request, "overloaded", f"{self._max_waiting} requests are waiting already", back_s)
-        return None
+        if not timed:
+            return None
+        frontends = self._router.frontend_count
+        mine, weights = self._of_tenant(submit)
+        ahead = min(waiting, frontends * mine * weights / submit.weight) if weights > submit.weight else waiting
+        return self._deadlines.refusal(submit, ahead, frontends, now)
+
+    def _of_tenant(self, submit: Submit) -> tuple[int, float]:
+        """How many of the request's tenant wait here, and the weights of all tenants of which any does, its own too."""
+        tenants = self._binding.tenants
+        mine = tenants.get(submit.tenant)
+        weights = sum(one.weight for one in tenants.values())
+        return (0, weights + submit.weight) if mine is None else (mine.count, weights)
+
+    def _has_less_than_its_part(self, submit: Submit) -> bool:
+        """Whether others have filled the queue: who floods it fills it for itself alone."""
+        mine, weights = self._of_tenant(submit)
+        return weights > submit.weight and mine * weights < len(self._binding.waiting_for_grant) * submit.weight
 
     # Requests that wait -------------------------------------------------------------------------
 
     def grants(self, message: Grants, now: float) -> list[Effect]:
-        """What the coordinator says of its queue."""
         grants, effects = self._binding.take_grants(message, now)
         for grant in grants:
             handle = self._inflight.handles.get(grant.rank)
             # A life that is not known here yet: the grant comes again.
             if handle is None or handle.incarnation != grant.incarnation:
                 continue
-            waiting_for_grant = self._binding.waiting_for_grant.pop(grant.request, None)
+            waiting_for_grant = self._binding.take(grant.request)
             if waiting_for_grant is not None:
-                effects += self._bind(waiting_for_grant, grant.rank, now, QUEUE, "granted by the central queue")
+                reason = f"granted by the central queue; {grant.held} tokens of prefix there"
+                effects += self._bind(waiting_for_grant, grant.rank, now, QUEUE, reason, grant)
         return effects
 
     def stop(self, now: float) -> list[Effect]:
@@ -346,31 +407,44 @@ class Placement:
         """There is no queue: bind what is held by this front-end's own accounting."""
         effects: list[Effect] = []
         for waiting_for_grant in self._binding.give_up():
-            rank = self._router.choose(_query(waiting_for_grant.submit))
+            rank = self._router.choose(query_of(waiting_for_grant.submit))
             if rank in self._inflight.handles:
                 effects += self._bind(waiting_for_grant, rank, now, "", "bound without the central queue")
             else:
                 effects.append(_misrouted(waiting_for_grant.submit, rank))
         return effects
 
-    def _bind(self, waiting_for_grant: Held, rank: int, now: float, name: str, reason: str) -> list[Effect]:
+    def _bind(
+        self, waiting_for_grant: Held, rank: int, now: float, name: str, reason: str, grant: Grant | None = None
+    ) -> list[Effect]:
         submit = waiting_for_grant.submit
-        decision = None
-        if submit.explain:
-            waited_ms = max(0, round((now - waiting_for_grant.since) * 1000))
-            decision = self._router.explain(rank, _query(submit), name, f"{reason}, waited {waited_ms} ms")
-        return self._inflight.send(submit, rank, decision, now, waited=True)
+        waited_ms = max(0, round((now - waiting_for_grant.since) * 1000))
+        why = f"{reason}, waited {waited_ms} ms"
+        decision = self._router.explain(rank, query_of(submit), name, why, alternatives=submit.explain)
+        held, by_its_word = (None, 0) if grant is None else (grant.held, grant.waited_ms)
+        if grant is not None and (receipt := grant.receipt) is not None:
+            why = "at its home" if rank == receipt.home else "sooner than at its home"
+            decision = replace(
+                decision, reason=f"{why}: {decision.reason}", home=receipt.home, prefix_tokens=receipt.held,
+                known_by="key" if receipt.by_key else "blocks", home_ms=_known(receipt.home_ms),
+                elsewhere_ms=_known(receipt.elsewhere_ms),
+            )  # fmt: skip
+        return self._inflight.send(submit, rank, decision, now, waited=True, held=held, waited_ms=by_its_word)
 
     def end_waiting(self, now: float) -> list[Effect]:
-        """What waits is ended where there is nothing to wait for: no rank, for long, or a pause that aborts."""
+        """What waits is ended where there is nothing to wait for: no rank, for long, a pause that aborts, or its time
+        is over."""
         if self._inflight.handles:
             self._rankless_since = None
         elif self._rankless_since is None:
             self._rankless_since = now
+        late = [one for one in self._deadlines.late(now) if one in self._binding.waiting_for_grant]
         if not self._binding.waiting_for_grant:
             return []
+        if late:
+            return [*self._binding.drop(late, now), *map(too_late, late)]
         waiting = list(self._binding.waiting_for_grant)
-        if self._rankless_since is not None and now >= self._rankless_since + PATIENCE_S:
+        if self._rankless_since is not None and now >= self._rankless_since + self._hold_s:
             refusals: list[Effect] = [Refuse(request, "no-rank", "no rank is ready") for request in waiting]
             return [*self._binding.drop(waiting, now), *refusals]
         if self._calls.suspended and self._calls.suspension.mode == "abort":
@@ -379,8 +453,8 @@ class Placement:
         return []
 
 
-def _query(submit: Submit) -> Query:
-    return Query(len(submit.prompt_token_ids), submit.prompt_token_ids, submit.session, submit.priority)
+def _known(milliseconds: int) -> int | None:
+    return None if milliseconds < 0 else milliseconds
 
 
 def _misrouted(submit: Submit, rank: object) -> Refuse:

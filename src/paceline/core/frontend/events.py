@@ -8,7 +8,14 @@ from typing import Literal
 from msgspec import Struct
 
 from paceline.core.messages import FromFrontend, Member, Scaling, ToFrontend
-from paceline.core.requests import ControlAction, FromFrontendToRank, Output, Outputs, SamplingParams
+from paceline.core.requests import (
+    ControlAction,
+    FromFrontendToRank,
+    Output,
+    Outputs,
+    SamplingParams,
+    WeightAction,
+)  # fmt: skip
 from paceline.core.routing.policy import Decision
 
 # Events ---------------------------------------------------------------------------------------
@@ -18,6 +25,8 @@ class Submit(Struct, frozen=True, gc=False):
     """A client's request. `request`: a number not used before. `rank`: the rank it names, if any.
 
     `session`: its session's key, if it has one. `explain`: whether to say what the choice of its rank was based on.
+    `blocks`: the names of its prompt's blocks, where they are known already (`core/blocks.py`). `name`: what logs call
+    it. `tenant`, `weight`: as in messages.Descriptor. `deadline`: when its answer must be there, infinite for no time.
     """
 
     request: int
@@ -27,17 +36,18 @@ class Submit(Struct, frozen=True, gc=False):
     priority: int = 0
     session: str | None = None
     explain: bool = False
+    blocks: tuple[int, ...] | None = None
+    name: str = ""
+    tenant: int = 0
+    weight: float = 1.0
+    deadline: float = float("inf")
 
 
 class Abandon(Struct, frozen=True):
-    """The clients of these requests have gone."""
-
     requests: Sequence[int]
 
 
 class CoordinatorSaid(Struct, frozen=True):
-    """A message from the coordinator."""
-
     message: ToFrontend
 
 
@@ -52,17 +62,28 @@ class Connected(Struct, frozen=True):
 
 
 class Control(Struct, frozen=True):
-    """Somebody asks to pause (in this mode) or to resume; again, with the same `call`, until it is `Controlled`."""
+    """Somebody asks to pause (in this mode) or to resume, by a `call` of its own; it ends with `Controlled`."""
 
     call: int
     action: ControlAction
 
 
-class Scale(Struct, frozen=True):
-    """Somebody asks for another number of ranks; again, with the same `call`, until it is `Scaled`.
-
-    `drain_ms`, `startup_ms`: as in messages.Scaling.
+class Update(Struct, frozen=True):
+    """Somebody has new weights, or says what becomes of those that are ready; ends with `Controlled`. As in
+    messages.UpdateWeights.
     """
+
+    call: int
+    action: WeightAction
+    version: str = ""
+    source: str = ""
+    keep_kv: bool = False
+    commit: bool = True
+    timeout_ms: int = 0
+
+
+class Scale(Struct, frozen=True):
+    """Somebody asks for another number of ranks; the call ends with `Scaled`. Times as in messages.Scaling."""
 
     call: int
     size: int
@@ -70,10 +91,31 @@ class Scale(Struct, frozen=True):
     startup_ms: int
 
 
+class CallRanks(Struct, frozen=True):
+    """Have the engines of these ranks (None: all) do something; the call ends with `Called`. As in CallEngine."""
+
+    call: int
+    method: str
+    arguments: str
+    ranks: Sequence[int] | None = None
+
+
+class Again(Struct, frozen=True):
+    """Somebody wants these ranks started again that are not there; said again while they are not."""
+
+    ranks: Sequence[int]
+
+
 class ControlGivenUp(Struct, frozen=True):
     """Nobody waits for this call any more."""
 
     call: int
+
+
+class Unsent(Struct, frozen=True):
+    """A request that `ToRank` has (`request`: as the rank would know it) was not sent: the rank reads no more."""
+
+    request: int
 
 
 class LinkFailed(Struct, frozen=True):
@@ -100,61 +142,56 @@ class LinkUp(Struct, frozen=True):
 
 
 Event = (
-    Submit
-    | Abandon
-    | CoordinatorSaid
-    | RankSaid
-    | Connected
-    | Control
-    | Scale
-    | ControlGivenUp
-    | LinkFailed
-    | LinkDown
-    | LinkUp
-    | Tick
-)
+    Submit | Abandon | CoordinatorSaid | RankSaid | Connected | Control | Update | Scale | Again | CallRanks
+    | ControlGivenUp | Unsent | LinkFailed | LinkDown | LinkUp | Tick
+)  # fmt: skip
 
 # Effects --------------------------------------------------------------------------------------
 
-RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost", "misrouted"]
+RefusalReason = Literal["unknown-rank", "no-rank", "overloaded", "suspended", "rank-lost", "misrouted", "late"]
 
 
 class Connect(Struct, frozen=True):
-    """Open a connection to this life of a rank."""
-
     member: Member
 
 
 class Disconnect(Struct, frozen=True):
-    """Close the connection to a rank."""
-
     rank: int
 
 
 class ToRank(Struct, frozen=True, gc=False):
-    """Send to a connected rank."""
-
     rank: int
     message: FromFrontendToRank
 
 
 class ToCoordinator(Struct, frozen=True):
-    """Send to the coordinator."""
-
     message: FromFrontend
 
 
 class Placed(Struct, frozen=True):
-    """The request went to this rank. `decision`: what that was based on, where it was to be explained."""
+    """The request went to this rank. `decision`: what that was based on; with the alternatives where it was to be
+    explained. `queued`: it has waited for the rank, of that `waited_ms` by the coordinator's word.
+    """
 
     request: int
     rank: int
     decision: Decision | None = None
+    queued: bool = False
+    waited_ms: int = 0
+
+
+class Moved(Struct, frozen=True):
+    """The request goes on at this rank behind so many tokens of its answer. `why` it has left the one before."""
+
+    request: int
+    before: int
+    rank: int
+    tokens: int
+    why: str
+    name: str = ""
 
 
 class Deliver(Struct, frozen=True, gc=False):
-    """Hand these outputs to their clients."""
-
     outputs: list[Output]
 
 
@@ -168,21 +205,32 @@ class Refuse(Struct, frozen=True):
 
 
 class Controlled(Struct, frozen=True):
-    """What the call asked for is so at every rank, or, where `superseded`, somebody has asked for the contrary."""
+    """What the call asked for is so at every rank, or, where `superseded`, somebody has asked for the contrary. `why`:
+    the weights are as they were.
+    """
 
     call: int
     number: int
     superseded: bool
+    why: str = ""
+
+
+class Called(Struct, frozen=True):
+    """What the ranks have said to the call: JSON, or why there is none."""
+
+    call: int
+    said: dict[int, str]
+    errors: dict[int, str]
 
 
 class Scaled(Struct, frozen=True):
-    """What has become of the call. `before`: the size when it was made. `state`: how it ended, None where another
-    change was under way.
-    """
+    """What came of the call. `before`: the size when it was made. `state`: None where another change was under way."""
 
     call: int
     before: int
     state: Scaling | None
 
 
-Effect = Connect | Disconnect | ToRank | ToCoordinator | Placed | Deliver | Refuse | Controlled | Scaled
+Effect = (
+    Connect | Disconnect | ToRank | ToCoordinator | Placed | Moved | Deliver | Refuse | Controlled | Scaled | Called
+)  # fmt: skip

@@ -1,29 +1,201 @@
-"""The requests of one front-end that have a rank: numbered, told of, in flight, and over; and the ranks themselves.
+"""The requests of one front-end that have a rank, and its ranks as it knows them.
 
-A rank may die with requests half answered. So of each there is kept what its client has been given; where the rank's
-connection ends, the request is sent to another one with the tokens made so far, and goes on behind them. To the ranks
-each send is another request, with an id of its own: what still comes of the one before is nobody's.
+A rank may die with requests half answered. So of each request there is kept what its client has been given; where the
+rank's connection ends, the request is sent to another one with the tokens made so far, and goes on behind them. To the
+ranks each send is another request, with an id of its own: what still comes of the one before is nobody's.
 
-When somebody who was refused may come back: reckoned from how long requests take and how many were told to come.
+Of a rank there are its last report, this front-end's own sends beyond it, and what the others have on the wire;
+`Router` keeps the candidates as these change, asks the policy, and tells what a choice was based on.
 
-A front-end's requests end as fast as there are some under way, divided by how long one takes (Little's law), and each
-end leaves a place. Whoever is refused is promised the next place that nobody has been promised: told all the same time,
-they would come back together, and all but one be refused again.
+Whoever is refused is told when to come back. A front-end's requests end as fast as there are some under way, divided by
+how long one takes (Little's law), and each end leaves a place. Each is promised the next place that nobody has been
+promised: told all the same time, they would come back together, and all but one be refused again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from heapq import nsmallest
 from math import ceil
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.core.frontend.events import Deliver, Effect, Placed, Submit, ToCoordinator, ToRank
-from paceline.core.frontend.ranks import RankHandle, Router
-from paceline.core.messages import LoadView, Send, SendNotice, WakeNotice
+from paceline.core.blocks import packed
+from paceline.core.frontend.events import Deliver, Effect, Placed, Refuse, Submit, ToCoordinator, ToRank
+from paceline.core.load import Accounting, Load, believed
+from paceline.core.messages import LoadView, RankView, Send, SendNotice, WakeNotice
+from paceline.core.ordering import RESORT_SHARE
 from paceline.core.requests import LARGEST_STAMP, AbortRequests, AddRequest, Output, Outputs
-from paceline.core.routing.policy import Decision
+from paceline.core.routing.candidates import Candidate, Candidates
+from paceline.core.routing.least import LeastLoad, work
+from paceline.core.routing.policy import Decision, Policy, Query, belief
+from paceline.core.routing.session import session_name
+
+
+class RankHandle:
+    """One life of one rank, as this front-end knows it.
+
+    `candidate`, and `waiting`, how many requests wait for a slot there, are as of the last `refresh`.
+    """
+
+    __slots__ = (
+        "accounting", "candidate", "in_flight", "incarnation", "left", "load", "rank", "step", "unacked_requests",
+        "unacked_tokens", "unheard", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, rank: int, incarnation: int) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.load = Load()
+        self.step = -1
+        self.accounting = Accounting()
+        # By the ids that the rank knows: those that are under way, and those that went elsewhere while it was away.
+        self.in_flight: set[int] = set()
+        self.left: list[int] = []
+        # What the other front-ends have on the wire, by the latest view.
+        self.unacked_requests = 0
+        self.unacked_tokens = 0
+        # This front-end's sends that the coordinator had not been told of when it made the latest view.
+        self.unheard = Accounting()
+        self.candidate = Candidate(rank, 0, 0, 0, 0, 0, 0, incarnation)
+        self.waiting = 0
+
+    def believed(self) -> Load:
+        """What the rank has, plus what is on the wire from this front-end."""
+        return believed(self.load, self.accounting.requests, self.accounting.tokens)
+
+    def refresh(self) -> int:
+        """Bring `candidate` and `waiting` up to date; returns by how much `waiting` grew."""
+        load, accounting, candidate = self.load, self.accounting, self.candidate
+        candidate.requests = load.waiting + load.running + accounting.requests + self.unacked_requests
+        candidate.prefill_tokens = load.prefill_tokens + accounting.tokens + self.unacked_tokens
+        candidate.in_flight = len(self.in_flight)
+        candidate.since_view_requests = self.unheard.requests
+        candidate.since_view_tokens = self.unheard.tokens
+        candidate.finished = load.finished
+        # Those that cannot start at once, as far as slots go.
+        free = load.slots - load.running
+        waiting = load.waiting + accounting.requests - (free if free > 0 else 0)
+        before, self.waiting = self.waiting, waiting if waiting > 0 else 0
+        return self.waiting - before
+
+    def take_view(self, entry: RankView, frontend: int) -> None:
+        """Take in what a view says of this rank; `frontend`: whose link this is. An older step changes nothing."""
+        if entry.step < self.step:
+            return
+        self.step = entry.step
+        self.load = entry.load
+        self.accounting.reported(entry.taken.get(frontend, 0))
+        self.unacked_requests = sum(wire_id.requests for wire_id in entry.on_the_wire if wire_id.frontend != frontend)
+        self.unacked_tokens = sum(wire_id.tokens for wire_id in entry.on_the_wire if wire_id.frontend != frontend)
+
+
+MAX_ALTERNATIVES = 3
+NAMED = "named"
+"""In place of the policy's name, where the client named the rank."""
+
+
+class Router:
+    """The ranks of one front-end as its policy sees them. `name`: what the policy is called."""
+
+    def __init__(self, policy: Policy, name: str) -> None:
+        self._policy = policy
+        self._name = name
+        self._candidates = Candidates()
+        # Those that say something else than their candidates do. A link tells of itself many times between two choices.
+        self._stale: set[RankHandle] = set()
+        self._waiting = 0
+        self._asked = False
+
+    def joined(self, handle: RankHandle) -> None:
+        self._waiting += handle.refresh()
+        self._candidates.add(handle.candidate)
+
+    def lost(self, handle: RankHandle) -> None:
+        self._stale.discard(handle)
+        self._waiting -= handle.waiting
+        self._candidates.remove(handle.rank)
+
+    def touched(self, handle: RankHandle) -> None:
+        """What is known of a rank has changed."""
+        self._stale.add(handle)
+
+    def settle(self) -> None:
+        """An event has changed many ranks. Take it in now, so that the next choice need not pay for it; but not where
+        nobody has asked for one since the last time: an idle front-end shall not sort each view that it is sent.
+        """
+        if self._asked:
+            self._asked = False
+            self._refresh()
+            self._candidates.settle()
+
+    def waiting(self) -> int:
+        """Requests believed to wait for a slot, over all ranks."""
+        self._refresh()
+        return self._waiting
+
+    def choose(self, query: Query) -> int:
+        """The rank for a request. There must be one."""
+        self._asked = True
+        self._refresh()
+        return self._policy.choose(self._candidates, query)
+
+    def choose_among(self, query: Query, ranks: Iterable[int]) -> int:
+        """The least loaded of these ranks, of which there must be one. For policies that are LeastLoad alone."""
+        assert isinstance(self._policy, LeastLoad)
+        self._refresh()
+        found = [place for rank in ranks if (place := self._candidates.place(rank)) is not None]
+        return self._policy.choose_among(self._candidates, query, found)
+
+    @property
+    def names(self) -> bool:
+        """Whether the policy looks at names of prompts' beginnings."""
+        return self._policy.names
+
+    def held(self, rank: int, query: Query) -> int:
+        return self._policy.held(rank, query)
+
+    @property
+    def frontend_count(self) -> int:
+        """How many share the ranks."""
+        return self._policy.frontend_count
+
+    def sent(self, rank: int, query: Query) -> None:
+        self._policy.sent(rank, query)
+
+    def explain(
+        self, rank: int, query: Query, name: str = "", reason: str = "", *, alternatives: bool = True
+    ) -> Decision:
+        """What the choice of `rank` was based on; to be asked before anything else changes.
+
+        `name`: who chose it, where that was not the policy; `reason`: why, where there is more to say. `alternatives`:
+        whether to look at all ranks for the least loaded others.
+        """
+        self._refresh()
+        place = self._candidates.place(rank)
+        assert place is not None
+        others = self._policy.frontend_count - 1
+        rest = (one for one in self._candidates if one.rank != rank) if alternatives else ()
+        least = nsmallest(MAX_ALTERNATIVES, rest, lambda one: work(one, others))
+        return Decision(
+            name or self._name, rank, query.prompt_tokens, len(self._candidates), belief(self._candidates[place]),
+            [belief(one) for one in least], reason or ("" if name else self._policy.reason()),
+        )  # fmt: skip
+
+    def _refresh(self) -> None:
+        stale = self._stale
+        if not stale:
+            return
+        for handle in stale:
+            self._waiting += handle.refresh()
+        if len(stale) * RESORT_SHARE > len(self._candidates):
+            self._candidates.all_changed()
+        else:
+            for handle in stale:
+                self._candidates.changed(handle.rank)
+        stale.clear()
+
 
 LONGEST_S = 60
 """OpenAI's clients take no longer time than this for a time to wait."""
@@ -42,7 +214,6 @@ class RetryAfter:
         self._promised = float("-inf")
 
     def busy(self, now: float) -> None:
-        """The first request is under way."""
         self._last = now
 
     def ended(self, took_s: float, now: float) -> None:
@@ -55,6 +226,10 @@ class RetryAfter:
         """Nobody waits: who was promised a place has had it, or has not come."""
         self._promised = float("-inf")
 
+    def wait_s(self, ahead: float, under_way: int, takes_s: float) -> float:
+        """How long until so many have begun where so many are under way; each `takes_s` where none has ended yet."""
+        return ahead * (self._takes_s if self._ended else takes_s) / under_way if under_way else 0.0
+
     def come_back_s(self, under_way: int, now: float) -> int:
         """When there will be a place for one more that is refused now, where so many are `under_way`."""
         if not under_way:
@@ -65,6 +240,16 @@ class RetryAfter:
         # Where nothing has ended for long, the next end is likely to be as far.
         wait_s = max(self._promised - now, now - self._last)
         return max(1, min(LONGEST_S, ceil(wait_s)))
+
+
+def query_of(submit: Submit) -> Query:
+    prompt = submit.prompt_token_ids
+    return Query(len(prompt), prompt, submit.session, submit.priority, submit.blocks or ())
+
+
+def session_of(submit: Submit) -> int:
+    """The name of its key, 0 where it has none or nothing is made of it."""
+    return 0 if submit.blocks is None or submit.session is None else session_name(submit.session)
 
 
 FIRST_RESEND = 2**62
@@ -104,7 +289,7 @@ class InFlightRequests:
         self.handles: dict[int, RankHandle] = {}
         """By rank: those that requests can go to."""
         self.down: dict[int, RankHandle] = {}
-        """By rank: those whose connection has ended and may come up again."""
+        """By rank: those whose connection has ended and may come up again, and those that hang and may go on."""
         self.leaving: dict[int, RankHandle] = {}
         """By rank: those that end what they have, and get nothing new."""
         self.void = 0
@@ -131,7 +316,6 @@ class InFlightRequests:
     # Ranks --------------------------------------------------------------------------------------
 
     def join(self, rank: int, incarnation: int) -> None:
-        """A rank is there."""
         self.handles[rank] = handle = RankHandle(rank, incarnation)
         self._router.joined(handle)
 
@@ -140,7 +324,6 @@ class InFlightRequests:
         return [*self.handles.values(), *self.down.values(), *self.leaving.values()]
 
     def of_all(self) -> Iterable[InFlight]:
-        """What is in flight, to any rank."""
         return self._inflight.values()
 
     def let_leave(self, rank: int) -> None:
@@ -152,19 +335,21 @@ class InFlightRequests:
 
     def lose(self, handle: RankHandle) -> list[InFlight]:
         """That life of a rank has ended; returns its requests, which have no rank now."""
-        if self.down.pop(handle.rank, None) is not None:
-            return []
-        self._remove(handle.rank)
+        if self.down.pop(handle.rank, None) is None:
+            self._remove(handle.rank)
         return self._take_off(handle)
 
-    def put_down(self, rank: int) -> list[InFlight]:
-        """A rank's connection has ended, for now or for good; returns its requests, which have no rank now."""
-        handle = self._remove(rank)
+    def put_down(self, rank: int, stays: Callable[[InFlight], bool] = lambda inflight: False) -> list[InFlight]:
+        """A rank's connection has ended, for now or for good, or the rank hangs; returns its requests, which have no
+        rank now. `stays`: which of them it keeps.
+        """
+        handle = self._remove(rank) or self.down.get(rank)
         if handle is None:
             return []
         self.down[rank] = handle
-        handle.left += sorted(handle.in_flight)
-        return self._take_off(handle)
+        off = [wire_id for wire_id in sorted(handle.in_flight) if not stays(self._inflight[wire_id])]
+        handle.left += off
+        return self._take_off(handle, off)
 
     def put_up(self, rank: int) -> list[Effect]:
         """A rank's connection is there again, and it is the same life: what went on elsewhere, it forgets."""
@@ -185,19 +370,25 @@ class InFlightRequests:
         self._router.lost(handle)
         return handle
 
-    def _take_off(self, handle: RankHandle) -> list[InFlight]:
-        all_inflight = [self._forget(wire_id) for wire_id in sorted(handle.in_flight)]
+    def _take_off(self, handle: RankHandle, off: list[int] | None = None) -> list[InFlight]:
+        all_inflight = [self._forget(wire_id) for wire_id in (sorted(handle.in_flight) if off is None else off)]
         return [inflight for inflight in all_inflight if inflight is not None]
 
     # Requests -----------------------------------------------------------------------------------
 
-    def send(self, submit: Submit, rank: int, decision: Decision | None, now: float, *, waited: bool) -> list[Effect]:
-        """Send a request to a rank that is there. `waited`: whether the coordinator was asked."""
+    def send(
+        self, submit: Submit, rank: int, decision: Decision | None, now: float, *, waited: bool,
+        held: int | None = None,
+        waited_ms: int = 0,
+    ) -> list[Effect]:  # fmt: skip
+        """Send a request to a rank that is there. `waited`: whether the coordinator was asked; `held`: tokens of the
+        prompt that it says the rank holds, `waited_ms`: how long it says the request has waited.
+        """
         if not self._inflight:
             self.retry_after.busy(now)
-        effects = self._send(submit.request, InFlight(submit, self.handles[rank], [], now), waited)
+        effects = self._send(submit.request, InFlight(submit, self.handles[rank], [], now), waited, held)
         # The client hears of its rank before anything that the coordinator is told.
-        return [effects[0], Placed(submit.request, rank, decision), *effects[1:]]
+        return [effects[0], Placed(submit.request, rank, decision, waited, waited_ms), *effects[1:]]
 
     def send_again(self, inflight: InFlight, rank: int) -> list[Effect]:
         """Send a request that has lost its rank to another one, to be gone on with."""
@@ -207,8 +398,12 @@ class InFlightRequests:
         inflight.handle = self.handles[rank]
         return self._send(wire_id, inflight, waited=False)
 
-    def _send(self, wire_id: int, inflight: InFlight, waited: bool) -> list[Effect]:
-        handle, submit, tokens = inflight.handle, inflight.submit, inflight.tokens
+    def _send(self, wire_id: int, inflight: InFlight, waited: bool, held: int | None = None) -> list[Effect]:
+        handle, submit, whole = inflight.handle, inflight.submit, inflight.tokens
+        query = query_of(submit)
+        held = min(self._router.held(handle.rank, query), whole - 1) if held is None else held
+        tokens = whole - held
+        self._router.sent(handle.rank, query)
         stamp = min(self.wave, LARGEST_STAMP)
         answer_tokens = submit.params.max_tokens - len(inflight.made)
         number = handle.accounting.last + 1
@@ -217,15 +412,18 @@ class InFlightRequests:
         self._inflight[wire_id] = inflight
         add = AddRequest(
             wire_id, number, handle.incarnation, stamp, submit.prompt_token_ids, submit.params, submit.priority,
-            list(inflight.made),
+            list(inflight.made), submit.name,
         )  # fmt: skip
         effects: list[Effect] = [ToRank(handle.rank, add)]
         if self._lockstep and not self.running:
             effects.append(ToCoordinator(WakeNotice(self._identity, handle.rank, stamp)))
         if self._relay_sends:
             self._told += 1
-            handle.unheard.sent(self._told, tokens, tokens + answer_tokens)
-            send = Send(handle.rank, handle.incarnation, number, tokens, answer_tokens, submit.request if waited else 0)
+            handle.unheard.sent(self._told, tokens, whole + answer_tokens)
+            send = Send(
+                handle.rank, handle.incarnation, number, tokens, answer_tokens, submit.request if waited else 0, held,
+                b"" if waited else packed(query.blocks), 0 if waited else session_of(submit),
+            )  # fmt: skip
             effects.append(ToCoordinator(SendNotice(self._identity, [send], self._told)))
         self._router.touched(handle)
         return effects
@@ -242,9 +440,17 @@ class InFlightRequests:
                 by_rank.setdefault(inflight.handle.rank, []).append(wire_id)
         return [ToRank(rank, AbortRequests(aborted)) for rank, aborted in by_rank.items()]
 
+    def unsent(self, wire_id: int, now: float) -> list[Effect]:
+        """A request was not sent, since its rank reads no more."""
+        inflight = self._inflight.get(wire_id)
+        if inflight is None:
+            return []
+        request, text = inflight.submit.request, f"rank {inflight.handle.rank} takes no more requests now"
+        return [*self.abandon([request], now), Refuse(request, "overloaded", text)]
+
     def outputs(self, message: Outputs, now: float) -> list[Effect]:
-        """What a step of a rank has made."""
-        handle = self.handles.get(message.rank) or self.leaving.get(message.rank)
+        rank = message.rank
+        handle = self.handles.get(rank) or self.leaving.get(rank) or self.down.get(rank)
         if handle is None or handle.incarnation != message.incarnation:
             self.void += 1
             return []

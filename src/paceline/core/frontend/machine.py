@@ -13,44 +13,15 @@ from collections.abc import Set
 
 import msgspec
 
+from paceline.core import messages
 from paceline.core.coordinator.epoch import describe
-from paceline.core.frontend.control import FrontendCalls, FrontendScaling
+from paceline.core.frontend import events
+from paceline.core.frontend.control import EngineCalls, FrontendCalls, FrontendScaling, in_words
 from paceline.core.frontend.dispatch import Binding, Placement
-from paceline.core.frontend.events import (
-    Abandon,
-    Connect,
-    Connected,
-    Control,
-    ControlGivenUp,
-    CoordinatorSaid,
-    Disconnect,
-    Effect,
-    Event,
-    LinkDown,
-    LinkFailed,
-    LinkUp,
-    RankSaid,
-    Scale,
-    Submit,
-    Tick,
-    ToCoordinator,
-)
-from paceline.core.frontend.failover import MOST_LOSSES, Failover
-from paceline.core.frontend.inflight import InFlight, InFlightRequests
-from paceline.core.frontend.ranks import Router
+from paceline.core.frontend.failover import HOLD_S, MOST_LOSSES, Failover
+from paceline.core.frontend.inflight import InFlight, InFlightRequests, Router
 from paceline.core.load import Load, plausible
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    ControlAnswer,
-    FrontendHello,
-    Grants,
-    LoadView,
-    Members,
-    Scaling,
-    Stall,
-    SuspensionState,
-)
-from paceline.core.requests import LARGEST_STAMP
+from paceline.core.requests import LARGEST_STAMP, Revive, Weights
 from paceline.core.routing.least import LeastLoad
 from paceline.core.routing.policy import Policy
 from paceline.core.rules import checked
@@ -68,19 +39,22 @@ class Frontend:
     and are told of this one's sends. `late_binding`: whether requests wait in the coordinator's queue where it has one
     (for LeastLoad alone: ValueError). `resumes`: whether the engine goes on with an answer that another rank has begun.
     `most_losses`: ranks that a request may lose, and no token is made in between, before it is refused as what kills
-    them. `without`: rules (`rules.py`) left out, to show what breaks.
+    them. `hold_s`: how long requests wait for ranks while there is none. `together`: whether all ranks end with one.
+    `without`: rules (`rules.py`) left out, to show what breaks.
     """
 
     def __init__(
         self, identity: int, policy: Policy, *, ranks: frozenset[int] | None = None, max_waiting: int | None = None,
         relay_sends: bool = False, lockstep: bool = False, routing: str = "", late_binding: bool = False,
-        resumes: bool = False, node: int = 0, most_losses: int = MOST_LOSSES, without: Set[str] = frozenset(),
+        resumes: bool = False, node: int = 0, most_losses: int = MOST_LOSSES, hold_s: float = HOLD_S,
+        together: bool = False, without: Set[str] = frozenset(),
     ) -> None:  # fmt: skip
         if late_binding and not isinstance(policy, LeastLoad):
             raise ValueError(f"{type(policy).__name__} chooses the rank itself: its requests cannot wait for any")
         self.identity = identity
+        self.lockstep = lockstep
         self.missing: list[int] = []
-        self.stalls: list[Stall] = []
+        self.stalls: list[messages.Stall] = []
         self._router = Router(policy, routing or type(policy).__name__)
         self._inflight = InFlightRequests(
             identity, self._router, relay_sends=relay_sends or late_binding, lockstep=lockstep
@@ -88,65 +62,86 @@ class Frontend:
         self._late_binding = late_binding
         self._binding = Binding(identity, late_binding, checked(without))
         self._calls = FrontendCalls(identity)
-        self._placement = Placement(self._router, self._inflight, self._binding, self._calls, max_waiting)
-        self._failover = Failover(self._inflight, self._router, self._calls, resumes=resumes, most_losses=most_losses)
+        self._placement = Placement(self._router, self._inflight, self._binding, self._calls, max_waiting, hold_s)
+        self._failover = Failover(
+            self._inflight,
+            self._router,
+            self._calls,
+            resumes=resumes,
+            most_losses=most_losses,
+            hold_s=hold_s,
+            together=together,
+        )
+        self._engine_calls = EngineCalls()
         self._scaling = FrontendScaling(identity, ranks, node)
         # Lives whose address was none: they are not tried again with every Members.
         self._unreachable: set[tuple[int, int]] = set()
+        # Ranks whose connection has ended; and those whose step does not return.
+        self._cut: set[int] = set()
+        self.hung: set[int] = set()
         self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Take in one event; returns what to do, in order."""
         match event:
-            case RankSaid(message):
-                return self._inflight.outputs(message, now)
-            case Submit():
+            case events.RankSaid(message):
+                called = self._engine_calls.said(message) if self._engine_calls.open else []
+                return [*called, *self._inflight.outputs(message, now)]
+            case events.Submit():
                 return self._placement.submit(event, now)
-            case Abandon(requests):
+            case events.Abandon(requests):
                 self._failover.drop(requests)
                 return [*self._inflight.abandon(requests, now), *self._binding.drop(requests, now)]
-            case CoordinatorSaid(LoadView() as view):
+            case events.CoordinatorSaid(messages.LoadView() as view):
                 return self._on_view(view, now)
-            case CoordinatorSaid(Grants() as grants):
+            case events.CoordinatorSaid(messages.Grants() as grants):
                 return self._on_grants(grants, now)
-            case CoordinatorSaid(ControlAnswer() as answer):
+            case events.CoordinatorSaid(messages.ControlAnswer() as answer):
                 return self._calls.answered(answer)
-            case Control(call, action):
-                return self._calls.ask(call, action)
-            case Scale():
-                return self._scaling.ask(event)
-            case ControlGivenUp(call):
+            case events.Control() | events.Update():
+                return self._calls.ask(event, now)
+            case events.Scale():
+                return self._scaling.ask(event, now)
+            case events.CallRanks():
+                lives = {rank: handle.incarnation for rank, handle in self._inflight.handles.items()}
+                return self._engine_calls.ask(event, lives)
+            case events.Again(ranks):
+                return [events.ToCoordinator(Revive(self.identity, list(ranks)))]
+            case events.Unsent(request):
+                return self._inflight.unsent(request, now)
+            case events.ControlGivenUp(call):
                 self._calls.give_up(call)
                 self._scaling.give_up(call)
+                self._engine_calls.give_up(call)
                 return []
-            case CoordinatorSaid(Members() as members):
+            case events.CoordinatorSaid(messages.Members() as members):
                 return self._on_members(members, now)
-            case LinkFailed(rank):
+            case events.LinkFailed(rank):
                 handle = self._inflight.handles[rank]
                 self._unreachable.add((rank, handle.incarnation))
-                moved = self._failover.move(self._inflight.lose(handle), now)
+                moved = self._failover.move(self._inflight.lose(handle), now, "it could not be reached")
                 return [*moved, *self._placement.end_waiting(now), *self._bind_alone(now)]
-            case LinkDown(rank):
-                moved = self._failover.move(self._inflight.put_down(rank), now)
-                return [*moved, *self._placement.end_waiting(now)]
-            case LinkUp(rank):
-                if rank in self._inflight.down:
-                    self._failover.acquit(rank, self._inflight.down[rank].incarnation)
-                put_up = self._inflight.put_up(rank)
-                self._let_leave()
+            case events.LinkDown(rank):
+                self._cut.add(rank)
+                moved = self._failover.move(self._inflight.put_down(rank), now, "its connection ended")
+                return [*self._engine_calls.lost(rank), *moved, *self._placement.end_waiting(now)]
+            case events.LinkUp(rank):
+                self._cut.discard(rank)
+                put_up = self._put_up(rank)
                 return [*put_up, *self._failover.settle(now), *self._placement.settle(now)]
-            case Connected():
+            case events.Connected():
                 return [self._hello()]
-            case Tick():
+            case events.Tick():
                 return self._on_tick(now)
         raise TypeError(f"front-end: {type(event).__name__} is not an event of this machine")
 
     @property
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
-        return min(self._placement.deadline, self._failover.deadline)
+        calls = (self._calls.deadline, self._scaling.deadline)
+        return min(self._placement.deadline, self._failover.deadline, *calls)
 
     # What the explorer asks, for which time is a choice -----------------------------------------
 
@@ -175,16 +170,29 @@ class Frontend:
 
     @property
     def running(self) -> bool:
-        """Whether the ranks are believed to run in it."""
         return self._inflight.running
 
     @property
-    def suspension(self) -> SuspensionState:
-        """The pause in force, or the last one."""
+    def moved(self) -> int:
+        """Requests that have lost their ranks and gone on at others, so far."""
+        return self._inflight.moved
+
+    @property
+    def coordinator(self) -> int:
+        """The one that was heard last: its identity, or NOBODY."""
+        return self._coordinator
+
+    @property
+    def suspension(self) -> messages.SuspensionState:
         return self._calls.suspension
 
     @property
-    def scaling(self) -> Scaling | None:
+    def weights(self) -> Weights | None:
+        """Which weights the ranks have; None where nobody has brought any."""
+        return self._calls.weights
+
+    @property
+    def scaling(self) -> messages.Scaling | None:
         """How many ranks there are, or are to be; None where no coordinator has been heard."""
         return self._scaling.state
 
@@ -194,7 +202,6 @@ class Frontend:
         return self._scaling.ranks
 
     def ready_ranks(self) -> list[int]:
-        """The ranks that requests can go to."""
         return sorted(self._inflight.handles)
 
     def in_flight(self) -> int:
@@ -210,7 +217,6 @@ class Frontend:
         return self._placement.waiting()
 
     def waiting_for_grant(self) -> list[int]:
-        """This front-end's requests that have no rank yet."""
         return list(self._binding.waiting_for_grant)
 
     def queued(self) -> int:
@@ -219,13 +225,15 @@ class Frontend:
 
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
+        hung = {stall.rank: {"hangs_s": round(stall.seconds, 1)} for stall in self.stalls if stall.hangs}
         return [
-            {"rank": rank, **msgspec.structs.asdict(handle.believed()), "in_flight": len(handle.in_flight)}
-            for rank, handle in sorted([*self._inflight.handles.items(), *self._inflight.leaving.items()])
-        ]
+            {"rank": handle.rank, **msgspec.structs.asdict(handle.believed()), "in_flight": len(handle.in_flight),
+             **hung.get(handle.rank, {})}
+            for handle in sorted(self._inflight.known(), key=lambda handle: handle.rank)
+            if handle.rank not in self._inflight.down or handle.rank in hung
+        ]  # fmt: skip
 
     def statistics(self) -> dict[str, object]:
-        """For `/health`, metrics and tests."""
         return {
             "coordinator": self._coordinator,
             "wave": self.wave,
@@ -233,8 +241,11 @@ class Frontend:
             "ready": self.ready_ranks(),
             "missing": self.missing,
             "stalls": [describe(stall) for stall in self.stalls],
-            "suspension": msgspec.structs.asdict(self.suspension),
-            "scaling": None if self.scaling is None else self.scaling.in_words(),
+            "suspension": {
+                name: value for name, value in msgspec.structs.asdict(self.suspension).items() if name != "weights"
+            },
+            "weights": None if self.weights is None else msgspec.structs.asdict(self.weights),
+            "scaling": None if self.scaling is None else in_words(self.scaling),
             "in_flight": self.in_flight(),
             "moved": self._inflight.moved,
             "waiting": self.waiting(),
@@ -245,7 +256,7 @@ class Frontend:
 
     # The coordinator ----------------------------------------------------------------------------
 
-    def _on_members(self, message: Members, now: float) -> list[Effect]:
+    def _on_members(self, message: messages.Members, now: float) -> list[events.Effect]:
         effects = self._coordinator_is(message.coordinator, now)
         effects += self._learn_scaling(message, now)
         self._wave_is(message.wave, message.running)
@@ -260,19 +271,43 @@ class Frontend:
             # not name is not lost: only a new life, or its word that this one has ended, ends a link.
             ended = (rank, handle.incarnation) in message.ended or scaling.over(rank)
             if ended or (member is not None and member.incarnation != handle.incarnation):
-                effects.append(Disconnect(rank))
+                effects.append(events.Disconnect(rank))
                 lost += all_inflight.lose(handle)
         # Once all that have ended are known: none of them is to get what another one had.
-        effects += self._failover.move(lost, now)
+        effects += self._failover.move(lost, now, "it has ended")
         connected = {handle.rank for handle in all_inflight.known()}
         for rank, member in members.items():
             wanted = rank not in connected and scaling.takes_new(rank)
             if wanted and (rank, member.incarnation) not in self._unreachable:
+                self._cut.discard(rank)
                 all_inflight.join(rank, member.incarnation)
-                effects.append(Connect(member))
+                effects.append(events.Connect(member))
+        effects += self._learn_hung(now)
         return [*effects, *self._failover.settle(now), *self._placement.settle(now), *scaling.served()]
 
-    def _learn_scaling(self, message: Members, now: float) -> list[Effect]:
+    def _learn_hung(self, now: float) -> list[events.Effect]:
+        """Nothing goes to a rank that hangs, and what can go on elsewhere leaves it."""
+        before = self.hung
+        self.hung = {stall.rank for stall in self.stalls if stall.hangs}
+        effects: list[events.Effect] = []
+        for rank in sorted(before - self.hung):
+            effects += self._put_up(rank)
+        # A rank that has come anew is up, whatever was before.
+        fresh = [rank for rank in sorted(self.hung) if rank not in before or rank in self._inflight.handles]
+        lost = [one for rank in fresh for one in self._inflight.put_down(rank, self._failover.stays)]
+        return [*effects, *self._failover.move(lost, now, "it hangs in a step"), *self._placement.end_waiting(now)]
+
+    def _put_up(self, rank: int) -> list[events.Effect]:
+        """One of the things that kept a rank down is over."""
+        if rank in self._cut or rank in self.hung:
+            return []
+        if rank in self._inflight.down:
+            self._failover.acquit(rank, self._inflight.down[rank].incarnation)
+        effects = self._inflight.put_up(rank)
+        self._let_leave()
+        return effects
+
+    def _learn_scaling(self, message: messages.Members, now: float) -> list[events.Effect]:
         before = self._scaling.ranks
         news = self._scaling.learn(message.scaling, message.missing)
         self._let_leave()
@@ -287,7 +322,7 @@ class Frontend:
             if not self._scaling.takes_new(rank):
                 self._inflight.let_leave(rank)
 
-    def _on_view(self, view: LoadView, now: float) -> list[Effect]:
+    def _on_view(self, view: messages.LoadView, now: float) -> list[events.Effect]:
         effects = self._coordinator_is(view.coordinator, now)
         if view.number <= self._view_number:
             self._void += 1
@@ -301,34 +336,36 @@ class Frontend:
             effects.append(self._hello())
         return [*effects, *served, *self._placement.settle(now)]
 
-    def _on_grants(self, message: Grants, now: float) -> list[Effect]:
+    def _on_grants(self, message: messages.Grants, now: float) -> list[events.Effect]:
         if message.coordinator != self._coordinator:
             self._void += 1
             return []
         return self._placement.grants(message, now)
 
-    def _on_tick(self, now: float) -> list[Effect]:
+    def _on_tick(self, now: float) -> list[events.Effect]:
+        repeated = [*self._calls.repeat(now), *self._scaling.repeat(now)]
         over = [*self._failover.settle(now), *self._placement.end_waiting(now)]
         if over:
-            return over
+            return [*repeated, *over]
         if self._binding.away(now):
-            return self._placement.settle(now)
-        return [self._hello(), self._binding.ask_again(now)] if now >= self._binding.deadline else []
+            return [*repeated, *self._placement.settle(now)]
+        asks = now >= self._binding.deadline
+        return [*repeated, *([self._hello(), self._binding.ask_again(now)] if asks else [])]
 
-    def _bind_alone(self, now: float) -> list[Effect]:
+    def _bind_alone(self, now: float) -> list[events.Effect]:
         """The coordinator would go on granting a rank that cannot be reached from here: it is asked no more."""
         if not self._late_binding:
             return []
         self._late_binding = False
         return [self._hello(), *self._placement.stop(now)]
 
-    def _hello(self) -> Effect:
+    def _hello(self) -> events.Effect:
         known, number = self.suspension, min(self.suspension.number, LARGEST_STAMP)
         ranks = sorted(self.ranks) if self._late_binding and self.ranks is not None else None
-        about = (number, known.mode, self._late_binding, ranks, self._scaling.told)
-        return ToCoordinator(FrontendHello(PROTOCOL_VERSION, self.identity, *about))
+        about = (number, known.mode, self._late_binding, ranks, self._scaling.told, self._calls.weights)
+        return events.ToCoordinator(messages.FrontendHello(messages.PROTOCOL_VERSION, self.identity, *about))
 
-    def _coordinator_is(self, coordinator: int, now: float) -> list[Effect]:
+    def _coordinator_is(self, coordinator: int, now: float) -> list[events.Effect]:
         if coordinator == self._coordinator:
             return []
         first, self._coordinator = self._coordinator == NOBODY, coordinator

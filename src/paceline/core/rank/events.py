@@ -1,7 +1,4 @@
-"""What happens to a rank's machine, and what it asks its shell to do (`rank.py`).
-
-A rank's life, from loading to leaving.
-"""
+"""What happens to a rank's machine, and what it asks its shell to do (`rank.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from msgspec import Struct
 
 from paceline.core.load import Load
 from paceline.core.messages import FromRank, GroupMember, Identify, StartDPWave, Suspension, ToRank
-from paceline.core.requests import AddRequest, FinishReason, FromFrontendToRank, Outputs, PositionLogprobs
+from paceline.core.requests import AddRequest, CallEngine, FinishReason, FromFrontendToRank, Outputs, PositionLogprobs
 
 
 class Phase(Enum):
@@ -34,6 +31,9 @@ class StepOutput(Struct, frozen=True, gc=False):
     stop_reason: str | int | None = None
     logprobs: list[PositionLogprobs] | None = None
     error: str | None = None
+    prompt_logprobs: list[PositionLogprobs] | None = None
+    cached_tokens: int = 0
+    embedding: bytes = b""
 
 
 # Events ---------------------------------------------------------------------------------------
@@ -44,16 +44,15 @@ class Loaded(Struct, frozen=True):
 
 
 class CoordinatorSaid(Struct, frozen=True):
-    """A message from the coordinator."""
-
     message: ToRank
 
 
 class FrontendSaid(Struct, frozen=True, gc=False):
-    """A message from a front-end."""
+    """`arrived`: when, by the clock of `now`, where somebody has looked."""
 
     frontend: int
     message: FromFrontendToRank
+    arrived: float | None = None
 
 
 class FrontendGone(Struct, frozen=True):
@@ -97,13 +96,17 @@ class Agreed(Struct, frozen=True):
 
 
 class Formed(Struct, frozen=True):
-    """The rank is a member of this epoch."""
+    epoch: int
+
+
+class Met(Struct, frozen=True):
+    """The members of this epoch are connected, and the engine begins in it: `Formed` when it has."""
 
     epoch: int
 
 
 class EpochEnded(Struct, frozen=True):
-    """A collective cannot complete, since a member is gone: in place of `Stepped` or `Agreed`, or of `Formed`."""
+    """A collective cannot complete, since a member is gone: in place of `Stepped`, `Agreed`, `Met` or `Formed`."""
 
 
 class Waited(Struct, frozen=True):
@@ -118,6 +121,36 @@ class Waited(Struct, frozen=True):
     seconds: float = 0.0
 
 
+class Invoked(Struct, frozen=True):
+    """What the engine has said to a front-end's call, as JSON; or why it could not."""
+
+    frontend: int
+    call: int
+    text: str
+    error: str | None = None
+
+
+class WeightsDone(Struct, frozen=True):
+    """What has come of StageWeights or (`used`) UseWeights; `error`: why it could not be. `outputs`: of steps that were
+    still under way in the engine. `spoils`: the weights that the engine had are gone.
+    """
+
+    number: int
+    used: bool
+    error: str = ""
+    outputs: Sequence[StepOutput] = ()
+    spoils: bool = False
+
+
+class Looked(Struct, frozen=True):
+    """Somebody has looked in, perhaps in mid-step. `progress`: changes where the engine gets on; `waits`: the engine is
+    in a collective, for its peers. As with `Waited`, what comes of it only sends, or ends this life.
+    """
+
+    progress: int = 0
+    waits: bool = False
+
+
 class Leave(Struct, frozen=True):
     """The rank ends in good order."""
 
@@ -130,9 +163,13 @@ Event = (
     | Turn
     | Stepped
     | Agreed
+    | Met
     | Formed
     | EpochEnded
     | Waited
+    | Invoked
+    | WeightsDone
+    | Looked
     | Leave
 )
 
@@ -146,27 +183,19 @@ pause must have taken in every wake from before. Their effects only send. All el
 
 
 class Take(Struct, frozen=True, gc=False):
-    """Give the request to the engine."""
-
     key: int
     request: AddRequest
 
 
 class Drop(Struct, frozen=True):
-    """Abort the request in the engine."""
-
     key: int
 
 
 class ToCoordinator(Struct, frozen=True):
-    """Send to the coordinator."""
-
     message: FromRank
 
 
 class ToFrontend(Struct, frozen=True, gc=False):
-    """Send to one front-end."""
-
     frontend: int
     message: Outputs
 
@@ -208,10 +237,56 @@ class Again(Struct, frozen=True):
     """Ask again at once: the engine's load has changed."""
 
 
+class Invoke(Struct, frozen=True):
+    """Have the engine do this; `Invoked` when it has."""
+
+    frontend: int
+    message: CallEngine
+
+
+class StageWeights(Struct, frozen=True):
+    """Have the engine make these weights ready beside those that it has; `WeightsDone` when it has, or cannot."""
+
+    number: int
+    source: str
+
+
+class UseWeights(Struct, frozen=True):
+    """Have the engine compute with these weights from here on; as with StageWeights. `keep_kv`: as in Weights."""
+
+    number: int
+    source: str
+    keep_kv: bool
+
+
+class StartAgain(Struct, frozen=True):
+    """End this life at once, whatever its engine is in. `why`: what is wrong with it; empty where nothing is, but its
+    epoch has ended and it can be a member of no other.
+    """
+
+    why: str = ""
+
+
 class Wait(Struct, frozen=True):
     """Nothing to do until something arrives, or until `until` (None: for ever)."""
 
     until: float | None
 
 
-Effect = Take | Drop | ToCoordinator | ToFrontend | Step | DummyStep | Agree | Urge | FormGroup | Again | Wait
+Effect = (
+    Take
+    | Drop
+    | ToCoordinator
+    | ToFrontend
+    | Step
+    | DummyStep
+    | Agree
+    | Urge
+    | FormGroup
+    | Again
+    | Invoke
+    | StageWeights
+    | UseWeights
+    | StartAgain
+    | Wait
+)

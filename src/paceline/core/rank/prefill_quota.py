@@ -8,29 +8,21 @@ for anybody. A quota of x tokens is worth what all ranks together get done in th
 
 where fullness is the share of `places` in which an answer is written, the decode time is a step's without any prompt,
 and pending are the prompt tokens that a rank could compute now. The candidates are 0, powers of two from a 64th of the
-budget on, and the whole budget. Where many ranks have a prompt the worth hardly grows any more from some quota on, but
-steps do, and with them the time between two tokens of an answer: so of those that are worth nearly as much as the best,
-the smallest is taken. In a model (16 ranks, saturated) this has the throughput of the best and a third of its longest
-steps. So that nobody waits for ever, a step with an eighth of the budget comes after `PATIENCE` steps without any.
-
-While no rank has a prompt, the quota is what a single newcomer would be worth: it may begin with that at once, before
-the ranks have agreed anew.
+budget on, and the whole budget. Of those that are worth nearly as much as the best, the smallest is taken, since longer
+steps lengthen the time between two tokens. In a model (16 ranks, saturated) this has the throughput of the best and a
+third of its longest steps. So that nobody waits for ever, a step with an eighth of the budget comes after `PATIENCE`
+steps without any. While no rank has a prompt, the quota is what a single newcomer would be worth: it may begin at once.
 
 The numbers travel with the step agreement, as integers that are summed or of which the greatest counts
-(`PART_REDUCTIONS`), and each rank decides by what came of them: the same integers, the same quota. Ranks' budgets may
-differ; none is asked for more than the smallest.
-
-The common prefill quota as one rank knows it: what the ranks agreed on last, and what it puts in next.
-
-What a step costs is measured anew here, and not taken from the rank's reports: a lockstep step lasts as long as the
-slowest rank's, so its length is that of the tokens of whoever had the most, which the agreement tells.
-
-The step agreement on the wire: one all-reduce of integers, each with a reduction of its own.
+(`PART_REDUCTIONS`), and each rank decides by what came of them: the same integers, the same quota. What a step costs is
+measured anew here, and not taken from the rank's reports: a lockstep step is as long as that of the rank with the most
+tokens, which the agreement tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -139,7 +131,6 @@ def setting_of(text: str) -> int:
 
 
 def reduced(contributions: Iterable[Sequence[int]]) -> tuple[int, ...]:
-    """What the all-reduce makes of all ranks' integers."""
     columns = zip(*contributions, strict=True)
     return tuple(
         max(column) if how == "max" else sum(column) for column, how in zip(columns, PART_REDUCTIONS, strict=True)
@@ -220,6 +211,8 @@ def _up_to(budget: int, together: Sequence[int]) -> Iterable[tuple[int, int]]:
 
 
 NS = 1e9
+decided = lru_cache(maxsize=1)(decide)
+"""Where all ranks are in one process, all ask for the same."""
 
 
 class RankQuota:
@@ -271,7 +264,7 @@ class RankQuota:
         seconds = self._last[2]
         if self._steps is not None and seconds:
             self._steps.add(*made(reduced), seconds, now)
-        self._outcome = decide(reduced)
+        self._outcome = decided(tuple(reduced))
 
     def urgent(self, load: Load) -> bool:
         """Whether this rank has a prompt for which the quota was not made."""

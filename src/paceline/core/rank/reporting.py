@@ -27,6 +27,8 @@ SCALES = (1.0, 64.0, 2.0)
 DOUBT = 0.001
 """How much of one second of steps the costs so far count for, where steps tell two costs apart poorly or not at all."""
 
+DOUBTS = tuple(DOUBT * scale**2 for scale in SCALES)
+
 Triple = tuple[float, float, float]
 
 
@@ -41,10 +43,11 @@ class StepCost(NamedTuple):
 class StepMeter:
     """The costs of one rank's steps. The proportions age with its steps, the pace with the clock."""
 
-    __slots__ = ("_costs", "_expected_s", "_moments", "_projections", "_seen", "_spent_s")
+    __slots__ = ("_cost", "_costs", "_expected_s", "_moments", "_projections", "_seen", "_spent_s")
 
     def __init__(self) -> None:
         self._costs: Triple = (0.0, 0.0, 0.0)
+        self._cost: StepCost | None = StepCost(0.0, 0.0, 0.0)
         # Sums over the steps, each divided by its expected length: of features by features, and by seconds.
         self._moments = [[0.0] * 3 for _ in range(3)]
         self._projections = [0.0] * 3
@@ -56,6 +59,7 @@ class StepMeter:
         """A step of so many tokens took `seconds` and has just ended. A step of nothing, or no time, says nothing."""
         if seconds <= 0.0 or not (prefilled_tokens or decoded_tokens):
             return
+        self._cost = None
         features = (1.0, float(prefilled_tokens), float(decoded_tokens))
         self._learn(features, seconds)
         # Against the new costs: the first step of a kind is then no surprise.
@@ -71,18 +75,22 @@ class StepMeter:
         expected = _product(self._costs, features)
         weight = 1.0 / min(max(expected, seconds / 3), seconds * 3)
         keep = 0.5 ** (seconds / SHAPE_HALF_LIFE_S)
+        one, prompts, answers = features
         for row, value in enumerate(features):
-            self._projections[row] = self._projections[row] * keep + weight * value * seconds
-            moments = self._moments[row]
-            for column in range(3):
-                moments[column] = moments[column] * keep + weight * value * features[column]
+            weighted, moments = weight * value, self._moments[row]
+            self._projections[row] = self._projections[row] * keep + weighted * seconds
+            moments[0] = moments[0] * keep + weighted * one
+            moments[1] = moments[1] * keep + weighted * prompts
+            moments[2] = moments[2] * keep + weighted * answers
         self._costs = _not_negative(self._moments, self._projections, self._costs)
 
     @property
     def cost(self) -> StepCost:
         """The costs now, all 0 until known; three digits, so that noise does not look like a change."""
-        pace = self._spent_s / self._expected_s if self._expected_s > 0.0 else 1.0
-        return StepCost(*(float(f"{cost * pace:.3g}") for cost in self._costs))
+        if self._cost is None:
+            pace = self._spent_s / self._expected_s if self._expected_s > 0.0 else 1.0
+            self._cost = StepCost(*[float(f"{cost * pace:.3g}") for cost in self._costs])
+        return self._cost
 
 
 def _product(costs: Triple, features: Triple) -> float:
@@ -97,21 +105,30 @@ def _not_negative(moments: list[list[float]], projections: list[float], before: 
         right = [projections[row] for row in used]
         for place, row in enumerate(used):
             # Counts like a little time spent on this feature alone, at the cost that it had before.
-            doubt = DOUBT * SCALES[row] ** 2
-            matrix[place][place] += doubt
-            right[place] += doubt * before[row]
+            matrix[place][place] += DOUBTS[row]
+            right[place] += DOUBTS[row] * before[row]
         solution = _solve(matrix, right)
-        worst = min(range(len(used)), key=lambda place: solution[place] * SCALES[used[place]])
-        if solution[worst] >= 0.0:
+        if min(solution) >= 0.0:
             costs = dict(zip(used, solution, strict=True))
             return (costs.get(0, 0.0), costs.get(1, 0.0), costs.get(2, 0.0))
-        del used[worst]
+        del used[min(range(len(used)), key=lambda place: solution[place] * SCALES[used[place]])]
     return before
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:
     """Solve a small positive definite system, in place."""
     size = len(right)
+    if size == 3:
+        # Written out: this is done at each step of each rank.
+        (a, b, c), (d, e, f), (g, h, i) = matrix
+        x, y, z = right
+        lower, lowest = d / a, g / a
+        y, e, f = y - lower * x, e - lower * b, f - lower * c
+        z, h, i = z - lowest * x, h - lowest * b, i - lowest * c
+        factor = h / e
+        z = (z - factor * y) / (i - factor * f)
+        y = (y - f * z) / e
+        return [(x - (b * y + c * z)) / a, y, z]
     for pivot in range(size):
         for row in range(pivot + 1, size):
             factor = matrix[row][pivot] / matrix[pivot][pivot]
@@ -133,6 +150,8 @@ class LoadReporter:
         self._decode = SpeedMeter()
         self._steps = StepMeter()
         self._last: RankReport | None = None
+        self._asked: tuple[object, ...] = ()
+        self._measured = 0
 
     def measure(self, done: Stepped, now: float) -> None:
         """Take in how long a step took that has just ended."""
@@ -140,6 +159,7 @@ class LoadReporter:
         tokens = done.prefilled_tokens + done.decoded_tokens
         if not tokens:
             return
+        self._measured += 1
         self._steps.add(done.prefilled_tokens, done.decoded_tokens, done.seconds, now)
         share = done.prefilled_tokens / tokens
         if done.prefilled_tokens:
@@ -154,18 +174,18 @@ class LoadReporter:
 
         A quota that has changed is told with the next report; with every step one would be too many.
         """
-        requests = self._requests
+        requests, last = self._requests, self._last
+        # Asked twice between two steps: the second time with the same load, to the same end.
+        asked = (engine, self._measured, requests.finished, requests.kept_back, wave, running)
+        if last is not None and asked == self._asked and requests.taken == last.taken:
+            return None
+        self._asked = asked
         cost = self._steps.cost
         load = msgspec.structs.replace(
-            requests.load(engine),
-            prefill_rate=self._prefill.rate,
-            decode_rate=self._decode.rate,
-            step_s=cost.step_s,
-            prompt_token_s=cost.prompt_token_s,
-            answer_token_s=cost.answer_token_s,
-        )
+            requests.load(engine), prefill_rate=self._prefill.rate, decode_rate=self._decode.rate, step_s=cost.step_s,
+            prompt_token_s=cost.prompt_token_s, answer_token_s=cost.answer_token_s,
+        )  # fmt: skip
         taken = dict(requests.taken)
-        last = self._last
         if last is not None:
             load = msgspec.structs.replace(load, prefill_quota=last.load.prefill_quota)
         if last is not None and (last.load, last.taken, last.wave, last.running) == (load, taken, wave, running):

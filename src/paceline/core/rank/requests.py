@@ -3,10 +3,9 @@
 The engine knows a request by the rank's own `key`; front-ends know it by theirs. While the deployment is
 paused, new requests are held here and the engine does not hear of them; they count as waiting.
 
-What waits for a front-end that does not read: of each request, its outputs put together.
-
-So it takes as much memory as the answers of the requests that the front-end has here, and no more, however long it
-is away; and when it reads again, it gets all of it.
+Of what waits for a front-end that does not read, each request's outputs are put together. So it takes as much memory as
+the answers of the requests that the front-end has here, and no more, however long it is away; and when it reads again,
+it gets all of it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from msgspec.structs import replace
 
 from paceline.core.load import Load
 from paceline.core.rank.events import Drop, Effect, StepOutput, Take, ToFrontend
-from paceline.core.requests import AddRequest, FinishReason, Output, Outputs
+from paceline.core.requests import AddRequest, FinishReason, Output, Outputs, Timing
 
 Pair = tuple[int, int]
 """(front-end, its own id of the request)."""
@@ -31,7 +30,7 @@ FRONTENDS_KEPT = 256
 class RankRequests:
     """All requests of one life of a rank."""
 
-    INCIDENTAL = frozenset({"finished", "void"})
+    INCIDENTAL = frozenset({"finished", "void", "_taken_at"})
 
     def __init__(self, rank: int, incarnation: int) -> None:
         self.rank = rank
@@ -41,7 +40,10 @@ class RankRequests:
         self.void = 0
         self._keys: dict[Pair, int] = {}
         self._owners: dict[int, Pair] = {}
-        self._kept_back: dict[Pair, AddRequest] = {}
+        self._kept_back: dict[Pair, tuple[AddRequest, float]] = {}
+        """With when each came."""
+        self._taken_at: dict[int, tuple[float, float]] = {}
+        """By key, of those that have no token yet: when they came, and when the engine got them."""
         self._next_key = 1
 
     def __len__(self) -> int:
@@ -65,30 +67,30 @@ class RankRequests:
             return [self._end(pair, "error", f"rank {self.rank}: sent twice")]
         return []
 
-    def take(self, frontend: int, request: AddRequest) -> Effect:
-        """Give it to the engine."""
+    def take(self, frontend: int, request: AddRequest, arrived: float = 0.0, now: float = 0.0) -> Effect:
+        """Give a request to the engine now, that came when it `arrived`."""
         key = self._next_key
+        self._taken_at[key] = (arrived, now)
         self._next_key += 1
         pair = (frontend, request.request)
         self._keys[pair] = key
         self._owners[key] = pair
         return Take(key, request)
 
-    def hold(self, frontend: int, request: AddRequest) -> None:
+    def hold(self, frontend: int, request: AddRequest, arrived: float = 0.0) -> None:
         """Keep it from the engine until `take_kept_back`."""
-        self._kept_back[(frontend, request.request)] = request
+        self._kept_back[(frontend, request.request)] = (request, arrived)
 
-    def take_kept_back(self) -> list[Effect]:
+    def take_kept_back(self, now: float = 0.0) -> list[Effect]:
         """Give all that is held to the engine, in the order in which it came."""
         kept, self._kept_back = self._kept_back, {}
-        return [self.take(frontend, request) for (frontend, _), request in kept.items()]
+        return [self.take(frontend, request, arrived, now) for (frontend, _), (request, arrived) in kept.items()]
 
     def refuse(self, frontend: int, request: AddRequest) -> Effect:
         """End a request that came while all are aborted."""
         return self._end((frontend, request.request), "abort", None)
 
     def drop(self, frontend: int, requests: Sequence[int]) -> list[Effect]:
-        """Nobody waits for these any more."""
         return self._drop([(frontend, request) for request in requests])
 
     def drop_frontend(self, frontend: int) -> list[Effect]:
@@ -104,25 +106,40 @@ class RankRequests:
         return self._drop([pair for pair in (*self._keys, *self._kept_back) if pair[0] == frontend])
 
     def abort_all(self) -> list[Effect]:
-        """End every request, and tell whose it was."""
         pairs = [*self._keys, *self._kept_back]
         return self._drop(pairs) + [self._end(pair, "abort", None) for pair in pairs]
 
-    def hand_out(self, outputs: Sequence[StepOutput]) -> list[Effect]:
-        """What a step made, one message a front-end."""
+    def hand_out(self, outputs: Sequence[StepOutput], weight_version: str = "", now: float = 0.0) -> list[Effect]:
+        """What a step made, with weights of this name; one message a front-end."""
         by_frontend: dict[int, list[Output]] = {}
-        owners = self._owners
+        owners, taken_at = self._owners, self._taken_at
         for out in outputs:
             owner = owners.get(out.key)
             if owner is None:
                 continue
+            timing = None
+            if taken_at and (stamps := taken_at.pop(out.key, None)) is not None:
+                timing = Timing(_us(stamps[1] - stamps[0]), _us(now - stamps[1]))
             frontend, request = owner
             if out.finish_reason is not None:
                 del owners[out.key]
                 del self._keys[owner]
                 self.finished += 1
             by_frontend.setdefault(frontend, []).append(
-                Output(request, out.token_ids, out.text, out.finish_reason, out.stop_reason, out.logprobs, out.error)
+                Output(
+                    request,
+                    out.token_ids,
+                    out.text,
+                    out.finish_reason,
+                    out.stop_reason,
+                    out.logprobs,
+                    out.error,
+                    out.prompt_logprobs,
+                    out.cached_tokens,
+                    weight_version,
+                    out.embedding,
+                    timing,
+                )
             )
         return [ToFrontend(to, Outputs(self.rank, self.incarnation, made)) for to, made in by_frontend.items()]
 
@@ -130,7 +147,7 @@ class RankRequests:
         """The engine's load, with what is held, and what has been finished."""
         if not self._kept_back:
             return msgspec.structs.replace(engine, finished=self.finished)
-        tokens = sum(request.tokens for request in self._kept_back.values())
+        tokens = sum(request.tokens for request, _ in self._kept_back.values())
         return msgspec.structs.replace(
             engine,
             waiting=engine.waiting + len(self._kept_back),
@@ -146,6 +163,7 @@ class RankRequests:
             key = self._keys.pop(pair, None)
             if key is not None:
                 del self._owners[key]
+                self._taken_at.pop(key, None)
                 self.finished += 1
                 effects.append(Drop(key))
         return effects
@@ -155,6 +173,10 @@ class RankRequests:
         return ToFrontend(
             frontend, Outputs(self.rank, self.incarnation, [Output(request, [], finish_reason=reason, error=error)])
         )
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
 
 
 PART_TOKENS = 512
@@ -176,9 +198,11 @@ class Backlog:
         return len(self._full) + len(self._open)
 
     def add(self, outputs: Outputs) -> None:
-        """One more message that could not be sent."""
         for output in outputs.outputs:
             before = self._open.pop(output.request, None)
+            if before is not None and before.weight_version != output.weight_version:
+                self._full.append(before)
+                before = None
             whole = output if before is None else _together(before, output)
             if len(whole.token_ids) >= PART_TOKENS:
                 self._full.append(whole)
@@ -198,15 +222,41 @@ class Backlog:
             del self._open[next(iter(self._open))]
 
     def clear(self) -> None:
-        """Nobody waits for any of it."""
         self._full.clear()
         self._open.clear()
 
 
 def _together(first: Output, then: Output) -> Output:
-    """Two outputs of one request as one."""
     logprobs = first.logprobs
     if then.logprobs is not None:
         logprobs = [*(first.logprobs or ()), *then.logprobs]
-    tokens = [*first.token_ids, *then.token_ids]
-    return replace(then, token_ids=tokens, text=first.text + then.text, logprobs=logprobs)
+    return replace(
+        then, token_ids=[*first.token_ids, *then.token_ids], text=first.text + then.text, logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or then.prompt_logprobs,
+        cached_tokens=first.cached_tokens or then.cached_tokens, timing=first.timing or then.timing,
+    )  # fmt: skip
+
+
+def put_together(messages: Sequence[Outputs]) -> list[Outputs]:
+    """The same in fewer messages, for a front-end that has fallen behind its ranks: what each request has got since.
+
+    So the further it is behind, the less each token costs it, and a request's first one waits less for others' tokens.
+    """
+    found: list[Outputs] = []
+    for rank, incarnation in dict.fromkeys((message.rank, message.incarnation) for message in messages):
+        whole: dict[int, Output] = {}
+        earlier: list[Output] = []
+        for message in messages:
+            if (message.rank, message.incarnation) == (rank, incarnation):
+                for output in message.outputs:
+                    before = whole.get(output.request)
+                    # What has ended is ended: whatever else is said of it is another matter.
+                    if before is None or before.finish_reason is not None:
+                        whole[output.request] = output if before is None else before
+                    elif before.weight_version != output.weight_version:
+                        earlier.append(before)
+                        whole[output.request] = output
+                    else:
+                        whole[output.request] = _together(before, output)
+        found.append(Outputs(rank, incarnation, [*earlier, *whole.values()]))
+    return found

@@ -5,25 +5,24 @@
 from __future__ import annotations
 
 from paceline.core.load import REQUEST_TOKENS
-from paceline.core.routing.blind import PowerOfTwo, RoundRobin
 from paceline.core.routing.candidates import Candidate, Candidates
-from paceline.core.routing.least import LeastLoad, LeastRequests
-from paceline.core.routing.lockstep import Lockstep
+from paceline.core.routing.least import LeastLoad, LeastRequests, Lockstep, PowerOfTwo, RoundRobin
 from paceline.core.routing.policy import Policy, Query
-from paceline.core.routing.prefix import Prefix
 from paceline.core.routing.session import Session
+from paceline.core.routing.sticky import Sticky
 
 __all__ = [
     "POLICIES", "REQUEST_TOKENS", "Candidate", "Candidates", "LeastLoad", "LeastRequests", "Lockstep",
-    "Policy", "PowerOfTwo", "Prefix", "Query", "RoundRobin", "Session",
+    "Policy", "PowerOfTwo", "Query", "RoundRobin", "Session", "Sticky",
 ]  # fmt: skip
 
 POLICIES: dict[str, type[Policy]] = {
+    "sticky": Sticky,
     "least-load": LeastLoad,
     "least-requests": LeastRequests,
     "power-of-two": PowerOfTwo,
     "round-robin": RoundRobin,
-    "prefix": Prefix,
+    "prefix": Sticky,
     "session": Session,
     "lockstep": Lockstep,
 }

@@ -102,7 +102,6 @@ class Candidates:
         self._members_changed()
 
     def changed(self, rank: int) -> None:
-        """The candidate of `rank` says something else than before."""
         place = bisect_left(self.ranks, rank)
         finished, since_view = self._candidates[place].finished, self._candidates[place].since_view_requests
         self.finished += finished - self._finished[place]
@@ -114,7 +113,6 @@ class Candidates:
                 ordering.changed.add(place)
 
     def all_changed(self) -> None:
-        """Any candidate may say something else than before."""
         self._finished = [candidate.finished for candidate in self._candidates]
         self.finished = sum(self._finished)
         self._since_view = [candidate.since_view_requests for candidate in self._candidates]

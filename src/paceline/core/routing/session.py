@@ -47,8 +47,13 @@ def probes_of(session: str) -> list[float]:
     return [(first + probe * step) % 1.0 for probe in range(PROBES)]
 
 
+def session_name(key: str) -> int:
+    """The name of a client's key, beside those of blocks."""
+    return int.from_bytes(blake2b(key.encode("utf-8", "surrogatepass"), digest_size=7).digest()) + 1
+
+
 class Session(Policy):
-    """The rank that the session's key belongs to, unless it has too much to do (`affinity.py`).
+    """The rank that the session's key belongs to, unless it has too much to do (`policy.guard`).
 
     Requests without a key, and those whose HOMES ranks are all overloaded, go as with LeastLoad.
     """
