@@ -70,6 +70,18 @@ def test_what_is_not_as_it_should_be_stands_below(said: dict[str, object], line:
     assert below == [line] * bool(line)
 
 
+def test_how_much_of_prompts_was_there_and_what_ranks_hold_stands_below() -> None:
+    ranks = [
+        load(0, prompt_tokens=1000, cached_tokens=840, held_tokens=12_800),
+        load(1, prompt_tokens=400),
+        load(2, held_tokens=128),
+    ]
+    with serving(answer(200, {"ranks": ranks})) as server:
+        done = loads("--url", server.url)
+    assert "of prompts' tokens were there: rank 0 84%, rank 1 0%" in done.stdout
+    assert "that ranks hold: rank 0 12,800, rank 2 128" in done.stdout
+
+
 @pytest.mark.parametrize("columns", ["40", "60", "80"])
 def test_nothing_is_cut_where_it_is_narrow(columns: str) -> None:
     with serving(answer(200, LOADS)) as server:

@@ -59,6 +59,7 @@ rates are tokens a second. A vLLM rank says its requests and its KV alone.
 NEEDED = ("rank", "waiting", "running")
 SUMS = ("waiting", "running", "slots", "prefill_tokens", "in_flight", "kv_used", "kv_total", "prefill_rate",
         "decode_rate", "finished")  # fmt: skip
+OF_PREFIXES = ("prompt_tokens", "cached_tokens", "held_tokens")
 
 loads_app = _app()
 
@@ -125,6 +126,7 @@ def remarks(said: dict[str, Any]) -> list[str]:
     found, queued = [], said.get("queued")
     if isinstance(queued, int) and queued:
         found.append(f"{queued:,} wait for any rank")
+    found += list(_prefixes(said["ranks"]))
     found += [
         f"rank {load['rank']} hangs in a step, for {load['hangs_s']} s" for load in said["ranks"] if "hangs_s" in load
     ]
@@ -141,11 +143,24 @@ def remarks(said: dict[str, Any]) -> list[str]:
     return found
 
 
+def _prefixes(loads: list[dict[str, Any]]) -> Iterator[str]:
+    """How much of prompts was there, and which ranks are homes of how much, where anything was or is."""
+    if any(load.get("cached_tokens") for load in loads):
+        shares = (
+            f"rank {load['rank']} {load.get('cached_tokens', 0) / load['prompt_tokens']:.0%}"
+            for load in loads if load.get("prompt_tokens")
+        )  # fmt: skip
+        yield f"of prompts' tokens were there: {', '.join(shares)}"
+    homes = [f"rank {load['rank']} {load['held_tokens']:,}" for load in loads if load.get("held_tokens")]
+    if homes:
+        yield f"tokens of prompts' beginnings that ranks hold: {', '.join(homes)}"
+
+
 def _is_load(entry: object) -> bool:
     return (
         isinstance(entry, dict)
         and all(name in entry for name in NEEDED)
-        and all(isinstance(entry.get(name, 0), int | float) for name in SUMS)
+        and all(isinstance(entry.get(name, 0), int | float) for name in (*SUMS, *OF_PREFIXES))
     )
 
 

@@ -44,7 +44,8 @@ class Load(Message, frozen=True):
     the waiting requests may come to need. `startable_tokens`: those of `prefill_tokens` that the next step could
     compute, of running requests and of those for which there is a slot and memory; null where the engine does not say.
     `prefill_quota`: prompt tokens that a lockstep step computed at most when this was reported, null for no limit; that
-    it has changed is no reason for a report.
+    it has changed is no reason for a report. `prompt_tokens`: of all prompts that have had their first token in this
+    life, of which `cached_tokens` need not be computed. `held_tokens`: of prompts' beginnings that it says it holds.
     """
 
     waiting: Count = 0
@@ -68,6 +69,9 @@ class Load(Message, frozen=True):
     kv_waiting: Count = 0
     startable_tokens: Count | None = None
     prefill_quota: Count | None = None
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
+    held_tokens: Count = 0
 
 
 REQUEST_TOKENS = 256

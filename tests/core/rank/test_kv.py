@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from paceline.core.blocks import unpacked
+from paceline.core.blocks import BLOCK_TOKENS, unpacked
 from paceline.core.dispatch.held import HeldNumbers
 from paceline.core.load import Load
 from paceline.core.messages import MAX_NAMES, Admit, KvAsk, KvDelta
@@ -85,6 +85,7 @@ def test_a_rank_says_what_it_holds_once_it_is_ready_and_all_of_it_when_it_is_ask
     assert not said(rank, Turn(Load(), False, KvChange([5])))
     rank.handle(CoordinatorSaid(Admit(0, 1, 0)), 0.0)
     assert [(one.number, list(unpacked(one.stored))) for one in said(rank, Turn(Load(), False))] == [(1, [5])]
+    assert rank.requests.load(Load()).held_tokens == BLOCK_TOKENS
     assert not said(rank, Turn(Load(), False))
     rank.handle(CoordinatorSaid(KvAsk(0, 2)), 0.0)
     assert not said(rank, Turn(Load(), False)), "another life is asked"

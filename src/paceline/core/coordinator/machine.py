@@ -431,7 +431,8 @@ class Coordinator:
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
-        effects += map(events.ToRanks, self.dispatcher.held.asks(now))
+        if self.dispatcher.held.due is not None:
+            effects += map(events.ToRanks, self.dispatcher.held.asks(now))
         if self._roll_call.ask(now, self._unheard):
             effects.append(events.ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:

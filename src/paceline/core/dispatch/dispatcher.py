@@ -156,8 +156,9 @@ class Dispatcher:
             self._stirred = self._changed = True
         if confirmed and len(self._groups) == 1:
             return
-        for one in self._groups_of(send.rank):
-            if one is not group or not confirmed:
+        for one in self._groups.values():
+            of_it = send.rank < self._limit and (one.ranks is None or send.rank in one.ranks)
+            if of_it and (one is not group or not confirmed):
                 one.marked.add(send.rank)
         if group is None or confirmed:
             return

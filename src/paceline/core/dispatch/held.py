@@ -7,57 +7,48 @@ again and again, until it says all. So what is known is exact after any loss, as
 
 from __future__ import annotations
 
-from msgspec import Struct
-
 from paceline.core.messages import KvAsk, KvDelta
 
 REPEAT_S = 0.5
-
-
-class Heard(Struct):
-    """Of one life of a rank. `number`: of the last delta that applied. `due`: when it is asked, None where in step."""
-
-    incarnation: int
-    number: int = 0
-    due: float | None = None
 
 
 class HeldNumbers:
     """Of all ranks."""
 
     def __init__(self) -> None:
-        self._heard: dict[int, Heard] = {}
+        self._heard: dict[int, tuple[int, int]] = {}
+        """By rank, its life and the number of the last delta that applied."""
+        self._due: dict[int, float] = {}
+        """When those that are not in step are asked: mostly nobody, so that it costs nothing to look."""
 
     @property
     def due(self) -> float | None:
-        return min((one.due for one in self._heard.values() if one.due is not None), default=None)
+        return min(self._due.values()) if self._due else None
 
     def hello(self, rank: int, incarnation: int, number: int, now: float) -> None:
         """The rank's last delta had this number; 0 for none."""
-        one = self._of(rank, incarnation)
-        if number > one.number and one.due is None:
-            one.due = now
+        if number > self._number(rank, incarnation):
+            self._due.setdefault(rank, now)
 
     def take(self, delta: KvDelta, now: float) -> bool:
         """Returns whether it applies."""
-        one = self._of(delta.rank, delta.incarnation)
-        if delta.number <= one.number:
+        rank, number = delta.rank, self._number(delta.rank, delta.incarnation)
+        if delta.number <= number:
             return False
         if delta.whole:
-            one.due = None
-        elif one.due is not None:
+            self._due.pop(rank, None)
+        elif rank in self._due:
             return False
-        elif delta.number != one.number + 1:
-            one.due = now
+        elif delta.number != number + 1:
+            self._due[rank] = now
             return False
-        one.number = delta.number
+        self._heard[rank] = (delta.incarnation, delta.number)
         return True
 
     def again(self, rank: int) -> None:
         """What was known of it has been forgotten: it is asked at once."""
-        one = self._heard.get(rank)
-        if one is not None and one.number:
-            one.due = float("-inf")
+        if rank in self._heard and self._heard[rank][1]:
+            self._due[rank] = float("-inf")
 
     def all_again(self) -> None:
         for rank in self._heard:
@@ -66,18 +57,19 @@ class HeldNumbers:
     def forget(self, rank: int) -> None:
         """That life is over."""
         self._heard.pop(rank, None)
+        self._due.pop(rank, None)
 
     def asks(self, now: float) -> list[KvAsk]:
         """Who is asked now."""
-        found = []
-        for rank, one in self._heard.items():
-            if one.due is not None and now >= one.due:
-                one.due = now + REPEAT_S
-                found.append(KvAsk(rank, one.incarnation))
-        return found
+        found = [rank for rank, due in self._due.items() if now >= due]
+        for rank in found:
+            self._due[rank] = now + REPEAT_S
+        return [KvAsk(rank, self._heard[rank][0]) for rank in found]
 
-    def _of(self, rank: int, incarnation: int) -> Heard:
+    def _number(self, rank: int, incarnation: int) -> int:
         one = self._heard.get(rank)
-        if one is None or one.incarnation != incarnation:
-            one = self._heard[rank] = Heard(incarnation)
-        return one
+        if one is None or one[0] != incarnation:
+            self._heard[rank] = (incarnation, 0)
+            self._due.pop(rank, None)
+            return 0
+        return one[1]

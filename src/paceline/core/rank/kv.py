@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from paceline.core.blocks import packed
+from paceline.core.blocks import BLOCK_TOKENS, packed
 from paceline.core.messages import MAX_NAMES, KvDelta
 from paceline.core.rank.events import KvChange
 
@@ -24,6 +24,10 @@ class KvTeller:
         self._held: dict[int, None] = {}
         self._pending = KvChange()
         self._asked = False
+
+    @property
+    def held_tokens(self) -> int:
+        return len(self._held) * BLOCK_TOKENS
 
     def ask(self) -> None:
         """Somebody lacks a delta."""

@@ -197,6 +197,7 @@ class Rank:
             case events.Turn(load, has_work, kv):
                 if kv is not None:
                     self._kv.changed(kv)
+                    self.requests.held_tokens = self._kv.held_tokens
                 return self._on_turn(load, has_work, now)
             case events.CoordinatorSaid(message):
                 return self._on_coordinator(message, now)

@@ -30,7 +30,7 @@ FRONTENDS_KEPT = 256
 class RankRequests:
     """All requests of one life of a rank."""
 
-    INCIDENTAL = frozenset({"finished", "void", "_taken_at"})
+    INCIDENTAL = frozenset({"finished", "void", "prompt_tokens", "cached_tokens", "held_tokens", "_taken_at"})
 
     def __init__(self, rank: int, incarnation: int) -> None:
         self.rank = rank
@@ -38,12 +38,13 @@ class RankRequests:
         self.taken: dict[int, int] = {}
         self.finished = 0
         self.void = 0
+        self.prompt_tokens = self.cached_tokens = self.held_tokens = 0
         self._keys: dict[Pair, int] = {}
         self._owners: dict[int, Pair] = {}
         self._kept_back: dict[Pair, tuple[AddRequest, float]] = {}
         """With when each came."""
-        self._taken_at: dict[int, tuple[float, float]] = {}
-        """By key, of those that have no token yet: when they came, and when the engine got them."""
+        self._taken_at: dict[int, tuple[float, float, int]] = {}
+        """By key, of those that have no token yet: when they came, when the engine got them, tokens of the prompt."""
         self._next_key = 1
 
     def __len__(self) -> int:
@@ -70,7 +71,7 @@ class RankRequests:
     def take(self, frontend: int, request: AddRequest, arrived: float = 0.0, now: float = 0.0) -> Effect:
         """Give a request to the engine now, that came when it `arrived`."""
         key = self._next_key
-        self._taken_at[key] = (arrived, now)
+        self._taken_at[key] = (arrived, now, len(request.prompt_token_ids))
         self._next_key += 1
         pair = (frontend, request.request)
         self._keys[pair] = key
@@ -120,6 +121,8 @@ class RankRequests:
             timing = None
             if taken_at and (stamps := taken_at.pop(out.key, None)) is not None:
                 timing = Timing(_us(stamps[1] - stamps[0]), _us(now - stamps[1]))
+                self.prompt_tokens += stamps[2]
+                self.cached_tokens += min(out.cached_tokens, stamps[2])
             frontend, request = owner
             if out.finish_reason is not None:
                 del owners[out.key]
@@ -144,16 +147,13 @@ class RankRequests:
         return [ToFrontend(to, Outputs(self.rank, self.incarnation, made)) for to, made in by_frontend.items()]
 
     def load(self, engine: Load) -> Load:
-        """The engine's load, with what is held, and what has been finished."""
-        if not self._kept_back:
-            return msgspec.structs.replace(engine, finished=self.finished)
-        tokens = sum(request.tokens for request, _ in self._kept_back.values())
+        """The engine's load, with what is held, and what has been finished and found in its cache."""
+        held = self._kept_back.values()
         return msgspec.structs.replace(
-            engine,
-            waiting=engine.waiting + len(self._kept_back),
-            prefill_tokens=engine.prefill_tokens + tokens,
-            finished=self.finished,
-        )
+            engine, waiting=engine.waiting + len(held), finished=self.finished, held_tokens=self.held_tokens,
+            prefill_tokens=engine.prefill_tokens + sum(request.tokens for request, _ in held),
+            prompt_tokens=self.prompt_tokens, cached_tokens=self.cached_tokens,
+        )  # fmt: skip
 
     def _drop(self, pairs: Sequence[Pair]) -> list[Effect]:
         effects: list[Effect] = []
