@@ -86,8 +86,8 @@ def test_a_burst_far_above_the_slots_is_served_in_order_and_level(frontends: int
     # All that run at once begin within one step of each other; a machine that is busy delays some connections.
     assert max(abs(place - number) for place, number in enumerate(order)) <= 3 * RANKS * SLOTS
     level = Counter(got.rank for got in answers if got.rank)
-    # A rank that waits for a core ends less meanwhile, and gets less.
-    assert max(level.values()) - min(level.values()) <= 2 * SLOTS
+    # A rank that waits for a core ends less meanwhile, and gets less: where cores are few, as it should be.
+    assert max(level.values()) - min(level.values()) <= 2 * SLOTS * stretched(1.0, most=3.0)
     assert (
         sum("granted by the central queue" in got.why for got in answers) > sum(bool(got.why) for got in answers) // 2
     )
@@ -126,10 +126,12 @@ def test_a_better_priority_goes_first() -> None:
 
 
 def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> None:
-    count, tokens = 8 * RANKS * SLOTS, 40
+    count, tokens = 5 * RANKS * SLOTS, 40
     with deployment(*FLAGS, "-asc", "2") as running, ThreadPoolExecutor() as pool:
-        work = pool.submit(lambda: asyncio.run(burst(running.url, count, tokens, 0.001)))
+        # One a kill: where a coordinator comes back late, the ranks have served what was there before.
+        work = []
         for _ in range(2):
+            work.append(pool.submit(lambda: asyncio.run(burst(running.url, count, tokens, 0.001))))
             wait_until(lambda: queued(running) > RANKS * SLOTS, "a queue")
             victim = running.pid_of("coordinator")
             os.kill(victim, signal.SIGKILL)
@@ -139,7 +141,8 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
                 return any(name == "pl:coordinator" and pid != before for pid, name in names.items())
 
             wait_until(another_one, "another coordinator")
-        answers = work.result(stretched(90))
+        answers = [got for done in work for got in done.result(stretched(90))]
+        assert len(answers) == 2 * count
         assert {got.text for got in answers} == {whole(tokens)}
 
         probes = 0
@@ -151,8 +154,8 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
             running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
             return sum(int(load["finished"]) for load in running.http.get("/loads").json()["ranks"])
 
-        wait_until(lambda: finished() >= count + probes - 1, "the ranks have ended everything")
-        assert finished() <= count + probes, "something was sent twice"
+        wait_until(lambda: finished() >= 2 * count + probes - 1, "the ranks have ended everything")
+        assert finished() <= 2 * count + probes, "something was sent twice"
         assert "Traceback" not in running.output
 
 
