@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -14,6 +15,9 @@ from tests.serving import Deployment, deployment
 # A busy machine is no failure: a test that hangs is ended by its own deadline.
 settings.register_profile("paceline", deadline=None, max_examples=examples(100))
 settings.load_profile("paceline")
+
+# Where this is set, every process that a test starts compiles all of its modules: two fifths of a deployment's start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell without job control starts what runs in the background with Ctrl-C ignored, and our children would, too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
