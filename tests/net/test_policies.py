@@ -58,7 +58,7 @@ def test_engines_of_a_package_and_ours() -> None:
     assert find_engine("timed").__name__ == "TimedEngine"
     with pytest.raises(EngineError, match="there are echo, llama, moe, timed, timed-lockstep, vllm, or"):
         find_engine("nope")
-    with pytest.raises(EngineError, match=r"--engine os:path: os:path is not a subclass of paceline.engines.base.Engine"):
+    with pytest.raises(EngineError, match=r"os:path is not a subclass of paceline.engines.base.Engine"):
         find_engine("os:path")
 
 
