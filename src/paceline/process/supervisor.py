@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from paceline.errors import PacelineError, StartupError
 from paceline.log import OomKills
+from paceline.process.ends import Ends
 from paceline.process.spawn import AGAIN, FIRST_WAIT_S, Restarts, Running, Start, Wakeup, start_child, stop
 
 
@@ -257,6 +258,7 @@ class Supervisor:
         self._restarts = False
         self._signals = 0
         self._wakeup = Wakeup()
+        self._ends = Ends()
 
     def run(self, start: Callable[[Supervisor], None], on_ready: Callable[[], None]) -> int:
         """Serve until a signal; returns the exit status.
@@ -441,6 +443,7 @@ class Supervisor:
 
     def _note_end(self, child: Child) -> None:
         why = child.why()
+        self._ends.add(child.kind, child.process.exitcode)
         wait_s = child.ended()
         if wait_s is None:
             text = "%s ended (%s) once too often (--max-rank-restarts); the deployment goes on without it, and tries it"
@@ -466,6 +469,7 @@ class Supervisor:
             if watched.due is not None and watched.due > now:
                 return watched.due - now
             watched.started, watched.due = now, None
+            self._ends.add(watched.process.name, watched.process.exitcode)
             logger.warning("%s ended (%s); starting it again", watched.process.name, how(watched.process.exitcode))
             try:
                 watched.process = watched.restart()
