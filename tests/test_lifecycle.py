@@ -86,12 +86,28 @@ def test_model_that_is_none(tmp_path: Path, content: bytes | None, text: str) ->
         assert text.lower() in running.output.lower()
 
 
-def test_rank_killed_while_loading() -> None:
-    with command("serve", *TIMED, "--port", "0", "--engine-option", "load_ms=60000") as running:
-        running.wait_line("rank 1: starting")
-        (victim, *_) = [pid for pid in running.children() if process_name(pid) == "pl:rank 1"]
-        os.kill(victim, signal.SIGKILL)
-        fails(running, "rank 1 ended before it was ready (killed by SIGKILL)")
+def test_a_process_killed_while_it_loads_is_started_again() -> None:
+    names = ("rank 1", "front-end 0", "coordinator")
+    with command("serve", *TIMED, "--port", "0", "--engine-option", "load_ms=1000") as running:
+        for name in names:
+            os.kill(wait_until(lambda name=name: lives(running, name), name)[0], signal.SIGKILL)
+        running.wait_line("serves on http")
+        for name in names:
+            assert f"{name} ended (killed by SIGKILL); starting it again" in running.output
+
+
+def test_a_process_killed_with_each_start_ends_all() -> None:
+    flags = ("--engine-option", "load_ms=60000", "--max-rank-restarts", "1")
+    killed: list[int] = []
+    with command("serve", *TIMED, "--port", "0", *flags) as running:
+        for _ in range(2):
+            killed.extend(wait_until(lambda: [pid for pid in lives(running, "rank 1") if pid not in killed], "rank 1"))
+            os.kill(killed[-1], signal.SIGKILL)
+        fails(running, "rank 1 ended before it was ready (killed by SIGKILL), once too often")
+
+
+def lives(running: Command, name: str) -> list[int]:
+    return [pid for pid in running.children() if process_name(pid) == f"pl:{name}"]
 
 
 @pytest.mark.parametrize(
