@@ -45,6 +45,10 @@ MAY_IMPORT = {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
         "paceline.log",
     },
+    "paceline.top": {
+        "paceline.top", "paceline.operate", "paceline.control", "paceline.engines", "paceline.core", "paceline.errors",
+        "paceline.log", "paceline",
+    },
     "paceline.process": {
         "paceline.process", "paceline.net", "paceline.core", "paceline.errors", "paceline", "paceline.log",
     },

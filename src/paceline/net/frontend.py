@@ -57,6 +57,7 @@ class Observer(Protocol):
     def aborted(self, rank: int) -> None: ...
     def stepped(self, step: Step, now: float) -> None: ...
     def viewed(self, now: float) -> None: ...
+    def moved(self, why: str) -> None: ...
 
 
 class FrontendShell:
@@ -248,6 +249,8 @@ class FrontendShell:
                 case events.Moved():
                     self.timelines.moved(effect, time.monotonic())
                     self._journal.moved(effect)
+                    if self.observer is not None:
+                        self.observer.moved(effect.why)
                 case events.ToCoordinator(to_coordinator):
                     self._send_coordinator(to_coordinator)
                 case events.Connect(member):

@@ -39,7 +39,7 @@ from paceline.errors import StartupError
 from paceline.log import about
 from paceline.net.links import REFUSED, BadFrames, Doors, monitored, new_identity, refusals
 from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, bound_address, drain, open_socket
-from paceline.process.spawn import AGAIN, END, Wakeup
+from paceline.process.spawn import AGAIN, END, HUNG, Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
 from paceline.settings import DeploymentConfig
 
@@ -392,7 +392,7 @@ class EngineRank:
                     self._membership.urge()
             case events.StartAgain(why) if why:
                 self._on_hung(why)
-                os._exit(1)
+                os._exit(HUNG)
             case events.StartAgain():
                 # The engine's thread may be blocked in a collective, and be it for ever.
                 if not self._stopping:

@@ -28,6 +28,7 @@ from msgspec import Struct
 
 from paceline.errors import PacelineError, StartupError
 from paceline.log import OomKills
+from paceline.process.ends import Ends
 from paceline.process.spawn import AGAIN, FIRST_WAIT_S, Restarts, Running, Start, Wakeup, start_child, stop
 
 
@@ -261,6 +262,7 @@ class Supervisor:
         self._restarts = False
         self._signals = 0
         self._wakeup = Wakeup()
+        self._ends = Ends()
 
     def run(self, start: Callable[[Supervisor], None], on_ready: Callable[[], None]) -> int:
         """Serve until a signal; returns the exit status.
@@ -453,6 +455,7 @@ class Supervisor:
         why = child.why()
         if not self._restarts and why not in BY_SOMEBODY:
             self._cannot_start(child, why)
+        self._ends.add(child.kind, child.process.exitcode)
         wait_s = child.ended()
         if wait_s is None and not self._restarts:
             raise StartupError(f"{child.name} ended before it was ready ({why}), once too often (--max-rank-restarts)")
@@ -483,6 +486,7 @@ class Supervisor:
             why = how(watched.process.exitcode)
             if not self._restarts and why not in BY_SOMEBODY:
                 raise StartupError(f"{watched.process.name} ended before it was ready ({why})")
+            self._ends.add(watched.process.name, watched.process.exitcode)
             logger.warning("%s ended (%s); starting it again", watched.process.name, why)
             try:
                 watched.process = watched.restart()
