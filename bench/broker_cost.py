@@ -26,7 +26,7 @@ from collections.abc import Callable
 
 from tests.serving import Command
 
-from paceline.core import codec, messages
+from paceline.core import binding, codec, messages
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.load import Load
@@ -66,32 +66,32 @@ class Rig:
 
     def ask(self, frontend: int, request: int) -> bytes:
         self.asks[frontend] += 1
-        descriptor = messages.Descriptor(request, 500, 200)
-        return codec.encode(messages.Ask(100 + frontend, self.asks[frontend], 10**6, [descriptor]))
+        descriptor = binding.Descriptor(request, 500, 200)
+        return codec.encode(binding.Ask(100 + frontend, self.asks[frontend], 10**6, [descriptor]))
 
     def notice(self, frontend: int, rank: int, request: int) -> bytes:
         self.told[frontend] += 1
         self.sent[rank] += 1
-        send = messages.Send(rank, 10 + rank, self.sent[rank], 500, 200, request)
-        return codec.encode(messages.SendNotice(100 + frontend, [send], self.told[frontend]))
+        send = binding.Send(rank, 10 + rank, self.sent[rank], 500, 200, request)
+        return codec.encode(binding.SendNotice(100 + frontend, [send], self.told[frontend]))
 
-    def hear_ranks(self, frames: list[bytes]) -> list[messages.Grants]:
+    def hear_ranks(self, frames: list[bytes]) -> list[binding.Grants]:
         return self._out(coordinator.RanksReported([self._rank(frame) for frame in frames]))  # type: ignore[misc]
 
-    def hear_frontends(self, frames: list[bytes]) -> list[messages.Grants]:
+    def hear_frontends(self, frames: list[bytes]) -> list[binding.Grants]:
         return self._out(coordinator.FrontendsSaid([self._frontend(frame) for frame in frames]))  # type: ignore[misc]
 
-    def _out(self, event: coordinator.Event) -> list[messages.Grants]:
+    def _out(self, event: coordinator.Event) -> list[binding.Grants]:
         grants = []
         for effect in self.machine.handle(event, 1.0):
             if isinstance(effect, coordinator.ToFrontends):
                 codec.encode(effect.message)
-                if isinstance(effect.message, messages.Grants):
+                if isinstance(effect.message, binding.Grants):
                     grants.append(effect.message)
         return grants
 
 
-def clock(spent: list[float], action: Callable[[], list[messages.Grants]]) -> list[messages.Grants]:
+def clock(spent: list[float], action: Callable[[], list[binding.Grants]]) -> list[binding.Grants]:
     begin = time.process_time()
     found = action()
     spent[0] += time.process_time() - begin

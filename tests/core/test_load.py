@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
+from paceline.core.binding import SendNotice
 from paceline.core.load import MAX_ACCOUNTED_SENDS, Accounting, Load, SpeedMeter, believed
-from paceline.core.messages import LoadView, SendNotice
+from paceline.core.messages import LoadView
 from paceline.sim.deployment import Deployment
 from paceline.sim.processes import FrontendProcess
 from tests.pace import examples

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from paceline.core import codec, messages
+from paceline.core import binding, codec, messages
 from paceline.core.coordinator.events import FrontendSaid, RankSaid, ToFrontends, ToRanks
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.frontend.events import CoordinatorSaid as FrontendHears, Submit
@@ -31,8 +31,8 @@ from paceline.core.requests import (
 from paceline.core.routing.least import LeastLoad
 
 PARTS = [
-    messages.Descriptor, messages.Grant, messages.Share, messages.Shares, Load, messages.Member, messages.GroupMember,
-    messages.Stall, messages.SuspensionState, messages.OnTheWire, Output, messages.RankView, messages.Send,
+    binding.Descriptor, binding.Grant, binding.Share, binding.Shares, Load, messages.Member, messages.GroupMember,
+    messages.Stall, messages.SuspensionState, messages.OnTheWire, Output, messages.RankView, binding.Send,
     SamplingParams, Timing, TokenLogprob, PositionLogprobs, StructuredOutput, Weights, WeightsOfRank,
 ]  # fmt: skip
 WHOLE = [kind for union in codec.UNIONS.values() for kind in (getattr(union, "__args__", ()) or (union,))]
@@ -245,7 +245,7 @@ def test_a_rank_takes_up_no_absurd_number(said: Any) -> None:
         messages.Members(messages.PROTOCOL_VERSION, 7, LARGEST, False, []),
         messages.LoadView(7, 2, LARGEST, False),
         messages.LoadView(7, 2, 0, False, suspension=messages.SuspensionState(LARGEST, "abort")),
-        messages.LoadView(7, 2, 0, False, [], shares=[messages.Shares(5, LARGEST)]),
+        messages.LoadView(7, 2, 0, False, [], shares=[binding.Shares(5, LARGEST)]),
     ],
     ids=lambda said: f"{type(said).__name__}",
 )

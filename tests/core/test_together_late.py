@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from paceline.core import messages  # fmt: skip
+from paceline.core import binding, messages  # fmt: skip
 from paceline.core.coordinator import events as coordinator
 from paceline.core.dispatch.dispatcher import UNANSWERED_S
 from paceline.core.frontend.dispatch import SILENCE_S
@@ -117,7 +117,7 @@ def test_what_lies_idle_at_others_is_had_after_a_recall() -> None:
 def test_a_recall_that_was_lost_comes_again() -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
-    deployment.frontends[1].broadcasts.lose(messages.Grants, times=2)
+    deployment.frontends[1].broadcasts.lose(binding.Grants, times=2)
     for _ in range(SLOTS):
         deployment.frontends[0].submit(max_tokens=100)
     deployment.world.run_for(0.4)
@@ -174,7 +174,7 @@ def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
     deployment = late_binding(3, 2)
     frontend = deployment.frontends[0]
     assert deployment.coordinator is not None
-    deployment.coordinator.feed(coordinator.FrontendSaid(messages.ReturnShares(frontend.machine.identity, 1)))
+    deployment.coordinator.feed(coordinator.FrontendSaid(binding.ReturnShares(frontend.machine.identity, 1)))
     frontend.broadcasts.lose(messages.LoadView, times=1000)
     while not held(deployment):
         frontend.submit(max_tokens=4)
@@ -184,7 +184,7 @@ def test_in_lockstep_a_granted_request_wakes_the_ranks() -> None:
 
 
 # Losses -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("lost", [messages.Ask, messages.SendNotice, messages.FrontendHello, messages.ReturnShares])
+@pytest.mark.parametrize("lost", [binding.Ask, binding.SendNotice, messages.FrontendHello, binding.ReturnShares])
 def test_what_a_frontend_says_may_be_lost(lost: type) -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.frontends[0].to_coordinator.lose(lost, times=2)
@@ -196,7 +196,7 @@ def test_what_a_frontend_says_may_be_lost(lost: type) -> None:
     rest(deployment)
 
 
-@pytest.mark.parametrize("lost", [messages.Grants, messages.LoadView])
+@pytest.mark.parametrize("lost", [binding.Grants, messages.LoadView])
 def test_what_the_coordinator_says_may_be_lost(lost: type) -> None:
     deployment = late_binding(1, 2, lockstep=False)
     deployment.world.after_each = never_behind_a_full_rank(deployment)
@@ -235,7 +235,7 @@ def test_what_is_abandoned_leaves_the_queue() -> None:
 def test_a_withdrawal_that_was_lost_is_made_up_for() -> None:
     deployment = late_binding(lockstep=False)
     waiting = full(deployment)
-    deployment.frontends[0].to_coordinator.lose(messages.Withdraw)
+    deployment.frontends[0].to_coordinator.lose(binding.Withdraw)
     deployment.frontends[0].abandon(*waiting)
     rest(deployment)
 
@@ -335,7 +335,7 @@ def test_after_a_silence_a_new_coordinator_has_the_queue_again() -> None:
     rest(deployment)
 
 
-@pytest.mark.parametrize("lost", [messages.Members, messages.LoadView, messages.FrontendHello, messages.Ask])
+@pytest.mark.parametrize("lost", [messages.Members, messages.LoadView, messages.FrontendHello, binding.Ask])
 def test_losses_while_the_coordinator_changes(lost: type) -> None:
     deployment = late_binding(lockstep=False)
     full(deployment)
@@ -405,8 +405,8 @@ ACTS = st.lists(
     max_size=60,
 )  # fmt: skip
 DOWN, UP = (
-    [messages.Grants, messages.LoadView, messages.Members],
-    [messages.Ask, messages.Withdraw, messages.SendNotice, messages.ReturnShares, messages.FrontendHello],
+    [binding.Grants, messages.LoadView, messages.Members],
+    [binding.Ask, binding.Withdraw, binding.SendNotice, binding.ReturnShares, messages.FrontendHello],
 )
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, strategies as st
 
 from paceline.engines.base import EngineRequest
 from paceline.engines.gguf import read_header
-from paceline.engines.kept import common
+from paceline.engines.kept import KeptSchedule, common
 from paceline.engines.llama import LlamaEngine
 from paceline.engines.llama_text import Vocabulary, load_model
 from paceline.engines.models import NAMES, named_model
+from paceline.engines.scheduler import TextSequence
+from paceline.engines.timed import NoMemory
 from tests.engines.llama_runs import Answer, Makes, advance, answer_all, greedy
 
 SYSTEM = "You are a careful clerk of a small library. You know every book by its place. " * 6
@@ -129,6 +131,48 @@ def test_one_that_was_aborted_has_left_what_it_computed(made: Makes) -> None:
     said = serving.one(prompt)
     assert 0 < serving.cached < len(prompt)
     assert serving.anew(prompt) == [said]
+
+
+@pytest.mark.slow
+def test_more_chats_than_slots_go_on_from_where_they_were(made: Makes) -> None:
+    serving = Serving(made.engine(max_num_seqs=2))
+    chats = [serving.tokens(f"{word} " * 90)[:90] for word in ("apples", "pears", "plums", "figs")]
+    turns: list[tuple[list[int], list[int]]] = []
+    for turn in range(2):
+        for chat in chats:
+            prompt = list(chat)
+            answer = serving.one(prompt)
+            turns.append((prompt, answer))
+            assert not turn or serving.computed <= 12, "but for what is new"
+            chat += answer + serving.tokens("And then?")
+    assert serving.anew(*[prompt for prompt, _ in turns]) == [answer for _, answer in turns]
+
+
+def test_what_others_share_stays_where_one_goes_on_from_it() -> None:
+    schedule = KeptSchedule(1, 1000, 512, NoMemory(), pooled=False, aside=1000)
+    chat, other = list(range(200)), [*range(100), *range(500, 600)]
+    assert [run(schedule, prompt) for prompt in (chat, other, [*chat, 7], [*other, 8])] == [0, 100, 200, 200]
+
+
+@pytest.mark.parametrize(("pooled", "aside"), [(False, 350), (True, 1000)])
+def test_what_is_laid_aside_is_bounded_and_the_least_lately_used_goes_first(pooled: bool, aside: int) -> None:
+    schedule = KeptSchedule(1, 400, 512, NoMemory(), pooled=pooled, aside=aside)
+    chats = [list(range(begin, begin + 100)) for begin in (0, 1000, 2000, 3000)]
+    assert [run(schedule, chat) for chat in chats] == [0, 0, 0, 0]
+    # The last has the slot, and beside it there is room for two or three.
+    assert run(schedule, [*chats[1], 9]) == 100
+    assert run(schedule, list(range(5000, 5100))) == 0
+    assert [run(schedule, [*chat, 8]) for chat in (chats[1], chats[3])] == [100, 100]
+    assert run(schedule, chats[0]) == 0
+
+
+def run(schedule: KeptSchedule, prompt: list[int]) -> int:
+    """Serve it to its end; returns how many tokens were there."""
+    sequence = TextSequence(EngineRequest(1, prompt, greedy(1)), 1)
+    schedule.queue(sequence)
+    schedule.done(schedule.chunks())
+    schedule.remove(1)
+    return sequence.cached
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

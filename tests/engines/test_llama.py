@@ -308,6 +308,7 @@ def test_what_cannot_be_set_is_refused_in_one_line(model_file: Path, tmp_path: P
     assert "--max-num-seqs 1000" in refused(max_num_seqs=1000)
     assert "--engine-option color: unknown" in refused(options={"color": "red"})
     assert "'yes' is neither 0 nor 1" in refused(options={"repack": "yes"})
+    assert "'-1' is no number of tokens" in refused(options={"kept_tokens": "-1"})
     assert "there is no such model file" in refused(model=str(tmp_path / "absent.gguf"))
     cut = tmp_path / "cut.gguf"
     with model_file.open("rb") as whole:

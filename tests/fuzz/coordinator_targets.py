@@ -8,10 +8,11 @@ import random
 from typing import Any
 
 from paceline.core import codec
+from paceline.core.binding import SendNotice
 from paceline.core.coordinator.events import Event, Note, RankGone, RankSubscribed, Tick, ToFrontends, ToRanks
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Members, RankHello, RankReport, SendNotice
+from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Members, RankHello, RankReport
 from paceline.net.coordinator import FrontendInbox, RankInbox
 from paceline.net.links import BadFrames
 from tests.fuzz.corpus import classes_of

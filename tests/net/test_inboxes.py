@@ -10,12 +10,11 @@ import pytest
 import zmq
 
 from paceline.core import codec
+from paceline.core.binding import Ask, Descriptor, SendNotice, Withdraw
 from paceline.core.coordinator import events
 from paceline.core.load import Load
 from paceline.core.messages import (
     PROTOCOL_VERSION,
-    Ask,
-    Descriptor,
     FromFrontend,
     FromRank,
     FrontendHello,
@@ -23,10 +22,8 @@ from paceline.core.messages import (
     RankFailed,
     RankReport,
     Scaling,
-    SendNotice,
     StartWave,
     WakeNotice,
-    Withdraw,
 )
 from paceline.net.coordinator import HANDLED_AT_ONCE, LEAST_KEPT, FrontendInbox, RankInbox, reports_kept
 from paceline.net.links import BadFrames

@@ -118,8 +118,6 @@ def _aligned(tokens: int) -> int:
     return -(-tokens // CELLS_ALIGNMENT) * CELLS_ALIGNMENT
 
 
-OPTIONS = ("repack",)
-
 # Embeddings ---------------------------------------------------------------------------------------
 
 POOL_NOTHING = 0
@@ -173,7 +171,15 @@ class LlamaEngine(Engine):
         most = plan.max_model_len if pooling is not None and pooling.whole else 0
         budget = min(max(settings.max_num_batched_tokens, most), context.n_batch)
         self._batch = library().LlamaBatch(n_tokens=budget, embd=0, n_seq_max=1)
-        self._schedule = KeptSchedule(plan.slots, plan.kv_tokens, budget, self, pooled=plan.shared)
+        aside = read_options(settings).kept_tokens
+        self._schedule = KeptSchedule(
+            plan.slots,
+            plan.kv_tokens,
+            budget,
+            self,
+            pooled=plan.shared,
+            aside=plan.kv_tokens if aside is None else aside,
+        )
         self._refused: list[StepOutput] = []
         self._prompt_logprobs: dict[int, dict[int, PositionLogprobs]] = {}
         """By request and position, where they are asked for and the first output has not gone out."""
@@ -184,7 +190,7 @@ class LlamaEngine(Engine):
 
     @classmethod
     def create(cls, settings: EngineSettings, progress: Progress) -> LlamaEngine:
-        repack = read_options(settings)
+        repack = read_options(settings).repack
         path = model_path(settings.model, progress)
         header = read_header(path)
         plan, pooling = plan_memory(settings, header), pooling_of(header) if settings.task == "embed" else None
@@ -281,7 +287,7 @@ class LlamaEngine(Engine):
         """One that can take the place of this one. Raises EngineError."""
         if plan_memory(self._settings, read_header(path)) != self._plan:
             raise EngineError(f"{path}: needs other memory than the model that is served")
-        model = load_model(path, lambda what, share: None, repack=read_options(self._settings))
+        model = load_model(path, lambda what, share: None, repack=read_options(self._settings).repack)
         if not self._vocabulary.same_as(Vocabulary(model)):
             model.close()
             raise EngineError(f"{path}: has other tokens than the model that is served")
@@ -366,7 +372,7 @@ class LlamaEngine(Engine):
         one wait, or end the only one.
         """
         last = max((sequence for sequence, _ in chunks), key=lambda sequence: sequence.order)
-        kept = self._schedule.forget_all()
+        kept = self._schedule.forget_slots()
         if len(chunks) == 1 and not kept:
             error = f"llama.cpp has no KV memory for this request's {len(last.tokens)} tokens"
             self._end(last.key)
@@ -466,12 +472,37 @@ class LlamaEngine(Engine):
         context.memory_seq_cp(source, slot, -1, -1)
         return True
 
+    def hand_out(self, slot: int) -> bytes:
+        state: bytes = self._context.get_state_seq_data(slot)
+        return state
 
-def read_options(settings: EngineSettings) -> bool:
-    """Whether to repack weights. Raises EngineError naming an option that there is not."""
+    def take_back(self, slot: int, state: bytes) -> bool:
+        try:
+            self._context.set_state_seq_data(state, slot)
+        except ValueError:
+            # A pool in which there is no room for it in one piece.
+            return False
+        return True
+
+
+class Options(Struct, frozen=True):
+    """`--engine-option` of this engine. `repack`: weights, for speed. `kept_tokens`: how many of ended requests are
+    kept beside those in slots, None for as many as the KV memory holds.
+    """
+
+    repack: bool = False
+    kept_tokens: int | None = None
+
+
+def read_options(settings: EngineSettings) -> Options:
+    """Raises EngineError naming an option that there is not, or a value that cannot be."""
     for name, value in settings.options.items():
-        if name not in OPTIONS:
-            raise EngineError(f"--engine-option {name}: unknown; the llama engine has {', '.join(OPTIONS)}")
-        if value not in ("0", "1"):
+        if name not in Options.__struct_fields__:
+            known = ", ".join(Options.__struct_fields__)
+            raise EngineError(f"--engine-option {name}: unknown; the llama engine has {known}")
+        if name == "repack" and value not in ("0", "1"):
             raise EngineError(f"--engine-option {name}: {value!r} is neither 0 nor 1")
-    return settings.options.get("repack") == "1"
+        if name == "kept_tokens" and not (value.isdecimal() and len(value) < 16):
+            raise EngineError(f"--engine-option {name}: {value!r} is no number of tokens")
+    kept = settings.options.get("kept_tokens")
+    return Options(settings.options.get("repack") == "1", None if kept is None else int(kept))

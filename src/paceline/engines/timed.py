@@ -64,7 +64,8 @@ class TimedEngine(Engine):
         self._kv_total = settings.kv_cache_tokens or DEFAULT_MAX_MODEL_LEN * 8
         shape = settings.max_num_seqs, self._kv_total, settings.max_num_batched_tokens
         kept = self.keeps_prefixes(settings)
-        self._schedule = KeptSchedule(*shape, NoMemory(), pooled=True) if kept else Schedule(*shape)
+        keeping = KeptSchedule(*shape, NoMemory(), pooled=True, aside=self._kv_total) if kept else None
+        self._schedule = keeping or Schedule(*shape)
         self._refused: list[StepOutput] = []
         self._prefill_limit: int | None = None
         self._staged = Staged(lambda path: path)
@@ -152,6 +153,12 @@ class NoMemory:
         return True
 
     def copy(self, source: int, slot: int, count: int) -> bool:
+        return True
+
+    def hand_out(self, slot: int) -> bytes:
+        return b""
+
+    def take_back(self, slot: int, state: bytes) -> bool:
         return True
 
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import zmq
 from msgspec import Struct
-from zmq.utils.monitor import parse_monitor_message
 
 from paceline.core import codec
 from paceline.core.messages import Form, FromRank, ToRank
@@ -38,7 +37,7 @@ from paceline.engines.group import EpochEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.log import about
-from paceline.net.links import REFUSED, BadFrames, Doors, new_identity, refusals
+from paceline.net.links import REFUSED, BadFrames, Doors, monitored, new_identity, refusals
 from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, bound_address, drain, open_socket
 from paceline.process.spawn import AGAIN, END, HUNG, Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
@@ -214,7 +213,7 @@ class RankTransport:
         """Some connection has ended: look which front-ends are there, soon and again. Or one was refused."""
         ended = False
         for frames in drain(self._ends, self.bad_requests, parts=2):
-            refused = bool(parse_monitor_message(frames)["event"] & REFUSED)
+            refused = bool(monitored(frames) & REFUSED)
             ended = ended or not refused
             if refused:
                 refusals.add(self.address)

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from msgspec.structs import replace
 
+from paceline.core.binding import Grants
 from paceline.core.frontend import events as frontend_events
 from paceline.core.invariants import same_quota
 from paceline.core.load import Load
 from paceline.core.messages import (
     Admit,
     Form,
-    Grants,
     LoadView,
     Member,
     Members,

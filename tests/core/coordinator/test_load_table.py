@@ -6,10 +6,11 @@ import random
 
 import pytest
 
+from paceline.core.binding import Send
 from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable, PublishClock, UnackedSends
 from paceline.core.dispatch.capacity import Amount
 from paceline.core.load import Load
-from paceline.core.messages import Member, OnTheWire, RankReport, RankView, Send
+from paceline.core.messages import Member, OnTheWire, RankReport, RankView
 from tests.core.harness import find, one
 
 FIRST, SECOND = 100, 200

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from paceline.core import messages
+from paceline.core import binding, messages
 from paceline.core.coordinator import events
 from paceline.core.coordinator.events import Effect, RankSaid, RanksReported, Tick, ToFrontends
 from paceline.core.coordinator.machine import Coordinator
@@ -38,7 +38,7 @@ def report(
 
 
 def sends(number: int, tokens: int = 10, rank: int = 0, frontend: int = FRONTEND) -> events.FrontendSaid:
-    return events.FrontendSaid(messages.SendNotice(frontend, [messages.Send(rank, 10 + rank, number, tokens)]))
+    return events.FrontendSaid(binding.SendNotice(frontend, [binding.Send(rank, 10 + rank, number, tokens)]))
 
 
 def started(ranks: int = 2, lockstep: bool = False, publish_loads: bool = True) -> Coordinator:
@@ -336,7 +336,7 @@ def test_sends_are_shown_unacked_until_the_rank_reports_that_it_took_them() -> N
 def test_a_view_says_up_to_which_send_of_each_frontend_it_knows() -> None:
     machine = started()
     for told, frontend in ((3, 100), (5, 200), (4, 200)):
-        machine.handle(events.FrontendSaid(messages.SendNotice(frontend, [messages.Send(0, 10, 1, 4)], told)), 1.0)
+        machine.handle(events.FrontendSaid(binding.SendNotice(frontend, [binding.Send(0, 10, 1, 4)], told)), 1.0)
     assert one(said(machine.handle(events.Tick(), 2.0), messages.LoadView)).heard == {100: 3, 200: 5}
     assert one(said(machine.handle(events.FrontendGone(200), 3.0), messages.LoadView)).heard == {100: 3}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from paceline.core.binding import Send
 from paceline.core.dispatch.capacity import BUDGETS_AHEAD, KV_SHARE, Amount, Capacities
 from paceline.core.dispatch.credits import ENTRIES, LEAST_RANKS, CreditBook
 from paceline.core.load import Load
-from paceline.core.messages import Send
 from tests.pace import examples
 
 SLOTS, BUDGET, KV = 16, 512, 10_000

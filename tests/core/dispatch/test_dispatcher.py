@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings, strategies as st
 
-from paceline.core import codec, messages
+from paceline.core import binding, codec, messages
 from paceline.core.coordinator import events as coordinator
 from paceline.core.coordinator.machine import Coordinator
 from paceline.core.dispatch.line import PATIENCE
@@ -20,15 +20,15 @@ counts = st.integers(0, 20) | st.sampled_from([2**31, LARGEST])
 priorities = st.integers(-1, 1) | st.sampled_from([-(2**63), 2**63 - 1])
 said: st.SearchStrategy[messages.FromFrontend] = st.one_of(
     st.builds(
-        messages.Ask, frontends, counts, counts,
-        st.lists(st.builds(messages.Descriptor, requests, counts, counts, priorities, counts)),
+        binding.Ask, frontends, counts, counts,
+        st.lists(st.builds(binding.Descriptor, requests, counts, counts, priorities, counts)),
     ),
-    st.builds(messages.Withdraw, frontends, counts, st.lists(requests)),
-    st.builds(messages.ReturnShares, frontends, counts),
+    st.builds(binding.Withdraw, frontends, counts, st.lists(requests)),
+    st.builds(binding.ReturnShares, frontends, counts),
     st.builds(
-        messages.SendNotice,
+        binding.SendNotice,
         frontends,
-        st.lists(st.builds(messages.Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
+        st.lists(st.builds(binding.Send, st.integers(0, 2), st.integers(10, 12), counts, counts, counts, requests)),
         counts,
     ),
     st.builds(messages.FrontendLeaving, st.just(OTHER)),
@@ -68,7 +68,7 @@ class Told:
                 message = codec.to_frontend().decode(codec.encode(effect.message))
                 if isinstance(message, messages.LoadView):
                     self.view = message
-                elif isinstance(message, messages.Grants):
+                elif isinstance(message, binding.Grants):
                     self.grants += [(grant.request, grant.rank) for grant in message.grants]
 
     def report(self, rank: int, step: int, running: int, kv: int = 0, **taken: int) -> None:
@@ -77,7 +77,7 @@ class Told:
         self.tell(coordinator.RankSaid(messages.RankReport(rank, 10 + rank, step, 0, False, load, by_identity)))
 
     def ask(self, told: int, request: int, tokens: int = 1) -> None:
-        self.hear(messages.Ask(GOOD, told, 10**6, [messages.Descriptor(request, tokens, 1)]))
+        self.hear(binding.Ask(GOOD, told, 10**6, [binding.Descriptor(request, tokens, 1)]))
 
     def wait(self, seconds: float) -> None:
         until = self.now + seconds
@@ -111,9 +111,7 @@ def test_what_a_frontend_had_unacked_gives_capacity_back_when_it_goes_also_where
     told = Told()
     told.hear(messages.FrontendHello(messages.PROTOCOL_VERSION, OTHER, brokered=False))
     for rank in range(2):
-        told.hear(
-            messages.SendNotice(OTHER, [messages.Send(rank, 10 + rank, number, 1, 1) for number in range(1, 5)], 4)
-        )
+        told.hear(binding.SendNotice(OTHER, [binding.Send(rank, 10 + rank, number, 1, 1) for number in range(1, 5)], 4))
     told.ask(1, 1)
     assert told.grants == []
     told.tell(coordinator.FrontendGone(OTHER))
@@ -130,7 +128,7 @@ def test_a_grant_that_its_rank_reports_before_its_frontend_tells_of_it_is_counte
     told.ask(2, 2)
     told.report(0, 4, 3, f100=1)
     assert told.grants == [(1, 0)]
-    told.hear(messages.SendNotice(GOOD, [messages.Send(0, 10, 1, 1, 1, 1)], 1))
+    told.hear(binding.SendNotice(GOOD, [binding.Send(0, 10, 1, 1, 1, 1)], 1))
     assert told.grants == [(1, 0), (2, 0)]
 
 
@@ -143,7 +141,7 @@ def test_a_rank_that_is_kept_for_somebody_is_looked_at_when_it_reports() -> None
     for turn in passing:
         told.ask(1 + turn, 1 + turn)
         assert told.grants[-1] == (1 + turn, 0)
-        told.hear(messages.SendNotice(GOOD, [messages.Send(0, 10, turn, 1, 1, 1 + turn)], turn))
+        told.hear(binding.SendNotice(GOOD, [binding.Send(0, 10, turn, 1, 1, 1 + turn)], turn))
         told.report(0, 2 + turn, 1, kv=60, f100=turn)
     last = passing[-1]
     told.ask(2 + last, 2 + last)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
+from paceline.core.binding import Descriptor, Send
 from paceline.core.blocks import BLOCK_TOKENS, packed
 from paceline.core.dispatch.capacity import Amount
 from paceline.core.dispatch.line import PATIENCE, PRIORITY_PATIENCE, Entry
 from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.load import Load
-from paceline.core.messages import Descriptor, Send
 from tests.pace import examples
 
 TOKEN_S, STEP_S = 0.0001, 0.01

@@ -6,11 +6,11 @@ from typing import Any
 
 from hypothesis import example, given, settings, strategies as st
 
+from paceline.core.binding import Descriptor
 from paceline.core.dispatch.capacity import KV_SHARE, Amount
 from paceline.core.dispatch.line import COMPACT, PATIENCE, PRIORITY_PATIENCE, Entry, SortedQueue
 from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.load import Load
-from paceline.core.messages import Descriptor
 from tests.pace import examples
 
 KV = 1000

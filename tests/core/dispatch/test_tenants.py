@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from paceline.core.binding import Descriptor
 from paceline.core.dispatch.line import Entry
 from paceline.core.dispatch.tenants import FORGOTTEN_FROM, Tenants
-from paceline.core.messages import Descriptor
 from tests.core.dispatch.test_queue import KV, Ranks
 
 FLOOD, OTHER, THIRD = 1, 2, 3

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from paceline.core.binding import Ask, Shares, Withdraw
 from paceline.core.frontend import events
 from paceline.core.frontend.deadlines import TIDY_FROM
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, Ask, LoadView, Member, Members, RankView, Shares, Withdraw
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
 from paceline.core.requests import Output, Outputs, SamplingParams
 from paceline.core.routing import LeastLoad
 from tests.core.harness import find, said

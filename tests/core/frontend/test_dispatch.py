@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from paceline.core.binding import Grant, Grants, Shares
 from paceline.core.frontend import events as frontend_events
 from paceline.core.frontend.events import Abandon, CoordinatorSaid, Placed, Refuse, Submit
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import PROTOCOL_VERSION, Grant, Grants, LoadView, Member, Members, RankView, Shares
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView
 from paceline.core.requests import Output, Outputs, Receipt, SamplingParams
 from paceline.core.routing import LeastLoad
 from paceline.core.routing.candidates import Candidates

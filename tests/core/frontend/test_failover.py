@@ -6,21 +6,12 @@ from typing import Any
 
 import pytest
 
+from paceline.core.binding import Ask, Shares
 from paceline.core.frontend import events
 from paceline.core.frontend.failover import HOLD_S, MOST_LOSSES
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
-from paceline.core.messages import (
-    PROTOCOL_VERSION,
-    Ask,
-    LoadView,
-    Member,
-    Members,
-    RankView,
-    Shares,
-    Stall,
-    SuspensionState,
-)
+from paceline.core.messages import PROTOCOL_VERSION, LoadView, Member, Members, RankView, Stall, SuspensionState
 from paceline.core.requests import AbortRequests, AddRequest, Output, Outputs, SamplingParams
 from paceline.core.routing import LeastLoad
 

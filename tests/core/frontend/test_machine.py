@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from paceline.core import messages
+from paceline.core import binding, messages
 from paceline.core.frontend import events
 from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
@@ -89,9 +89,9 @@ def test_the_coordinator_is_told_to_wake_only_in_lockstep_and_while_the_ranks_ar
 def test_sends_are_shared_only_where_others_balance_over_the_same_ranks() -> None:
     machine = frontend(relay_sends=True)
     submit(machine, 1, rank=0)
-    notice = one(said(submit(machine, 2, tokens=9, rank=0), messages.SendNotice, frontend=IDENTITY))
-    assert notice.sends == [messages.Send(0, 10, 2, 9, 5)]
-    assert not said(submit(frontend(), 1), messages.SendNotice)
+    notice = one(said(submit(machine, 2, tokens=9, rank=0), binding.SendNotice, frontend=IDENTITY))
+    assert notice.sends == [binding.Send(0, 10, 2, 9, 5)]
+    assert not said(submit(frontend(), 1), binding.SendNotice)
 
 
 # Refusals -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from paceline.core.binding import Send
 from paceline.core.coordinator.events import Effect, ToFrontends
 from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.capacity import ANY, Amount
@@ -32,7 +33,6 @@ from paceline.core.messages import (
     RankReport,
     RankView,
     Scaling,
-    Send,
     Stall,
     SuspensionState,
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
+from paceline.core.binding import Ask, ReturnShares, SendNotice, Withdraw
 from paceline.core.coordinator import events
 from paceline.core.coordinator.epoch import Epochs, Position, Stalls, describe
 from paceline.core.coordinator.load_table import STEP_WAIT_S, LoadTable, Publisher, SnapshotHeader
@@ -22,7 +23,6 @@ from paceline.core.dispatch.dispatcher import Dispatcher
 from paceline.core.messages import (
     PROTOCOL_VERSION,
     Admit,
-    Ask,
     ControlRequest,
     Form,
     FromFrontend,
@@ -35,15 +35,12 @@ from paceline.core.messages import (
     RankHello,
     RankLeaving,
     RankReport,
-    ReturnShares,
     ScaleRequest,
     Scaling,
-    SendNotice,
     StallReport,
     StartWave,
     WakeNotice,
     WaveComplete,
-    Withdraw,
 )
 from paceline.core.requests import Revive, StartAgain, UpdateWeights
 from paceline.core.rules import checked

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
+from paceline.core.binding import Send, Share, Shares
 from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.capacity import ANY, Amount, Capacities, Capacity
 from paceline.core.dispatch.queue import CentralQueue
-from paceline.core.messages import Send, Share, Shares
 
 ENTRIES = 256
 """So many credits in a view, of all front-ends together, where each has at least LEAST_RANKS."""

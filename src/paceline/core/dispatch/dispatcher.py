@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 
+from paceline.core.binding import Ask, Grant, Grants, ReturnShares, Send, Shares, Withdraw
 from paceline.core.blocks import unpacked
 from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.credits import QueueGroup
 from paceline.core.dispatch.line import Entry
-from paceline.core.messages import Ask, FrontendHello, Grant, Grants, RankReport, ReturnShares, Send, Shares, Withdraw
+from paceline.core.messages import FrontendHello, RankReport
 
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""

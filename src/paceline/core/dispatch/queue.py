@@ -34,12 +34,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
+from paceline.core.binding import Descriptor, Send
 from paceline.core.blocks import unpacked
 from paceline.core.dispatch.capacity import Capacities, Capacity
 from paceline.core.dispatch.homes import Homes
 from paceline.core.dispatch.line import Entry
 from paceline.core.dispatch.tenants import TenantLine, Tenants
-from paceline.core.messages import Descriptor, Send
 
 STRAYS_TO = 4
 """So many ranks that nobody waits for are offered to those who wait elsewhere."""

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from msgspec import Struct
 from msgspec.structs import replace
 
+from paceline.core.binding import Ask, Descriptor, Grant, Grants, ReturnShares, Share, Shares, Withdraw
 from paceline.core.blocks import block_hashes, packed
 from paceline.core.frontend.control import FrontendCalls
 from paceline.core.frontend.deadlines import Deadlines, too_late
@@ -29,7 +30,7 @@ from paceline.core.frontend.events import Deliver, Effect, Refuse, Submit, ToCoo
 from paceline.core.frontend.failover import HOLD_S
 from paceline.core.frontend.inflight import NAMED, InFlightRequests, RankHandle, Router, query_of, session_of
 from paceline.core.load import plausible
-from paceline.core.messages import Ask, Descriptor, Grant, Grants, LoadView, ReturnShares, Share, Shares, Withdraw
+from paceline.core.messages import LoadView
 from paceline.core.requests import Output
 from paceline.core.routing.policy import Query
 

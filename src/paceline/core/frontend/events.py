@@ -26,7 +26,7 @@ class Submit(Struct, frozen=True, gc=False):
 
     `session`: its session's key, if it has one. `explain`: whether to say what the choice of its rank was based on.
     `blocks`: the names of its prompt's blocks, where they are known already (`core/blocks.py`). `name`: what logs call
-    it. `tenant`, `weight`: as in messages.Descriptor. `deadline`: when its answer must be there, infinite for no time.
+    it. `tenant`, `weight`: as in binding.Descriptor. `deadline`: when its answer must be there, infinite for no time.
     """
 
     request: int

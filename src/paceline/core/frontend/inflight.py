@@ -21,10 +21,11 @@ from math import ceil
 from msgspec import Struct
 from msgspec.structs import replace
 
+from paceline.core.binding import Send, SendNotice
 from paceline.core.blocks import packed
 from paceline.core.frontend.events import Deliver, Effect, Placed, Refuse, Submit, ToCoordinator, ToRank
 from paceline.core.load import Accounting, Load, believed
-from paceline.core.messages import LoadView, RankView, Send, SendNotice, WakeNotice
+from paceline.core.messages import LoadView, RankView, WakeNotice
 from paceline.core.ordering import RESORT_SHARE
 from paceline.core.requests import LARGEST_STAMP, AbortRequests, AddRequest, Output, Outputs
 from paceline.core.routing.candidates import Candidate, Candidates

@@ -13,7 +13,7 @@ from collections.abc import Set
 
 import msgspec
 
-from paceline.core import messages
+from paceline.core import binding, messages
 from paceline.core.coordinator.epoch import describe
 from paceline.core.frontend import events
 from paceline.core.frontend.control import EngineCalls, FrontendCalls, FrontendScaling, in_words
@@ -97,7 +97,7 @@ class Frontend:
                 return [*self._inflight.abandon(requests, now), *self._binding.drop(requests, now)]
             case events.CoordinatorSaid(messages.LoadView() as view):
                 return self._on_view(view, now)
-            case events.CoordinatorSaid(messages.Grants() as grants):
+            case events.CoordinatorSaid(binding.Grants() as grants):
                 return self._on_grants(grants, now)
             case events.CoordinatorSaid(messages.ControlAnswer() as answer):
                 return self._calls.answered(answer)
@@ -348,7 +348,7 @@ class Frontend:
             effects.append(self._hello())
         return [*effects, *served, *self._placement.settle(now)]
 
-    def _on_grants(self, message: messages.Grants, now: float) -> list[events.Effect]:
+    def _on_grants(self, message: binding.Grants, now: float) -> list[events.Effect]:
         if message.coordinator != self._coordinator:
             self._void += 1
             return []
