@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors", "paceline.log"},
     "paceline.check": {
         "paceline.check", "paceline.sim", "paceline.core", "paceline.errors", "paceline.console", "paceline.log",
+        "paceline.report",
     },
     "paceline.net": {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
