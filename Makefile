@@ -150,6 +150,9 @@ bench-broker: $(STAMP) ## what the broker's queue costs the coordinator, and an 
 bench-chat: $(STAMP) ## chats of several turns on real ranks: sticky against least-load, and with a rank killed
 	@$(BIN)/python -m bench.chat $(ARGS)
 
+bench-sessions: $(STAMP) ## agentic sessions in virtual time: our routing, other systems', and a bound (an hour)
+	@$(BIN)/python -m bench.sessions $(ARGS)
+
 bench-tenants: $(STAMP) ## what one tenant's flood does to another's requests
 	@$(BIN)/python -m bench.tenants $(ARGS)
 
@@ -164,5 +167,5 @@ clean: ## remove the virtual environment and caches
 
 .PHONY: help setup serve manifests bench-secret test-otel test-page test-prometheus test-deploy test test-fast test-vllm \
 	test-ray test-clients test-templates soak chaos fuzz fuzz-guided format docs bench-serve bench-freshness bench-broker bench-quota \
-	bench-routing bench-honest bench-overload bench-gaps bench-chat bench-tenants bench-vllm bench-vllm-engine \
+	bench-routing bench-honest bench-overload bench-gaps bench-chat bench-sessions bench-tenants bench-vllm bench-vllm-engine \
 	bench-vllm-losses bench-vllm-routing clean

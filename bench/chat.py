@@ -24,8 +24,8 @@ from openai.types.chat import ChatCompletionMessageParam
 from tests.serving import Deployment, deployment
 
 ENGINES = {
-    "llama": ["--max-model-len", "4096", "--max-num-seqs", "16"],
-    "vllm": ["--engine", "vllm", "--max-model-len", "2048", "--max-num-seqs", "16", "--enable-prefix-caching"],
+    "llama": ["--max-model-len", "4096"],
+    "vllm": ["--engine", "vllm", "--max-model-len", "2048", "--enable-prefix-caching"],
 }
 SYSTEM = "You answer in one short sentence. " * 12
 WORDS = [
@@ -51,12 +51,15 @@ THINK_S = 2.0
 
 
 class Turn(Struct):
-    """One answer. `first_s`: the time to its first token, in seconds; `cached`: of its `prompt` tokens."""
+    """One answer. `first_s`: the time to its first token, in seconds; `cached`: of its `prompt` tokens; `known`: tokens
+    of the prompt and the answer before it.
+    """
 
     turn: int
     first_s: float
     prompt: int
     cached: int
+    known: int
 
 
 class Figures(Struct):
@@ -69,6 +72,11 @@ class Figures(Struct):
     def hit_rate(self) -> float:
         return sum(one.cached for one in self.turns) / max(1, sum(one.prompt for one in self.turns))
 
+    @property
+    def possible(self) -> float:
+        """The hit rate where each turn finds all of those before it, and the first ones nothing."""
+        return sum(min(one.known, one.prompt) for one in self.turns) / max(1, sum(one.prompt for one in self.turns))
+
     def first_s(self, turn: int) -> tuple[float, float]:
         """The median, and what 99 of 100 stay under, of one turn."""
         times = sorted(one.first_s for one in self.turns if one.turn == turn)
@@ -79,6 +87,7 @@ async def chat(client: openai.AsyncOpenAI, index: int, turns: int, figures: Figu
     chance = random.Random(index)
     messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": SYSTEM}]
     model = (await client.models.list()).data[0].id
+    known = 0
     try:
         for turn in range(turns):
             messages.append({"role": "user", "content": f"{index}: " + " ".join(chance.choices(WORDS, k=24))})
@@ -94,7 +103,8 @@ async def chat(client: openai.AsyncOpenAI, index: int, turns: int, figures: Figu
                 if chunk.usage is not None:
                     details = chunk.usage.prompt_tokens_details
                     cached = (details.cached_tokens or 0) if details is not None else 0
-                    figures.turns.append(Turn(turn + 1, first - begin, chunk.usage.prompt_tokens, cached))
+                    figures.turns.append(Turn(turn + 1, first - begin, chunk.usage.prompt_tokens, cached, known))
+                    known = chunk.usage.prompt_tokens + chunk.usage.completion_tokens
             messages.append({"role": "assistant", "content": text})
             await asyncio.sleep(chance.uniform(0, THINK_S))
     except openai.OpenAIError as error:
@@ -126,14 +136,19 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or name of a model, for vllm")
     parser.add_argument("--chats", type=int, default=40)
     parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--slots", type=int, default=16, help="requests that a rank runs at once")
     given = parser.parse_args()
     flags = [*(["--model", given.model] if given.model else []), *ENGINES[given.engine]]
+    flags += ["--max-num-seqs", str(given.slots)]
     shown = [1, 2, given.turns]
-    print(f"{'':24}{'hit rate':>9}{'lost':>6}" + "".join(f"{f'p50, p99 of turn {turn}':>22}" for turn in shown))
+    print(
+        f"{'':24}{'hit rate':>9}{'possible':>9}{'lost':>6}"
+        + "".join(f"{f'p50, p99 of turn {turn}':>22}" for turn in shown)
+    )
     for name, figures in runs(flags, given.chats, given.turns):
         times = [figures.first_s(turn) for turn in shown]
         cells = "".join(f"{f'{1000 * p50:.0f}, {1000 * p99:.0f} ms':>22}" for p50, p99 in times)
-        print(f"{name:24}{figures.hit_rate:9.2f}{len(figures.lost):6}{cells}", flush=True)
+        print(f"{name:24}{figures.hit_rate:9.2f}{figures.possible:9.2f}{len(figures.lost):6}{cells}", flush=True)
         for line in figures.lost:
             print(line)
 

@@ -58,6 +58,12 @@ class Client(ABC):
         """A snapshot has come. It replaces all that was known but the own requests in flight."""
         self._waiting, self._running = snapshot.waiting.copy(), snapshot.running
 
+    def engines(self, engines: list[MemoryEngine]) -> None:  # noqa: B027
+        """The ranks' engines: their shape, and what they would tell of themselves by events."""
+
+    def heard(self, number: int, ended: bool) -> None:  # noqa: B027
+        """One of its requests has got tokens."""
+
 
 class Vllm032(Client):
     """vLLM 0.32 (`DPLBAsyncMPClient.get_core_engine_for_request`, vllm/v1/engine/core_client.py).

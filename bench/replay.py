@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench.peers import CLIENTS, QUEUES, AdpBalance, Client, ContextGate, Queue, Rank, Snapshot
+from bench.peers import CLIENTS as OF_LOAD, QUEUES, AdpBalance, Client, ContextGate, Queue, Rank, Snapshot
+from bench.session_peers import SESSION_CLIENTS
 from msgspec.structs import replace
 
 from paceline.core.frontend import events as frontend_events
@@ -23,10 +24,11 @@ from paceline.sim.answers import Answers
 from paceline.sim.engine import EngineShape, MemoryEngine, Sequence
 from paceline.sim.processes import Engine, FrontendProcess, Planned, RankProcess
 from paceline.sim.replay import Recorder, Replay, Setup, prompt_of
-from paceline.sim.trace import Arrival
+from paceline.sim.trace import Arrival, Sessions
 from paceline.sim.world import Link
 from paceline.simulate_cli import FAULTS, TRACE, Flag, Given, command, run_trace
 
+CLIENTS = OF_LOAD | SESSION_CLIENTS
 NOBODY = 1
 """Who sends what a queue gives out."""
 
@@ -34,12 +36,18 @@ NOBODY = 1
 class ClientReplay(Replay):
     """Front-ends that name the rank of each request, as a peer's clients would choose it."""
 
-    def __init__(self, setup: Setup, arrivals: list[Arrival]) -> None:
-        super().__init__(replace(setup, quota=False, bind="arrival"), arrivals, ClientRecorder(self._ended))
+    def __init__(self, setup: Setup, arrivals: list[Arrival] | Sessions) -> None:
+        super().__init__(replace(setup, quota=False, bind="arrival"), arrivals, ClientRecorder(self._heard))
         self.kind = CLIENTS[setup.routing]
         count = 1 if self.kind.one else setup.frontends
         self.clients = [self.kind(index, setup.frontends, setup.ranks) for index in range(count)]
         self._ticking = False
+
+    def start(self) -> ClientReplay:
+        super().start()
+        for client in self.clients:
+            client.engines(self.engines)
+        return self
 
     def client(self, frontend: FrontendProcess) -> Client:
         places = [place for place, one in self.frontends.items() if one is frontend]
@@ -65,9 +73,12 @@ class ClientReplay(Replay):
         for client in self.clients:
             client.hear(snapshot)
 
-    def _ended(self, frontend: FrontendProcess, said: Outputs) -> None:
-        ended = sum(output.finish_reason is not None for output in said.outputs)
-        self.client(frontend).in_flight[said.rank] -= ended
+    def _heard(self, frontend: FrontendProcess, said: Outputs) -> None:
+        client = self.client(frontend)
+        for output in said.outputs:
+            ended = output.finish_reason is not None
+            client.in_flight[said.rank] -= ended
+            client.heard(output.request, ended)
 
 
 class ClientRecorder(Recorder):
@@ -85,7 +96,7 @@ class ClientRecorder(Recorder):
 class QueueReplay(Replay):
     """One queue before all ranks, which gives requests to them between two steps."""
 
-    def __init__(self, setup: Setup, arrivals: list[Arrival]) -> None:
+    def __init__(self, setup: Setup, arrivals: list[Arrival] | Sessions) -> None:
         kind = QUEUES[setup.routing]
         if kind.lockstep and not setup.lockstep:
             raise ConfigError(f"--routing: {setup.routing}: only with --lockstep")
@@ -193,10 +204,10 @@ class GatedEngine(MemoryEngine):
 # The command ------------------------------------------------------------------------------------
 
 
-def replay_of(setup: Setup, arrivals: list[Arrival]) -> Replay:
+def replay_of(setup: Setup, arrivals: list[Arrival] | Sessions) -> Replay:
     """What serves a trace, by the name of the way to choose ranks."""
     kinds = dict.fromkeys(CLIENTS, ClientReplay) | dict.fromkeys(QUEUES, QueueReplay)
-    kind: Callable[[Setup, list[Arrival]], Replay] = kinds.get(setup.routing, Replay)
+    kind: Callable[..., Replay] = kinds.get(setup.routing, Replay)
     return kind(setup, arrivals)
 
 

@@ -47,6 +47,8 @@ VERSION_1 = {
     "start-wave": "rank incarnation wave",
     "wave-complete": "rank incarnation wave",
     "rank-leaving": "rank incarnation",
+    "kv-delta": "rank incarnation number stored removed whole",
+    "kv-ask": "rank incarnation",
     "identify": "version coordinator",
     "suspension": "number mode released",
     "form": "generation wave members suspension",

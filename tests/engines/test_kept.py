@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
+from paceline.core.blocks import block_hashes
 from paceline.engines.base import EngineRequest
 from paceline.engines.gguf import read_header
 from paceline.engines.kept import KeptSchedule, common
@@ -16,6 +17,7 @@ from paceline.engines.models import NAMES, named_model
 from paceline.engines.scheduler import TextSequence
 from paceline.engines.timed import NoMemory
 from tests.engines.llama_runs import Answer, Makes, advance, answer_all, greedy
+from tests.pace import examples
 
 SYSTEM = "You are a careful clerk of a small library. You know every book by its place. " * 6
 TURNS = ["Where do the atlases stand?", "And the poems?", "Who wrote the first of them?", "Thank you.", "One more?"]
@@ -180,3 +182,29 @@ def test_how_much_two_begin_with(one: list[int], other: list[int]) -> None:
     count = common(one, other)
     assert one[:count] == other[:count]
     assert one[: count + 1] != other[: count + 1] or count == min(len(one), len(other))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), st.booleans()), max_size=40), st.booleans())
+@settings(max_examples=examples(100))
+def test_the_blocks_that_are_said_are_those_that_are_there(asked: list[tuple[int, int, bool]], pooled: bool) -> None:
+    schedule = KeptSchedule(2, 2000, 300, NoMemory(), pooled=pooled, aside=700)
+    said: set[int] = set()
+    for key, (chat, length, ends) in enumerate(asked):
+        prompt = [*range(200), *([chat] * (130 * length))]
+        schedule.queue(TextSequence(EngineRequest(key, prompt, greedy(2)), 2))
+        for _ in range(1 + 3 * ends):
+            schedule.done(schedule.chunks())
+        for one in list(schedule.running) if ends else []:
+            schedule.remove(one.key)
+        change = schedule.kv_events()
+        if change is not None:
+            assert not said & set(change.stored)
+            assert set(change.removed) <= said
+            said = (said | set(change.stored)) - set(change.removed)
+        there = [one.tokens[: one.computed] for one in schedule.running]
+        there += [one.tokens for one in (*schedule._kept.values(), *schedule._aside.values())]
+        assert said == {name for tokens in there for name in block_hashes(tokens)}
+    schedule.preempt_all()
+    schedule.forget_all()
+    change = schedule.kv_events()
+    assert said == set(change.removed if change is not None else ())

@@ -8,9 +8,10 @@ import pytest
 from bench.peers import CLIENTS, QUEUES
 from msgspec.structs import asdict
 
+from paceline.core.blocks import BLOCK_TOKENS as NAMED
 from paceline.core.routing import POLICIES
 from paceline.errors import ConfigError
-from paceline.sim.engine import BLOCK_TOKENS, MemoryEngine
+from paceline.sim.engine import BLOCK_TOKENS, EngineShape, MemoryEngine
 from paceline.sim.processes import Planned
 from paceline.sim.replay import Replay, Setup, prompt_of
 from paceline.sim.trace import Arrival
@@ -193,3 +194,24 @@ def test_a_queues_requests_all_end(routing: str) -> None:
     assert all(answer.tokens == arrivals[number - 1].answer_tokens for number, answer in done.answers.items())
     assert set(done.ranks()) == {0, 1, 2, 3}
     assert max(engine.kv_peak for engine in done.run.engines) <= 9000
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_queue_knows_what_each_rank_holds(crash: bool) -> None:
+    """Exactly, though memory is short and blocks go again; also where the coordinator has died in the middle."""
+    shape = EngineShape(slots=8, kv_tokens=20_000)
+    run = Replay(Setup(3, 2, engine=shape), drawn(120, 30.0, shared=True))
+    if crash:
+        run.world.at(3.0, run.crash_coordinator)
+        run.world.at(3.5, run.start_coordinator)
+    run.run()
+    run.world.run_for(2.0)
+    assert run.coordinator is not None
+    (group,) = run.coordinator.machine.dispatcher._groups.values()
+    index, parts = group.queue.homes.index, BLOCK_TOKENS // NAMED
+    for rank, engine in enumerate(run.engines):
+        blocks = (*engine._cache.held, *engine._cache.idle)
+        there = {block * parts + part for block in blocks for part in range(parts)}
+        assert len(there) > 40
+        known = {name for name in index._holders if index.holds(rank, name)} - set(index._blocks[rank])
+        assert known == there

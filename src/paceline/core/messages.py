@@ -38,6 +38,10 @@ from paceline.core.requests import (
 
 PROTOCOL_VERSION = 1
 
+MAX_NAMES = 65_536
+"""Blocks that one KvDelta may name, of each kind."""
+Names = Annotated[bytes, Meta(max_length=8 * MAX_NAMES)]
+
 # Pausing, and who holds the group up (`coordinator/pause.py`, `epoch.py`) ---------------------
 
 
@@ -233,7 +237,7 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     `suspension`, `mode`: the highest number it knows (Suspension). `held`: it starts nothing by itself.
     `group_address`: where the other ranks reach it for collectives, empty where it has none of ours.
     `generation`: the group that it is a member of, 0 for none. `told`: the highest that it was told to form.
-    `once`: each life of it can be a member of one group only, of all ranks.
+    `once`: each life of it can be a member of one group only, of all ranks. `kv`: the number of its last KvDelta.
     """
 
     version: Count
@@ -251,6 +255,7 @@ class RankHello(Message, frozen=True, tag="rank-hello"):
     told: Count = 0
     once: bool = False
     weights: WeightsOfRank | None = None
+    kv: Count = 0
 
 
 class RankReport(Message, frozen=True, tag="rank-report"):
@@ -292,7 +297,24 @@ class RankLeaving(Message, frozen=True, tag="rank-leaving"):
     incarnation: Identity
 
 
-FromRank = RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving | NodeHello | RankFailed
+class KvDelta(Message, frozen=True, tag="kv-delta"):
+    """What this life of a rank holds KV of has changed: blocks of prompts, eight bytes each (`core/blocks.py`).
+
+    `number` grows by one. `whole`: what was said before does not count; what is `stored` is all that it holds, and what
+    the deltas behind this one add. Whoever lacks one asks for that (KvAsk).
+    """
+
+    rank: RankNumber
+    incarnation: Identity
+    number: Count
+    stored: Names = b""
+    removed: Names = b""
+    whole: bool = False
+
+
+FromRank = (
+    RankHello | RankReport | StartWave | WaveComplete | StallReport | RankLeaving | KvDelta | NodeHello | RankFailed
+)
 
 # Front-end -> coordinator (XSUB -> XPUB) -------------------------------------------------------
 
@@ -458,4 +480,11 @@ class StartDPWave(Message, frozen=True, tag="start-dp-wave"):
     exclude: RankNumber | None = None
 
 
-ToRank = Identify | Admit | Form | Suspension | StartDPWave | Scaling | StartAgain | Refused
+class KvAsk(Message, frozen=True, tag="kv-ask"):
+    """Let this life of a rank say anew what it holds: a KvDelta was missed. Repeated until it has."""
+
+    rank: RankNumber
+    incarnation: Identity
+
+
+ToRank = Identify | Admit | Form | Suspension | StartDPWave | KvAsk | Scaling | StartAgain | Refused

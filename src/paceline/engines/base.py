@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from msgspec import Struct
 
 from paceline.core.load import Load
-from paceline.core.rank.events import StepOutput
+from paceline.core.rank.events import KvChange, StepOutput
 from paceline.core.requests import SamplingParams
 
 if TYPE_CHECKING:
@@ -262,6 +262,12 @@ class Engine(ABC):
         `slots` is how many requests may be here at once, 0 for any number: where it is left at 1, the next request
         comes when the one before has ended.
         """
+
+    def kv_events(self) -> KvChange | None:
+        """What it holds the KV of that it did not when it was last asked, and what no more: names of blocks of prompts
+        (`core/blocks.py`). None where it does not say: then what was sent to it is believed to be there.
+        """
+        return None
 
     def stage_weights(self, source: Source) -> list[StepOutput]:
         """Make other weights ready beside those that are served, while nothing is stepped: read, checked, loaded, as

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from heapq import heapify
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
-from paceline.engines.scheduler import Schedule, Sequence
+from paceline.core.blocks import BLOCK_TOKENS, block_hashes, extend_hashes
+from paceline.core.rank.events import KvChange
+from paceline.engines.scheduler import Chunks, Schedule, Sequence
 
 LEAST_TOKENS = 16
 """A shorter beginning is not worth a thought."""
@@ -46,14 +48,46 @@ class KVMemory(Protocol):
         """Let it have what was saved, in place of what it has; returns False where that cannot be."""
 
 
-class Aside(Struct, eq=False):
-    """What a slot has had: the tokens, and their KV."""
+class Kept(Struct, eq=False):
+    """What a slot has had: the tokens, the names of their blocks, and their KV where it is laid aside."""
 
     tokens: list[int]
-    state: bytes
+    names: list[int]
+    state: bytes = b""
 
 
-Source = int | Aside
+class HeldNames:
+    """The blocks that are there in some slot or aside, and what has changed of them."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, int] = {}
+        self._changed: dict[int, bool] = {}
+
+    def hold(self, names: Iterable[int]) -> None:
+        for name in names:
+            count = self._held[name] = self._held.get(name, 0) + 1
+            if count == 1 and self._changed.pop(name, None) is None:
+                self._changed[name] = True
+
+    def release(self, names: Iterable[int]) -> None:
+        # The last first: what is told of last is what prompts begin with.
+        for name in reversed(list(names)):
+            self._held[name] -= 1
+            if not self._held[name]:
+                del self._held[name]
+                if self._changed.pop(name, None) is None:
+                    self._changed[name] = False
+
+    def change(self) -> KvChange | None:
+        """Since it was last asked; None where nothing has."""
+        changed, self._changed = self._changed, {}
+        if not changed:
+            return None
+        stored = [name for name, there in changed.items() if there]
+        return KvChange(stored, [name for name, there in changed.items() if not there])
+
+
+Source = int | Kept
 """A slot, or what was laid aside."""
 
 
@@ -65,15 +99,22 @@ class KeptSchedule(Schedule):
     def __init__(self, slots: int, kv_tokens: int, budget: int, memory: KVMemory, *, pooled: bool, aside: int) -> None:
         super().__init__(slots, kv_tokens, budget)
         self._memory, self._pooled, self._aside_tokens = memory, pooled, aside
-        self._kept: dict[int, list[int]] = {}
-        """By free slot, the tokens whose KV it has, least lately used first."""
-        self._aside: dict[int, Aside] = {}
+        self._names = HeldNames()
+        self._kept: dict[int, Kept] = {}
+        """By free slot, least lately used first."""
+        self._aside: dict[int, Kept] = {}
         """By the number of each object, least lately used first."""
+
+    def kv_events(self) -> KvChange | None:
+        """Blocks that have come and gone since it was last asked."""
+        return self._names.change()
 
     def forget(self, slot: int) -> None:
         """Whatever it has is of no use any more."""
         self._memory.keep(slot, 0)
-        self._kept.pop(slot, None)
+        kept = self._kept.pop(slot, None)
+        if kept is not None:
+            self._names.release(kept.names)
 
     def forget_slots(self) -> bool:
         """Nothing is kept in slots; returns whether anything was."""
@@ -85,15 +126,17 @@ class KeptSchedule(Schedule):
     def forget_all(self) -> None:
         """What was computed does not count any more."""
         self.forget_slots()
-        self._aside.clear()
+        while self._aside:
+            self._drop_aside()
 
     def take_slot(self, sequence: Sequence) -> int:
         wanted = sequence.tokens[:-1] if sequence.reuses else []  # type: ignore[attr-defined]
         # Where little is lost by it, the slot itself is taken; else a copy.
-        slot, count = _best(((slot, tokens) for slot, tokens in self._kept.items() if _goes_on(tokens, wanted)), wanted)
+        kept = [(slot, one.tokens) for slot, one in self._kept.items()]
+        slot, count = _best([(slot, tokens) for slot, tokens in kept if _goes_on(tokens, wanted)], wanted)
         running = ((one.slot, one.tokens[: one.computed]) for one in self.running if one.slot >= 0)
         aside = ((one, one.tokens) for one in self._aside.values())
-        source, more = _best([*self._kept.items(), *running, *aside], wanted)
+        source, more = _best([*kept, *running, *aside], wanted)
         if source is not None and more >= max(LEAST_TOKENS, count + WORTH_COPYING):
             slot, count = self._brought(source, more)
         elif not isinstance(slot, int) or count < LEAST_TOKENS:
@@ -101,7 +144,12 @@ class KeptSchedule(Schedule):
         if not count or not self._memory.keep(slot, count):
             count = 0
             self._memory.keep(slot, 0)
-        self._kept.pop(slot, None)
+        names = block_hashes(sequence.tokens[:count])  # type: ignore[attr-defined]
+        self._names.hold(names)
+        sequence.names = list(names)  # type: ignore[attr-defined]
+        before = self._kept.pop(slot, None)
+        if before is not None:
+            self._names.release(before.names)
         self._free_slots.remove(slot)
         heapify(self._free_slots)
         sequence.computed = count
@@ -117,8 +165,15 @@ class KeptSchedule(Schedule):
 
     def give(self, sequence: Sequence) -> None:
         super().give(sequence)
-        self._kept.pop(sequence.slot, None)
-        self._kept[sequence.slot] = sequence.tokens[: sequence.computed]  # type: ignore[attr-defined]
+        tokens, names = sequence.tokens[: sequence.computed], sequence.names  # type: ignore[attr-defined]
+        self._kept[sequence.slot], sequence.names = Kept(tokens, names), []  # type: ignore[attr-defined]
+
+    def done(self, chunks: Chunks) -> list[Any]:
+        complete = super().done(chunks)
+        for sequence, _ in chunks:
+            if sequence.computed // BLOCK_TOKENS > len(sequence.names):
+                self._names.hold(extend_hashes(sequence.names, sequence.tokens, sequence.computed))
+        return complete
 
     def _brought(self, source: Source, count: int) -> tuple[int, int]:
         """A slot that has the first `count` tokens of another, or of what was laid aside; 0 where that cannot be."""
@@ -129,11 +184,14 @@ class KeptSchedule(Schedule):
         self._memory.keep(slot, 0)
         if isinstance(source, int):
             return slot, count if self._memory.copy(source, slot, count) else 0
-        # What goes on here is kept here; of what others may go on from, the copy stays.
-        self._aside.pop(id(source), None)
         loaded = self._memory.take_back(slot, source.state)
-        if loaded and len(source.tokens) - count >= WORTH_COPYING:
-            self._aside[id(source)] = source
+        # It may have had to make room for what the slot had.
+        if self._aside.pop(id(source), None) is not None:
+            # What goes on here is kept here; of what others may go on from, the copy stays.
+            if loaded and len(source.tokens) - count >= WORTH_COPYING:
+                self._aside[id(source)] = source
+            else:
+                self._names.release(source.names)
         return slot, count if loaded else 0
 
     def _emptied(self, but: Source = -1) -> int:
@@ -141,17 +199,20 @@ class KeptSchedule(Schedule):
         first.
         """
         free = sorted(self._free_slots)
-        empty = [slot for slot in free if not self._kept.get(slot)]
+        empty = [slot for slot in free if slot not in self._kept or not self._kept[slot].tokens]
         used = [slot for slot in self._kept if slot != but]
         slot = (empty or used or free)[0]
         self._lay_aside(slot)
         return slot
 
     def _lay_aside(self, slot: int) -> None:
-        tokens = self._kept.pop(slot, None) or []
-        if not WORTH_COPYING <= len(tokens) <= self._aside_tokens:
+        one = self._kept.pop(slot, None)
+        if one is None:
             return
-        one = Aside(tokens, self._memory.hand_out(slot))
+        if not WORTH_COPYING <= len(one.tokens) <= self._aside_tokens:
+            self._names.release(one.names)
+            return
+        one.state = self._memory.hand_out(slot)
         self._aside[id(one)] = one
         self._shorten_aside()
 
@@ -162,10 +223,16 @@ class KeptSchedule(Schedule):
             room = min(room, self._kv_tokens - self._kept_tokens())
         tokens = sum(len(one.tokens) for one in self._aside.values())
         while tokens > room and self._aside:
-            tokens -= len(self._aside.pop(next(iter(self._aside))).tokens)
+            tokens -= self._drop_aside()
+
+    def _drop_aside(self) -> int:
+        """The least lately used one; returns how many tokens it had."""
+        one = self._aside.pop(next(iter(self._aside)))
+        self._names.release(one.names)
+        return len(one.tokens)
 
     def _kept_tokens(self) -> int:
-        return self.kv_reserved + sum(map(len, self._kept.values()))
+        return self.kv_reserved + sum(len(one.tokens) for one in self._kept.values())
 
 
 def _goes_on(tokens: list[int], wanted: list[int]) -> bool:

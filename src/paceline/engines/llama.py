@@ -46,7 +46,7 @@ from typing import Any
 from msgspec import Struct
 
 from paceline.core.load import Load
-from paceline.core.rank.events import StepOutput
+from paceline.core.rank.events import KvChange, StepOutput
 from paceline.core.requests import FinishReason, PositionLogprobs, StructuredOutput, TokenLogprob
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, Source, StepResult
 from paceline.engines.gguf import GGUFHeader, read_header
@@ -267,6 +267,9 @@ class LlamaEngine(Engine):
 
     def load(self) -> Load:
         return self._schedule.load()
+
+    def kv_events(self) -> KvChange | None:
+        return self._schedule.kv_events()
 
     def stage_weights(self, source: Source) -> list[StepOutput]:
         self._staged.stage(source)

@@ -83,17 +83,17 @@ class Sequence:
 
 class TextSequence(Sequence):
     """One with its tokens and the text of its answer. `reuses`: whether KV of other requests will do for its prompt;
-    `cached`: tokens of it for which some was there.
+    `cached`: tokens of it for which some was there. `names`: of the blocks that are computed (`core/blocks.py`).
     """
 
-    __slots__ = ("cached", "request", "reuses", "sampler", "text", "tokens")
+    __slots__ = ("cached", "names", "request", "reuses", "sampler", "text", "tokens")
 
     def __init__(self, request: EngineRequest, room: int, sampler: Any = None) -> None:
         params, made = request.params, request.made_token_ids
         super().__init__(request.key, len(request.prompt_token_ids), room, params, request.priority, len(made))
         self.request, self.sampler = request, sampler
         self.cached, self.reuses = 0, params.prompt_logprobs is None
-        self.tokens = [*request.prompt_token_ids, *made]
+        self.tokens, self.names = [*request.prompt_token_ids, *made], list[int]()
         self.text = IncrementalText(params.stop, include_stop=params.include_stop_str_in_output)
 
     def push(self, token: int) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar
 from msgspec import Struct
 
 from paceline.core.load import Load
-from paceline.core.rank.events import StepOutput
+from paceline.core.rank.events import KvChange, StepOutput
 from paceline.core.requests import FinishReason
 from paceline.engines.base import Engine, EngineError, EngineRequest, EngineSettings, Progress, Source, StepResult
 from paceline.engines.chat import ChatPrompts, Conversation, Fragments
@@ -119,6 +119,9 @@ class TimedEngine(Engine):
 
     def load(self) -> Load:
         return self._schedule.load()
+
+    def kv_events(self) -> KvChange | None:
+        return self._schedule.kv_events() if isinstance(self._schedule, KeptSchedule) else None
 
     def stage_weights(self, source: Source) -> list[StepOutput]:
         self._staged.stage(source)

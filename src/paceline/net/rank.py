@@ -349,7 +349,7 @@ class EngineRank:
         while not self._stopping:
             while self._take_in(block_s=0.0):
                 pass
-            self._feed(events.Turn(self._engine.load(), self._engine.has_work()))
+            self._feed(events.Turn(self._engine.load(), self._engine.has_work(), self._engine.kv_events()))
         self._feed(events.Leave())
         self._transport.close()
         if self._membership is not None:

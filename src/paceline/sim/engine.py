@@ -18,8 +18,9 @@ from heapq import heappop, heappush
 
 from msgspec import Struct
 
+from paceline.core.blocks import BLOCK_TOKENS as BLOCK_NAMED
 from paceline.core.load import Load
-from paceline.core.rank.events import StepOutput, Stepped
+from paceline.core.rank.events import KvChange, StepOutput, Stepped
 from paceline.core.requests import AddRequest
 from paceline.engines import scheduler
 from paceline.engines.scheduler import Chunks, Schedule, counts
@@ -63,6 +64,9 @@ class VirtualEngine(Schedule):
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
+    def kv_events(self) -> KvChange | None:
+        return None
+
     def plan(self, prefill_quota: int | None = None) -> Planned:
         """Choose what the next step computes, of prompts at most `prefill_quota` tokens."""
         self._planned = self.chunks(prefill_quota)
@@ -102,13 +106,14 @@ class Sequence(scheduler.Sequence):
     `number`: its place in the trace. `private`: tokens of KV that are its own; `shared`: blocks of KV that others may
     use too. `made`: answer tokens, as of when it last began to decode; `told`: those that were handed out. `begins`,
     `ends`: by its engine's count of steps. `turn`: another number once it has given its engine's memory back.
+    `session`: that it is a turn of, 0 for none.
     """
 
-    __slots__ = ("begins", "blocks", "ends", "number", "private", "shared", "told", "turn")
+    __slots__ = ("begins", "blocks", "ends", "number", "private", "session", "shared", "told", "turn")
 
-    def __init__(self, number: int, prompt: int, answer: int, blocks: Many[int] = ()) -> None:
+    def __init__(self, number: int, prompt: int, answer: int, blocks: Many[int] = (), session: int = 0) -> None:
         super().__init__(0, prompt, answer)
-        self.number, self.blocks = number, blocks
+        self.number, self.blocks, self.session = number, blocks, session
         self.told = self.begins = self.ends = self.turn = self.private = 0
         self.shared: list[int] = []
 
@@ -130,11 +135,13 @@ class PrefixCache:
     first.
     """
 
-    __slots__ = ("held", "idle")
+    __slots__ = ("changed", "held", "idle")
 
     def __init__(self) -> None:
         self.held: dict[int, int] = {}
         self.idle: dict[int, None] = {}
+        self.changed: dict[int, bool] = {}
+        """Since it was last asked: by block, whether it is there now."""
 
     def match(self, blocks: Many[int]) -> int:
         """How many leading blocks are there."""
@@ -165,6 +172,7 @@ class PrefixCache:
         if block in self.held or block in self.idle:
             return False
         self.held[block] = 1
+        self.changed[block] = True
         return True
 
     def release(self, blocks: Iterable[int]) -> int:
@@ -182,7 +190,9 @@ class PrefixCache:
         """Forget so many that nobody uses, at most all."""
         idle = self.idle
         for _ in range(min(count, len(idle))):
-            del idle[next(iter(idle))]
+            block = next(iter(idle))
+            del idle[block]
+            self.changed[block] = False
 
 
 class MemoryEngine(Schedule):
@@ -363,6 +373,21 @@ class MemoryEngine(Schedule):
     def _hits(self, sequence: Sequence) -> int:
         # The last token is always computed: its logits are the first answer token's.
         blocks = sequence.blocks[: (sequence.prompt - 1) // self._block_tokens]
+        return self._block_tokens * self._cache.match(blocks)
+
+    def kv_events(self) -> KvChange | None:
+        """In the trace's blocks, which are its front-ends' too."""
+        changed, self._cache.changed = self._cache.changed, {}
+        if not changed:
+            return None
+        parts = self._block_tokens // BLOCK_NAMED
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for block, there in changed.items():
+            found[there] += [block] if parts == 1 else (block * parts + part for part in range(parts))
+        return KvChange(found[True], found[False])
+
+    def holds(self, blocks: Many[int]) -> int:
+        """How many tokens of a prompt of these blocks need not be computed."""
         return self._block_tokens * self._cache.match(blocks)
 
     def _share(self, sequence: Sequence) -> None:

@@ -193,7 +193,9 @@ class Replay(Deployment):
 
     def _add(self, one: Arrival) -> None:
         self.arrivals.append(one)
-        self.sequences.append(Sequence(len(self.arrivals), one.prompt_tokens, one.answer_tokens, one.blocks))
+        self.sequences.append(
+            Sequence(len(self.arrivals), one.prompt_tokens, one.answer_tokens, one.blocks, one.session)
+        )
         self._places.append(self._chance.randrange(self.setup.frontends))
 
     def _arrive(self) -> None:

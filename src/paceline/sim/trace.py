@@ -28,7 +28,7 @@ Tokens = Annotated[int, Meta(ge=0, lt=MOST)]
 class Arrival(Struct, frozen=True, gc=False):
     """One request: seconds from the trace's first one; tokens of prompt and answer, at least 1 each; prompt blocks.
 
-    `turn`: which of its session, from 1; then `at` counts from the end of the one before.
+    `turn`: which of its session, from 1; then `at` counts from the end of the one before. `session`: its number.
     """
 
     at: float
@@ -36,6 +36,7 @@ class Arrival(Struct, frozen=True, gc=False):
     answer_tokens: int
     blocks: tuple[int, ...] = ()
     turn: int = 0
+    session: int = 0
 
 
 class JsonRow(Struct):
@@ -112,7 +113,7 @@ class Sessions:
         self.longest_answer = max(answer for one in fitting for _, _, answer, _ in one.turns)
         self._sessions = itertools.cycle([one for one in fitting if one.turns])
         self._at_once, self._rate, self._chance = at_once, rate, Random(seed)
-        self._names = itertools.count(1)
+        self._names, self._numbers = itertools.count(1), itertools.count(1)
         self._shared: dict[int, list[int]] = {}
         self._running: dict[int, Iterator[Arrival]] = {}
 
@@ -136,14 +137,14 @@ class Sessions:
         return next(running)
 
     def _turns(self, session: Session) -> Iterator[Arrival]:
-        blocks = self._shared.setdefault(session.shared_tokens, [])
+        number, blocks = next(self._numbers), self._shared.setdefault(session.shared_tokens, [])
         if not blocks:
             blocks += itertools.islice(self._names, session.shared_tokens // SESSION_BLOCK_TOKENS)
         for turn, (think_s, prompt, answer, reused) in enumerate(session.turns, 1):
             kept = min(reused if turn > 1 else session.shared_tokens, prompt) // SESSION_BLOCK_TOKENS
             blocks = blocks[:kept]
             blocks += itertools.islice(self._names, prompt // SESSION_BLOCK_TOKENS - len(blocks))
-            yield Arrival(think_s, prompt, answer, tuple(blocks), turn)
+            yield Arrival(think_s, prompt, answer, tuple(blocks), turn, number)
 
 
 def _fitting(session: Session, most_tokens: int, longest_think_s: float) -> Session:

@@ -11,6 +11,7 @@ from paceline.core.dispatch.capacity import Amount
 from paceline.core.dispatch.line import PATIENCE, PRIORITY_PATIENCE, Entry
 from paceline.core.dispatch.queue import CentralQueue
 from paceline.core.load import Load
+from paceline.core.messages import KvDelta
 from tests.pace import examples
 
 TOKEN_S, STEP_S = 0.0001, 0.01
@@ -290,3 +291,32 @@ def test_all_are_granted_once_whatever_happens(happens: list[tuple[str, int, int
     assert sorted(granted) == sorted(asked)
     assert not ranks.queue.homes.lines
     assert not len(ranks.queue)
+
+
+def test_what_moving_costs_others_keeps_it_home_where_memory_is_short() -> None:
+    """It would have its first token sooner elsewhere; but somebody's KV would have to go for that."""
+
+    def moves(memory: int) -> bool:
+        ranks = Ranks(2, kv=memory)
+        long = names(1, 50)
+        home = ranks.serve(1, long)
+        ranks.serve(2, names(1000, 50))
+        ranks.ask(3, long)
+        ranks.grant()
+        # An answer that takes a second: longer than to compute 6,400 tokens anew, and not twice as long.
+        ranks.answers = 100
+        ranks.report(home)
+        ranks.ask(4, long)
+        return ranks.grant() == [(4, 1 - home)]
+
+    assert moves(1_000_000)
+    assert not moves(7_000)
+
+
+def test_what_a_rank_says_it_holds_makes_a_home_and_what_it_has_removed_none() -> None:
+    ranks = Ranks(3)
+    ranks.queue.homes.told(KvDelta(2, 12, 1, packed(names(1, 20))))
+    assert ranks.serve(1, names(1, 24)) == 2
+    ranks.queue.homes.told(KvDelta(2, 12, 2, b"", packed(names(1, 24)), whole=True))
+    ranks.queue.homes.told(KvDelta(0, 10, 1, packed(names(1, 20))))
+    assert ranks.serve(2, names(1, 24)) == 0

@@ -30,6 +30,7 @@ from paceline.core.messages import (
     FrontendHello,
     FrontendLeaving,
     Identify,
+    KvDelta,
     NodeHello,
     RankFailed,
     RankHello,
@@ -88,7 +89,8 @@ class Coordinator:
     def deadline(self) -> float:
         """When the next Tick is due, at the latest."""
         waking, suspending, forming = self._group.wake_due, self._pause.due, self._epochs.due
-        timers = (waking, suspending, forming, self._roll_call.due, self.dispatcher.due, self._scaling.due)
+        queue = (self.dispatcher.due, self.dispatcher.held.due)
+        timers = (waking, suspending, forming, self._roll_call.due, *queue, self._scaling.due)
         return min(self._publisher.deadline, *(due for due in timers if due is not None), float("inf"))
 
     # What the explorer asks, for which time is a choice -----------------------------------------
@@ -185,6 +187,7 @@ class Coordinator:
         self._hung_changed()
         self._scaling.lost(rank)
         self.dispatcher.lost(rank)
+        self.dispatcher.held.forget(rank)
         self._pause_changed(now)
         self._publisher.members_changed(now)
 
@@ -284,6 +287,8 @@ class Coordinator:
                 self._group.started(rank, wave, now)
             case WaveComplete(rank, _, wave) if self.lockstep:
                 self._group.observe(rank, wave + 1, False, now)
+            case KvDelta():
+                self.dispatcher.kv(message, now)
             case StallReport():
                 self._publisher.members_changed(now)
                 if self._stalls.report(message):
@@ -324,6 +329,7 @@ class Coordinator:
             self._pause.hello(hello, now)
             self._pause_changed(now)
             self.dispatcher.mark(hello.rank)
+            self.dispatcher.held.hello(hello.rank, hello.incarnation, hello.kv, now)
             if not was_ready:
                 ready = f"rank {hello.rank} is back" if back else f"rank {hello.rank} is ready, at {hello.address}"
                 # Those of this node its supervisor tells of, once they are all ready.
@@ -426,6 +432,7 @@ class Coordinator:
         if self._epochs.asks or (self._roll_call.due is None and self._late()):
             self._epochs.asks = False
             self._roll_call.wanted(now)
+        effects += map(events.ToRanks, self.dispatcher.held.asks(now))
         if self._roll_call.ask(now, self._unheard):
             effects.append(events.ToRanks(Identify(PROTOCOL_VERSION, self.identity)))
         if (wake := self._group.wake(now)) is not None:

@@ -15,8 +15,9 @@ from paceline.core.blocks import unpacked
 from paceline.core.coordinator.load_table import LoadTable
 from paceline.core.coordinator.membership import Membership
 from paceline.core.dispatch.credits import QueueGroup
+from paceline.core.dispatch.held import HeldNumbers
 from paceline.core.dispatch.line import Entry
-from paceline.core.messages import FrontendHello, RankReport
+from paceline.core.messages import FrontendHello, KvDelta, RankReport
 
 REPEAT_S = 0.1
 """While any descriptor is there, front-ends hear of the queue this often at least, and each unconfirmed grant again."""
@@ -38,6 +39,7 @@ class Dispatcher:
         self._groups: dict[frozenset[int] | None, QueueGroup] = {}
         self._group_of: dict[int, QueueGroup] = {}
         self._told: dict[int, int] = {}
+        self.held = HeldNumbers()
         self._due: float | None = None
         self._revoking = False
         # `grants` is asked after every event, and most change nothing for those that wait. Whether, since it was last
@@ -72,6 +74,17 @@ class Dispatcher:
         groups = self._group_of.items() if len(self._groups) > 1 else ()
         return {frontend: len(group.queue.queued) for frontend, group in groups}
 
+    def kv(self, delta: KvDelta, now: float) -> None:
+        """A rank has said what it holds."""
+        if self.held.take(delta, now):
+            for group in self._groups_of(delta.rank):
+                group.queue.homes.told(delta)
+
+    def _groups_of(self, rank: int) -> list[QueueGroup]:
+        """Those that its work may come from."""
+        groups = self._groups.values() if rank < self._limit else ()
+        return [group for group in groups if group.ranks is None or rank in group.ranks]
+
     def descriptors(self) -> Iterable[tuple[int, int]]:
         """Whose requests wait or are granted, by front-end and request."""
         for group in self._groups.values():
@@ -94,6 +107,7 @@ class Dispatcher:
         if group is None:
             group = self._groups[ranks] = QueueGroup(ranks, self._without)
             group.marked = {rank for rank in heard if rank < self._limit and (ranks is None or rank in ranks)}
+            self.held.all_again()
         self._group_of[frontend] = group
         self._told.setdefault(frontend, 0)
         group.shares.join(frontend)
@@ -142,9 +156,8 @@ class Dispatcher:
             self._stirred = self._changed = True
         if confirmed and len(self._groups) == 1:
             return
-        for one in self._groups.values():
-            of_it = send.rank < self._limit and (one.ranks is None or send.rank in one.ranks)
-            if of_it and (one is not group or not confirmed):
+        for one in self._groups_of(send.rank):
+            if one is not group or not confirmed:
                 one.marked.add(send.rank)
         if group is None or confirmed:
             return
@@ -225,6 +238,7 @@ class Dispatcher:
             self._stirred = self._changed = group.stale = True
             group.queue.lost(rank)
             group.shares.lost(rank)
+        self.held.again(rank)
 
     # What goes out ------------------------------------------------------------------------------
 

@@ -10,18 +10,20 @@ What is new goes where it starts soonest, and of ranks that start it about as so
 memory is free, or else where what would be forgotten was used longest ago. So a prompt that many share spreads by
 itself: where its home is busy for longer than the prompt takes to compute, another rank has it from then on.
 
-What ranks hold is known from what they were granted and sent (`core/blocks.py`).
+What ranks hold is known from what they say (`dispatch/held.py`), or else from what they were granted and sent
+(`core/blocks.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from paceline.core.blocks import BLOCK_TOKENS, BlockIndex
+from paceline.core.blocks import BLOCK_TOKENS, BlockIndex, unpacked
 from paceline.core.dispatch.capacity import ANY, Capacities, Capacity
 from paceline.core.dispatch.line import Entry
 from paceline.core.dispatch.tenants import TenantLine
 from paceline.core.load import Load
+from paceline.core.messages import KvDelta
 from paceline.core.requests import Receipt
 
 COMPARED = 8
@@ -52,6 +54,8 @@ class Homes:
 
     def __init__(self, capacities: Capacities) -> None:
         self.index = BlockIndex()
+        self.keys = BlockIndex()
+        """Which rank has had clients' keys, each as one block."""
         self.lines: dict[int, TenantLine] = {}
         """Those that wait, by their home; others wait for any rank."""
         self._capacities = capacities
@@ -72,10 +76,11 @@ class Homes:
         others = [one for one in self._capacities.least_loaded() if one.rank not in entry.holders]
         elsewhere = self.soonest(entry, others)
         other = float("inf") if elsewhere is None else self._cost(elsewhere, entry)
+        burden = 0.0 if best is None or elsewhere is None else self._burden_s(elsewhere, entry, entry.holders[best])
         if best is not None:
             held = entry.holders[best]
             entry.receipt = Receipt(best, held, entry.by_key, _in_ms(least), _in_ms(other))
-        return None if other < least else best
+        return None if other + burden < least else best
 
     def soonest(self, entry: Entry, capacities: Iterable[Capacity]) -> Capacity | None:
         """Of these, where it starts soonest; about as soon, where most memory is to spare. None where none can."""
@@ -117,7 +122,7 @@ class Homes:
             if home is None:
                 return entry, other
             stays = self._wait_s(home, entry.kv, place, tokens) + self._compute_s(home, entry.tokens)
-            if self._cost(other, entry) < stays:
+            if self._cost(other, entry) + self._burden_s(other, entry, entry.whole - entry.tokens) < stays:
                 return entry, other
             tokens += entry.tokens
         return None
@@ -132,15 +137,29 @@ class Homes:
         if capacity is not None and capacity.load.kv_total:
             self.index.limit(rank, capacity.load.kv_total // BLOCK_TOKENS)
         if session:
-            self.index.sent(rank, (session,))
+            self.keys.sent(rank, (session,))
         self.index.sent(rank, tuple(blocks))
+
+    def told(self, delta: KvDelta) -> None:
+        """A rank has said what it holds, in step with what it said before."""
+        self.index.told(delta.rank, unpacked(delta.stored), unpacked(delta.removed), whole=delta.whole)
 
     def lost(self, rank: int) -> None:
         self.index.forget(rank)
+        self.keys.forget(rank)
 
     def _cost(self, capacity: Capacity, entry: Entry) -> float:
         held = entry.holders.get(capacity.rank, 0)
         return self._wait_s(capacity, entry.kv, 0, 0) + self._compute_s(capacity, entry.whole - held)
+
+    def _burden_s(self, capacity: Capacity, entry: Entry, held: int) -> float:
+        """What others lose where a request whose home holds so much of it is computed there anew: those that wait, each
+        rank's share of them for as long as that takes; and whoever's KV has to make room for it, as much again.
+        """
+        again = max(0, held - entry.holders.get(capacity.rank, 0))
+        waiting = sum(map(len, self.lines.values())) / max(1, len(self._capacities))
+        spare = max(0, self.index.spare(capacity.rank)) * BLOCK_TOKENS
+        return waiting * self._compute_s(capacity, again) + self._compute_s(capacity, max(0, again - spare))
 
     def _holders(self, entry: Entry) -> dict[int, int]:
         """By rank, how many tokens of the prompt it holds; of ranks that hold as much, the least loaded ones."""
@@ -152,7 +171,7 @@ class Homes:
                 break
         if not found and entry.session:
             # A key alone promises as much as a prefix would.
-            for _, holders in self.index.held((entry.session,)):
+            for _, holders in self.keys.held((entry.session,)):
                 found, entry.by_key = dict.fromkeys(self._some(holders), entry.whole - 1), True
         return found
 

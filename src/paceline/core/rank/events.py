@@ -36,6 +36,13 @@ class StepOutput(Struct, frozen=True, gc=False):
     embedding: bytes = b""
 
 
+class KvChange(Struct, frozen=True, gc=False):
+    """Names of blocks (`core/blocks.py`) that an engine holds the KV of since it was last asked, and holds no more."""
+
+    stored: Sequence[int] = ()
+    removed: Sequence[int] = ()
+
+
 # Events ---------------------------------------------------------------------------------------
 
 
@@ -62,10 +69,13 @@ class FrontendGone(Struct, frozen=True):
 
 
 class Turn(Struct, frozen=True):
-    """All that has arrived is handled; what now? `load`, `has_work`: the engine's, at this moment."""
+    """All that has arrived is handled; what now? `load`, `has_work`: the engine's, at this moment. `kv`: what it holds
+    that it did not at the turn before, None where it does not say.
+    """
 
     load: Load
     has_work: bool
+    kv: KvChange | None = None
 
 
 class Stepped(Struct, frozen=True, gc=False):

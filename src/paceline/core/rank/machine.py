@@ -22,6 +22,7 @@ from paceline.core.load import Load, plausible
 from paceline.core.rank import events
 from paceline.core.rank.events import Phase as Phase
 from paceline.core.rank.hang import NO_LIMITS, Limits, StepWatch
+from paceline.core.rank.kv import KvTeller
 from paceline.core.rank.prefill_quota import OFF, RankQuota
 from paceline.core.rank.reporting import LoadReporter
 from paceline.core.rank.requests import RankRequests
@@ -137,6 +138,7 @@ class Rank:
         self._mid_step = False
         self._hello_due: float | None = None
         self._reporter = LoadReporter(self.requests)
+        self._kv = KvTeller(rank, incarnation)
         self._said: tuple[int, bool, object] = (0, False, None)
         self._calls = StepWatch(rank, incarnation, limits)
 
@@ -192,7 +194,9 @@ class Rank:
                 # Who waits to be admitted asks now.
                 hello = [self._hello()] if self.phase is Phase.JOINING and not event.error else []
                 return [*made, *self.weights.done(event), *hello]
-            case events.Turn(load, has_work):
+            case events.Turn(load, has_work, kv):
+                if kv is not None:
+                    self._kv.changed(kv)
                 return self._on_turn(load, has_work, now)
             case events.CoordinatorSaid(message):
                 return self._on_coordinator(message, now)
@@ -275,6 +279,8 @@ class Rank:
             self._hello_due = now + HELLO_REPEAT_S
             effects.append(self._hello())
         effects += self._report(load)
+        if self._report_loads and self.phase is Phase.READY:
+            effects += map(events.ToCoordinator, self._kv.deltas())
         if not self._may_step() or not (self._lockstep or has_work):
             effects.append(events.Wait(self._hello_due))
             return effects
@@ -349,6 +355,8 @@ class Rank:
                 return self._on_form(message)
             case messages.StartDPWave(wave, exclude):
                 return self._on_start(wave, exclude) if self._lockstep else []
+            case messages.KvAsk(rank, incarnation) if (rank, incarnation) == (self.rank, self.incarnation):
+                self._kv.ask()
         return []  # Scaling is for its node
 
     def _on_admit(self, admit: messages.Admit) -> list[events.Effect]:
@@ -427,6 +435,6 @@ class Rank:
             messages.RankHello(
                 messages.PROTOCOL_VERSION, self.rank, self.incarnation, self.address, self.phase is Phase.READY,
                 self.wave, self.running, pause.number, pause.mode, quiesced, self._group_address, self.epoch, self.told,
-                self._once, weights,
+                self._once, weights, self._kv.number,
             )
         )  # fmt: skip
