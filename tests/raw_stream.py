@@ -13,18 +13,25 @@ TEXT = b'"text":'
 
 
 class RawStream(threading.Thread):
-    """One streamed completion. `reads`: whether it reads at all."""
+    """One streamed completion. `reads`: whether it reads at all; only what has one choice can be read."""
 
-    def __init__(self, url: str, max_tokens: int, *, reads: bool = True, rank: int | None = None, prompt: str = "a"):
+    def __init__(
+        self, url: str, max_tokens: int, *, reads: bool = True, rank: int | None = None, prompt: str = "a",
+        choices: int = 1,
+    ) -> None:  # fmt: skip
         super().__init__(daemon=True)
         host, port = url.removeprefix("http://").rsplit(":", 1)
-        self.socket = socket.create_connection((host, int(port)))
+        self.socket = socket.socket()
+        if not reads:
+            # What the kernel would take in for it, megabytes, has to be computed and sent first.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.socket.connect((host, int(port)))
         self._parts: list[bytes] = []
         self._reads = reads
         self.last = time.monotonic()
         self.longest_gap_s = 0.0
         self.bytes = 0
-        body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "stream": True}).encode()
+        body = json.dumps({"prompt": prompt, "max_tokens": max_tokens, "n": choices, "stream": True}).encode()
         named = b"" if rank is None else b"X-data-parallel-rank: %d\r\n" % rank
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + named
         self.socket.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)

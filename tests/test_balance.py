@@ -35,9 +35,9 @@ def idle(running: Deployment) -> bool:
     return all(not load["waiting"] and not load["running"] for load in loads)
 
 
-@pytest.mark.parametrize("frontends", [1, 2, 4])
+@pytest.mark.parametrize("frontends", [1, 4])
 def test_burst_is_level(frontends: int) -> None:
-    """16 at every rank, give or take 1, every time."""
+    """16 at every rank, give or take 1, each time. Every split: tests/core/routing/test_policies.py."""
     arguments = [
         "--engine",
         "timed",
@@ -49,7 +49,7 @@ def test_burst_is_level(frontends: int) -> None:
         f"step_ms={stretched(10, most=4.0)}",
     ]
     with deployment(*arguments) as running:
-        for _ in range(3):
+        for _ in range(2):
             wait_until(lambda: idle(running), "idle ranks")
             served = asyncio.run(burst(running.url))
             assert len(served) == RANKS

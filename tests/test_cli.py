@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
-from paceline import __version__
+from paceline import __version__, cli
+from paceline.cli import ELSEWHERE, app
+from paceline.settings import DeploymentConfig
 from tests.pace import stretched
+
+FLAGS = (
+    "--data-parallel-size", "--data-parallel-size-local", "--data-parallel-address", "--data-parallel-rpc-port",
+    "--data-parallel-start-rank", "--data-parallel-hybrid-lb", "--data-parallel-external-lb", "--data-parallel-rank",
+    "--api-server-count", "--headless", "--startup-timeout", "--drain-timeout", "--max-waiting",
+)  # fmt: skip
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,27 +36,52 @@ def test_version() -> None:
     assert run("--version").stdout.strip() == f"paceline {__version__}"
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--data-parallel-size", "--data-parallel-size-local", "--data-parallel-address", "--data-parallel-rpc-port",
-     "--data-parallel-start-rank", "--data-parallel-hybrid-lb", "--data-parallel-external-lb", "--data-parallel-rank",
-     "--api-server-count", "--headless", "--startup-timeout", "--drain-timeout", "--max-waiting"],
-)  # fmt: skip
-def test_serve_has_the_flag(flag: str) -> None:
-    from typer.testing import CliRunner
-
-    from paceline.cli import app
-
-    help_text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
-    assert f"{flag} " in help_text
+def invoke(*arguments: str, **how: Any) -> Result:
+    """A command that ends before anything is started, in this process."""
+    return CliRunner().invoke(app, list(arguments), **how)
 
 
-@pytest.mark.slow
+def test_serve_has_the_flags() -> None:
+    text = invoke("serve", "--help", env={"COLUMNS": "200"}).output
+    missing = [flag for flag in FLAGS if f"{flag} " not in text]
+    assert not missing
+
+
+# `paceline vllm` is the command of vLLM, where that is installed.
+@pytest.mark.parametrize("command", [None, "serve", *sorted(ELSEWHERE.keys() - {"vllm"})])
+def test_every_command_has_its_short_help(command: str | None) -> None:
+    done = invoke(*([command] if command else []), "-h", env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    assert (command or "serve") in done.stdout
+
+
 @pytest.mark.parametrize("arguments", [["serve", "--nonsense"], ["nonsense"], ["serve", "--port", "x"]])
 def test_wrong_usage(arguments: list[str]) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-dp", "2", "-dpl", "3"], "--data-parallel-size-local"),
+        (["-dp", "2", "--data-parallel-rank", "2"], "--data-parallel-rank"),
+        (["--data-parallel-external-lb"], "--data-parallel-external-lb"),
+        (["--routing", "magic"], "--routing"),
+        (["--port", "70000"], "--port"),
+        (["--max-num-seqs", "0"], "--max-num-seqs"),
+        (["--engine-option", "x"], "--engine-option"),
+        (["--drain-timeout", "-1"], "--drain-timeout"),
+        (["--model", ""], "--model: names no model"),
+        ([""], "--model: names no model"),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_the_flag(arguments: list[str], text: str) -> None:
+    done = invoke("serve", *arguments)
+    assert (done.exit_code, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"paceline: error: {text}")
 
 
 @pytest.mark.slow
@@ -80,17 +115,12 @@ def test_coordinator_that_cannot_be(arguments: list[str], text: str) -> None:
 def test_flags_of_the_engine_s_own(
     typed: list[str], model: str | None, theirs: list[str], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from typer.testing import CliRunner
-
-    from paceline import cli
-    from paceline.settings import DeploymentConfig
-
     configs: list[DeploymentConfig] = []
     monkeypatch.setattr(cli, "_serve", configs.append)
-    done = CliRunner().invoke(cli.app, ["serve", "--engine", "vllm", *typed])
+    done = invoke("serve", "--engine", "vllm", *typed)
     assert done.exit_code == 0, done.output
     (config,) = configs
     assert config.engine.model == model
     assert list(config.engine.arguments) == theirs
     assert config.parallel.data_parallel_size == size
-    assert CliRunner().invoke(cli.app, ["serve", *typed]).exit_code == 2
+    assert invoke("serve", *typed).exit_code == 2

@@ -8,7 +8,9 @@ import os
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import httpx2
 import pytest
@@ -20,10 +22,7 @@ from tests.serving import Deployment, deployment, process_name, wait_until
 pytestmark = pytest.mark.slow
 
 RANKS, SLOTS = 4, 4
-# The ranks are as much slower as the clients are: what is told of their order holds on a busy machine, too.
-SLOWER = stretched(1.0, most=4.0)
-FLAGS = ["--engine", "timed", "-dp", str(RANKS), "--max-num-seqs", str(SLOTS)]
-FLAGS += ["--engine-option", f"step_ms={10 * SLOWER}"]
+FLAGS = ["--engine", "timed", "-dp", str(RANKS), "--max-num-seqs", str(SLOTS), "--engine-option", "step_ms=10"]
 
 
 class Got(Struct):
@@ -51,7 +50,7 @@ async def stream(client: httpx2.AsyncClient, got: Got, tokens: int, priority: in
             got.text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
 
 
-async def burst(url: str, count: int, tokens: int, gap_s: float) -> list[Got]:
+async def burst(url: str, count: int, tokens: int, gap_s: float = 0.001) -> list[Got]:
     """So many streams, each begun a moment after the one before, on connections of their own."""
     limits = httpx2.Limits(max_connections=count)
     async with (
@@ -64,7 +63,7 @@ async def burst(url: str, count: int, tokens: int, gap_s: float) -> list[Got]:
             answers.append(Got(time.monotonic()))
             group.create_task(stream(client, answers[-1], tokens))
             # Spread over time by the clock, so that a late start is not made later.
-            await asyncio.sleep(max(0.0, begin + (number + 1) * gap_s * SLOWER - time.monotonic()))
+            await asyncio.sleep(max(0.0, begin + (number + 1) * gap_s - time.monotonic()))
     return answers
 
 
@@ -76,27 +75,38 @@ def queued(running: Deployment) -> int:
     return int(running.http.get("/loads").json()["queued"])
 
 
+@contextmanager
+def paused(running: Deployment, count: int) -> Iterator[None]:
+    """The ranks start nothing within, until so many wait: a queue is there then, however slow its clients are."""
+    wait_until(lambda: running.http.post("/pause", json={}).status_code == 200, "a pause")
+    yield
+    wait_until(lambda: queued(running) >= count, f"{count} in the queue")
+    assert running.http.post("/resume", json={}).status_code == 200
+
+
 @pytest.mark.parametrize("frontends", [2, 4])
 def test_a_burst_far_above_the_slots_is_served_in_order_and_level(frontends: int) -> None:
     count, tokens = 8 * RANKS * SLOTS, 20
-    with deployment(*FLAGS, "-asc", str(frontends)) as running:
-        answers = asyncio.run(burst(running.url, count, tokens, 0.002))
+    with deployment(*FLAGS, "-asc", str(frontends)) as running, ThreadPoolExecutor() as pool:
+        with paused(running, count):
+            work = pool.submit(lambda: asyncio.run(burst(running.url, count, tokens, 0.002)))
+        answers = work.result(stretched(90))
     assert {got.text for got in answers} == {whole(tokens)}
     order = sorted(range(count), key=lambda number: answers[number].first)
     # All that run at once begin within one step of each other; a machine that is busy delays some connections.
     assert max(abs(place - number) for place, number in enumerate(order)) <= 3 * RANKS * SLOTS
     level = Counter(got.rank for got in answers if got.rank)
-    # A rank that waits for a core ends less meanwhile, and gets less.
-    assert max(level.values()) - min(level.values()) <= 2 * SLOTS
-    assert (
-        sum("granted by the central queue" in got.why for got in answers) > sum(bool(got.why) for got in answers) // 2
-    )
+    # A rank that waits for a core ends less meanwhile, and gets less: where cores are few, as it should be.
+    assert max(level.values(), default=0) - min(level.values(), default=0) <= 2 * SLOTS * stretched(1.0, most=3.0)
+    why = [got.why for got in answers if got.why]
+    assert sum("granted by the central queue" in text for text in why) >= len(why) // 2
 
 
 def test_nobody_waits_behind_a_full_rank() -> None:
+    count = 6 * RANKS * SLOTS
     with deployment(*FLAGS, "-asc", "2") as running, ThreadPoolExecutor() as pool:
-        work = pool.submit(lambda: asyncio.run(burst(running.url, 6 * RANKS * SLOTS, 60, 0.001)))
-        wait_until(lambda: queued(running) > SLOTS * RANKS, "a queue")
+        with paused(running, count):
+            work = pool.submit(lambda: asyncio.run(burst(running.url, count, 60)))
         waiting = []
         while queued(running) > SLOTS:
             waiting.append(max(load["waiting"] for load in running.http.get("/loads").json()["ranks"]))
@@ -108,29 +118,30 @@ def test_nobody_waits_behind_a_full_rank() -> None:
 
 
 def test_a_better_priority_goes_first() -> None:
-    async def both(url: str) -> tuple[Got, Got]:
-        async with httpx2.AsyncClient(base_url=url, timeout=stretched(60.0)) as client, asyncio.TaskGroup() as group:
-            # All slots become free at about one time: what waits is more than fits then.
-            fill = [Got(0.0) for _ in range(2 * RANKS * SLOTS)]
-            streams = [group.create_task(stream(client, got, 60)) for got in fill]
-            while sum(bool(got.first) for got in fill) < RANKS * SLOTS:
-                await asyncio.wait(streams, timeout=0.005)
-            late, soon = Got(0.0), Got(0.0)
-            group.create_task(stream(client, late, 5, priority=9))
-            group.create_task(stream(client, soon, 5, priority=-9))
-        return late, soon
+    fill = 2 * RANKS * SLOTS
 
-    with deployment(*FLAGS) as running:
-        late, soon = asyncio.run(both(running.url))
-    assert soon.first < late.first
+    async def one(url: str, priority: int) -> Got:
+        async with httpx2.AsyncClient(base_url=url, timeout=stretched(60.0)) as client:
+            await stream(client, got := Got(time.monotonic()), 5, priority)
+        return got
+
+    with deployment(*FLAGS) as running, ThreadPoolExecutor() as pool:
+        with paused(running, fill + 2):
+            pool.submit(lambda: asyncio.run(burst(running.url, fill, 60)))
+            wait_until(lambda: queued(running) == fill, "a queue")
+            late = pool.submit(lambda: asyncio.run(one(running.url, 9)))
+            wait_until(lambda: queued(running) == fill + 1, "the late one")
+            soon = pool.submit(lambda: asyncio.run(one(running.url, -9)))
+        assert soon.result(stretched(60)).first < late.result(stretched(60)).first
 
 
 def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> None:
-    count, tokens = 8 * RANKS * SLOTS, 40
+    count, tokens = 5 * RANKS * SLOTS, 40
     with deployment(*FLAGS, "-asc", "2") as running, ThreadPoolExecutor() as pool:
-        work = pool.submit(lambda: asyncio.run(burst(running.url, count, tokens, 0.001)))
+        work = []
         for _ in range(2):
-            wait_until(lambda: queued(running) > RANKS * SLOTS, "a queue")
+            with paused(running, count):
+                work.append(pool.submit(lambda: asyncio.run(burst(running.url, count, tokens))))
             victim = running.pid_of("coordinator")
             os.kill(victim, signal.SIGKILL)
 
@@ -139,7 +150,8 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
                 return any(name == "pl:coordinator" and pid != before for pid, name in names.items())
 
             wait_until(another_one, "another coordinator")
-        answers = work.result(stretched(90))
+        answers = [got for done in work for got in done.result(stretched(90))]
+        assert len(answers) == 2 * count
         assert {got.text for got in answers} == {whole(tokens)}
 
         probes = 0
@@ -151,28 +163,31 @@ def test_a_coordinator_killed_with_a_full_queue_loses_and_repeats_nothing() -> N
             running.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
             return sum(int(load["finished"]) for load in running.http.get("/loads").json()["ranks"])
 
-        wait_until(lambda: finished() >= count + probes - 1, "the ranks have ended everything")
-        assert finished() <= count + probes, "something was sent twice"
+        wait_until(lambda: finished() >= 2 * count + probes - 1, "the ranks have ended everything")
+        assert finished() <= 2 * count + probes, "something was sent twice"
         assert "Traceback" not in running.output
 
 
 def test_a_killed_frontend_leaves_nothing_in_the_queue() -> None:
     count, tokens = 6 * RANKS * SLOTS, 50
 
-    async def cut(url: str, victim: int) -> list[Got]:
+    async def cut(running: Deployment) -> list[Got]:
         limits = httpx2.Limits(max_connections=count)
-        async with httpx2.AsyncClient(base_url=url, timeout=stretched(60.0), limits=limits) as client:
+        async with httpx2.AsyncClient(base_url=running.url, timeout=stretched(60.0), limits=limits) as client:
             answers = [Got(0.0) for _ in range(count)]
-            streams = [asyncio.create_task(stream(client, got, tokens)) for got in answers]
-            while sum(bool(got.first) for got in answers) < RANKS * SLOTS:
+            with ExitStack() as stack:
+                await asyncio.to_thread(stack.enter_context, paused(running, count))
+                streams = [asyncio.create_task(stream(client, got, tokens)) for got in answers]
+                await asyncio.to_thread(stack.close)
+            while not any(got.first for got in answers):
                 await asyncio.wait(streams, timeout=0.005)
-            os.kill(victim, signal.SIGKILL)
+            os.kill(running.pid_of("front-end 0"), signal.SIGKILL)
             done = await asyncio.gather(*streams, return_exceptions=True)
         broken = [got for got, end in zip(answers, done, strict=True) if end is not None]
         assert 0 < len(broken) < count
         return [got for got in answers if got not in broken]
 
     with deployment(*FLAGS, "-asc", "2") as running:
-        served = asyncio.run(cut(running.url, running.pid_of("front-end 0")))
+        served = asyncio.run(cut(running))
         assert {got.text for got in served} == {whole(tokens)}
         wait_until(lambda: queued(running) == 0, "an empty queue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -95,32 +96,6 @@ def test_a_stopped_rank_loses_its_requests_and_is_back_when_it_goes_on() -> None
         assert whole(running, again) == " 0 1 2"
 
 
-def test_lockstep_ranks_go_on_without_a_stopped_one() -> None:
-    asks: list[dict[str, Any]] = [
-        {"prompt": f"Hello {index}", "max_tokens": 80, "temperature": 0,
-         "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index)}}
-        for index in range(3)
-    ]  # fmt: skip
-    with deployment(*MOE, "-dp", "3", "--rank-timeout", "1") as running:
-        with streams(running, asks) as read:
-            expected = list(read.wait())
-        with streams(running, asks) as read:
-            stopped = running.pid_of("rank 1")
-            os.kill(stopped, signal.SIGSTOP)
-            assert read.wait() == expected
-        os.kill(stopped, signal.SIGCONT)
-        wait_until(lambda: running.health()["missing"] == [], "it is back")
-        with streams(running, asks) as read:
-            assert read.wait() == expected
-        assert running.pid_of("rank 1") == stopped
-
-
-def test_a_rank_in_a_long_step_is_not_dead() -> None:
-    with deployment("--engine", "timed", "--engine-option", "step_ms=3000", "--rank-timeout", "1") as running:
-        assert whole(running, {"prompt": "a", "max_tokens": 2}) == " 0 1"
-        assert moved(running) == 0
-
-
 def test_real_text_goes_on_as_if_nothing_had_happened() -> None:
     """Greedy, and drawn with a seed: bit for bit, at a rank that computes the same in another batch."""
     prompts = ["The capital of France is", "In Japanese: 東京は"]
@@ -140,25 +115,52 @@ def test_real_text_goes_on_as_if_nothing_had_happened() -> None:
         wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
 
 
-def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life() -> None:
-    """Rank 0, of all."""
-    asks: list[dict[str, Any]] = [
-        {"prompt": f"Hello {index}", "max_tokens": 100, "seed": index, "temperature": index % 2,
-         "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index % 4)}}
-        for index in range(8)
-    ]  # fmt: skip
-    with deployment(*MOE, "-dp", "4") as running:
-        with streams(running, asks) as read:
+# In lockstep --------------------------------------------------------------------------------------
+
+ASKS: list[dict[str, Any]] = [
+    {"prompt": f"Hello {index}", "max_tokens": 100, "seed": index, "temperature": index % 2,
+     "extra_body": {"ignore_eos": True}, "extra_headers": {"X-data-parallel-rank": str(index % 4)}}
+    for index in range(8)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lockstep() -> Iterator[tuple[Deployment, list[str]]]:
+    """Four ranks, and what they answer to `ASKS` when nothing happens."""
+    with deployment(*MOE, "-dp", "4", "--rank-timeout", "1") as running:
+        with streams(running, ASKS) as read:
             expected = list(read.wait())
-        with streams(running, asks) as read:
-            kill(running, "rank 0")
-            # On a busy machine some are over before others have begun.
-            before, over = list(read.texts), [finish is not None for finish in read.finishes]
-            grown = lambda: all(  # noqa: E731
-                ended or len(text) > len(old) for text, old, ended in zip(read.texts, before, over, strict=True)
-            )
-            wait_until(grown, "every stream goes on")
-            assert read.wait() == expected
+        yield running, expected
         wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
-        assert [whole(running, ask) for ask in asks[:4]] == expected[:4]
         assert "Traceback" not in running.output
+
+
+def test_lockstep_ranks_go_on_without_a_stopped_one(lockstep: tuple[Deployment, list[str]]) -> None:
+    running, expected = lockstep
+    with streams(running, ASKS) as read:
+        stopped = running.pid_of("rank 1")
+        os.kill(stopped, signal.SIGSTOP)
+        assert read.wait() == expected
+    os.kill(stopped, signal.SIGCONT)
+    wait_until(lambda: running.health()["missing"] == [], "it is back")
+    with streams(running, ASKS) as read:
+        assert read.wait() == expected
+    assert running.pid_of("rank 1") == stopped
+
+
+def test_lockstep_ranks_go_on_without_a_killed_one_and_with_its_next_life(
+    lockstep: tuple[Deployment, list[str]],
+) -> None:
+    """Rank 0, of all."""
+    running, expected = lockstep
+    with streams(running, ASKS) as read:
+        kill(running, "rank 0")
+        # On a busy machine some are over before others have begun.
+        before, over = list(read.texts), [finish is not None for finish in read.finishes]
+        grown = lambda: all(  # noqa: E731
+            ended or len(text) > len(old) for text, old, ended in zip(read.texts, before, over, strict=True)
+        )
+        wait_until(grown, "every stream goes on")
+        assert read.wait() == expected
+    wait_until(lambda: running.health()["missing"] == [], "all ranks are back")
+    assert [whole(running, ask) for ask in ASKS[:4]] == expected[:4]

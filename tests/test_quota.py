@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from paceline.core.requests import SamplingParams
-from paceline.engines.base import EngineRequest, EngineSettings
-from paceline.engines.moe import MoeEngine
+from paceline.engines.base import EngineSettings
 from paceline.operate import loads_app as app
-from tests.engines.moe_runs import run_alone, text_of
+from tests.engines.moe_runs import asked_together, said_alone
 from tests.serving import Command, command, deployment, wait_until
 
 pytestmark = pytest.mark.slow
@@ -26,32 +24,15 @@ TOKENS = 40
 
 @pytest.fixture(scope="module")
 def expected() -> list[str]:
-    settings = EngineSettings(options=OPTIONS)
-    engine = MoeEngine.create(settings, lambda what, share: None)
-    for key, prompt in enumerate(PROMPTS):
-        params = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
-        engine.add(EngineRequest(key, MoeEngine.tokenizer(settings).encode(prompt), params))
-    outputs = run_alone(engine)
-    return [text_of(outputs, key) for key in range(len(PROMPTS))]
-
-
-def ask(running: Command) -> list[str]:
-    def ask_one(prompt: str) -> str:
-        body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = running.http.post("/v1/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        return str(answer.json()["choices"][0]["text"])
-
-    with ThreadPoolExecutor(len(PROMPTS)) as pool:
-        return list(pool.map(ask_one, PROMPTS))
+    return said_alone(EngineSettings(options=OPTIONS), PROMPTS, TOKENS)
 
 
 @pytest.mark.parametrize("quota", ["auto", "off", "3"])
 def test_four_ranks_say_with_any_quota_what_one_engine_says(quota: str, expected: list[str]) -> None:
     moe = ("--engine", "paceline.engines.moe:MoeEngine", "-dp", "4", "--max-num-seqs", "4", *FLAGS)
     with deployment(*moe, "--max-num-batched-tokens", "64", "--prefill-quota", quota) as running:
-        assert ask(running) == expected
-        assert ask(running) == expected
+        assert asked_together(running, PROMPTS, TOKENS) == expected
+        assert asked_together(running, PROMPTS, TOKENS) == expected
         seen = shown_quotas(running)
         assert len(seen) == 4
         if quota != "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -37,25 +38,31 @@ def ready(running: Deployment) -> list[int]:
     return list(running.health()["ready"])
 
 
-@pytest.mark.parametrize("engine", [TIMED, MOE], ids=["independent", "lockstep"])
-def test_up_and_down_under_streams(engine: tuple[str, ...]) -> None:
-    """The new ranks serve; what the leaving ones have not ended goes on at the others; all texts are the same."""
-    with deployment(*engine, "-dp", "2", "-asc", "2") as running:
-        with streams(running, asks(6, 2, 200)) as before:
-            expected = list(before.wait())
-        with streams(running, asks(6, 2, 200)) as old:
-            assert scale(running, 4).status_code == 200
-            wait_until(lambda: ready(running) == [0, 1, 2, 3], "both front-ends have them")
-            with streams(running, asks(8, 4, 200)) as new:
-                answer = scale(running, 2, drain_timeout=0.2)
-                assert answer.json()["size"] == 2
-                assert old.wait() == expected
-                assert list(new.wait())[:6] == expected
-        assert sorted(name for name in names(running) if name.startswith("rank")) == ["rank 0", "rank 1"]
-        assert running.health()["missing"] == []
-        with streams(running, asks(6, 2, 200)) as after:
-            assert after.wait() == expected
+@pytest.fixture(scope="module", params=[TIMED, MOE], ids=["independent", "lockstep"])
+def two(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    """Two ranks; who has scaled it brings it back to two."""
+    with deployment(*request.param, "-dp", "2", "-asc", "2") as running:
+        yield running
+        wait_until(lambda: ready(running) == [0, 1], "two are left")
         assert "Traceback" not in running.output
+
+
+def test_up_and_down_under_streams(two: Deployment) -> None:
+    """The new ranks serve; what the leaving ones have not ended goes on at the others; all texts are the same."""
+    with streams(two, asks(6, 2, 200)) as before:
+        expected = list(before.wait())
+    with streams(two, asks(6, 2, 200)) as old:
+        assert scale(two, 4).status_code == 200
+        wait_until(lambda: ready(two) == [0, 1, 2, 3], "both front-ends have them")
+        with streams(two, asks(8, 4, 200)) as new:
+            answer = scale(two, 2, drain_timeout=0.2)
+            assert answer.json()["size"] == 2
+            assert old.wait() == expected
+            assert list(new.wait())[:6] == expected
+    assert sorted(name for name in names(two) if name.startswith("rank")) == ["rank 0", "rank 1"]
+    assert two.health()["missing"] == []
+    with streams(two, asks(6, 2, 200)) as after:
+        assert after.wait() == expected
 
 
 def names(running: Command) -> list[str]:
@@ -66,16 +73,17 @@ def pids(running: Command) -> dict[int, str]:
     return {pid: process_name(pid).removeprefix("pl:") for pid in running.children() if is_alive(pid)}
 
 
-@pytest.mark.parametrize("engine", [TIMED, MOE], ids=["independent", "lockstep"])
-def test_ranks_that_leave_end_what_they_have(engine: tuple[str, ...]) -> None:
-    with deployment(*engine, "-dp", "3", "-asc", "2") as running:
-        with streams(running, asks(6, 3, 100)) as read:
-            answer = scale(running, 1, drain_timeout=60)
-            assert answer.status_code == 200
-            # The others' streams run on, or are over by now.
-            assert read.wait()
-        assert ready(running) == [0]
-        assert running.health()["moved"] == 0
+def test_ranks_that_leave_end_what_they_have(two: Deployment) -> None:
+    assert scale(two, 3).status_code == 200
+    wait_until(lambda: ready(two) == [0, 1, 2], "both front-ends have it")
+    moved = two.health()["moved"]
+    with streams(two, asks(6, 3, 100)) as read:
+        assert scale(two, 1, drain_timeout=60).status_code == 200
+        # The others' streams run on, or are over by now.
+        assert read.wait()
+    assert ready(two) == [0]
+    assert two.health()["moved"] == moved
+    assert scale(two, 2).json()["size"] == 2
 
 
 def test_a_second_call_meanwhile_gets_409_and_bad_input_400() -> None:
@@ -128,24 +136,23 @@ def test_a_rank_that_cannot_load_takes_the_others_with_it_and_nothing_else() -> 
         wait_until(lambda: {"rank 2", "rank 3"}.isdisjoint(names(running)), "the new ranks are gone")
 
 
-@pytest.mark.parametrize("engine", [TIMED, MOE], ids=["independent", "lockstep"])
-def test_a_coordinator_that_dies_meanwhile_goes_on_with_it(engine: tuple[str, ...]) -> None:
+def test_a_coordinator_that_dies_meanwhile_goes_on_with_it(two: Deployment) -> None:
     """Its next life hears from the node and the front-ends what is under way."""
-    with deployment(*engine, "-dp", "2", "-asc", "2") as running, ThreadPoolExecutor(1) as pool:
-        with streams(running, asks(4, 2, 300)) as read:
-            call = pool.submit(scale, running, 4)
-            wait_until(lambda: "rank 2" in names(running), "the new ranks load")
-            kill_coordinator(running)
+    with ThreadPoolExecutor(1) as pool:
+        with streams(two, asks(4, 2, 300)) as read:
+            call = pool.submit(scale, two, 4)
+            wait_until(lambda: "rank 2" in names(two), "the new ranks load")
+            kill_coordinator(two)
             assert call.result(stretched(60)).json()["size"] == 4
-            wait_until(lambda: ready(running) == [0, 1, 2, 3], "all are there")
-            call = pool.submit(scale, running, 1, drain_timeout=1)
-            wait_until(lambda: is_scaling(running)["target"] == 1, "ranks leave")
-            kill_coordinator(running)
+            wait_until(lambda: ready(two) == [0, 1, 2, 3], "all are there")
+            call = pool.submit(scale, two, 1, drain_timeout=1)
+            wait_until(lambda: is_scaling(two)["target"] == 1, "ranks leave")
+            kill_coordinator(two)
             assert call.result(stretched(60)).json()["size"] == 1
             assert len(read.wait()) == 4
-        wait_until(lambda: ready(running) == [0] and not running.health()["missing"], "one is left")
-        kill_coordinator(running)
-        assert scale(running, 2).json()["size"] == 2
+        wait_until(lambda: ready(two) == [0] and not two.health()["missing"], "one is left")
+        kill_coordinator(two)
+        assert scale(two, 2).json()["size"] == 2
 
 
 def kill_coordinator(running: Deployment) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from paceline.cli import ELSEWHERE
+from paceline.engines.registry import OURS
 from tests.pace import stretched
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,10 +40,15 @@ MAY_IMPORT = {
     "paceline.sim": {"paceline.sim", "paceline.engines", "paceline.core", "paceline.errors", "paceline.log"},
     "paceline.check": {
         "paceline.check", "paceline.sim", "paceline.core", "paceline.errors", "paceline.console", "paceline.log",
+        "paceline.report",
     },
     "paceline.net": {
         "paceline.net", "paceline.process", "paceline.engines", "paceline.core", "paceline.settings", "paceline.errors",
         "paceline.log",
+    },
+    "paceline.top": {
+        "paceline.top", "paceline.operate", "paceline.control", "paceline.engines", "paceline.core", "paceline.errors",
+        "paceline.log", "paceline",
     },
     "paceline.process": {
         "paceline.process", "paceline.net", "paceline.core", "paceline.errors", "paceline", "paceline.log",
@@ -241,9 +247,9 @@ def waits(call: ast.Call) -> bool:
 
 
 def entry_points() -> set[str]:
-    """Modules that something outside `src` starts: pyproject's scripts and entry points, and what runs as a program."""
+    """Modules that something starts by name: pyproject, `--engine`, `paceline COMMAND`, and what runs as a program."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    groups = [project.get("scripts", {}), *project.get("entry-points", {}).values()]
+    groups = [project.get("scripts", {}), *project.get("entry-points", {}).values(), OURS]
     named = {target.partition(":")[0] for group in groups for target in group.values()}
     programs = {name for name, path in MODULES.items() if path.name == "__main__.py" or runs_itself(tree_of(path))}
     # The command line imports what a command needs once it runs.

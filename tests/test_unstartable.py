@@ -101,9 +101,17 @@ def _stream(running: Deployment, begun: threading.Event) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-@pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize("engine", ["timed", "timed-lockstep"])
+# SIGTERM to the main process alone: test_lifecycle.py.
+@pytest.mark.parametrize(
+    ("number", "everywhere", "engine"),
+    [
+        (signal.SIGTERM, True, "timed-lockstep"),
+        (signal.SIGHUP, True, "timed"),
+        (signal.SIGHUP, False, "timed-lockstep"),
+        (signal.SIGINT, True, "timed-lockstep"),
+        (signal.SIGINT, False, "timed"),
+    ],
+)
 def test_a_signal_to_all_drains_as_one_to_the_main_process_does(number: int, everywhere: bool, engine: str) -> None:
     with deployment("--engine", engine, "-asc", "2") as running, ThreadPoolExecutor() as pool:
         begun = [threading.Event() for _ in range(4)]
@@ -130,7 +138,7 @@ def _end_of_one(*both: Command) -> None:
 def test_of_two_that_start_at_once_on_one_port_the_second_ends() -> None:
     with deployment(*TIMED) as running:
         port = running.url.rpartition(":")[2]
-    for _ in range(3):
+    for _ in range(2):
         with command("serve", "--port", port, *TIMED) as one, command("serve", "--port", port, *TIMED) as other:
             _end_of_one(one, other)
             ended, serves = (one, other) if one.process.poll() is not None else (other, one)

@@ -230,6 +230,7 @@ def _say_ready(config: DeploymentConfig, port: int) -> None:
 ELSEWHERE = {
     "simulate": ("simulate_cli", "Run the machines in virtual time, from a seed, with delays, losses and crashes."),
     "check": ("check.cli", "Walk every interleaving of the machines in a small deployment."),
+    "top": ("top.cli", "Show in the terminal what a running deployment does, as its page does."),
     "loads": ("operate", "Show what every rank of a running deployment has to do."),
     "explain": ("explain", "Say where the time of a request went, by its id."),
     "scale": ("operate", "Let a running deployment have more ranks, or fewer."),

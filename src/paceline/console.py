@@ -1,26 +1,72 @@
-"""What a person sees while something takes long: of a deployment that starts, bars on a terminal, lines elsewhere."""
+"""What a person sees while something takes long: how far it is, on a terminal in place, in lines elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn
 
 from paceline.log import in_json, tell
 
+EVERY_S = 10.0
+"""Between two lines where there is no terminal."""
+
+
+class Progress(Protocol):
+    """Says how far something is: in words, and the share that is done where that is known; `growing`: where there is
+    ever more to do, so that it lasts longer than it looks.
+    """
+
+    def __call__(self, text: str, share: float | None = None, growing: bool = False) -> None: ...
+
+
+class Estimate:
+    """How long something will go on that began when this was made. `clock`: seconds that only grow."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._begin = clock()
+
+    def passed_s(self) -> float:
+        return self._clock() - self._begin
+
+    def told(self, text: str, share: float | None, growing: bool = False) -> str:
+        """The text, and how much longer that will be: as long for each share as up to now."""
+        passed = self.passed_s()
+        if not share or share >= 1.0:
+            return f"{text}; for {_duration(passed)} so far"
+        left = _duration(passed / share - passed)
+        return f"{text}; more than {left} left" if growing else f"{text}, {share:.0%}; about {left} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
 
 @contextmanager
-def status_line() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that says how far something is; nothing anywhere else."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda text: None
+def status_line(clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+    """Says on stderr how far something is: on a terminal in one line, elsewhere in a line each `EVERY_S`."""
+    console, estimate = Console(stderr=True, highlight=False), Estimate(clock)
+    if console.is_terminal:
+        with console.status("") as status:
+            yield lambda text, share=None, growing=False: status.update(estimate.told(text, share, growing))
         return
-    with console.status("") as status:
-        yield status.update
+    due = EVERY_S
+
+    def say(text: str, share: float | None = None, growing: bool = False) -> None:
+        nonlocal due
+        if estimate.passed_s() >= due:
+            due = estimate.passed_s() + EVERY_S
+            tell(estimate.told(text, share, growing))
+
+    yield say
 
 
 class StartupDisplay:
@@ -28,13 +74,13 @@ class StartupDisplay:
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._bars: Progress | None = None
+        self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._said: dict[str, str] = {}
 
     def __enter__(self) -> StartupDisplay:
         if self._console.is_terminal and not in_json():
-            self._bars = Progress(
+            self._bars = Bars(
                 TextColumn("{task.fields[name]:12}"), BarColumn(bar_width=30), TextColumn("{task.description}"),
                 TimeElapsedColumn(), console=self._console, transient=True,
             )  # fmt: skip

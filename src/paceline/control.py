@@ -138,20 +138,39 @@ class Control:
         """
         query = urllib.parse.urlencode({"stream": "1", "interval": f"{interval_s:g}"})
         try:
-            with self._opener.open(self._request(f"loads?{query}"), timeout=SILENCE_S) as answer:
-                if answer.headers.get_content_type() == "text/event-stream":
-                    for line in answer:
-                        if line.startswith(b"data: "):
-                            yield json.loads(line[6:])
-                    raise ControlError(f"{self.url} has ended the stream")
-        except urllib.error.HTTPError:
+            yield from self._pushed(f"loads?{query}")
+        except ControlError as error:
+            if not error.status:
+                raise
             # One that knows no such question, under vLLM.
-            pass
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise self._no_answer(error) from None
         while True:
             yield self.loads()
             time.sleep(interval_s)
+
+    def watch_dashboard(self) -> Iterator[dict[str, object]]:
+        """What the page at /dashboard is told, whenever it has changed. Raises ControlError, also where the server has
+        gone.
+        """
+        return self._pushed("dashboard/events")
+
+    def dashboard_before(self) -> dict[str, object]:
+        """What the page is told of the 15 minutes before, a sample each 3 seconds. Raises ControlError."""
+        return self._ask("dashboard/history", "GET", 10.0)
+
+    def _pushed(self, path: str) -> Iterator[dict[str, object]]:
+        """A stream's events. Raises ControlError: with an HTTP status where there is no such stream, else without."""
+        try:
+            with self._opener.open(self._request(path), timeout=SILENCE_S) as answer:
+                if answer.headers.get_content_type() != "text/event-stream":
+                    raise ControlError(f"{self.url} pushes nothing there", 404)
+                for line in answer:
+                    if line.startswith(b"data: "):
+                        yield json.loads(line[6:])
+        except urllib.error.HTTPError as error:
+            raise ControlError(f"HTTP status {error.code}", error.code) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise self._no_answer(error) from None
+        raise ControlError(f"{self.url} has ended the stream")
 
     def requests(self, name: str) -> list[dict[str, object]]:
         """The timelines of the requests that a client has called so, or that were answered under this id, the newest

@@ -264,7 +264,7 @@ class EngineConfig(Checked, frozen=True):
     task: Annotated[str, flag("generate, or embed: answer /v1/embeddings, where the engine supports it.")] = "generate"
     generation_config: Annotated[
         str,
-        flag("auto: a request that names no sampling gets what the model's makers recommend; vllm: temperature 1."),
+        flag("auto: a request that names no sampling, or no max_tokens, gets what the model recommends; vllm: not."),
     ] = "auto"
     seed: Annotated[int, flag("Seed of the engine.", least=0, most=2**32 - 1)] = 0
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import itertools
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +14,19 @@ import msgspec
 import typer
 from msgspec import Struct
 
-from paceline.console import status_line
+from paceline.console import Progress, status_line
 from paceline.core.routing import POLICIES
 from paceline.engines.registry import PolicyError, find_policy
 from paceline.engines.timed import CostModel
 from paceline.errors import ConfigError, PacelineError
+from paceline.report import check_writable, write
 from paceline.settings import QUEUED_ROUTING
 from paceline.sim import outcome as traced
 from paceline.sim.engine import EngineShape
 from paceline.sim.replay import Replay, Setup
 from paceline.sim.run import Options, Outcome, simulate
 from paceline.sim.trace import SESSION_BLOCK_TOKENS, Arrival, Sessions, faster, read_sessions, read_trace
+from paceline.simulate_report import Lanes, Ran, report
 
 
 class Flag(Struct, frozen=True):
@@ -73,7 +76,12 @@ TRACE = {
     "trace": Flag(
         str, "Measure instead of testing: serve this file of real requests (.csv or .jsonl) without a fault."
     ),
-    "routing": Flag(str, f"Which rank gets a request: {', '.join(POLICIES)}, or module:Class; sticky if left out."),
+    "routing": Flag(
+        str,
+        f"Which rank gets a request: {', '.join(POLICIES)}, or module:Class; sticky if left out. Several with commas: "
+        "one run of each.",
+    ),
+    "report": Flag(str, "Write a page of the runs: lanes, histograms, figures side by side.", metavar="FILE.html"),
     "sessions": Flag(int, "Of a trace of sessions: so many at once, each followed by the next.", 1, 100_000),
     "session_rate": Flag(float, "Or so many begin a second, at random moments.", 1e-6, 1e6),
     "max_think": Flag(float, "No turn comes later than so many seconds after the answer before.", 0.0, 1e9),
@@ -174,23 +182,32 @@ simulate_app = command(
 def run_seeds(options: Options, seeds: Iterable[int], as_json: bool, many: bool) -> bool:
     """Run each seed and print what came of it, a line each for `many`; returns whether one failed, the last one run."""
     count = events = 0
+    whole = len(seeds) if isinstance(seeds, Sized) else None
     try:
-        for seed in seeds:
-            outcome = simulate(msgspec.structs.replace(options, seed=seed))
-            count, events = count + 1, events + outcome.events
-            if as_json:
-                typer.echo(msgspec.json.encode(outcome).decode())
-            elif not many or not outcome.ok:
-                typer.echo(summary(outcome))
-            elif count % 100 == 0:
-                typer.echo(f"{count} seeds pass, the last {seed}; {events:,} events")
-            if not outcome.ok:
-                typer.echo(f"replay: {replay(options, seed)}", err=as_json)
-                return True
+        with status_line() as say:
+            for seed in seeds:
+                outcome = simulate(
+                    msgspec.structs.replace(options, seed=seed), progress=_telling(say, seed, count, whole)
+                )
+                count, events = count + 1, events + outcome.events
+                if as_json:
+                    typer.echo(msgspec.json.encode(outcome).decode())
+                elif not many or not outcome.ok:
+                    typer.echo(summary(outcome))
+                elif count % 100 == 0:
+                    typer.echo(f"{count} seeds pass, the last {seed}; {events:,} events")
+                if not outcome.ok:
+                    typer.echo(f"replay: {replay(options, seed)}", err=as_json)
+                    return True
     finally:
         if many and not as_json:
             typer.echo(f"{count} seeds run, {events:,} events")
     return False
+
+
+def _telling(say: Progress, seed: int, before: int, whole: int | None) -> Callable[[float], None]:
+    """Tells how far a seed is, of which so many were run `before`, of `whole` in all: None for no end."""
+    return lambda share: say(f"seed {seed}", None if whole is None else (before + share) / whole)
 
 
 def summary(outcome: Outcome) -> str:
@@ -257,12 +274,32 @@ def run_trace(given: Given, kind: Callable[..., Replay] = Replay, names: Iterabl
     if given.get("seeds") is not None:
         raise ConfigError("--seeds: not with --trace; --seed says which front-end a request comes to")
     _check_binding(given)
-    setup = _setup(given, tuple(names))
-    run = kind(setup, _arrivals(given, setup))
+    check_writable(given.get("report"))
+    setups = [_setup(given | {"routing": name}, tuple(names)) for name in _rules(given["routing"])]
+    runs: list[Ran] = []
     with status_line() as say:
-        outcome = run.run(lambda done, count: say(f"{done:,} of {count:,} requests served"))
-    typer.echo(msgspec.json.encode(outcome).decode() if given["json"] else figures(outcome))
+        for place, setup in enumerate(setups):
+            run, lanes = kind(setup, _arrivals(given, setup)), Lanes()
+            run.look = lanes.look
+            outcome = run.run(partial(_say_served, say, setup.routing, place, len(setups)))
+            typer.echo(msgspec.json.encode(outcome).decode() if given["json"] else figures(outcome))
+            runs.append(Ran(run, outcome, lanes))
+    if given.get("report") is not None:
+        write(given["report"], report(runs, Path(given["trace"]).name))
     return run
+
+
+def _rules(routing: str | None) -> list[str]:
+    """Those that are compared. Raises ConfigError."""
+    found = [name.strip() for name in (routing or "sticky").split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(f"--routing: {routing!r} names nothing, or something twice")
+    return found
+
+
+def _say_served(say: Progress, routing: str, place: int, whole: int, done: int, count: int) -> None:
+    which = f"{routing}: " if whole > 1 else ""
+    say(f"{which}{done:,} of {count:,} requests served", (place + done / count) / whole)
 
 
 def _arrivals(given: Given, setup: Setup) -> list[Arrival] | Sessions:

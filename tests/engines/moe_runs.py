@@ -1,4 +1,4 @@
-"""Runs of moe engines: one alone, or several as ranks in threads of this process, stepping together."""
+"""Runs of moe engines: one alone, several as ranks in threads of this process, stepping together, or real ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from paceline.net.collective import SocketGroup
 from paceline.net.group import GroupListener, form_group
 from tests.net.groups import group_path
 from tests.pace import stretched
+from tests.serving import Command
 
 if TYPE_CHECKING:
     from paceline.engines.group import Array
@@ -57,6 +58,28 @@ def run_alone(engine: MoeEngine) -> list[StepOutput]:
 
 def text_of(outputs: Iterable[StepOutput], key: int) -> str:
     return "".join(output.text for output in outputs if output.key == key)
+
+
+def said_alone(settings: EngineSettings, prompts: Sequence[str], tokens: int) -> list[str]:
+    """What one engine says to these, greedily."""
+    engine, encode = MoeEngine.create(settings, lambda what, share: None), MoeEngine.tokenizer(settings).encode
+    for key, prompt in enumerate(prompts):
+        engine.add(request(key, encode(prompt), tokens))
+    outputs = run_alone(engine)
+    return [text_of(outputs, key) for key in range(len(prompts))]
+
+
+def asked_together(running: Command, prompts: Sequence[str], tokens: int) -> list[str]:
+    """What real ranks say to the same, asked all at a time."""
+
+    def ask(prompt: str) -> str:
+        body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        answer = running.http.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(ask, prompts))
 
 
 class Deployment:

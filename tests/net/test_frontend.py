@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import urllib.request
@@ -15,9 +16,12 @@ import pytest
 import zmq
 
 from paceline.core import codec
+from paceline.core.frontend.machine import Frontend
 from paceline.core.load import Load
 from paceline.core.messages import PROTOCOL_VERSION, FrontendHello, LoadView, Member, Members, RankView
-from paceline.core.requests import AddRequest, Output, Outputs
+from paceline.core.requests import AddRequest, Output, Outputs, SamplingParams
+from paceline.core.routing.least import LeastLoad
+from paceline.net.frontend import FrontendShell
 from paceline.process.spawn import spawn
 from paceline.process.supervisor import Ready
 from paceline.server.process import FrontendSettings, reserve_port, run_frontend
@@ -191,3 +195,29 @@ def test_coordinator_that_comes_back_empty_loses_nothing(tmp_path: Path) -> None
         world.answer(identity, add, "still here")
         assert answer.result(stretched(30))[0] == 200
         assert world.statistics()["ready"] == [0]
+
+
+def test_what_a_rank_sent_before_it_left_counts(tmp_path: Path) -> None:
+    """Both are there to be read, and the coordinator's word that the rank has left is read first."""
+
+    async def leave(world: World) -> None:
+        shell = FrontendShell(Frontend(7, LeastLoad()), world.coordinator)
+        told: list[Any] = []
+        while receive(world.publish)[0][:1] in (b"\x00", b"\x01"):
+            pass
+        world.announce(LIFE)
+        while not shell.machine.ready_ranks():
+            await shell.wait_changed()
+        shell.submit(told.append, [1], SamplingParams(max_tokens=4))
+        world.answer(*world.take(), "whole")
+        world.publish.send(codec.encode(Members(PROTOCOL_VERSION, 1, 0, False, [], ended=[(0, LIFE)])))
+        (rank,) = shell._ranks._sockets.values()
+        assert all(one.socket.poll(stretched(10_000)) for one in (rank, shell._coordinator))
+        shell._coordinator.drain()
+        assert [one.text for one in told if isinstance(one, Output)] == ["whole"]
+        assert (shell.machine.ready_ranks(), shell.machine.moved) == ([], 0)
+        shell.close()
+
+    with context() as zmq_context:
+        world = World(zmq_context, tmp_path)
+        asyncio.run(leave(world))

@@ -1,4 +1,4 @@
-"""Policies by name: ours, a package's, `module:Class`, and one clear line for all else."""
+"""Policies and engines by name: ours, a package's, `module:Class`, and one clear line for all else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from paceline.core.routing import POLICIES
 from paceline.core.routing.candidates import Candidate, Candidates
 from paceline.core.routing.policy import Query
-from paceline.engines.registry import PolicyError, find_policy, policy_names
+from paceline.engines.base import EngineError
+from paceline.engines.registry import PolicyError, find_engine, find_policy, policy_names
 from paceline.errors import ConfigError
 from paceline.settings import ServerConfig
 
@@ -27,6 +28,7 @@ class Last(Policy):
 class Nothing:
     pass
 """
+ENGINES = "[paceline.engines]\necho = examples.echo_engine:EchoEngine\ntimed = examples.echo_engine:EchoEngine\n"
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: routing-of-mine\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[paceline.routing]\nlast = routing_of_mine:Last\nleast-load = routing_of_mine:Last\n"
+        "[paceline.routing]\nlast = routing_of_mine:Last\nleast-load = routing_of_mine:Last\n" + ENGINES
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
@@ -48,6 +50,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_ours(name: str) -> None:
     assert find_policy(name) is POLICIES[name]
     assert ServerConfig(routing=name).routing == name
+
+
+@pytest.mark.usefixtures("package")
+def test_engines_of_a_package_and_ours() -> None:
+    assert find_engine("echo").__name__ == "EchoEngine"
+    assert find_engine("timed").__name__ == "TimedEngine"
+    with pytest.raises(EngineError, match="there are echo, llama, moe, timed, timed-lockstep, vllm, or"):
+        find_engine("nope")
+    with pytest.raises(EngineError, match=r"os:path is not a subclass of paceline.engines.base.Engine"):
+        find_engine("os:path")
 
 
 @pytest.mark.usefixtures("package")

@@ -20,7 +20,8 @@ TEXTS = ["The cat sits on the mat.", "A kitten rests on a rug.", "Stock markets 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Deployment]:
-    with deployment("--task", "embed", "--max-model-len", "512") as running:
+    few = ("--max-num-seqs", "4", "--max-waiting", "16")
+    with deployment("--task", "embed", "--max-model-len", "512", *few) as running:
         yield running
 
 
@@ -54,8 +55,8 @@ def test_fewer_dimensions_are_the_first_of_them(server: Deployment) -> None:
 
 
 def test_more_inputs_than_ranks_take_at_once_are_all_answered(server: Deployment) -> None:
-    many = embed(server, input=[f"number {number}" for number in range(600)])
-    assert [one.index for one in many.data] == list(range(600))
+    many = embed(server, input=[f"number {number}" for number in range(60)])
+    assert [one.index for one in many.data] == list(range(60))
     assert many.data[7].embedding == embed(server, input="number 7").data[0].embedding
 
 

@@ -31,6 +31,15 @@ def figures(running: Deployment) -> dict[str, float]:
     return found
 
 
+def by_label(running: Deployment, name: str, label: str) -> dict[str, float]:
+    """One figure's values by one of its labels, added up over the others."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(running.http.get("/metrics").text):
+        for sample in (sample for sample in family.samples if sample.name == name):
+            found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
+    return found
+
+
 def ask(running: Deployment) -> None:
     """Each over a connection of its own, so that both front-ends get some."""
     said: dict[str, Any] = {"prompt": PROMPT, "max_tokens": TOKENS}
@@ -74,6 +83,43 @@ def test_all_front_ends_are_added_up_and_nothing_is_counted_twice() -> None:
         wait_until(lambda: figures(running)[age] > 1.5 * HEARTBEAT_S, "it is not")
         os.kill(stopped, signal.SIGCONT)
         wait_until(lambda: figures(running)[age] < HEARTBEAT_S, "it is again")
+
+
+def complete(running: Deployment, tenant: str, tokens: int = TOKENS) -> int:
+    headers = {"connection": "close", "x-tenant": tenant}
+    body = {"prompt": PROMPT, "max_tokens": tokens}
+    return int(running.http.post("/v1/completions", json=body, headers=headers).status_code)
+
+
+def test_who_waits_how_long_it_was_paused_and_why_what_had_to_move_or_be_started_again() -> None:
+    with deployment(*FLAGS, "--tenant-weight", "quiet=1") as running:
+        wait_until(lambda: sum(by_label(running, "paceline_credits", "engine").values()) > 0, "there are credits")
+        assert by_label(running, "paceline_weights_info", "version") == {"": 1}
+        assert running.http.post("/pause?mode=keep").status_code == 200
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(complete, running, tenant) for tenant in "aaaaabb"]
+            tenants = {"quiet": 0, "a": 5, "b": 2}
+            wait_until(lambda: by_label(running, "paceline_tenant_queue_length", "tenant") == tenants, "all wait")
+            assert figures(running)["paceline_queue_length"] == 7
+            assert running.http.post("/resume").status_code == 200
+            assert {answer.result() for answer in answers} == {200}
+        paused = "paceline_pause_seconds_count"
+        wait_until(lambda: figures(running)[paused] == 1, "the pause is counted")
+        # Both front-ends have seen it: whichever is asked, it is one.
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(lambda _: figures(running)[paused], range(8))) == {1}
+            answers = [pool.submit(complete, running, "a", 1000) for _ in range(8)]
+            wait_until(
+                lambda: all(load["running"] for load in running.http.get("/loads").json()["ranks"]),
+                "both ranks have some",
+            )
+            os.kill(running.pid_of("rank 0"), signal.SIGKILL)
+            assert {answer.result() for answer in answers} == {200}
+        moved = by_label(running, "paceline_requests_moved_total", "cause")
+        assert moved["disconnected"] > 0
+        assert sum(moved.values()) == moved["disconnected"]
+        wait_until(lambda: by_label(running, "paceline_restarts_total", "cause")["SIGKILL"] == 1, "it is counted")
+        assert by_label(running, "paceline_restarts_total", "process") == {"rank": 1, "front-end": 0, "coordinator": 0}
 
 
 def _asks(running: Deployment) -> bool:

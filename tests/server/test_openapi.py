@@ -59,19 +59,12 @@ def test_the_edges_of_every_field(server: Deployment, tmp_path: Path) -> None:
     assert not found, found
 
 
-def test_pausing_and_resuming(server: Deployment, tmp_path: Path) -> None:
-    """A call that is not done in the time that it gives is answered with 504, as the document says."""
-    suspending = ("--include-path-regex", "/(pause|resume)", "--phases", "coverage,fuzzing")
-    found = schemathesis(server, tmp_path, *suspending, exclude=("not_a_server_error",))
+def test_pausing_resuming_and_scaling(server: Deployment, tmp_path: Path) -> None:
+    """What is not done in the time that it gives is answered with 504, as the document says."""
+    changing = ("--include-path-regex", "/(pause|resume|scale_elastic_ep)", "--phases", "coverage,fuzzing")
+    found = schemathesis(server, tmp_path, *changing, exclude=("not_a_server_error",))
     assert not found, found
     assert server.http.post("/resume").status_code == 200
-
-
-def test_scaling(server: Deployment, tmp_path: Path) -> None:
-    """New ranks that have no time to load are rolled back with 504, as the document says."""
-    scaling = ("--include-path-regex", "scale_elastic_ep", "--phases", "coverage,fuzzing")
-    found = schemathesis(server, tmp_path, *scaling, exclude=("not_a_server_error",))
-    assert not found, found
     answer = server.http.post("/scale_elastic_ep", json={"new_data_parallel_size": 2, "drain_timeout": 0})
     assert answer.json()["size"] == 2
 

@@ -117,6 +117,16 @@ def test_arguments_of_calls_that_cannot_fit_are_not_read() -> None:
     assert "at least" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"), [({}, 30), ({"max_tokens": 60}, 60), ({"max_completion_tokens": 7}, 7)]
+)
+def test_a_chat_that_names_no_bound_has_what_the_model_recommends(fields: dict[str, Any], expected: int) -> None:
+    models = Models(["m"], Counting(LIMIT), LIMIT, defaults={"temperature": 0.5, "top_k": 3, "max_tokens": 30})
+    request = chat(messages=[{"role": "user", "content": "a"}], **fields)
+    made = prepare(request, Headers(), models, "id")
+    assert made.parts[0].params.max_tokens == expected
+
+
 def test_what_is_long_and_fits_is_let_through() -> None:
     text = json.dumps("[1],{" * 100_000)
     for body in (f'{{"prompt": {text}}}', f'{{"messages": [{{"role": "user", "content": {text}}}]}}'):

@@ -67,21 +67,24 @@ def test_a_reader_that_nobody_needs_ends_and_comes_back(tmp_path: Path) -> None:
     def running() -> list[Any]:
         return [child for child in multiprocessing.active_children() if child.name == "reader 7"]
 
+    async def gone() -> None:
+        deadline = Deadline(30)
+        while running() and not deadline.over():
+            await asyncio.sleep(0)
+        assert not running()
+
     async def main() -> None:
         reader = ReadingProcess(arguments, 7, "warning", idle_s=0.05)
         try:
             for text in ("ab", "c"):
                 said = json.loads(await reader.ask("/tokenize", json.dumps({"prompt": text}).encode()))
                 assert bytes(said["tokens"]).decode() == text
-                deadline = Deadline(30)
-                while running() and not deadline.over():
-                    await asyncio.sleep(0)
-                assert not running()
+                await gone()
             with pytest.raises(ApiError, match="prompt"):
                 await reader.ask("/tokenize", b"{}")
         finally:
             reader.close()
-        assert not running()
+        await gone()
 
     asyncio.run(main())
 

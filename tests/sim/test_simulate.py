@@ -55,14 +55,6 @@ def test_one_seed_is_one_run_in_any_process() -> None:
 
 
 @pytest.mark.slow
-def test_256_ranks_pass() -> None:
-    outcome = simulate(Options(7, ranks=256, lockstep=True, encode=False))
-    assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
-    assert outcome.waves > 0
-    assert outcome.finished > 100
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("lockstep", [True, False])
 def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong(lockstep: bool) -> None:
     options = Options(1, ranks=16, frontends=3, faults_per_second=4, duration=20, lockstep=lockstep, encode=False)
@@ -78,12 +70,13 @@ def test_nothing_is_lost_and_nothing_comes_twice_where_something_is_always_wrong
 
 
 @pytest.mark.slow
-def test_256_ranks_pass_with_a_fault_a_second() -> None:
-    options = Options(7, ranks=256, faults_per_second=1, duration=15, lockstep=True, encode=False)
-    outcome = simulate(options)
+def test_256_ranks_pass_with_two_faults_a_second() -> None:
+    """Where more is wanted: `paceline simulate --ranks 256 --seed 7 --faults-per-second 1`, some minutes."""
+    outcome = simulate(Options(7, ranks=256, faults_per_second=2, duration=4, lockstep=True, encode=False))
     assert outcome.ok, "\n".join([outcome.verdict, *outcome.history])
-    assert sum(outcome.faults.values()) > 8
-    assert outcome.finished > 1000
+    assert outcome.waves > 0
+    assert sum(outcome.faults.values()) > 5
+    assert outcome.finished > 400
 
 
 def test_messages_as_bytes_or_as_they_are_give_the_same_run() -> None:

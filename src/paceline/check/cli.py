@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
+from functools import partial
 from itertools import product
 from typing import Annotated, Any
 
 import typer
 from msgspec.structs import replace
 
+from paceline.check.diagram import diagram
 from paceline.check.dispatch import Dispatch, Limits
 from paceline.check.epochs import Epochs, Scaled
 from paceline.check.lockstep import Lockstep
@@ -20,6 +22,8 @@ from paceline.console import status_line
 from paceline.core.requests import SuspendMode
 from paceline.core.rules import BINDING_RULES, OF_GENERATIONS, OF_SCALING, RULES, checked
 from paceline.core.transaction import MODES
+from paceline.errors import ConfigError
+from paceline.report import check_writable, write
 
 FOUND, NOT_DECIDED = 1, 2
 OF_BOTH = ("ranks", "frontends", "requests", "losses", "crashes")
@@ -43,6 +47,20 @@ SETS: dict[str, list[dict[str, int]]] = {
 """What is walked where no flag bounds it: together faults make more states than there is time for."""
 LARGEST = {"ranks": 2, "requests": 3, "losses": 1, "crashes": 1}
 """What is walked at most for a rule that is left out, where no flag bounds it."""
+
+
+def _writable(path: str | None) -> str | None:
+    try:
+        check_writable(path)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error).removeprefix("--report: ")) from None
+    return path
+
+
+ReportFlag = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.html", help="Draw what was found as a sequence diagram.", callback=_writable),
+]
 
 
 def check(
@@ -88,23 +106,29 @@ def check(
     ] = False,
     max_memory_mb: Annotated[int, typer.Option(min=64, help="Give up above this much memory.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print states, violations, seconds and trace.")] = False,
+    report: ReportFlag = None,
 ) -> None:
     """Walk every interleaving of the machines. Exit status 1: a violation was found; 2: not decided."""
     given = _given(context)
+    finish = partial(_print, as_json=as_json, most_mb=max_memory_mb, report=report, rules=without or [])
     if binding or answers:
         bounds = {name: context.params[name] for name in (*OF_BOTH, "scales") if name in given}
-        for name in (*OF_WAVES, *(NOT_OF_BINDING if binding else NOT_OF_ANSWERS)):
-            if name in given:
-                raise typer.BadParameter(f"not with --{'binding' if binding else 'answers'}", param_hint=_flag(name))
+        _check_flags(given, binding)
         models = _queues(bounds, _rules(without or [], BINDING_RULES)) if binding else _answers(bounds)
-        _print(_walk(models, max_memory_mb), as_json, max_memory_mb)
+        finish(_walk(models, max_memory_mb))
         return
     bound = Bound(
         ranks, requests, losses, crashes, suspensions, _mode(mode), steps, sync_interval, _rules(without or [], RULES),
         grouped or bool(scales), scales, backlog, not (grouped or scales) if notices is None else notices,
     )  # fmt: skip
     models = _lockstep(bound, bounded=bool({"ranks", "requests", "losses", "crashes", "suspensions"} & given))
-    _print(_walk(models, max_memory_mb), as_json, max_memory_mb)
+    finish(_walk(models, max_memory_mb))
+
+
+def _check_flags(given: set[str], binding: bool) -> None:
+    for name in (*OF_WAVES, *(NOT_OF_BINDING if binding else NOT_OF_ANSWERS)):
+        if name in given:
+            raise typer.BadParameter(f"not with --{'binding' if binding else 'answers'}", param_hint=_flag(name))
 
 
 names = {"help_option_names": ["-h", "--help"]}
@@ -173,20 +197,25 @@ def _walk(models: list[Model[Any]], most_mb: int) -> list[Finding]:
     """Search one after the other until one of them finds something."""
     findings: list[Finding] = []
     with status_line() as say:
-
-        def report(states: int, ahead: int, depth: int) -> None:
-            say(f"{states:,} states, {ahead:,} to look at, depth {depth}")
-
         for model in models:
+            which = f"walk {len(findings) + 1} of {len(models)}: " if len(models) > 1 else ""
+
+            def report(states: int, ahead: int, depth: int, which: str = which) -> None:
+                # Nobody knows how many there will be: more than are known.
+                text = f"{which}{states:,} states, {ahead:,} to look at, depth {depth}"
+                say(text, (states - ahead) / states, growing=True)
+
             findings.append(search(model, report, most_mb))
             if findings[-1].violation or not findings[-1].decided:
                 break
     return findings
 
 
-def _print(findings: list[Finding], as_json: bool, most_mb: int) -> None:
+def _print(findings: list[Finding], as_json: bool, most_mb: int, report: str | None, rules: list[str]) -> None:
     last = findings[-1]
     trace = [*last.story, last.violation] if last.violation else []
+    if report is not None:
+        write(report, diagram(last.story, last.violation or "Nothing was found that goes wrong.", rules))
     found = {
         "states": sum(one.states for one in findings),
         "moves": sum(one.moves for one in findings),

@@ -373,8 +373,8 @@ class Members(Message, frozen=True, tag="members"):
     """All ready ranks, sent when one comes or goes, on a front-end's hello, and with the heartbeat.
 
     `missing`: ranks of the deployment that are not ready, so that a wait can name them.
-    `ended`: (rank, incarnation) of lives known to be over. A rank that is neither a member nor ended is one
-    that this coordinator has not heard yet. `scaling`: how many ranks there are, or are to be.
+    `ended`: (rank, incarnation) of lives known to be over. A rank that is neither a member nor ended is one that this
+    coordinator has not heard yet. `scaling`: how many ranks there are, or are to be. `epoch`: the group's generation.
     """
 
     version: Count
@@ -386,6 +386,7 @@ class Members(Message, frozen=True, tag="members"):
     ended: list[tuple[RankNumber, Identity]] = []
     stalls: list[Stall] = []
     scaling: Scaling | None = None
+    epoch: Count = 0
 
 
 class OnTheWire(Message, frozen=True):

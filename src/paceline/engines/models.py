@@ -42,8 +42,14 @@ GEMMA, SMOLLM2 = "gemma-3-270m", "smollm2-135m-instruct"
 NAMES = (SMOLLM2, GEMMA)
 """What `--model` and `paceline model get` take besides files, the default first."""
 
-RECOMMENDED: Mapping[str, Mapping[str, float]] = MappingProxyType({SMOLLM2_FILE: {"temperature": 0.2, "top_p": 0.9}})
-"""Sampling that a model's makers recommend, by its file's name, where the file does not say it."""
+RECOMMENDED: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {SMOLLM2_FILE: {"temperature": 0.2, "top_p": 0.9, "max_tokens": 512}}
+)
+"""Sampling that a model's makers recommend, by its file's name, where the file does not say it.
+
+The bound is ours: so small a model falls into a loop at some questions, and a chat without `max_tokens` would end with
+its context. Penalties for repetition were tried: they end the loops, and make other answers worse.
+"""
 
 
 def model_path(model: str | None, progress: Progress) -> Path:

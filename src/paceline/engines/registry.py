@@ -1,37 +1,45 @@
-"""The policy for `--routing`: ours, those that packages announce in the entry point group `paceline.routing`, and
-`module:Class`. Not in `protocol/`, since code is loaded here.
+"""What `--engine` and `--routing` name: ours; what packages announce in the entry point groups `paceline.engines` and
+`paceline.routing`; and `module:Class`. Code is loaded here.
 
-Engines by name: those that packages announce in the entry point group `paceline.engines`, and `module:Class`.
+Every process of a deployment looks a name up. One of ours costs no look at what is installed: `importlib.metadata`
+takes as long to import as all that a rank decides with.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from importlib.metadata import entry_points
 from inspect import isabstract
 
 from paceline.core.routing import POLICIES
 from paceline.core.routing.policy import Policy
 from paceline.engines.base import Engine, EngineError
 
-ENGINES = "paceline.engines"
+OURS = {
+    "llama": "paceline.engines.llama:LlamaEngine",
+    "moe": "paceline.engines.moe:MoeEngine",
+    "vllm": "paceline.engines.vllm:VllmEngine",
+    "timed": "paceline.engines.timed:TimedEngine",
+    "timed-lockstep": "paceline.engines.timed:TimedLockstepEngine",
+}
 
 
-def engine_names() -> list[str]:
-    """The names that `--engine` takes, besides `module:Class`."""
-    return sorted({point.name for point in entry_points(group=ENGINES)})
+def _announced(group: str) -> dict[str, str]:
+    """Name to `module:Class`, of all packages."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.value for point in entry_points(group=group)}
 
 
 def find_engine(name: str) -> type[Engine]:
     """The engine class for `--engine NAME`. Raises EngineError with one line for the user."""
-    if ":" in name:
-        target = name
-    else:
-        points = [point for point in entry_points(group=ENGINES) if point.name == name]
-        if not points:
-            raise EngineError(f"--engine {name}: unknown; there are {', '.join(engine_names())}, or module:Class")
-        target = points[0].value
+    target = name if ":" in name else OURS.get(name)
+    if target is None:
+        others = _announced("paceline.engines")
+        if name not in others:
+            names = ", ".join(sorted(OURS.keys() | others.keys()))
+            raise EngineError(f"--engine {name}: unknown; there are {names}, or module:Class")
+        target = others[name]
     try:
         found = load(target)
     except (ImportError, AttributeError, ValueError) as error:
@@ -50,16 +58,13 @@ def load(target: str) -> object:
     return getattr(importlib.import_module(module_name), name)
 
 
-POLICIES_OF_OTHERS = "paceline.routing"
-
-
 class PolicyError(ValueError):
     """There is no such policy. The text is one line for the user."""
 
 
 def policy_names() -> list[str]:
     """The names that `--routing` takes, besides `module:Class`: ours, then those of packages."""
-    return [*POLICIES, *sorted({point.name for point in entry_points(group=POLICIES_OF_OTHERS)} - POLICIES.keys())]
+    return [*POLICIES, *sorted(_announced("paceline.routing").keys() - POLICIES.keys())]
 
 
 def find_policy(name: str) -> type[Policy]:
@@ -68,10 +73,10 @@ def find_policy(name: str) -> type[Policy]:
         return POLICIES[name]
     target = name
     if ":" not in name:
-        values = [point.value for point in entry_points(group=POLICIES_OF_OTHERS) if point.name == name]
-        if not values:
+        others = _announced("paceline.routing")
+        if name not in others:
             raise PolicyError(f"must be one of {', '.join(policy_names())}, or module:Class, not {name!r}")
-        target = values[0]
+        target = others[name]
     try:
         found = load(target)
     except (ImportError, AttributeError, ValueError) as error:

@@ -27,7 +27,7 @@ from msgspec import Struct
 from paceline.engines.base import EngineError
 from paceline.errors import ConfigError
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")
 
 
 class About(Struct, frozen=True):

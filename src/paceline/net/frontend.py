@@ -21,7 +21,7 @@ from paceline.core.frontend.history import History
 from paceline.core.frontend.journal import Journal
 from paceline.core.frontend.machine import Frontend
 from paceline.core.frontend.timeline import Kept, Step, Timeline, Timelines
-from paceline.core.messages import FromFrontend, FrontendLeaving, Member, ToFrontend
+from paceline.core.messages import FromFrontend, FrontendLeaving, Member, Members, ToFrontend
 from paceline.core.rank.requests import put_together
 from paceline.core.requests import (
     AddRequest,
@@ -57,6 +57,7 @@ class Observer(Protocol):
     def aborted(self, rank: int) -> None: ...
     def stepped(self, step: Step, now: float) -> None: ...
     def viewed(self, now: float) -> None: ...
+    def moved(self, why: str) -> None: ...
 
 
 class FrontendShell:
@@ -214,6 +215,9 @@ class FrontendShell:
             self._write(self._journal.look(time.monotonic(), getattr(event, "rank", None)))
 
     def _on_coordinator(self, message: ToFrontend) -> None:
+        if type(message) is Members:
+            # A rank that ends what it has and then leaves may be seen to leave first: its sockets are others.
+            self._ranks.read()
         wanted = self.machine.next_view
         self._feed(events.CoordinatorSaid(message))
         # A repeated one is no news.
@@ -245,6 +249,8 @@ class FrontendShell:
                 case events.Moved():
                     self.timelines.moved(effect, time.monotonic())
                     self._journal.moved(effect)
+                    if self.observer is not None:
+                        self.observer.moved(effect.why)
                 case events.ToCoordinator(to_coordinator):
                     self._send_coordinator(to_coordinator)
                 case events.Connect(member):
@@ -382,6 +388,12 @@ class RankConnections:
         monitor.close()
         socket.close()
         self._changed()
+
+    def read(self) -> None:
+        """Take in what has come from ranks, before news of them."""
+        for rank in list(self._sockets):
+            if (socket := self._sockets.get(rank)) is not None:
+                socket.drain()
 
     def close(self) -> None:
         for rank in list(self._sockets):

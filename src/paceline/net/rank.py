@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING
 
 import zmq
 from msgspec import Struct
-from zmq.utils.monitor import parse_monitor_message
 
 from paceline.core import codec
 from paceline.core.messages import Form, FromRank, ToRank
@@ -38,9 +37,9 @@ from paceline.engines.group import EpochEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.log import about
-from paceline.net.links import REFUSED, BadFrames, Doors, new_identity, refusals
+from paceline.net.links import REFUSED, BadFrames, Doors, monitored, new_identity, refusals
 from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, bound_address, drain, open_socket
-from paceline.process.spawn import AGAIN, END, Wakeup
+from paceline.process.spawn import AGAIN, END, HUNG, Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
 from paceline.settings import DeploymentConfig
 
@@ -214,7 +213,7 @@ class RankTransport:
         """Some connection has ended: look which front-ends are there, soon and again. Or one was refused."""
         ended = False
         for frames in drain(self._ends, self.bad_requests, parts=2):
-            refused = bool(parse_monitor_message(frames)["event"] & REFUSED)
+            refused = bool(monitored(frames) & REFUSED)
             ended = ended or not refused
             if refused:
                 refusals.add(self.address)
@@ -393,7 +392,7 @@ class EngineRank:
                     self._membership.urge()
             case events.StartAgain(why) if why:
                 self._on_hung(why)
-                os._exit(1)
+                os._exit(HUNG)
             case events.StartAgain():
                 # The engine's thread may be blocked in a collective, and be it for ever.
                 if not self._stopping:

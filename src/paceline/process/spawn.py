@@ -88,6 +88,8 @@ class ChildProcess(SpawnProcess):
 
 AGAIN = 75
 """The exit status (EX_TEMPFAIL) of a process that met no accident of its own and is to be started again at once."""
+HUNG = 76
+"""That of a rank whose step did not return."""
 
 
 @contextmanager

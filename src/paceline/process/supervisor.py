@@ -22,12 +22,13 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from msgspec import Struct
 
 from paceline.errors import PacelineError, StartupError
 from paceline.log import OomKills
+from paceline.process.ends import Ends
 from paceline.process.spawn import AGAIN, FIRST_WAIT_S, Restarts, Running, Start, Wakeup, start_child, stop
 
 
@@ -192,6 +193,10 @@ def is_stopped(pid: int | None) -> bool:
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
+BY_SOMEBODY = ("killed by SIGKILL", "killed by SIGTERM")
+"""Ends that say nothing of what was started: it is started again even where it has not been ready yet."""
+
+
 def how(exit_code: int | None) -> str:
     if exit_code is None or exit_code >= 0:
         return f"exit status {exit_code}"
@@ -257,6 +262,7 @@ class Supervisor:
         self._restarts = False
         self._signals = 0
         self._wakeup = Wakeup()
+        self._ends = Ends()
 
     def run(self, start: Callable[[Supervisor], None], on_ready: Callable[[], None]) -> int:
         """Serve until a signal; returns the exit status.
@@ -349,11 +355,10 @@ class Supervisor:
         deadline = time.monotonic() + self._startup_timeout_s
         while not all(child.ready for child in self._children.values()):
             alive = self._alive()
-            self._check_alive("before it was ready")
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+            waits = (self._restart_ended(), self._restart_children(), deadline - time.monotonic())
+            if waits[-1] <= 0:
                 raise StartupError(self._missing_text())
-            self._wait(left_s, alive)
+            self._wait(min(wait_s for wait_s in waits if wait_s is not None), alive)
             if self._signals:
                 return False
         return True
@@ -370,6 +375,13 @@ class Supervisor:
                 case Waiting():
                     parts.append(f"{child.name} (waits for the coordinator)")
         return f"not ready within --startup-timeout of {self._startup_timeout_s:g} s: {'; '.join(parts)}"
+
+    def _cannot_start(self, child: Child, why: str) -> NoReturn:
+        if not isinstance(child.state, Failed):
+            raise StartupError(f"{child.name} ended before it was ready ({why})")
+        if child.state.trace:
+            logger.error("%s: %s", child.name, why, extra=child.about)
+        raise StartupError(f"{child.name}: {why}")
 
     # Serve and end ------------------------------------------------------------------------------
 
@@ -441,7 +453,12 @@ class Supervisor:
 
     def _note_end(self, child: Child) -> None:
         why = child.why()
+        if not self._restarts and why not in BY_SOMEBODY:
+            self._cannot_start(child, why)
+        self._ends.add(child.kind, child.process.exitcode)
         wait_s = child.ended()
+        if wait_s is None and not self._restarts:
+            raise StartupError(f"{child.name} ended before it was ready ({why}), once too often (--max-rank-restarts)")
         if wait_s is None:
             text = "%s ended (%s) once too often (--max-rank-restarts); the deployment goes on without it, and tries it"
             text += " again every %g s, or on `paceline revive`"
@@ -466,7 +483,11 @@ class Supervisor:
             if watched.due is not None and watched.due > now:
                 return watched.due - now
             watched.started, watched.due = now, None
-            logger.warning("%s ended (%s); starting it again", watched.process.name, how(watched.process.exitcode))
+            why = how(watched.process.exitcode)
+            if not self._restarts and why not in BY_SOMEBODY:
+                raise StartupError(f"{watched.process.name} ended before it was ready ({why})")
+            self._ends.add(watched.process.name, watched.process.exitcode)
+            logger.warning("%s ended (%s); starting it again", watched.process.name, why)
             try:
                 watched.process = watched.restart()
                 logger.info("%s is back", watched.process.name)
@@ -550,18 +571,3 @@ class Supervisor:
                 self._reporter.progress(child.name, f"waiting for rank {', '.join(map(str, ranks))}", 0.0)
             case Ready():
                 self._reporter.ready(child.name)
-
-    def _check_alive(self, when: str) -> None:
-        """Raise StartupError for a process that has ended, with the reason it gave."""
-        for child in self._children.values():
-            if child.process.is_alive():
-                continue
-            why = child.why()
-            if isinstance(child.state, Failed):
-                if child.state.trace:
-                    logger.error("%s: %s", child.name, why, extra=child.about)
-                raise StartupError(f"{child.name}: {why}")
-            raise StartupError(f"{child.name} ended {when} ({why})")
-        for watched in self._watched:
-            if not watched.process.is_alive():
-                raise StartupError(f"{watched.process.name} ended {when} ({how(watched.process.exitcode)})")

@@ -72,7 +72,9 @@ class Api:
         self.loads = Feed(lambda: msgspec.json.encode(_loads(self)), interval_s)
         self.access_log, self.tracing = access_log, tracing
         self.metrics = metrics
-        self.tenants = Tenants(guard.api_keys, weights_of(tenant_weight))
+        weights = weights_of(tenant_weight)
+        self.tenants = Tenants(guard.api_keys, weights)
+        metrics.told_of_tenants(self.tenants.name_of, set(weights))
         self.frontend = frontend
         self.guard = guard
         self.preparer = preparer

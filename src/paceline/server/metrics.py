@@ -30,6 +30,8 @@ from typing import Any, get_args
 from paceline.core.frontend.events import RefusalReason
 from paceline.core.frontend.timeline import Choice, Step
 from paceline.net.links import refused_connections
+from paceline.process.ends import restarts
+from paceline.server.node_figures import Once, Queued
 from paceline.server.scrape import Scrape
 
 logger = logging.getLogger("paceline.front-end")
@@ -45,6 +47,12 @@ BETWEEN_TOKENS_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7
 REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
              960.0, 1920.0, 7680.0)  # fmt: skip
 """Bounds of vLLM's buckets."""
+PAUSE_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+CAUSES: dict[str, str] = {
+    "it could not be reached": "unreachable", "its connection ended": "disconnected", "it has ended": "ended",
+    "it hangs in a step": "hung",
+}  # fmt: skip
+"""Why a request has moved, as a label."""
 
 
 def harmless(count: Callable[..., None]) -> Callable[..., None]:
@@ -86,6 +94,10 @@ class Metrics:
         self._timer: asyncio.TimerHandle | None = None
         self.lag_s = 0.0
         self._viewed = time.monotonic()
+        self._name_of: Callable[[int], str] = str
+        self._queued = Queued(folder, set())
+        self._pauses = Once(folder, "pause")
+        self._paused_at: float | None = None
         self._make()
 
     def _make(self) -> None:
@@ -108,8 +120,10 @@ class Metrics:
         self._whole = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", REQUEST_S)
         self._queue = histogram("vllm:request_queue_time_seconds", "From arrival to a rank.", REQUEST_S)
         self._refused = counter("paceline_requests_refused", "Requests refused, by why.", "reason")
-        self._moved = counter("paceline_requests_moved", "Requests that went on at another rank.", "model_name")
-        self._moved_before = 0
+        moved = "Requests that went on at another rank, by what the one before did."
+        self._moved = counter("paceline_requests_moved", moved, "model_name", "cause")
+        text = "How long the deployment was paused, each time."
+        self._pause_s = library.Histogram("paceline_pause_seconds", text, (), registry=None, buckets=PAUSE_S)
         self._count_from_nought()
 
     @harmless
@@ -117,7 +131,12 @@ class Metrics:
         """A rule sees a counter grow only where it was there before: the first refusal is to be one."""
         for reason in get_args(RefusalReason):
             self._refused.labels(reason).inc(0)
-        self._moved.labels(self._model).inc(0)
+        for cause in CAUSES.values():
+            self._moved.labels(self._model, cause).inc(0)
+
+    def told_of_tenants(self, name_of: Callable[[int], str], always: set[str]) -> None:
+        """What they are called, and who is shown also while nobody of theirs waits."""
+        self._name_of, self._queued = name_of, Queued(self.folder, always)
 
     # What happens -------------------------------------------------------------------------------
 
@@ -136,6 +155,22 @@ class Metrics:
     def viewed(self, now: float) -> None:
         """The coordinator has said how all ranks are."""
         self._viewed = now
+        number = self._machine.suspension.number
+        if number % 2:
+            self._paused_at = self._paused_at or now
+        elif self._paused_at is not None:
+            self._resumed(number, now - self._paused_at)
+            self._paused_at = None
+
+    @harmless
+    def _resumed(self, number: int, seconds: float) -> None:
+        # All front-ends see it; whoever has come amid the pause does not know how long it was.
+        if self._pauses.first(number):
+            self._pause_s.observe(seconds)
+
+    @harmless
+    def moved(self, why: str) -> None:
+        self._moved.labels(self._model, CAUSES[why]).inc()
 
     @harmless
     def stepped(self, step: Step, now: float) -> None:
@@ -188,9 +223,6 @@ class Metrics:
                     bucket.inc(count)
             child._sum.inc(gaps[-1])
         self._gaps.clear()
-        moved = self._machine.statistics()["moved"]
-        self._moved.labels(self._model).inc(moved - self._moved_before)
-        self._moved_before = moved
 
     # What is said -------------------------------------------------------------------------------
 
@@ -204,20 +236,27 @@ class Metrics:
 
     def gauges(self) -> Iterator[Any]:
         """What is the case now."""
-        from prometheus_client.core import CounterMetricFamily as Refused, GaugeMetricFamily as Gauge
+        from prometheus_client.core import CounterMetricFamily as Counted, GaugeMetricFamily as Gauge
 
         machine, labels = self._machine, ["model_name", "engine"]
         running = Gauge("vllm:num_requests_running", "Requests that run.", labels=labels)
         waiting = Gauge("vllm:num_requests_waiting", "Requests that wait at their rank.", labels=labels)
         usage = Gauge("vllm:kv_cache_usage_perc", "Used share of the KV memory, 0 to 1.", labels=labels)
         own = Gauge("paceline_requests_in_flight", "This front-end's own.", labels=labels)
+        text = "Requests that front-ends may send there without asking."
+        credits, given = Gauge("paceline_credits", text, labels=labels), machine.given()
+        text = "Prompt tokens that a lockstep step computes at most."
+        quota = Gauge("paceline_prefill_quota_tokens", text, labels=labels)
         for load in machine.loads():
             of = [self._model, str(load["rank"])]
             running.add_metric(of, load["running"])
             waiting.add_metric(of, load["waiting"])
             usage.add_metric(of, load["kv_used"] / load["kv_total"] if load["kv_total"] else 0.0)
             own.add_metric(of, load["in_flight"])
-        yield from (running, waiting, usage, own)
+            credits.add_metric(of, given.get(load["rank"], 0))
+            if load["prefill_quota"] is not None:
+                quota.add_metric(of, load["prefill_quota"])
+        yield from (running, waiting, usage, own, credits, quota, self._by_tenant(), self._weights())
         said, pause = machine.statistics(), machine.suspension
         scaling = machine.scaling
         figures = {
@@ -227,6 +266,7 @@ class Metrics:
             "ranks_stalled": ("Ranks that hold the others up, or do not return from a step.", len(machine.stalls)),
             "wave": ("The wave of lockstep ranks.", said["wave"]),
             "wave_running": ("Whether they run.", said["running"]),
+            "epoch": ("The group of lockstep ranks: another with each that is lost or comes.", machine.epoch),
             "paused": ("Whether the deployment is asked to pause.", pause.number % 2),
             "scaling": ("Whether it is being scaled.", scaling is not None and scaling.under_way),
             "view_age_seconds": (
@@ -239,12 +279,41 @@ class Metrics:
         for name, (text, value) in figures.items():
             yield Gauge(f"paceline_{name}", text, value=float(value))
         text = "Connections to this node's processes that did not have the secret."
-        yield Refused("paceline_refused_connections", text, value=float(refused_connections(self.folder)))
+        yield Counted("paceline_refused_connections", text, value=float(refused_connections(self.folder)))
+        text = "Processes of this node that were started again, by how they had ended."
+        again = Counted("paceline_restarts", text, labels=["process", "cause"])
+        for of_kind, count in restarts(self.folder).items():
+            again.add_metric(of_kind, count)
+        yield again
+
+    def _waiting_here(self) -> dict[str, int]:
+        found: Count[str] = Count()
+        for tenant, count in self._machine.held_of().items():
+            found[self._name_of(tenant)] += count
+        return dict(found)
+
+    def _by_tenant(self) -> Any:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        text = "Requests that wait before all ranks at this node's front-ends, by whose they are."
+        queue = Gauge("paceline_tenant_queue_length", text, labels=["tenant"])
+        for tenant, count in self._queued.all(self._waiting_here()).items():
+            queue.add_metric([tenant], count)
+        return queue
+
+    def _weights(self) -> Any:
+        from prometheus_client.core import GaugeMetricFamily as Gauge
+
+        text, weights = "1 for the version of the weights that all ranks have.", self._machine.weights
+        info = Gauge("paceline_weights_info", text, labels=["model_name", "version"])
+        info.add_metric([self._model, "" if weights is None else weights.version], 1)
+        return info
 
     def beat(self, due: float = 0.0) -> None:
         """Measure from now on how late timers are."""
         now = time.monotonic()
         self.lag_s = max(0.0, now - due) if due else 0.0
+        self._queued.put(self._waiting_here())
         asyncio.get_running_loop().call_later(FLUSH_S, self.beat, now + FLUSH_S)
 
 

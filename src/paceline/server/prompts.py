@@ -59,15 +59,19 @@ class Prompt(Struct):
 
 
 class PromptMaker:
-    """Makes the prompts of one request. `limit`: tokens of prompt and answer together.
+    """Makes the prompts of one request. `limit`: tokens of prompt and answer together. `usual`: of the answer of a chat
+    that names none; None: as many as there is room for.
 
     `cancelled` is set by whoever does not want them any more; then `Cancelled` is raised.
     """
 
-    def __init__(self, tokenizer: Tokenizer, limit: int, cancelled: threading.Event | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, limit: int, cancelled: threading.Event | None = None, usual: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._limit = limit
         self._cancelled = cancelled
+        self._usual = usual
 
     # Texts --------------------------------------------------------------------------------------
 
@@ -194,7 +198,7 @@ class PromptMaker:
         other = request.max_completion_tokens
         if other is not None and (asked is None or other < asked):
             asked, param = other, "max_completion_tokens"
-        return Prompt(ids, max_tokens_of(param, asked, None, len(ids), self._limit, "messages"))
+        return Prompt(ids, max_tokens_of(param, asked, self._usual, len(ids), self._limit, "messages"))
 
     def _bound(self, characters: int, request: ChatCompletionRequest) -> None:
         """Raises ApiError where messages of so many characters are known not to fit."""

@@ -271,6 +271,10 @@ class ReadingProcess:
             if len(message) == 1:
                 return
             self._start()
+            if self._closed:
+                # `close` has come between, and has not seen it.
+                self._end()
+                return
         assert self._connection is not None
         try:
             self._connection.send(message)

@@ -88,6 +88,12 @@ class Models(Struct):
     reasoning_parser: str = "none"
     embedding_size: int = 0
 
+    @property
+    def usual_tokens(self) -> int | None:
+        """What a chat may make that does not say it, where the model's makers recommend a bound."""
+        bound = self.defaults.get("max_tokens")
+        return None if bound is None else max(1, int(bound))
+
 
 class Part(Struct):
     """One choice of an answer, which is a request of its own to the ranks."""
@@ -205,7 +211,7 @@ def prepare(
     model = model_of(request.model, models)
     rank = rank_of(headers)
     check_supported(request, models)
-    maker = PromptMaker(models.tokenizer, models.limit, cancelled)
+    maker = PromptMaker(models.tokenizer, models.limit, cancelled, models.usual_tokens)
     form = format_of(type(asked or request))
     if isinstance(request, CompletionRequest):
         logprobs, prompts = request.logprobs, maker.completion(request)
@@ -374,7 +380,7 @@ def sampling_params(request: GenerationRequest, logprobs: int | None, models: Mo
     size = models.tokenizer.vocabulary_size
     given = {name: value for name in AS_THEY_ARE if (value := getattr(request, name)) is not None}
     top_k = models.defaults.get("top_k", 0) if request.top_k is None else request.top_k
-    defaults = {name: value for name, value in models.defaults.items() if name != "top_k"}
+    defaults = {name: value for name, value in models.defaults.items() if name not in ("top_k", "max_tokens")}
     echoes = isinstance(request, CompletionRequest) and request.echo
     allowed = request.allowed_token_ids
     return SamplingParams(

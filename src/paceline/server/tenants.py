@@ -22,6 +22,7 @@ MOST_CHARACTERS = 128
 MOST_WEIGHT = 1_000_000.0
 TENANT, DEADLINE = "X-Tenant", "X-Request-Deadline-Ms"
 MOST_MS = 86_400_000
+NAMES_KEPT = 1024
 
 
 class Tenant(Struct, frozen=True):
@@ -39,9 +40,14 @@ class Tenants:
 
     def __init__(self, keys: list[Key], weights: Mapping[str, float]) -> None:
         self._weights = weights
+        self._names: dict[int, str] = {0: ""}
+        """Of those that were here lately."""
         self._of_key: dict[bytes, Tenant] = {}
         if len({key.name or key.digest.hex() for key in keys}) > 1:
-            self._of_key = {key.digest: self._named(key.name or key.digest.hex()) for key in keys}
+            for key in keys:
+                digest = key.digest.hex()
+                shown = key.name or f"key {digest[:8]}"
+                self._of_key[key.digest] = self._named(key.name or digest, shown)
 
     def of(self, headers: Headers) -> Tenant:
         """Whose this request is. Raises ApiError where the header is wrong."""
@@ -54,8 +60,17 @@ class Tenants:
             raise ApiError(400, f"{TENANT}: has at most {MOST_CHARACTERS} characters", param=TENANT)
         return self._named(name)
 
-    def _named(self, name: str) -> Tenant:
-        return Tenant(session_name(name), self._weights.get(name, 1.0))
+    def name_of(self, identity: int) -> str:
+        """What a tenant is called where people read it: of a key without a name the beginning of its digest."""
+        return self._names.get(identity, f"{identity:x}")
+
+    def _named(self, name: str, shown: str | None = None) -> Tenant:
+        found = Tenant(session_name(name), self._weights.get(name, 1.0))
+        self._names[found.identity] = name if shown is None else shown
+        if len(self._names) > NAMES_KEPT:
+            # The one that was named first, behind nobody.
+            del self._names[next(identity for identity in self._names if identity)]
+        return found
 
 
 def weights_of(text: str | None) -> dict[str, float]:

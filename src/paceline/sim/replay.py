@@ -119,6 +119,8 @@ class Replay(Deployment):
         # Clients allow as much as the longest answer has; how long theirs will be they do not know.
         self.params = SamplingParams(1 << (longest - 1).bit_length())
         self._arrived = 0
+        self.look: Callable[[Replay], None] = lambda _: None
+        """Called at each sample."""
         links = Delays(setup.delay_s, 0.0, 0.0, 0.0)
         quota = setup.lockstep and setup.quota
         shape = Shape(
@@ -231,6 +233,7 @@ class Replay(Deployment):
     def _sample(self) -> None:
         if self._arrived < self.count:
             self.recorder.balance(self.engines, self.world.now - self.begin_s)
+        self.look(self)
         self._progress(self._arrived - sum(answers.open for answers in self.answers()), self.count)
         self.world.after(self._sample_s, self._sample)
 

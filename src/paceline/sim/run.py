@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Callable, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ SHOWN_EVENTS = 40
 STEADY_S = 60.0
 REQUESTS_A_RANK_AND_SECOND = 0.5
 """Of runs in which something is always wrong."""
+PARTS = 100
+"""So often it is told how far a run is."""
 SCALES = 6
 """In those, as many faults a change of the size."""
 
@@ -123,19 +125,24 @@ def filled(options: Options) -> Options:
     return replace(options, **{name: value for name, value in drawn.items() if getattr(options, name) is None})
 
 
-def simulate(options: Options, without: Set[str] = frozenset()) -> Outcome:
+def simulate(
+    options: Options, without: Set[str] = frozenset(), progress: Callable[[float], None] | None = None
+) -> Outcome:  # fmt: skip
     """Run one deployment from its start until all is quiet again. Never raises for what the machines do wrong.
 
-    `without`: rules (`protocol/rules.py`) that the machines lack.
+    `without`: rules (`core/rules.py`) that the machines lack. `progress`: told of the share of the time that is over.
     """
-    return Run(filled(options), without).run()
+    return Run(filled(options), without, progress).run()
 
 
 class Run:
-    """One run. `options`: all given (`filled`)."""
+    """One run. `options`: all given (`filled`). `progress`: told of the share of the time that has passed."""
 
-    def __init__(self, options: Options, without: Set[str] = frozenset()) -> None:
+    def __init__(
+        self, options: Options, without: Set[str] = frozenset(), progress: Callable[[float], None] | None = None
+    ) -> None:  # fmt: skip
         self.options = options
+        self._progress = progress
         self.seeds = Seeds(options.seed)
         self.deployment = Deployment(self._shape(), self.seeds, None, without)
         self.faults = Faults(self.deployment)
@@ -184,6 +191,9 @@ class Run:
         self._schedule_faults(period)
         for arrival in arrivals:
             world.at(period.begin_s + arrival.at, partial(self._submit, arrival))
+        if self._progress is not None:
+            for part in range(1, PARTS):
+                world.at(period.begin_s + part / PARTS * period.duration_s, partial(self._progress, part / PARTS))
         world.run_for(period.duration_s + 1.0)
         world.run_until(self.faults.over, READY_LIMIT_S, "that everybody is up again")
         deployment.lose_no_more()

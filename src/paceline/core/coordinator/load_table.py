@@ -255,13 +255,14 @@ class PublishClock:
 
 
 class SnapshotHeader(Struct, frozen=True):
-    """What a view says besides the loads; `free`: whether work may be started."""
+    """What a view and Members say besides loads and ranks; `free`: whether work may be started."""
 
     wave: int
     running: bool
     suspension: SuspensionState
     free: bool
     scaling: Scaling
+    epoch: int
 
 
 class Publisher:
@@ -322,7 +323,7 @@ class Publisher:
             missing, ended = membership.missing(), membership.ended()
             known = Members(
                 PROTOCOL_VERSION, self._identity, header.wave, header.running, members, missing, ended, list(stalls),
-                header.scaling,
+                header.scaling, header.epoch,
             )  # fmt: skip
             effects.append(ToFrontends(known))
         self._members_due = False

@@ -397,7 +397,8 @@ class Coordinator:
         if self.dispatcher.emptied():
             # Nobody waits any more: there are shares again.
             self._publisher.loads_changed(now)
-        header = SnapshotHeader(self._group.wave, self._group.running, self._pause.header, free, self._scaling.state)
+        group, pause = self._group, self._pause.header
+        header = SnapshotHeader(group.wave, group.running, pause, free, self._scaling.state, self._epochs.number)
         effects += self._publisher.publish(
             header, self._load_table, self._membership, self._stalls.found, self.dispatcher, now
         )

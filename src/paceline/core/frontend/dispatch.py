@@ -17,12 +17,12 @@ none does         it waits here until the coordinator grants it a rank, or is aw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from paceline.core.binding import Ask, Descriptor, Grant, Grants, ReturnShares, Share, Withdraw
+from paceline.core.binding import Ask, Descriptor, Grant, Grants, ReturnShares, Share, Shares, Withdraw
 from paceline.core.blocks import block_hashes, packed
 from paceline.core.frontend.control import FrontendCalls
 from paceline.core.frontend.deadlines import Deadlines, too_late
@@ -62,11 +62,15 @@ class Binding:
     `late_binding`: False where it binds everything itself. `without`: rules left out.
     """
 
+    INCIDENTAL = frozenset({"given"})
+
     def __init__(self, identity: int, late_binding: bool, without: Set[str] = frozenset()) -> None:
         self.waiting_for_grant: dict[int, Held] = {}
         """By request, in order of arrival."""
         self.tenants: dict[int, Waiting] = {}
         """Those of whom any waits here."""
+        self.given: Sequence[Shares] = ()
+        """All front-ends' credits."""
         self._identity = identity
         self._late_binding = late_binding
         self._asks_again = "unsent-asked-again" not in without
@@ -196,6 +200,7 @@ class Binding:
 
     def take_view(self, view: LoadView) -> bool:
         """Returns whether this front-end has been forgotten there, as one that hangs is, and must say hello."""
+        self.given = view.shares or ()
         self._has_queue = self._late_binding and view.shares is not None
         self._queued = view.queues.get(self._identity, view.queued)
         self._credits = {}

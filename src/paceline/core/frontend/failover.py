@@ -13,6 +13,7 @@ one meanwhile.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -24,6 +25,8 @@ HOLD_S = 600.0
 """By default. A rank that has died is back in seconds, one that loads a large model in minutes."""
 MOST_LOSSES = 3
 """By default."""
+LostBy = Literal["it could not be reached", "its connection ended", "it has ended", "it hangs in a step"]
+"""What a rank did."""
 TOGETHER_S = 10.0
 """Within this the other ranks have ended, whose collectives cannot go on without the first."""
 
@@ -63,7 +66,7 @@ class Failover:
         """When somebody has waited too long; infinite while nobody waits."""
         return min((since for _, since in self._waiting.values()), default=float("inf")) + self._hold_s
 
-    def move(self, all_inflight: Iterable[InFlight], now: float, why: str) -> list[Effect]:
+    def move(self, all_inflight: Iterable[InFlight], now: float, why: LostBy) -> list[Effect]:
         """Let requests that have lost their rank go on at others, as soon as there are any. `why`: what that did."""
         effects: list[Effect] = []
         innocent = self._together and now < self._first_at + TOGETHER_S

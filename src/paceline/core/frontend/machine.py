@@ -82,6 +82,7 @@ class Frontend:
         self._coordinator = NOBODY
         self._view_number = 0
         self._void = 0
+        self.epoch = 0
 
     def handle(self, event: events.Event, now: float) -> list[events.Effect]:
         """Take in one event; returns what to do, in order."""
@@ -145,7 +146,7 @@ class Frontend:
 
     # What the explorer asks, for which time is a choice -----------------------------------------
 
-    INCIDENTAL = frozenset({"_void", "_view_number"})
+    INCIDENTAL = frozenset({"_void", "_view_number", "epoch"})
     """Attributes that nothing depends on which this machine does later, or only whether the next number is higher."""
 
     def timers(self) -> list[str]:
@@ -223,6 +224,17 @@ class Frontend:
         """Requests that wait in the coordinator's queue, this front-end's and the others'."""
         return self._binding.queued
 
+    def held_of(self) -> dict[int, int]:
+        """By tenant, how many of this front-end's requests wait before all ranks."""
+        return {tenant: one.count for tenant, one in self._binding.tenants.items()}
+
+    def given(self) -> dict[int, int]:
+        """By rank, how many requests all front-ends may send there by themselves (credits)."""
+        found: dict[int, int] = {}
+        for share in (share for shares in self._binding.given for share in shares.shares):
+            found[share.rank] = found.get(share.rank, 0) + share.requests
+        return found
+
     def loads(self) -> list[dict[str, object]]:
         """Every rank's believed load, by the names of `Load`, and what is this front-end's own of it."""
         hung = {stall.rank: {"hangs_s": round(stall.seconds, 1)} for stall in self.stalls if stall.hangs}
@@ -260,7 +272,7 @@ class Frontend:
         effects = self._coordinator_is(message.coordinator, now)
         effects += self._learn_scaling(message, now)
         self._wave_is(message.wave, message.running)
-        self.stalls = message.stalls
+        self.stalls, self.epoch = message.stalls, message.epoch
         scaling, all_inflight = self._scaling, self._inflight
         self.missing = [rank for rank in message.missing if scaling.serves(rank)]
         members = {member.rank: member for member in message.members if scaling.serves(member.rank)}

@@ -1,0 +1,1 @@
+"""`paceline top`: the page at /dashboard in a terminal."""
