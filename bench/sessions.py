@@ -37,6 +37,8 @@ KV_TOKENS = 1 << 20
 OURS, BEFORE, BOUND = "paceline", "paceline, least-load", "bound"
 ROUTINGS = {OURS: "sticky", BEFORE: "least-load"} | {name: name for name in SESSION_CLIENTS}
 ROWS = {8: (32, 64, 96, 160), 32: (256, 512)}
+WORDS = "## In words"
+"""What stands behind this in the report was written by hand, and stays."""
 FIGURES = ("turns_per_s", "ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "hit_rate", "tokens_per_s")
 
 
@@ -189,7 +191,9 @@ def main() -> None:
             with given.json.open("ab") as file:
                 file.write(msgspec.json.encode(known[-1]) + b"\n")
     if given.write:
-        (RESULTS / "sessions.md").write_text(report(known))
+        path = RESULTS / "sessions.md"
+        _, there, words = (path.read_text() if path.exists() else "").partition(WORDS)
+        path.write_text(report(known) + "\n" + there + words)
 
 
 if __name__ == "__main__":
