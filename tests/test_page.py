@@ -1,7 +1,7 @@
 """The page at /dashboard in a real browser: a killed rank, its requests' move, pausing by key, a map of very many.
 
 Needs Debian's chromium and chromium-driver, and selenium: `make test-page` installs them. PACELINE_PICTURES=FOLDER has
-the pictures of docs/dashboard.md taken anew.
+the pictures of docs/ taken anew.
 """
 
 from __future__ import annotations
@@ -145,6 +145,27 @@ def test_a_killed_rank_is_shown_and_the_move_of_its_request(page: Any, server: D
         assert all(answer.result().status_code == 200 for answer in answers)
     wait_until(lambda: doing(page, rank) == "idle", "it is back")
     assert f"rank {rank} is back" in said(page, "words")
+
+
+def test_a_full_queue_is_shown_and_a_rank_that_hangs(browser: Any, tmp_path: Path) -> None:
+    """The pictures of docs/runbook.md."""
+    hanging = ("--engine", "tests.hanging_engines:Hanging", "--engine-option", f"folder={tmp_path}")
+    slow = ("--engine-option", "step_ms=40", "--max-num-seqs", "4", "--max-waiting", "30", "-asc", "2")
+    with deployment(*hanging, *slow, "-dp", "4", "--stall-timeout", "2") as running, ThreadPoolExecutor(96) as pool:
+        browser.get(f"{running.url}/dashboard")
+        wait_until(lambda: said(browser, "status") == "all ranks serve", "the page shows them")
+        answers = [pool.submit(complete, running, f"r{number}", 60 + number) for number in range(90)]
+        wait_until(lambda: "overload" in said(browser, "words"), "it says that requests are refused")
+        wait_until(lambda: "in the queue" in said(browser, "tiles") and said(browser, "tiles")[0] != "0", "some wait")
+        picture(browser, "dashboard-saturated.png")
+        (tmp_path / "hang-1").touch()
+        wait_until(lambda: doing(browser, 1) == "hung", "the page shows it")
+        assert said(browser, "status") == "rank 1 hung"
+        assert "rank 1 hangs in a step: its requests go on elsewhere" in said(browser, "words")
+        picture(browser, "dashboard-hung.png")
+        (tmp_path / "go").touch()
+        wait_until(lambda: "rank 1 goes on" in said(browser, "words"), "it goes on")
+        assert {answer.result().status_code for answer in answers} == {200, 429}
 
 
 def test_pausing_by_key_says_first_what_will_happen(page: Any, server: Deployment) -> None:

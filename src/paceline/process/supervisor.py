@@ -193,7 +193,7 @@ def is_stopped(pid: int | None) -> bool:
     return stat.rpartition(")")[2].split()[0] == "T"
 
 
-BY_SOMEBODY = ("killed by SIGKILL", "killed by SIGTERM")
+BY_SOMEBODY = (-signal.SIGKILL, -signal.SIGTERM)
 """Ends that say nothing of what was started: it is started again even where it has not been ready yet."""
 
 
@@ -453,7 +453,7 @@ class Supervisor:
 
     def _note_end(self, child: Child) -> None:
         why = child.why()
-        if not self._restarts and why not in BY_SOMEBODY:
+        if not self._restarts and child.process.exitcode not in BY_SOMEBODY:
             self._cannot_start(child, why)
         self._ends.add(child.kind, child.process.exitcode)
         wait_s = child.ended()
@@ -484,7 +484,7 @@ class Supervisor:
                 return watched.due - now
             watched.started, watched.due = now, None
             why = how(watched.process.exitcode)
-            if not self._restarts and why not in BY_SOMEBODY:
+            if not self._restarts and watched.process.exitcode not in BY_SOMEBODY:
                 raise StartupError(f"{watched.process.name} ended before it was ready ({why})")
             self._ends.add(watched.process.name, watched.process.exitcode)
             logger.warning("%s ended (%s); starting it again", watched.process.name, why)

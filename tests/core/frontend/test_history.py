@@ -87,6 +87,16 @@ def test_what_changes_is_said_in_words_once() -> None:
     assert words(history)[5:] == ["rank 2 hangs in a step: its requests go on elsewhere", "rank 2 goes on"]
 
 
+def test_a_rank_that_was_gone_between_two_looks_is_said_to_have_been() -> None:
+    machine, history = watched(members(0, 1, 2))
+    history.look(0.0)
+    there = [messages.Member(rank, LIFE + rank + 10 * (rank == 1), f"rank {rank}") for rank in range(3)]
+    said = messages.Members(messages.PROTOCOL_VERSION, 9, 0, False, there, scaling=messages.Scaling(2, 3, 3))
+    machine.handle(events.CoordinatorSaid(said), 1.0)
+    history.look(1.0)
+    assert words(history)[-2:] == ["rank 1 is gone", "rank 1 is back"]
+
+
 def test_pausing_scaling_and_another_coordinator_are_said() -> None:
     machine, history = watched(members(0, 1, 2), view(1, Load(), Load(), Load()))
     history.look(0.0)

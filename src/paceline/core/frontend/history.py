@@ -89,7 +89,8 @@ class History:
         self._counted: dict[int, int] = {}
         self._coordinator = NOBODY
         self._seen: set[int] = set()
-        self._ready: set[int] = set()
+        # The life of each.
+        self._ready: dict[int, int] = {}
         self._hung: set[int] = set()
         self._pause = 0
         self._size: tuple[int, bool] | None = None
@@ -154,17 +155,20 @@ class History:
     def _changes(self, now: float) -> Iterator[tuple[str, bool]]:
         yield from self._sizes()
         machine = self._machine
-        ready = set(machine.ready_ranks())
-        for rank in sorted(self._ready - ready - machine.hung):
+        lives = machine.lives()
+        ready = set(lives)
+        # One that is back with another life has been gone between two looks.
+        again = {rank for rank, life in self._ready.items() if lives.get(rank, life) != life}
+        for rank in sorted((self._ready.keys() - ready - machine.hung) | again):
             yield (f"rank {rank} leaves", False) if self._leaves(rank) else (f"rank {rank} is gone", True)
-        for rank in sorted(ready - self._ready - self._hung):
+        for rank in sorted((ready - self._ready.keys() - self._hung) | again):
             yield (f"rank {rank} is back" if rank in self._seen else f"rank {rank} is ready"), False
         for rank in sorted(machine.hung - self._hung):
             yield f"rank {rank} hangs in a step: its requests go on elsewhere", True
         for rank in sorted((self._hung - machine.hung) & ready):
             yield f"rank {rank} goes on", False
         self._seen |= ready
-        self._ready, self._hung = ready, set(machine.hung)
+        self._ready, self._hung = lives, set(machine.hung)
         if machine.coordinator != self._coordinator:
             self._coordinator = machine.coordinator
             self.lives.append(now)

@@ -205,6 +205,10 @@ class Frontend:
     def ready_ranks(self) -> list[int]:
         return sorted(self._inflight.handles)
 
+    def lives(self) -> dict[int, int]:
+        """The life of each ready rank."""
+        return {rank: handle.incarnation for rank, handle in self._inflight.handles.items()}
+
     def in_flight(self) -> int:
         """Requests sent and not finished."""
         return len(self._inflight) + len(self._failover)
