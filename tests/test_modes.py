@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -81,6 +82,36 @@ def test_external_mode_has_one_rank_each() -> None:
     with nodes([*external, "0"], [*external, "1"]) as (first, second):
         assert set(ranks_used(first, 5)) == {"0"}
         assert set(ranks_used(second, 5)) == {"1"}
+
+
+@pytest.mark.parametrize("engine", ["timed", "timed-lockstep"])
+@pytest.mark.parametrize("mode", ["hybrid", "external"])
+def test_a_head_that_dies_and_comes_back(mode: str, engine: str) -> None:
+    """The other node serves meanwhile where its ranks need no others; its ranks are the same ones after it."""
+    size, local = (2, 1) if mode == "external" else (4, 2)
+    own = ["-dp", str(size), "-dpl", str(local), f"--data-parallel-{mode}-lb"]
+    first = "--data-parallel-rank" if mode == "external" else "--data-parallel-start-rank"
+    common = ("serve", "--port", "0", "--engine", engine, "--engine-option", "step_ms=2", "-dpp", free_port(), *own)
+    with command(*common, first, str(local)) as joining:
+        with command(*common, first, "0") as head:
+            head.connect()
+            joining.connect()
+            assert [len(ranks_used(node)) for node in (head, joining)] == [local, local]
+            lives = joining.children()
+            head.signal(signal.SIGKILL)
+            head.wait_end()
+        if engine == "timed":
+            assert len(ranks_used(joining)) == local
+        with command(*common, first, "0") as head:
+            head.connect()
+            wait_until(lambda: all(node.health()["missing"] == [] for node in (head, joining)), "all ranks", 30)
+            assert [len(ranks_used(node)) for node in (head, joining)] == [local, local]
+            # All of them still belong to one deployment: what one node is asked for reaches the other's ranks.
+            for asked, word in (("/pause", True), ("/resume", False)):
+                assert head.http.post(asked, json={}, timeout=stretched(20)).status_code == 200
+                wait_until(lambda word=word: joining.http.get("/is_paused").json()["is_paused"] is word, asked)  # type: ignore[misc]
+            assert [len(ranks_used(node)) for node in (head, joining)] == [local, local]
+            assert joining.children() == lives, "nothing of the other node was started again"
 
 
 def test_node_that_does_not_fit_is_told_why() -> None:
