@@ -45,13 +45,16 @@ def test_rank_that_takes_too_long_is_named() -> None:
         assert "rank 1 (starting" in running.output
 
 
-def test_missing_remote_rank_is_named() -> None:
+def test_a_rank_of_another_node_is_waited_for_without_end() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    with command("serve", *TIMED, "--port", "0", "-dp", "3", "-dpl", "2", "-dpp", port,
-                 "--startup-timeout", "3", "--min-ready-ranks", "3") as running:  # fmt: skip
-        fails(running, "waits for rank 2)")
+    own = ("serve", *TIMED, "--port", "0", "-dp", "3", "-dpp", port)
+    with command(*own, "-dpl", "2", "--startup-timeout", "3", "--min-ready-ranks", "3") as leading:
+        leading.wait_line("front-end 0 still waits for rank 2 of another node", 60.0)
+        with command(*own, "-dpl", "1", "--data-parallel-start-rank", "2", "--headless"):
+            leading.connect()
+            assert leading.health()["ready"] == [0, 1, 2]
 
 
 def test_port_in_use() -> None:

@@ -170,6 +170,25 @@ def test_nodes_with_a_secret_serve_and_one_without_it_is_not_answered_and_says_w
             _serve_all(head)
 
 
+def test_a_head_that_was_started_without_its_secret_for_a_while_is_found_again(tmp_path: Path) -> None:
+    """ZeroMQ itself gives up whom it finds without keys where it has some, and never asks again."""
+    with command("secret", "new", str(tmp_path / "secret")) as made:
+        assert made.wait_end() == 0
+    locked = ("--secret-file", str(tmp_path / "secret"))
+    with hosts(2) as (head, worker), _follows(head, worker, *locked) as following:
+        with _leading(head, *locked) as leading:
+            _serve_all(head)
+            lives = following.children()
+            leading.signal(signal.SIGKILL)
+            leading.wait_end()
+        with _leading(head) as mistaken:
+            mistaken.wait_line("serves on http")
+            assert _ready(head) == [0, 1]
+        with _leading(head, *locked):
+            _serve_all(head)
+            assert following.children() == lives
+
+
 def test_without_a_secret_several_nodes_do_not_start() -> None:
     with command("serve", "--engine", "timed", "-dp", "4", "-dpl", "2", "-dpa", "10.1.2.3") as running:
         assert running.wait_end() == 1

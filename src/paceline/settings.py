@@ -343,7 +343,7 @@ class ServerConfig(Checked, frozen=True):
     reasoning_parser: Annotated[
         str, flag("How it marks its reasoning: auto (by its chat template), think, mistral, openai_gptoss, none.")
     ] = "auto"
-    startup_timeout_s: Annotated[float, flag("Seconds until all must be ready.")] = 300.0
+    startup_timeout_s: Annotated[float, flag("Seconds until all that this node starts must be ready.")] = 300.0
     drain_timeout_s: Annotated[float, flag("Seconds that requests get to finish on SIGTERM.", least=0)] = 30.0
     stall_timeout_s: Annotated[float, flag("Seconds after which a rank that hangs, or holds others up, is named.")] = (
         30.0

@@ -21,9 +21,9 @@ import pytest
 import zmq
 
 from paceline.errors import StartupError
-from paceline.net.links import BadFrames, LinkMonitor, SocketFolder
+from paceline.net.links import CALLS, BadFrames, Callers, LinkMonitor, SocketFolder
 from paceline.net.node import Here, Rendezvous, find_coordinator, own_host, seen_from
-from paceline.net.sockets import bound_address, drain, giving_up_after, open_socket, tcp_address
+from paceline.net.sockets import DOORS_S, bound_address, drain, giving_up_after, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
 from tests.net.peers import context, send_bad_frames
 from tests.pace import stretched
@@ -179,6 +179,63 @@ def test_a_node_asks_until_it_is_answered(caplog: pytest.LogCaptureFixture) -> N
         rendezvous = Rendezvous("127.0.0.1", port, {}, here)
         assert answer.result(stretched(20)) == seen_from("127.0.0.1", here)
         rendezvous.close()
+
+
+@contextmanager
+def stranger() -> Iterator[tuple[int, list[bool]]]:
+    """A program at a port that speaks something else. Yields the port, and an entry for each that called."""
+    called: list[bool] = []
+
+    def answer() -> None:
+        while True:
+            try:
+                caller, _ = listener.accept()
+            except OSError:
+                return
+            with caller:
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(64))
+                called.append(True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], called
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_who_called_a_stranger_calls_again() -> None:
+    """ZeroMQ itself gives the address up for ever: what is subscribed to would never be heard again."""
+    with context() as sockets:
+        with stranger() as (port, called):
+            address = tcp_address("127.0.0.1", port)
+            calling = open_socket(sockets, zmq.XSUB, max_bytes=64, connect=address, watched=CALLS)
+            callers = Callers({calling: address})
+            calling.send(b"\x01topic")
+            clock = itertools.count(0.0, DOORS_S)
+            wait_until(lambda: callers.look(next(clock)), "it has been refused")
+            assert called
+        found = open_socket(sockets, zmq.XPUB, max_bytes=64, bind=address)
+
+        def is_found() -> bool:
+            callers.look(next(clock))
+            return bool(found.poll(50))
+
+        wait_until(is_found, "it calls again")
+        assert found.recv() == b"\x01topic"
+
+
+def test_a_joining_node_asks_on_where_a_stranger_has_answered(caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with stranger() as (port, called):
+            found = pool.submit(find_coordinator, "127.0.0.1", port, {"a": "1"})
+            wait_until(lambda: "the connection is refused" in caplog.text, "it says so")
+            assert called
+        answering = Rendezvous("127.0.0.1", port, {"a": "1"}, Here("ipc:///front", "ipc:///output", "ipc:///publish"))
+        try:
+            assert found.result(stretched(20.0)).front_publish == "ipc:///front"
+        finally:
+            answering.close()
 
 
 def test_own_host_towards_loopback() -> None:

@@ -34,8 +34,8 @@ from paceline.core.requests import (
 )  # fmt: skip
 from paceline.errors import StartupError
 from paceline.log import defect, note
-from paceline.net.links import BadFrames, LinkMonitor
-from paceline.net.sockets import drain, giving_up_after, has_message, open_socket
+from paceline.net.links import CALLS, BadFrames, Callers, LinkMonitor
+from paceline.net.sockets import DOORS_S, drain, giving_up_after, has_message, open_socket
 
 logger = logging.getLogger("paceline.front-end")
 
@@ -86,13 +86,16 @@ class FrontendShell:
         self.history = History(machine, self.timelines, lockstep=machine.lockstep)
         self._look_again: asyncio.TimerHandle | None = None
         self._ranks = RankConnections(self._context, machine.identity, rank_timeout_s, self._feed, self._ranks_changed)
-        subscriber = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=codec.MAX_CONTROL_BYTES)
+        limit = codec.MAX_CONTROL_BYTES
+        subscriber = open_socket(self._context, zmq.XSUB, connect=coordinator, max_bytes=limit, watched=CALLS)
+        self._callers = Callers({subscriber: coordinator})
         bad_frames = BadFrames(logger, "the coordinator's broadcasts")
         said = codec.to_frontend()
         self._coordinator = WatchedSocket(subscriber, said, bad_frames, self._on_coordinator)
         subscriber.send(b"\x01")
         subscriber.send(b"\x01" + codec.frontend_topic(machine.identity))
         self._feed(events.Connected())
+        self._call_again()
 
     # Requests -----------------------------------------------------------------------------------
 
@@ -198,7 +201,7 @@ class FrontendShell:
             self._feed(events.ControlGivenUp(call))
 
     def close(self) -> None:
-        for timer in (self._timer, self._look_again):
+        for timer in (self._timer, self._look_again, self._calling):
             if timer is not None:
                 timer.cancel()
         self._send_coordinator(FrontendLeaving(self.machine.identity))
@@ -232,6 +235,10 @@ class FrontendShell:
         if self._look_again is None and (deadline := self._journal.deadline) < NEVER:
             wait_s = max(0.0, deadline - time.monotonic())
             self._look_again = self._loop.call_later(wait_s, self._look)
+
+    def _call_again(self) -> None:
+        self._callers.look(time.monotonic())
+        self._calling = self._loop.call_later(DOORS_S, self._call_again)
 
     def _look(self) -> None:
         self._look_again = None

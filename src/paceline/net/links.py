@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -198,6 +198,53 @@ class Doors:
         for socket, monitor in self._monitors.items():
             socket.disable_monitor()
             monitor.close()
+
+
+CALLS = zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | REFUSED
+"""What a caller's monitor tells of. Who has another secret ends the connection without a word."""
+
+
+class Callers:
+    """Connecting sockets that are never given up, opened with `watched=CALLS`, by the address that each calls.
+
+    ZeroMQ itself connects again for ever, but for one case: where who answers does not speak its protocol, or wants
+    other keys than the socket has. So it would miss the head of a deployment that had for a while been started without
+    its secret, or whose port another program has had. It says so by what it does not say: that it tries again.
+    """
+
+    def __init__(self, sockets: Mapping[zmq.Socket[bytes], str]) -> None:
+        self._calls = {
+            socket: (address, socket.get_monitor_socket(CALLS))
+            for socket, address in sockets.items()
+            if address.startswith("tcp:")
+        }
+        self._ended: set[zmq.Socket[bytes]] = set()
+        self._look_at = 0.0
+        self._bad_frames = BadFrames(logger, "a monitor's socket")
+
+    def look(self, now: float) -> bool:
+        """Call again where that was given up; whether a call was refused. Costs nothing within DOORS_S of the last."""
+        if now < self._look_at:
+            return False
+        self._look_at = now + DOORS_S
+        refused = False
+        for socket, (address, monitor) in self._calls.items():
+            given_up = socket in self._ended
+            for frames in drain(monitor, self._bad_frames, parts=2):
+                event, given_up = monitored(frames), False
+                refused = refused or bool(event & ~(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED))
+                if event == zmq.EVENT_CONNECT_RETRIED:
+                    self._ended.discard(socket)
+                else:
+                    self._ended.add(socket)
+            if given_up:
+                # It has not tried again between two looks.
+                refused = True
+                self._ended.discard(socket)
+                with contextlib.suppress(zmq.ZMQError):
+                    socket.disconnect(address)
+                socket.connect(address)
+        return refused
 
 
 UP = zmq.EVENT_HANDSHAKE_SUCCEEDED

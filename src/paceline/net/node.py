@@ -27,8 +27,8 @@ from paceline.core import codec
 from paceline.core.messages import PROTOCOL_VERSION, Identify, NodeHello, RankFailed, Scaling
 from paceline.core.requests import StartAgain
 from paceline.errors import StartupError
-from paceline.net.links import REFUSED, BadFrames, Doors
-from paceline.net.sockets import MESSAGES_A_TURN, drain, open_socket, tcp_address
+from paceline.net.links import CALLS, BadFrames, Callers, Doors
+from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, drain, open_socket, tcp_address
 from paceline.process.spawn import Wakeup
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class _SocketThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._socket: zmq.Socket[bytes]
         self._doors = Doors(())
+        self._callers = Callers({})
 
     def close(self) -> None:
         self._closing = True
@@ -62,8 +63,9 @@ class _SocketThread:
         for file in self._doors.files:
             poller.register(file, zmq.POLLIN)
         while not self._closing:
-            poller.poll()
+            poller.poll(int(DOORS_S * 1000))
             self._wakeup.clear()
+            self._callers.look(time.monotonic())
             self._doors.count()
             self._turn()
         self._doors.close()
@@ -86,8 +88,11 @@ class NodeLink(_SocketThread):
         self._on_news = on_news
         self._outbox: deque[NodeHello | RankFailed] = deque()
         limit = codec.MAX_CONTROL_BYTES
-        self._socket = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit)
-        self._answers = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit)
+        self._socket = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit, watched=CALLS)
+        self._answers = open_socket(
+            self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit, watched=CALLS
+        )
+        self._callers = Callers({self._socket: coordinator_input, self._answers: coordinator_output})
         self._socket.send(b"\x01")
         self._socket.send(b"\x01" + codec.node_topic(node))
         self._decode = codec.to_rank().decode
@@ -211,11 +216,10 @@ def find_coordinator(host: str, port: int, facts: dict[str, str]) -> Here:
     address = tcp_address(host, port)
     question = msgspec.msgpack.encode(WhereIs(PROTOCOL_VERSION, facts))
     say_at, refused = time.monotonic() + 2 * ASK_AGAIN_MS / 1000, False
-    bad_frames = BadFrames(logger, "the rendezvous socket's monitor")
     try:
-        asking = open_socket(context, zmq.DEALER, connect=address, max_bytes=MAX_BYTES, options={zmq.SNDHWM: 1})
-        # Who binds ends the connection without a word.
-        refusals = asking.get_monitor_socket(REFUSED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        once = {zmq.SNDHWM: 1}
+        asking = open_socket(context, zmq.DEALER, connect=address, max_bytes=MAX_BYTES, options=once, watched=CALLS)
+        callers = Callers({asking: address})
         while True:
             with contextlib.suppress(zmq.Again):
                 asking.send(question, zmq.NOBLOCK)
@@ -223,8 +227,9 @@ def find_coordinator(host: str, port: int, facts: dict[str, str]) -> Here:
                 logger.warning("waiting for the node with rank 0 at %s:%d (--data-parallel-address)", host, port)
                 say_at = time.monotonic() + SAY_AGAIN_S
                 refused = False
-            if list(drain(refusals, bad_frames, parts=2)) and not refused:
-                text = "%s:%d: the connection is refused: one of the two nodes has another --secret-file, or none"
+            if callers.look(time.monotonic()) and not refused:
+                text = "%s:%d: the connection is refused: one of the two nodes has another --secret-file, or none, or "
+                text += "another program has this port"
                 logger.warning(text, host, port)
                 refused = True
             if not asking.poll(ASK_AGAIN_MS):

@@ -37,7 +37,7 @@ from paceline.engines.group import EpochEnded as GroupEnded
 from paceline.engines.registry import find_engine
 from paceline.errors import StartupError
 from paceline.log import about
-from paceline.net.links import REFUSED, BadFrames, Doors, monitored, new_identity, refusals
+from paceline.net.links import CALLS, REFUSED, BadFrames, Callers, Doors, monitored, new_identity, refusals
 from paceline.net.sockets import DOORS_S, MESSAGES_A_TURN, bound_address, drain, open_socket
 from paceline.process.spawn import AGAIN, END, HUNG, Wakeup
 from paceline.process.supervisor import Failed, Progressed, Ready
@@ -91,8 +91,13 @@ class RankTransport:
         control, requests = codec.MAX_CONTROL_BYTES, codec.MAX_REQUEST_BYTES
         queued = {zmq.SNDHWM: OUTPUTS_QUEUED}
         self._router = open_socket(self._context, zmq.ROUTER, bind=bind, max_bytes=requests, options=queued)
-        self._broadcasts = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control)
-        self._reports = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control)
+        self._broadcasts = open_socket(
+            self._context, zmq.XSUB, connect=coordinator_input, max_bytes=control, watched=CALLS
+        )
+        self._reports = open_socket(
+            self._context, zmq.PUSH, connect=coordinator_output, max_bytes=control, watched=CALLS
+        )
+        self._callers = Callers({self._broadcasts: coordinator_input, self._reports: coordinator_output})
         self._ends = self._router.get_monitor_socket(zmq.EVENT_DISCONNECTED | REFUSED)
         self._frontends: set[int] = set()
         self._probes_due: list[float] = []
@@ -137,6 +142,7 @@ class RankTransport:
         while True:
             ready = dict(poller.poll(self._wait_ms()))
             doors.look(time.monotonic())
+            self._callers.look(time.monotonic())
             if self._wakeup.fileno() in ready:
                 self._wakeup.clear()
             closing = self._closing

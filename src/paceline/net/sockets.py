@@ -41,12 +41,13 @@ def tcp_address(host: str, port: int = 0) -> str:
 def open_socket(
     context: zmq.Context[zmq.Socket[bytes]], kind: int, *, max_bytes: int, bind: str | None = None,
     connect: str | None = None, routing_id: bytes | None = None, kept: int = RECEIVE_QUEUE_MESSAGES,
-    options: Mapping[zmq.SocketOption, int] | None = None,
+    options: Mapping[zmq.SocketOption, int] | None = None, watched: int = 0,
 ) -> zmq.Socket[bytes]:  # fmt: skip
     """A socket of `kind`, bound or connected. Frames over `max_bytes` end the sender's connection.
 
     `kept`: received messages of one peer that wait to be read; the peer keeps what is beyond. `options`: further ones
-    of ZeroMQ's, which hold for the first peer too.
+    of ZeroMQ's, which hold for the first peer too. `watched`: the events that its monitor socket shall tell of, from
+    the first try to connect on.
 
     Raises StartupError, naming the address, where it cannot be bound or is no address.
     """
@@ -79,6 +80,8 @@ def open_socket(
         curve[zmq.CURVE_SECRETKEY] = keys.secret if bind is None else keys.binder_secret
         for key, given in curve.items():
             socket.setsockopt(key, given)
+    if watched:
+        socket.get_monitor_socket(watched)
     try:
         if bind is not None:
             socket.bind(bind)

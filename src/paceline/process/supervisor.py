@@ -211,9 +211,10 @@ logger = logging.getLogger("paceline.supervisor")
 STOP_TIMEOUT_S = 5.0
 DRAIN_GRACE_S = 2.0
 WATCHED_AGAIN_S = 0.5
+"""Between two restarts of what others cannot do without, however often it ends."""
 LOOKS_S = 1.0
 """How often it is looked whether children are stopped."""
-"""Between two restarts of what others cannot do without, however often it ends."""
+SAID_AGAIN_S = 60.0
 
 
 class Reporter(Protocol):
@@ -351,17 +352,34 @@ class Supervisor:
     # Start --------------------------------------------------------------------------------------
 
     def _wait_ready(self) -> bool:
-        """Until all children are ready; False where a signal came first."""
+        """Until all children are ready; False where a signal came first.
+
+        What other nodes are to bring is waited for without end: they find this one, whenever they come.
+        """
         deadline = time.monotonic() + self._startup_timeout_s
         while not all(child.ready for child in self._children.values()):
             alive = self._alive()
             waits = (self._restart_ended(), self._restart_children(), deadline - time.monotonic())
             if waits[-1] <= 0:
-                raise StartupError(self._missing_text())
+                if any(self._elsewhere(child) is None for child in self._children.values() if not child.ready):
+                    raise StartupError(self._missing_text())
+                for child in self._children.values():
+                    if not child.ready:
+                        text = "%s still waits for rank %s of another node"
+                        logger.warning(text, child.name, self._elsewhere(child), extra=child.about)
+                deadline = time.monotonic() + SAID_AGAIN_S
+                continue
             self._wait(min(wait_s for wait_s in waits if wait_s is not None), alive)
             if self._signals:
                 return False
         return True
+
+    def _elsewhere(self, child: Child) -> str | None:
+        """The ranks of other nodes that it waits for, where it waits for nothing else."""
+        ranks = child.state.ranks if isinstance(child.state, Waiting) else []
+        if not ranks or any(f"rank {rank}" in self._children for rank in ranks):
+            return None
+        return ", ".join(map(str, ranks))
 
     def _missing_text(self) -> str:
         parts: list[str] = []
