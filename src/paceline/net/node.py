@@ -89,9 +89,7 @@ class NodeLink(_SocketThread):
         self._outbox: deque[NodeHello | RankFailed] = deque()
         limit = codec.MAX_CONTROL_BYTES
         self._socket = open_socket(self._context, zmq.XSUB, connect=coordinator_input, max_bytes=limit, watched=CALLS)
-        self._answers = open_socket(
-            self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit, watched=CALLS
-        )
+        self._answers = open_socket(self._context, zmq.PUSH, connect=coordinator_output, max_bytes=limit, watched=CALLS)
         self._callers = Callers({self._socket: coordinator_input, self._answers: coordinator_output})
         self._socket.send(b"\x01")
         self._socket.send(b"\x01" + codec.node_topic(node))
