@@ -100,6 +100,33 @@ def words(response: Any) -> int:
 # The three modes ------------------------------------------------------------------------------
 
 
+def test_what_is_asked_may_be_in_the_body(server: Deployment) -> None:
+    def ask(path: str, body: bytes) -> Any:
+        return server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    assert done(ask("/pause", b'{"mode": "wait", "timeout": 30}'))["mode"] == "wait"
+    assert done(ask("/resume", b" "))["mode"] is None
+    # Where both name it, the query holds.
+    assert done(ask("/pause?mode=keep", b'{"mode": "abort"}'))["mode"] == "keep"
+    assert done(ask("/resume", b"{}"))["mode"] is None
+
+
+@pytest.mark.parametrize("path", ["/pause", "/resume", "/revive", "/sleep"])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"timeout": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"mod": "keep"}', "mod: is no field of this request"),
+        (b"[1]", "body: Expected `object`, got `array`"),
+        (b"keep", "the body is not valid JSON"),
+    ],
+)
+def test_a_body_that_is_wrong_changes_nothing(server: Deployment, path: str, body: bytes, said: str) -> None:
+    answer = server.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert said in error_of(answer, 400)["message"]
+    assert not state(server)["is_paused"]
+
+
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
 def test_an_idle_deployment_is_paused_and_resumed(server: Deployment, mode: str) -> None:
     paused = done(post(server, "/pause", mode=mode))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -106,6 +106,25 @@ class ScaleRequest(Struct, forbid_unknown_fields=True):
     ] = 300.0
 
 
+Q = TypeVar("Q", bound=Struct)
+
+
+class Question(Generic[Q]):
+    """What a call asks: in its query, as with vLLM, or in a JSON object as its body; where both, the query holds."""
+
+    def __init__(self, kind: type[Q]) -> None:
+        self._names = kind.__struct_fields__
+        self._query, self._body = Decoder(kind), Decoder(kind, strict=True)
+
+    async def of(self, request: Request) -> Q:
+        """Raises ApiError naming the field."""
+        body = await read_body(request.receive, request.headers, MOST_BYTES)
+        query = self._query.convert(dict(request.query_params))
+        said = self._body.decode(body if body.strip() else b"{}")
+        named = [name for name in self._names if name in request.query_params]
+        return msgspec.structs.replace(said, **{name: getattr(query, name) for name in named})
+
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -133,11 +152,11 @@ def _asked(handler: Handler) -> Handler:
 
 def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
     """The routes. `most_ranks`: more are refused."""
-    pauses, resumes, scales = Decoder(PauseQuery), Decoder(ResumeQuery), Decoder(ScaleRequest)
-    revives = Decoder(ReviveQuery)
+    pauses, resumes, scales = Question(PauseQuery), Question(ResumeQuery), Decoder(ScaleRequest)
+    revives = Question(ReviveQuery)
 
     async def pause(request: Request) -> Response:
-        asked = pauses.convert(dict(request.query_params))
+        asked = await pauses.of(request)
         mode = next((mode for mode in MODES if mode == asked.mode), None)
         if mode is None:
             raise bad("mode", f"must be keep, wait or abort, not {asked.mode[:40]!r}")
@@ -145,11 +164,11 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
         return await _suspend(frontend, mode, usual_s if asked.timeout is UNSET else asked.timeout)
 
     async def resume(request: Request) -> Response:
-        asked = resumes.convert(dict(request.query_params))
+        asked = await resumes.of(request)
         return await _suspend(frontend, "resume", TIMEOUT_S if asked.timeout is UNSET else asked.timeout)
 
     async def revive(request: Request) -> Response:
-        asked = revives.convert(dict(request.query_params))
+        asked = await revives.of(request)
         size = most_ranks if frontend.machine.scaling is None else frontend.machine.scaling.size
         if asked.rank is not UNSET and asked.rank >= size:
             raise bad("rank", f"must be 0 to {size - 1}, not {asked.rank}")
@@ -170,7 +189,7 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
         try:
             asked = scales.decode(await read_body(request.receive, request.headers, MOST_BYTES))
         except ApiError as error:
-            raise error if error.param or error.status != 400 else bad("body", "must be a JSON object") from None
+            raise error if error.param or error.status != 400 else bad("body", str(error)) from None
         return await _scale(frontend, asked, most_ranks)
 
     async def is_scaling(request: Request) -> Response:
@@ -192,10 +211,10 @@ def control_routes(frontend: FrontendShell, most_ranks: int) -> list[Route]:
 
 def engine_routes(frontend: FrontendShell) -> list[Route]:
     """What the ranks' engines do beside serving."""
-    sleeps, rpcs = Decoder(SleepQuery), Decoder(RpcRequest)
+    sleeps, rpcs = Question(SleepQuery), Decoder(RpcRequest)
 
     async def sleep(request: Request) -> Response:
-        asked = sleeps.convert(dict(request.query_params))
+        asked = await sleeps.of(request)
         mode = next((mode for mode in MODES if mode == asked.mode), None)
         if mode is None:
             raise bad("mode", f"must be keep, wait or abort, not {asked.mode[:40]!r}")
