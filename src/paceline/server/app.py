@@ -45,7 +45,7 @@ from paceline.server.openapi import openapi_document
 from paceline.server.peers import Peers
 from paceline.server.requests import FORMATS, Kind, Prepared, Preparer
 from paceline.server.responses import DEFECT, CutOff, Phase, RawHeaders, Response
-from paceline.server.tenants import Tenant, Tenants, deadline_of, too_late, weights_of
+from paceline.server.tenants import Tenant, TenantNames, deadline_of, too_late, weights_of
 from paceline.server.timelines import in_header, log_access, name_of, request_routes
 from paceline.server.tokenize import tokenize_routes
 
@@ -73,7 +73,7 @@ class Api:
         self.access_log, self.tracing = access_log, tracing
         self.metrics = metrics
         weights = weights_of(tenant_weight)
-        self.tenants = Tenants(guard.api_keys, weights)
+        self.tenants = TenantNames(guard.api_keys, weights)
         metrics.told_of_tenants(self.tenants.name_of, set(weights))
         self.frontend = frontend
         self.guard = guard

@@ -35,8 +35,8 @@ class Tenant(Struct, frozen=True):
 NOBODY = Tenant()
 
 
-class Tenants:
-    """Those of one front-end. `weights`: by name."""
+class TenantNames:
+    """Whom the requests of one front-end are of, and what they are called. `weights`: by name."""
 
     def __init__(self, keys: list[Key], weights: Mapping[str, float]) -> None:
         self._weights = weights
