@@ -89,7 +89,9 @@ def remarks(choice: dict[str, Any]) -> list[str]:
     """What is no part: tokens and their gaps, moves, why this rank."""
     made = f"  {choice['tokens']} tokens, {choice['finish_reason'] or 'under way'}"
     lines = [f"{made}; prompt {choice['prompt_tokens']} tokens, {choice['cached_tokens']} of them cached"]
-    if choice["queued"]:
+    if choice["queued_at_coordinator_s"] is None:
+        lines.append("  waits for a rank" if choice["ended_s"] is None else "  was given no rank")
+    elif choice["queued"]:
         lines.append(f"  waited in the queue, by the coordinator's clock {choice['queued_at_coordinator_s']:.3f} s")
     gaps = choice["gaps"]
     if gaps["seconds"]:

@@ -9,6 +9,7 @@ import pytest
 from paceline.core.frontend.events import Moved, Placed, Refuse
 from paceline.core.frontend.timeline import STAMPS, Timeline, Timelines, in_words, shown
 from paceline.core.requests import Output, Timing
+from paceline.explain import remarks
 from tests.core.harness import one
 
 
@@ -56,6 +57,17 @@ def test_each_part_of_a_request_is_told_in_seconds_since_it_was_received() -> No
     assert choice["gaps"] == {
         "tokens_each": 1, "seconds": [0.1, 0.7], "longest_s": 0.7, "longest_after_token": 2
     }  # fmt: skip
+
+
+def test_a_choice_that_no_rank_was_given_to_has_waited_for_no_time_that_the_coordinator_knows() -> None:
+    timelines = Timelines()
+    timeline = begun(timelines)
+    choice = one(told(timelines)["choices"])
+    assert (choice["queued_at_coordinator_s"], choice["placed_s"]) == (None, None)
+    assert remarks(choice)[1] == "  waits for a rank"
+    timelines.outputs([token(finish_reason="abort")], 101.5)
+    timelines.ended(timeline, 503, 101.51)
+    assert remarks(one(told(timelines)["choices"]))[1] == "  was given no rank"
 
 
 def test_a_move_is_told_with_its_reason_and_what_the_new_rank_measured() -> None:

@@ -361,7 +361,7 @@ def _choice(one: Ended, begin: float) -> dict[str, Any]:
     return {
         "prompt_tokens": one.prompt_tokens, "cached_tokens": one.cached_tokens, "tokens": one.tokens,
         "submitted_s": _since(one.submitted, begin),
-        "queued": one.queued, "queued_at_coordinator_s": one.coordinator_ms / 1000,
+        "queued": one.queued, "queued_at_coordinator_s": None if one.placed is None else one.coordinator_ms / 1000,
         "placed_s": _since(one.placed, begin),
         "first_token_s": _since(stamps[0], begin) if stamps else None,
         "ended_s": _since(one.ended, begin), "finish_reason": one.reason or None,
