@@ -215,7 +215,8 @@ def test_never_a_mix_whoever_dies(engine: str, weights: list[Path], tmp_path: Pa
             order = [0 if version == "default" else int(version) for version in versions]
             assert order == sorted(order)
             assert [span["start"] for span in answer] == [0, *(span["end"] for span in answer[:-1])]
-        assert len(spans) > 4
+        # On a busy machine an answer lasts as long as all the updates: its versions change, then.
+        assert len({span["weight_version"] for answer in spans for span in answer}) > 1
         # The last death may not have been seen yet.
         wait_until(lambda: running.health()["ready"] == [0, 1] and served(running) == 2, "all serve", 60.0)
         last = [ask(running, rank=rank)["weight_version"] for rank in range(2)]
